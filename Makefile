@@ -1,0 +1,65 @@
+# Every target sets up what it needs: on a fresh machine `make test` is enough.
+# Needs GNU make and Python >= 3.11. Pass more options with ARGS, as in `make test ARGS="-k space"`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+CONSTRAINTS := .ci/constraints.txt
+
+# One thread per process: test workers run side by side, and threads that compete for cores are slower than none.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.PHONY: help env demo test bench lint format types layers check wheel clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(STAMP) ## Make the virtual environment .venv, unless it is up to date
+
+# torch first and alone: its exact spelling selects the build that the constraints were frozen with.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adjointlab needs Python >= 3.11: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,demo]'
+	@touch $@
+
+demo: $(STAMP) ## Run the demonstration
+	$(BIN)/adjointlab demo $(ARGS)
+
+test: $(STAMP) ## Run all tests and doctests, in parallel
+	$(ONE_THREAD) $(BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+bench: $(STAMP) ## Run the benchmarks, one after the other
+	$(BIN)/python -W error -m pytest tests/benchmarks --benchmark-enable --benchmark-only $(ARGS)
+
+lint: $(STAMP) ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## Check the types
+	$(BIN)/mypy
+
+layers: $(STAMP) ## Check that imports only point down
+	$(BIN)/lint-imports
+
+check: lint types layers ## lint, types and layers
+
+wheel: $(STAMP) ## Build the wheel and the source archive into dist/
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+clean: ## Remove everything that was made, .venv included
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks .coverage htmlcov
+	find adjointlab tests -name __pycache__ -type d -prune -exec rm -rf {} +

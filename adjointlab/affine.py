@@ -1,0 +1,142 @@
+"""Affine operators: ``f(x) = Ax + b``, with linear part A and offset ``b = f(0)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.linear_operator import LinearOperator, from_source, require_linear
+from adjointlab.linearity import assess, like_parameters
+from adjointlab.space import Space
+from adjointlab.transpose import Transposition
+
+
+class AffineOperator(nn.Module):
+    """An affine map ``f(x) = Ax + b``; made by :func:`affine_operator`.
+
+    Attributes
+    ----------
+    linear : LinearOperator
+        ``A``, that is ``x ↦ f(x) − f(0)``, with the derived adjoint.
+    """
+
+    def __init__(self, linear: LinearOperator, source: Transposition, arguments: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.linear = linear
+        self._source = source
+        self._arguments = arguments
+
+    @property
+    def domain(self) -> Space:
+        """The space of x in ``f(x)``."""
+        return self.linear.domain
+
+    @property
+    def codomain(self) -> Space:
+        """The space of ``f(x)``."""
+        return self.linear.codomain
+
+    @property
+    def offset(self) -> Any:
+        """The element ``b = f(0)`` of the codomain, for the parameters as they are now."""
+        return self._source.function(self.domain.zeros())
+
+    @property
+    def H(self) -> LinearOperator:
+        """The adjoint of the linear part, ``Aᴴ``."""
+        return self.linear.H
+
+    @property
+    def engine(self) -> str:
+        """Which engine is in force: ``"eager"``, ``"traced"`` or ``"compiled"``."""
+        return self.linear.engine
+
+    def explain(self) -> str:
+        """Return the account of how the adjoint of the linear part was derived."""
+        return self.linear.explain()
+
+    def forward(self, x: Any) -> Any:
+        """Return ``f(x) = Ax + b``.
+
+        Raises
+        ------
+        SpaceMismatchError
+            If x is not an element of the domain.
+        """
+        return self._source.function(x)
+
+    def __matmul__(self, x: Any) -> Any:
+        return self(x)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, self._arguments
+
+
+def affine_operator(
+    module_or_function: Callable[..., Any],
+    domain: Any,
+    *,
+    batch_dims: int = 0,
+    kwargs: dict[str, Any] | None = None,
+    engine: str = "auto",
+    check: bool = True,
+) -> AffineOperator:
+    """Return ``f(x) = Ax + b`` with the derived adjoint of A: for a convolution with a bias, say.
+
+    Parameters
+    ----------
+    module_or_function : nn.Module or callable
+        An affine map; a linear one has the offset zero.
+    domain, batch_dims, kwargs, engine, check
+        As in :func:`adjointlab.linear_operator`.
+
+    Returns
+    -------
+    AffineOperator
+        Callable, with ``.linear``, ``.offset`` and ``.H``.
+
+    Raises
+    ------
+    NotLinearError
+        If ``f(x) − f(0)`` is not linear.
+    NotDifferentiableError
+        If autograd's derivative is not the map's own.
+    SpaceMismatchError
+        If the domain is none, or does not fit the map.
+
+    Examples
+    --------
+    >>> import torch
+    >>> f = affine_operator(torch.nn.Linear(3, 2), (3,))
+    >>> x = torch.ones(3)
+    >>> torch.allclose(f(x), f.linear(x) + f.offset)
+    True
+    """
+    if not callable(module_or_function):
+        raise SpaceMismatchError(
+            f"expected an nn.Module or a function, got {type(module_or_function).__name__}: pass the map itself"
+        )
+    space = like_parameters(module_or_function, domain, batch_dims)
+    source = Transposition(module_or_function, space, kwargs, engine, affine=True)
+    if check:
+        require_linear(assess(source), source, offset_allowed=True)
+        source.verify()
+    arguments = (module_or_function, source.domain, batch_dims, kwargs, engine)
+    linear = from_source(source, (_rebuild_linear, arguments))
+    return AffineOperator(linear, source, arguments)
+
+
+def _rebuild(
+    function: Callable[..., Any], domain: Space, batch_dims: int, kwargs: dict[str, Any] | None, engine: str
+) -> AffineOperator:
+    return affine_operator(function, domain, batch_dims=batch_dims, kwargs=kwargs, engine=engine, check=False)
+
+
+def _rebuild_linear(*arguments: Any) -> LinearOperator:
+    return _rebuild(*arguments).linear
+
+
+__all__ = ["AffineOperator", "affine_operator"]

@@ -1,0 +1,21 @@
+"""The command line: ``⟨A x, y⟩ = ⟨x, Aᴴ y⟩``, checked for the operator that a ``TARGET`` names.
+
+A ``TARGET`` is ``import.path:name`` or ``import.path:name(literal, name=literal)``, as in
+``torch.nn:Conv3d(1, 1, 3, padding=1, bias=False)``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line: the console script ``adjointlab``."""
+    try:
+        from adjointlab.cli.app import app
+    except ModuleNotFoundError as missing:
+        if missing.name not in {"typer", "rich"}:
+            raise
+        sys.stderr.write(f'error: the command line needs {missing.name}: pip install "adjointlab[cli]"\n')
+        sys.exit(2)
+    app(prog_name="adjointlab")

@@ -1,0 +1,398 @@
+"""The commands ``check``, ``explain`` and ``demo``.
+
+Exit codes: 0 passed, 1 failed the check, 2 unusable input, with one line on stderr and no traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import html
+import importlib
+import importlib.metadata
+import json
+import math
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import torch
+import typer
+from torch import nn
+from typer.core import TyperGroup
+
+import adjointlab as al
+from adjointlab.cli.target import (
+    COMMON_DTYPES,
+    UnusableError,
+    current_directory_importable,
+    load,
+    one_line,
+    parse_device,
+    parse_dtype,
+    parse_kwargs,
+    parse_shape,
+    parse_target,
+)
+
+PASSED, FAILED, UNUSABLE = 0, 1, 2
+_STATUS = {PASSED: "passed", FAILED: "failed", UNUSABLE: "unusable"}
+_FAILURES = (al.NotLinearError, al.NotDifferentiableError, al.AdjointMismatchError)
+
+Engine = Literal["auto", "eager", "traced", "compiled"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all targets of one command share, as it was typed."""
+
+    shapes: Sequence[str]
+    dtype: str | None = None
+    device: str = "cpu"
+    batch_dims: int = 0
+    kwargs: str = ""
+    engine: str = "auto"
+    evaluation: bool = False
+    seed: int = 0
+    trials: int | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A target made ready: the map, its domain and its fixed keyword arguments."""
+
+    function: Callable[..., Any]
+    domain: Any
+    kwargs: dict[str, Any]
+    options: Options
+
+    def operator(self) -> tuple[al.LinearOperator, al.AffineOperator | None]:
+        """Return the operator and, where the map has an offset, the affine operator whose linear part it is."""
+        settings = {"batch_dims": self.options.batch_dims, "kwargs": self.kwargs, "engine": self.options.engine}
+        try:
+            return al.linear_operator(self.function, self.domain, **settings), None
+        except al.NotLinearError as refusal:
+            try:
+                affine = al.affine_operator(self.function, self.domain, **settings)
+            except al.NotLinearError:
+                raise refusal from None  # it says more
+            return affine.linear, affine
+
+
+def prepare(text: str, options: Options) -> Subject:
+    """Return the map that ``text`` names, moved to the dtype and device asked for, with its domain.
+
+    Parameters
+    ----------
+    text : str
+        A TARGET.
+    options : Options
+        The options of the command.
+
+    Returns
+    -------
+    Subject
+        What the core is asked about.
+
+    Raises
+    ------
+    UnusableError
+        If the target or an option cannot be used.
+    """
+    if not options.shapes:
+        raise UnusableError("expected --shape, the shape of the input, as in --shape 1,1,64,64")
+    shapes = [parse_shape(shape) for shape in options.shapes]
+    dtype = None if options.dtype is None else parse_dtype(options.dtype)
+    device = parse_device(options.device)
+    kwargs = parse_kwargs(options.kwargs)
+    if options.batch_dims > min(map(len, shapes)):
+        raise UnusableError(f"expected --batch-dims of at most {min(map(len, shapes))}, got {options.batch_dims}")
+    target = parse_target(text)
+    torch.manual_seed(options.seed)
+    function = load(target)
+    if isinstance(function, nn.Module):
+        function = function.to(device=device, dtype=dtype)
+        if options.evaluation:
+            function = function.eval()
+        own = (p.dtype for p in function.parameters() if p.is_floating_point() or p.is_complex())
+        dtype = dtype or next(own, None)
+    specs = tuple(al.TensorSpec(shape, dtype or torch.get_default_dtype(), device) for shape in shapes)
+    return Subject(function, specs[0] if len(specs) == 1 else specs, kwargs, options)
+
+
+# -- the commands --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result for one target: an exit code, and the same story as text, JSON and HTML."""
+
+    target: str
+    code: int
+    text: str
+    record: dict[str, Any]
+    html: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as it is written with ``--json``."""
+        return {"target": self.target, "status": _STATUS[self.code], "exit_code": self.code, **self.record}
+
+
+def _check(subject: Subject) -> Outcome:
+    options = subject.options
+    text = html_ = ""
+    record: dict[str, Any] = {"domain": str(subject.domain)}
+    function = functools.partial(subject.function, **subject.kwargs) if subject.kwargs else subject.function
+    linearity = al.check_linearity(function, subject.domain)
+    record["linearity"] = linearity.to_dict()
+    try:
+        A, affine = subject.operator()
+    except _FAILURES as failure:
+        record |= {"passed": False, "error": type(failure).__name__, "message": str(failure)}
+        text = f"{type(failure).__name__}: {failure}\n\n{linearity}"
+        return Outcome("", FAILED, text, record, _page(linearity, f"{type(failure).__name__}: {failure}"))
+    trials = {} if options.trials is None else {"trials": options.trials}
+    report = al.check_adjoint(A, seed=options.seed, **trials)
+    code = PASSED if report.passed else FAILED
+    record |= {"passed": report.passed, "engine": A.engine, "affine": affine is not None, "adjoint": report.to_dict()}
+    if affine is not None:
+        text = "The map has an offset (a bias), so it is affine: this is about its linear part x ↦ f(x) − f(0).\n\n"
+        html_ = f"<p>{html.escape(text.strip())}</p>"
+    return Outcome("", code, f"{text}{report}\n\n{linearity}", record, html_ + _page(report, linearity))
+
+
+def _explain(subject: Subject) -> Outcome:
+    try:
+        A, affine = subject.operator()
+    except _FAILURES as failure:
+        record = {"error": type(failure).__name__, "message": str(failure)}
+        return Outcome("", FAILED, f"{type(failure).__name__}: {failure}", record)
+    note = "" if affine is None else "The map has an offset (a bias): this is its linear part x ↦ f(x) − f(0).\n\n"
+    explanation = str(A.explain())
+    record = {"engine": A.engine, "affine": affine is not None, "explanation": explanation}
+    return Outcome("", PASSED, note + explanation, record)
+
+
+def _page(*reports: Any) -> str:
+    """Return the reports as HTML: their own, or their text."""
+    parts = []
+    for report in reports:
+        own = getattr(report, "_repr_html_", None)
+        parts.append(own() if own else f"<pre>{html.escape(str(report))}</pre>")
+    return "\n".join(parts)
+
+
+def _answer(text: str, work: Callable[[Subject], Outcome], options: Options, debug: bool) -> Outcome:
+    """Return the outcome for one target; whatever goes wrong with it becomes one line."""
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as caught:
+            outcome = work(prepare(text, options))
+    except (Exception, SystemExit) as error:
+        if debug:
+            traceback.print_exc()
+        kind = "" if isinstance(error, (UnusableError, al.SpaceMismatchError)) else f"{type(error).__name__}: "
+        line = f"{one_line(text)}: {kind}{one_line(error)}"
+        typer.echo(f"error: {line}", err=True)
+        return Outcome(text, UNUSABLE, "", {"error": type(error).__name__, "message": line})
+    for warning in {str(w.message): w for w in caught}.values():
+        typer.echo(f"{warning.category.__name__}: {one_line(str(warning.message))}", err=True)
+    return Outcome(text, outcome.code, outcome.text, outcome.record, outcome.html)
+
+
+def _run(
+    targets: Sequence[str],
+    work: Callable[[Subject], Outcome],
+    options: Options,
+    *,
+    as_json: bool,
+    page: Path | None = None,
+    debug: bool = False,
+) -> NoReturn:
+    outcomes = []
+    with current_directory_importable():
+        for text in targets:
+            # A module may print while it is imported or run: stdout belongs to the JSON alone.
+            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                outcome = _answer(text, work, options, debug)
+            outcomes.append(outcome)
+            if not as_json and outcome.text:
+                typer.secho(
+                    f"{one_line(text)}: {_STATUS[outcome.code]}", fg="red" if outcome.code else "green", bold=True
+                )
+                typer.echo(f"{outcome.text.rstrip()}\n")
+    if as_json:
+        records = [_plain(outcome.as_json()) for outcome in outcomes]
+        typer.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2, allow_nan=False))
+    code = max(outcome.code for outcome in outcomes)
+    if page is not None:
+        try:
+            page.write_text(_document(outcomes), encoding="utf-8")
+        except (OSError, ValueError) as error:
+            typer.echo(f"error: cannot write {one_line(str(page))}: {one_line(error)}", err=True)
+            code = UNUSABLE
+    raise typer.Exit(code)
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` with nothing in it that JSON cannot say."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, complex):
+        return [_plain(value.real), _plain(value.imag)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _document(outcomes: Sequence[Outcome]) -> str:
+    style = "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{white-space:pre-wrap}"
+    sections = [
+        f"<section><h2><code>{html.escape(one_line(o.target))}</code>: {_STATUS[o.code]}</h2>\n"
+        f"{o.html or '<p>' + html.escape(o.record.get('message', '')) + '</p>'}</section>"
+        for o in outcomes
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>adjointlab check</title>'
+        f"<style>{style}</style></head>\n<body><h1>adjointlab check</h1>\n{''.join(sections)}\n</body></html>\n"
+    )
+
+
+class _OneLineErrors(TyperGroup):
+    """Errors in options become one line on stderr and exit code 2, as all unusable input does."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except typer.TyperException as error:
+            typer.echo(f"error: {one_line(error.format_message())} (adjointlab --help says more)", err=True)
+            code = UNUSABLE
+        except typer.Abort:
+            code = 130
+        sys.exit(code if isinstance(code, int) else PASSED)
+
+
+app = typer.Typer(
+    name="adjointlab",
+    cls=_OneLineErrors,
+    help="Exact adjoints of linear PyTorch modules: check them, explain them, see them at work.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _complete_dtype(incomplete: str) -> list[str]:
+    return [name for name in COMMON_DTYPES if name.startswith(incomplete)]
+
+
+def _complete_target(incomplete: str) -> list[str]:
+    modules = ("torch.nn", "torch.nn.functional", "torch.fft")
+    module, colon, name = incomplete.partition(":")
+    if not colon:
+        return [f"{path}:" for path in modules if path.startswith(module)]
+    if module not in modules:
+        return []
+    return [f"{module}:{n}" for n in dir(importlib.import_module(module)) if n.startswith(name) and n[0] != "_"]
+
+
+_TARGETS = typer.Argument(
+    metavar="TARGET...",
+    help="import.path:name or import.path:name(literal, name=literal); the current directory is importable.",
+    autocompletion=_complete_target,
+    show_default=False,
+)
+_SHAPE = typer.Option("--shape", help="Shape of the input, as 1,1,64,64; once per input of the module.")
+_DTYPE = typer.Option(
+    "--dtype",
+    help="Dtype of the input; a module is converted to it. Default: the module's own.",
+    autocompletion=_complete_dtype,
+)
+_DEVICE = typer.Option("--device", help="Where to run; a module is moved there.")
+_BATCH = typer.Option("--batch-dims", min=0, help="The first so many dimensions may change size from call to call.")
+_KWARGS = typer.Option("--kwargs", help="Fixed keyword arguments of the forward, as name=literal, name=literal.")
+_ENGINE = typer.Option("--engine", help="How the adjoint is computed.")
+_EVAL = typer.Option("--eval", help="Put the module into evaluation mode first (dropout, batch-norm).")
+_SEED = typer.Option("--seed", min=0, max=2**63 - 1, help="Of a module's initial weights and of the random draws.")
+_JSON = typer.Option("--json", help="Print one JSON object, or a list of them for several targets.")
+_DEBUG = typer.Option("--debug", help="Show tracebacks.")
+
+
+@app.command()
+def check(
+    *,
+    targets: Annotated[list[str], _TARGETS],
+    shape: Annotated[list[str] | None, _SHAPE] = None,
+    dtype: Annotated[str | None, _DTYPE] = None,
+    device: Annotated[str, _DEVICE] = "cpu",
+    batch_dims: Annotated[int, _BATCH] = 0,
+    kwargs: Annotated[str, _KWARGS] = "",
+    engine: Annotated[Engine, _ENGINE] = "auto",
+    evaluation: Annotated[bool, _EVAL] = False,
+    seed: Annotated[int, _SEED] = 0,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, max=10**6, help="Number of random draws.")] = None,
+    as_json: Annotated[bool, _JSON] = False,
+    page: Annotated[Path | None, typer.Option("--html", help="Write the reports to this HTML file.")] = None,
+    debug: Annotated[bool, _DEBUG] = False,
+) -> None:
+    """Check that a map is linear and ⟨A x, y⟩ = ⟨x, Aᴴ y⟩; exit with 0 if so, 1 if not, 2 if it cannot be said."""
+    options = Options(shape or [], dtype, device, batch_dims, kwargs, engine, evaluation, seed, trials)
+    _run(targets, _check, options, as_json=as_json, page=page, debug=debug)
+
+
+@app.command()
+def explain(
+    *,
+    targets: Annotated[list[str], _TARGETS],
+    shape: Annotated[list[str] | None, _SHAPE] = None,
+    dtype: Annotated[str | None, _DTYPE] = None,
+    device: Annotated[str, _DEVICE] = "cpu",
+    batch_dims: Annotated[int, _BATCH] = 0,
+    kwargs: Annotated[str, _KWARGS] = "",
+    engine: Annotated[Engine, _ENGINE] = "auto",
+    evaluation: Annotated[bool, _EVAL] = False,
+    seed: Annotated[int, _SEED] = 0,
+    as_json: Annotated[bool, _JSON] = False,
+    debug: Annotated[bool, _DEBUG] = False,
+) -> None:
+    """Show how Aᴴ is computed: the engine, the derived program, and the evidence that the map is linear."""
+    options = Options(shape or [], dtype, device, batch_dims, kwargs, engine, evaluation, seed)
+    _run(targets, _explain, options, as_json=as_json, debug=debug)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="Where the figures go.")] = Path("build"),
+    quick: Annotated[bool, typer.Option("--quick", help="Small images and few iterations.")] = False,
+    debug: Annotated[bool, _DEBUG] = False,
+) -> None:
+    """Recover a photograph and an MRI volume with x ← x − Aᴴ(A x − y) / ‖A‖², and write figures."""
+    try:
+        from adjointlab import demo as demonstration
+
+        output.mkdir(parents=True, exist_ok=True)
+        passed = demonstration.run(output, quick=quick)
+    except (ImportError, OSError, ValueError) as error:
+        if debug:
+            traceback.print_exc()
+        remedy = ', pip install "adjointlab[demo]"' if isinstance(error, ImportError) else ""
+        typer.echo(f"error: the demo cannot run: {one_line(error)}{remedy}", err=True)
+        raise typer.Exit(UNUSABLE) from error
+    raise typer.Exit(PASSED if passed else FAILED)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(importlib.metadata.version("adjointlab"))
+        raise typer.Exit

@@ -1,0 +1,362 @@
+"""What the user typed, made into a callable: ``import.path:name(literal, name=literal)``.
+
+Nothing is evaluated: the text is parsed by :mod:`ast`, and arguments are read by :func:`ast.literal_eval`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import importlib
+import inspect
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+COMMON_DTYPES = ("float32", "float64", "complex64", "complex128", "bfloat16", "float16")
+_NOT_A_LITERAL = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
+_LONGEST_LINE = 500
+
+
+class UnusableError(Exception):
+    """The input cannot be used: the message is the one line that the user reads."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """``module:path`` or ``module:path(*args, **kwargs)``; ``called`` says which."""
+
+    text: str
+    module: str
+    path: tuple[str, ...]
+    called: bool = False
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_target(text: str) -> Target:
+    """Return ``import.path:name(literal, name=literal)`` taken apart, without importing or evaluating anything.
+
+    Parameters
+    ----------
+    text : str
+        What the user typed.
+
+    Returns
+    -------
+    Target
+        Module, attribute path and literal arguments.
+
+    Raises
+    ------
+    UnusableError
+        If ``text`` is not of this form.
+
+    Examples
+    --------
+    >>> parse_target("torch.nn:Conv2d(1, 8, (3, 5), bias=False)").args
+    (1, 8, (3, 5))
+    """
+    module, colon, call = (part.strip() for part in text.partition(":"))
+    if not colon:
+        guess = re.fullmatch(r"((?:\w+\.)+)(\w+(?:\(.*\))?)", module, re.DOTALL)
+        hint = f"; did you mean {guess[1][:-1]}:{guess[2]}?" if guess else ""
+        raise UnusableError(f"expected import.path:name or import.path:name(arguments), got no colon{hint}")
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise UnusableError(f"expected an import path such as torch.nn before the colon, got {module!r}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # "0or 1" is refused below anyway
+            node = ast.parse(call, mode="eval").body
+    except _NOT_A_LITERAL:
+        raise UnusableError(f"expected name or name(arguments) after the colon, got {call!r}") from None
+    called = isinstance(node, ast.Call)
+    args, kwargs = _literals(node) if isinstance(node, ast.Call) else ((), {})
+    path = _path(node.func if isinstance(node, ast.Call) else node)
+    if path is None:
+        raise UnusableError(f"expected name or name(arguments) after the colon, got {call!r}")
+    return Target(text, module, path, called, args, kwargs)
+
+
+def _path(node: ast.expr) -> tuple[str, ...] | None:
+    if isinstance(node, ast.Name):
+        return (node.id,)
+    if isinstance(node, ast.Attribute):
+        parent = _path(node.value)
+        return None if parent is None else (*parent, node.attr)
+    return None
+
+
+def _literals(call: ast.Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def literal(node: ast.expr) -> Any:
+        try:
+            return ast.literal_eval(node)
+        except _NOT_A_LITERAL:
+            raise UnusableError(
+                f"arguments must be literals (numbers, strings, tuples, True, None, …), got {_source(node)!r}; for "
+                "anything else write a function without arguments in a file, and name that"
+            ) from None
+
+    if any(keyword.arg is None for keyword in call.keywords):
+        raise UnusableError("arguments must be literals, got **")
+    return tuple(map(literal, call.args)), {str(k.arg): literal(k.value) for k in call.keywords}
+
+
+def _source(node: ast.expr) -> str:
+    with contextlib.suppress(Exception):
+        return ast.unparse(node)
+    return type(node).__name__
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Return ``"1,1,64,64"`` (or ``"1x1x64x64"``) as a shape with at least one element.
+
+    Parameters
+    ----------
+    text : str
+        What the user typed.
+
+    Returns
+    -------
+    tuple of int
+        The shape.
+
+    Raises
+    ------
+    UnusableError
+        If ``text`` is not a list of positive integers, or no memory could hold such a tensor.
+
+    Examples
+    --------
+    >>> parse_shape("1,1,64,64")
+    (1, 1, 64, 64)
+    """
+    bare = re.sub(r"^\((.*)\)$", r"\1", text.strip()).rstrip(",")
+    sizes = re.split(r"\s*[,x]\s*", bare.strip())
+    if not all(re.fullmatch(r"[+-]?[0-9]{1,4000}", size) for size in sizes):
+        raise UnusableError(f"expected --shape as sizes such as 1,1,64,64, got {text!r}")
+    shape = tuple(map(int, sizes))
+    if min(shape) < 1:
+        raise UnusableError(f"expected every size in --shape to be 1 or more, got {text!r}")
+    if len(shape) > 64:
+        raise UnusableError(f"expected at most 64 dimensions in --shape, got {len(shape)}")
+    _check_memory(math.prod(shape), "--shape asks for one tensor that")
+    return shape
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """Return the floating-point or complex dtype called ``text`` in torch.
+
+    Parameters
+    ----------
+    text : str
+        A name such as ``"complex64"``; ``"torch.complex64"`` will do as well.
+
+    Returns
+    -------
+    torch.dtype
+        The dtype.
+
+    Raises
+    ------
+    UnusableError
+        If torch has no such dtype, or it is neither floating-point nor complex.
+
+    Examples
+    --------
+    >>> parse_dtype("complex64")
+    torch.complex64
+    """
+    name = text.strip().removeprefix("torch.")
+    dtype = getattr(torch, name, None) if name.isidentifier() else None
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
+        known = ", ".join(COMMON_DTYPES)
+        raise UnusableError(f"expected --dtype to be a floating-point or complex dtype ({known}), got {text!r}")
+    return dtype
+
+
+def parse_device(text: str) -> torch.device:
+    """Return the device called ``text``, after a test that a tensor can be made on it.
+
+    Parameters
+    ----------
+    text : str
+        A name such as ``"cpu"`` or ``"cuda:0"``.
+
+    Returns
+    -------
+    torch.device
+        The device, with its index.
+
+    Raises
+    ------
+    UnusableError
+        If torch knows no such device, or it is not there.
+
+    Examples
+    --------
+    >>> parse_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        probe = torch.zeros(1, device=text.strip())
+        probe.cpu()  # "meta" holds no numbers
+    except Exception as error:
+        raise UnusableError(
+            f"expected --device to be a device of this machine, got {text!r}: {one_line(error)}"
+        ) from error
+    return probe.device
+
+
+def parse_kwargs(text: str) -> dict[str, Any]:
+    """Return ``"name=literal, name=literal"`` as a dictionary.
+
+    Parameters
+    ----------
+    text : str
+        What the user typed; may be empty.
+
+    Returns
+    -------
+    dict
+        The keyword arguments.
+
+    Raises
+    ------
+    UnusableError
+        If ``text`` is not of this form.
+
+    Examples
+    --------
+    >>> parse_kwargs("n=64, norm='ortho'")
+    {'n': 64, 'norm': 'ortho'}
+    """
+    try:
+        target = parse_target(f"kwargs:f({text})")
+    except UnusableError:
+        target = None
+    if target is None or not target.called or target.args or target.path != ("f",):
+        raise UnusableError(f"expected --kwargs as name=literal, …, got {text!r}")
+    return target.kwargs
+
+
+def _check_memory(bytes_: int, what: str) -> None:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # no such question on this system
+        total = 2**34
+    if bytes_ > total / 4:
+        raise UnusableError(
+            f"{what} needs {bytes_ / 2**30:.3g} GiB, and this machine has {total / 2**30:.3g} GiB of memory"
+        )
+
+
+def one_line(error: BaseException | str) -> str:
+    """Return the message on one printable line of reasonable length."""
+    text = error if isinstance(error, str) else str(error) or type(error).__name__
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return text if len(text) <= 500 else text[:499] + "…"
+
+
+# -- from names to operators ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def current_directory_importable() -> Iterator[None]:
+    """Put the current directory first on the import path, as ``python -m`` does."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
+
+
+def load(target: Target) -> Callable[..., Any]:
+    """Return what ``target`` names: a module or function as it is, a class or factory called with its arguments.
+
+    Parameters
+    ----------
+    target : Target
+        From :func:`parse_target`.
+
+    Returns
+    -------
+    callable
+        A map from tensors to tensors, it is hoped.
+
+    Raises
+    ------
+    UnusableError
+        If the import, the look-up or the call fails, or what comes is not callable.
+    """
+    try:
+        found: Any = importlib.import_module(target.module)
+    except (Exception, SystemExit) as error:
+        raise UnusableError(f"cannot import {target.module}: {type(error).__name__}: {one_line(error)}") from error
+    where = target.module
+    for name in target.path:
+        try:
+            found = getattr(found, name)
+        except Exception as error:
+            close = difflib.get_close_matches(name, dir(found), 1, 0.6)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UnusableError(f"{where} has no {name!r}{hint}") from error
+        where = f"{where}.{name}"
+    if target.called:
+        found = _call(target, found)
+    elif isinstance(found, type):
+        text = target.text.strip()
+        raise UnusableError(f"{where} is a class: add its arguments in parentheses, as in {text}{_signature(found)}")
+    if not callable(found):
+        what = "returned" if target.called else "is"
+        raise UnusableError(
+            f"expected a module or a function, but {where} {what} an object of type {type(found).__name__}"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _signature(cls: type) -> str:
+    required: list[str] = []
+    with contextlib.suppress(Exception):
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(cls).parameters.values()
+        required = [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
+    return f"({', '.join(required)})"
+
+
+def _call(target: Target, factory: Any) -> Any:
+    text = target.text.strip()
+    if not callable(factory):
+        raise UnusableError(
+            f"{'.'.join(target.path)} cannot be called: it is an object of type {type(factory).__name__}"
+        )
+    numbers = [abs(n) for value in (*target.args, *target.kwargs.values()) for n in _integers(value) if n]
+    try:
+        if math.prod(numbers) > 10**8 and isinstance(factory, type) and issubclass(factory, nn.Module):
+            with torch.device("meta"):  # parameters without memory, to see how much they would need
+                draft = factory(*target.args, **target.kwargs)
+            _check_memory(sum(p.numel() * p.element_size() for p in draft.parameters()), f"{text} has parameters: it")
+        return factory(*target.args, **target.kwargs)
+    except UnusableError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UnusableError(f"cannot make {text}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _integers(item)
+    elif type(value) is int:
+        yield value

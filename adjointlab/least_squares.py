@@ -1,0 +1,153 @@
+"""Least squares: ``F(x) = ½‖A x − y‖²_W`` with gradient ``Aᴴ W (A x − y)`` and Hessian ``Aᴴ W A``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adjointlab.affine import AffineOperator
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.linear_operator import LinearOperator, diagonal
+from adjointlab.space import tree_flatten
+
+
+class LeastSquares(nn.Module):
+    r"""The objective ``F(x) = ½‖A x − y‖²_W = ½ Re⟨Ax − y, W(Ax − y)⟩``.
+
+    Parameters
+    ----------
+    A : LinearOperator or AffineOperator
+        The forward model.
+    y : pytree of tensors
+        The data, an element of ``A.codomain``; kept as a buffer.
+    weight : LinearOperator, or pytree of real tensors, optional
+        ``W``: a self-adjoint operator on the codomain, or the entries of a diagonal one, each 0 or more.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If y, or the weight, does not live on the codomain of A.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from adjointlab import diagonal
+    >>> F = LeastSquares(diagonal(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 0.0]))
+    >>> F(torch.tensor([0.0, 1.0]))
+    tensor(2.5000)
+    >>> F.gradient(torch.tensor([0.0, 1.0]))
+    tensor([-1.,  4.])
+    """
+
+    def __init__(self, A: LinearOperator | AffineOperator, y: Any, weight: Any = None) -> None:
+        super().__init__()
+        if not isinstance(A, (LinearOperator, AffineOperator)):
+            raise SpaceMismatchError(
+                f"expected a LinearOperator or AffineOperator, got {type(A).__name__}: wrap it with al.linear_operator"
+            )
+        leaves = A.codomain.leaves(y, "y")
+        self.A = A
+        for index, leaf in enumerate(leaves):
+            self.register_buffer(f"_y_{index}", leaf)
+        self._count = len(leaves)
+        self.weight = None if weight is None else _weight_operator(A, weight)
+
+    @property
+    def y(self) -> Any:
+        """The data."""
+        return self.A.codomain.unflatten([getattr(self, f"_y_{index}") for index in range(self._count)])
+
+    def residual(self, x: Any) -> Any:
+        """Return ``Ax − y``."""
+        codomain = self.A.codomain
+        pairs = zip(codomain.leaves(self.A(x)), codomain.leaves(self.y), strict=True)
+        return codomain.unflatten([a - b for a, b in pairs])
+
+    def forward(self, x: Any) -> Tensor:
+        """Return ``F(x)``, a real zero-dimensional tensor that autograd can differentiate."""
+        residual = self.residual(x)
+        return self._value(residual, residual if self.weight is None else self.weight(residual))
+
+    def gradient(self, x: Any) -> Any:
+        """Return ``Aᴴ W (Ax − y)``."""
+        return self.value_and_gradient(x)[1]
+
+    def value_and_gradient(self, x: Any) -> tuple[Tensor, Any]:
+        """Return ``(F(x), Aᴴ W (Ax − y))`` with one forward and one adjoint."""
+        residual = self.residual(x)
+        weighted = residual if self.weight is None else self.weight(residual)
+        return self._value(residual, weighted), self.A.H(weighted)
+
+    @property
+    def hessian(self) -> LinearOperator:
+        """The Hessian ``Aᴴ W A``, self-adjoint and positive semi-definite."""
+        A = self.A.linear if isinstance(self.A, AffineOperator) else self.A
+        return A.gram if self.weight is None else A.H @ self.weight @ A
+
+    def _value(self, residual: Any, weighted: Any) -> Tensor:
+        total: Tensor | None = None
+        for r, w in zip(self.A.codomain.leaves(residual), self.A.codomain.leaves(weighted), strict=True):
+            term = torch.linalg.vecdot(r.reshape(-1), w.reshape(-1)).real
+            total = term if total is None else total + term
+        assert total is not None
+        return total / 2
+
+
+def _weight_operator(A: LinearOperator | AffineOperator, weight: Any) -> LinearOperator:
+    if not isinstance(weight, LinearOperator):
+        given, expected = tree_flatten(weight)[0], A.codomain.specs
+        leaves = [
+            w.to(spec.dtype) if isinstance(w, Tensor) and spec.is_complex and not w.is_complex() else w
+            for w, spec in zip(given, expected, strict=len(given) == len(expected))
+        ]
+        for w in given:
+            if isinstance(w, Tensor) and not w.is_complex() and bool((w < 0).any()):
+                raise SpaceMismatchError("expected weights of 0 or more, got negative ones: F would have no minimum")
+        entries = A.codomain.unflatten(leaves)
+        A.codomain.check(entries, "weight")
+        return diagonal(entries)
+    if weight.domain != A.codomain or weight.codomain != A.codomain:
+        raise SpaceMismatchError(
+            f"expected a weight that maps {A.codomain} to itself, got one from {weight.domain} to {weight.codomain}; "
+            "build it on A.codomain"
+        )
+    return weight
+
+
+def least_squares_gradient(A: LinearOperator | AffineOperator, x: Any, y: Any) -> Any:
+    """Return ``Aᴴ(Ax − y)``, the gradient of ``½‖Ax − y‖²``.
+
+    Parameters
+    ----------
+    A : LinearOperator or AffineOperator
+        The forward model.
+    x : pytree of tensors
+        An element of the domain.
+    y : pytree of tensors
+        The data, an element of the codomain.
+
+    Returns
+    -------
+    pytree of tensors
+        An element of the domain.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If x or y is not an element of its space.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from adjointlab import linear_operator
+    >>> c = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    >>> A = linear_operator(c, (1, 1, 8, 8))
+    >>> least_squares_gradient(A, torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)).shape
+    torch.Size([1, 1, 8, 8])
+    """
+    return LeastSquares(A, y).gradient(x)
+
+
+__all__ = ["LeastSquares", "least_squares_gradient"]

@@ -1,0 +1,305 @@
+r"""Is a map linear? ``f(αx + βz) = α f(x) + β f(z)``: proved from the graph of its derivative, or tested by numbers.
+
+A *proof* is a derivative that does not read the input (the map is affine), no number taken from the input, ``f(0) = 0``,
+and a dot test against what autograd may hide. Everything else is evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adjointlab.space import Space
+from adjointlab.transpose import ReadsInputError, Transposition
+
+Tensors = tuple[Tensor, ...]
+
+# Rounding is allowed this many units of eps times the norms at hand: long sums and transforms use a handful.
+UNITS = 16
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """A law of linear maps that fails: ``‖left − right‖ = gap`` where rounding explains ``allowed``."""
+
+    law: str
+    gap: float
+    allowed: float
+    arguments: tuple[Any, ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.law} fails: the two sides differ by {self.gap:.2e}, where rounding explains {self.allowed:.1e}"
+
+
+@dataclass(frozen=True)
+class LinearityReport:
+    """What is known about the linearity of a map; made by :func:`check_linearity`.
+
+    Attributes
+    ----------
+    verdict : str
+        ``"proved"``, ``"supported"`` (numerical evidence only) or ``"refuted"``.
+    is_affine : bool
+        Whether ``f(x) − f(0)`` passed as linear; true for linear maps too.
+    is_complex_linear : bool
+        Whether ``f(ix) = i f(x)``, as far as the spaces are complex.
+    evidence : tuple of str
+        What was seen, in words.
+    counterexample : Counterexample or None
+        The law that failed.
+    reads_input : tuple of str
+        Ops of the derivative (or reads of a number) that read the input.
+    differentiable : bool
+        Whether autograd's derivative passed the dot test.
+    deterministic : bool
+        Whether equal inputs gave equal outputs and left no trace.
+    offset : float
+        ``‖f(0)‖``.
+    """
+
+    verdict: str
+    is_affine: bool
+    is_complex_linear: bool
+    evidence: tuple[str, ...]
+    counterexample: Counterexample | None = None
+    reads_input: tuple[str, ...] = ()
+    differentiable: bool = True
+    deterministic: bool = True
+    offset: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [f"linearity: {self.verdict}"]
+        lines.append(f"  affine          {'yes' if self.is_affine else 'no'}, ‖f(0)‖ = {self.offset:.3g}")
+        lines.append(f"  complex-linear  {'yes' if self.is_complex_linear else 'no'}")
+        lines.extend(f"  evidence        {item}" for item in self.evidence)
+        if self.reads_input:
+            lines.append(f"  reads the input {', '.join(self.reads_input)}")
+        if self.counterexample is not None:
+            lines.append(f"  counterexample  {self.counterexample}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, ready for JSON."""
+        return {
+            "verdict": self.verdict,
+            "is_affine": self.is_affine,
+            "is_complex_linear": self.is_complex_linear,
+            "differentiable": self.differentiable,
+            "deterministic": self.deterministic,
+            "offset": self.offset,
+            "evidence": list(self.evidence),
+            "reads_input": list(self.reads_input),
+            "counterexample": None if self.counterexample is None else str(self.counterexample),
+        }
+
+
+def check_linearity(
+    f: Callable[..., Any], domain: Any, *, batch_dims: int = 0, kwargs: dict[str, Any] | None = None, seed: int = 0
+) -> LinearityReport:
+    """Report whether ``f(αx + βz) = α f(x) + β f(z)`` for all elements x, z of the domain.
+
+    Parameters
+    ----------
+    f : nn.Module or callable
+        The map; called as :func:`adjointlab.linear_operator` would.
+    domain : Tensor, tuple of int, TensorSpec, Space or pytree of these
+        Where it is defined.
+    batch_dims : int
+        Number of leading dimensions of free size.
+    kwargs : dict, optional
+        Fixed keyword arguments of the map.
+    seed : int
+        Seed of the random inputs; torch's global generator is left alone.
+
+    Returns
+    -------
+    LinearityReport
+        Verdict, evidence and counterexample; nothing is raised for a map that is not linear.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If the domain is none, or the map does not take its elements or does not return tensors.
+
+    Examples
+    --------
+    >>> import torch
+    >>> check_linearity(torch.nn.Conv2d(1, 1, 3, bias=False), (1, 1, 8, 8)).verdict
+    'proved'
+    >>> report = check_linearity(torch.relu, (8,))
+    >>> report.verdict, report.reads_input
+    ('refuted', ('threshold_backward',))
+    """
+    space = like_parameters(f, domain, batch_dims)
+    return assess(Transposition(f, space, kwargs), seed)
+
+
+def like_parameters(f: Any, domain: Any, batch_dims: int) -> Space:
+    """Return the space of ``domain``; where it gives a shape only, dtype and device are those of f's parameters."""
+    dtype = device = None
+    if isinstance(f, torch.nn.Module):
+        for tensor in (*f.parameters(), *f.buffers()):
+            if tensor.is_floating_point() or tensor.is_complex():
+                dtype, device = tensor.dtype, tensor.device
+                break
+    return Space.of(domain, dtype=dtype, device=device, batch_dims=batch_dims)
+
+
+def assess(map_: Transposition, seed: int = 0) -> LinearityReport:
+    """Return the evidence for the linearity of a map that is already derived."""
+    account = map_.account
+    evidence: list[str] = []
+    reads: tuple[str, ...] = account.readers or ()
+    if account.independent:
+        evidence.append("the derivative does not read the input: the map is affine")
+    elif reads:
+        evidence.append(f"the derivative reads the input in {', '.join(reads)}")
+    if map_.untraceable is not None:
+        evidence.append(str(map_.untraceable))
+        if isinstance(map_.untraceable, ReadsInputError):
+            reads = (str(map_.untraceable).split(" ", 1)[0],)
+
+    numbers = _Numbers(map_, seed)
+    with map_.captured.preserved() as changes, torch.no_grad():
+        counterexample = numbers.counterexample()
+        differentiable = counterexample is not None or numbers.adjoint_agrees()
+    if counterexample is None:
+        evidence.append("additivity and homogeneity hold to rounding on random inputs")
+        evidence.append("the dot test holds" if differentiable else "the dot test fails: autograd hides something")
+    deterministic = not changes and (counterexample is None or counterexample.law != _DETERMINISM)
+    if changes:
+        evidence.append(f"a call changes {', '.join(changes)}")
+    if numbers.offset > 0.0:
+        evidence.append(f"f(0) is not zero: its norm is {numbers.offset:.3g}")
+    is_affine = counterexample is None and deterministic
+    if not is_affine or numbers.offset > 0.0:
+        verdict = "refuted"
+    else:
+        verdict = "proved" if account.independent and differentiable else "supported"
+    if verdict == "refuted" and counterexample is None and deterministic:
+        counterexample = Counterexample("f(0) = 0", numbers.offset, 0.0, (map_.domain.zeros(),))
+    return LinearityReport(
+        verdict, is_affine, is_affine and numbers.is_complex_linear(), tuple(evidence), counterexample, reads,
+        differentiable, deterministic, numbers.offset,
+    )  # fmt: skip
+
+
+_DETERMINISM = "f(x) = f(x), the same call twice,"
+_FINITE = "f(x) is finite"
+
+
+class _Numbers:
+    """The laws of linear maps, each on random arguments; leaves in and out, so that nothing is checked twice."""
+
+    def __init__(self, map_: Transposition, seed: int) -> None:
+        self.map = map_
+        self.domain, self.codomain = map_.domain, map_.codomain
+        self.generator = torch.Generator().manual_seed(seed)
+        self.offset = 0.0
+
+    def draw(self, space: Space) -> Tensors:
+        return space.leaves(space.randn(self.generator))
+
+    def f(self, x: Tensors) -> Tensors:
+        return self.map.flat(tuple(t.clone() for t in x))
+
+    def norm(self, y: Tensors) -> float:
+        return float(self.codomain.norm(self.codomain.unflatten(y)))
+
+    def counterexample(self) -> Counterexample | None:
+        x, z = self.draw(self.domain), self.draw(self.domain)
+        zero = tuple(torch.zeros_like(t) for t in x)
+        at_zero, at_x, at_z = self.f(zero), self.f(x), self.f(z)
+        if not all(bool(torch.isfinite(t).all()) for t in (*at_zero, *at_x, *at_z)):
+            return Counterexample(_FINITE, float("nan"), 0.0, (x,))
+        self.offset = self.norm(at_zero)
+        scale = self.norm(at_x) + self.norm(at_z) + self.offset
+        allowed = UNITS * self.codomain.eps * scale
+        again = self.norm(_minus(self.f(x), at_x))
+        if again > allowed:
+            return Counterexample(_DETERMINISM, again, allowed, (x,))
+
+        eps = self.domain.eps
+        nudged = tuple(t * (1 + eps * r) for t, r in zip(x, self.draw(self.domain), strict=True))
+
+        def violated(law: str, left: Tensors, right: Tensors, size: float, *arguments: Any) -> Counterexample | None:
+            gap, bound = self.norm(_minus(left, right)), UNITS * self.codomain.eps * size
+            if gap > bound:  # cancellation inside? then the result moves as much when x moves by rounding
+                bound += UNITS * size / scale * self.norm(_minus(self.f(nudged), at_x))
+            return None if gap <= bound else Counterexample(law, gap, bound, arguments)
+
+        a, b = 0.75, -0.5  # exact in every dtype
+        combined = self.f(tuple(a * s + b * t for s, t in zip(x, z, strict=True)))
+        rest = 1 - a - b
+        right = tuple(a * s + b * t + rest * u for s, t, u in zip(at_x, at_z, at_zero, strict=True))
+        found = violated("f(αx + βz) = α f(x) + β f(z)" + self._offset(), combined, right, scale, x, z)
+        for s in (-1.0, 2.0**-6, 2.0**6):
+            if found is not None:
+                break
+            left = self.f(tuple(s * t for t in x))
+            right = tuple(s * t + (1 - s) * u for t, u in zip(at_x, at_zero, strict=True))
+            size = max(abs(s), 1.0) * scale if self.offset else abs(s) * scale
+            found = violated(f"f({s:g} x) = {s:g} f(x)" + self._offset(), left, right, size, x)
+        return found
+
+    def _offset(self) -> str:
+        return ", apart from f(0)," if self.offset else ""
+
+    def is_complex_linear(self) -> bool:
+        spaces = (self.domain, self.codomain)
+        if not any(space.is_complex for space in spaces):
+            return True
+        if not all(spec.is_complex for space in spaces for spec in space.specs):
+            return False
+        with self.map.captured.preserved(), torch.no_grad():
+            x = self.draw(self.domain)
+            at_zero = self.f(tuple(torch.zeros_like(t) for t in x))
+            left = self.f(tuple(1j * t for t in x))
+            right = tuple(1j * t + (1 - 1j) * u for t, u in zip(self.f(x), at_zero, strict=True))
+            gap = self.norm(_minus(left, right))
+        return gap <= 1e-2 * self.norm(left)  # a map that is only real-linear differs by order one
+
+    def adjoint_agrees(self) -> bool:
+        """Return whether ``Re⟨f(x) − f(0), y⟩ = Re⟨x, f'ᴴ y⟩`` for random x, y, f'ᴴ being the eager one."""
+        for _ in range(3):
+            x, y = self.draw(self.domain), self.draw(self.codomain)
+            at_x = _minus(self.f(x), self.f(tuple(torch.zeros_like(t) for t in x)))
+            gap, allowed = dot_gap(self.domain, self.codomain, x, at_x, y, self.map.reference_adjoint(y), exact=False)
+            if not gap <= allowed * (1 + self.offset / max(self.norm(at_x), 1e-300)):
+                return False
+        return True
+
+
+def _minus(a: Tensors, b: Tensors) -> Tensors:
+    return tuple(s - t for s, t in zip(a, b, strict=True))
+
+
+def dot_gap(
+    domain: Space, codomain: Space, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors, *, exact: bool
+) -> tuple[float, float]:
+    """Return ``|⟨Ax, y⟩ − ⟨x, By⟩| / (‖Ax‖‖y‖)`` and what rounding may explain of it, for Gaussian x and y.
+
+    Rounding errors of ``Ax`` do not know y: their inner product with it is smaller than ``eps ‖Ax‖‖y‖`` by the square
+    root of the number of entries. Half precision needs that factor, or errors of some percent would pass.
+    """
+    left = codomain.inner(codomain.unflatten(at_x), codomain.unflatten(y))
+    right = domain.inner(domain.unflatten(x), domain.unflatten(at_y))
+    difference = complex(left) - complex(right)
+    gap = abs(difference) if exact else abs(difference.real)
+    norm_x, norm_y = float(domain.norm(domain.unflatten(x))), float(codomain.norm(codomain.unflatten(y)))
+    norm_ax, norm_by = float(codomain.norm(codomain.unflatten(at_x))), float(domain.norm(domain.unflatten(at_y)))
+    scale = max(norm_ax * norm_y, norm_x * norm_by)
+    if scale == 0.0:
+        return 0.0, 0.0
+    eps = max(domain.eps, codomain.eps)
+    damping = 1.0
+    if eps > 1e-6:
+        damping = min(1.0, 2 * (norm_ax + norm_by) / scale)
+    return gap / scale, UNITS * eps * damping
+
+
+__all__ = ["Counterexample", "LinearityReport", "assess", "check_linearity", "dot_gap", "like_parameters"]

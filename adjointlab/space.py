@@ -1,0 +1,472 @@
+r"""Spaces: ``⟨a, b⟩ = Σ conj(aᵢ) bᵢ`` over all leaves of a pytree of tensors.
+
+PyTorch's vector-Jacobian product is the adjoint for the *real* inner product ``Re⟨·, ·⟩``. Where a map is
+complex-linear between complex spaces, that is exactly the Hermitian adjoint for ``⟨·, ·⟩``. Where one side is real
+(``rfft``, ``x.real``, ``x.to(complex)``) or the map is antilinear (``conj``), an adjoint exists for ``Re⟨·, ·⟩`` only.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from adjointlab.errors import SpaceMismatchError
+
+_DOUBLE = {True: torch.complex128, False: torch.float64}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """The space ``K^shape`` of one tensor, ``K`` being the reals or the complex numbers of ``dtype``.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Size of every dimension.
+    dtype : torch.dtype, optional
+        A floating-point or complex dtype; torch's default dtype if not given.
+    device : torch.device or str, optional
+        Where the tensors live; torch's default device if not given.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If the dtype is neither floating-point nor complex, or the shape has no elements.
+
+    Examples
+    --------
+    >>> TensorSpec((2, 3))
+    TensorSpec((2, 3), float32, cpu)
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = None  # type: ignore[assignment]  # filled in below, so that it is read when called
+    device: torch.device = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        dtype = torch.get_default_dtype() if self.dtype is None else self.dtype
+        # A tensor is asked for, since "cuda" and "cuda:0" are the same device but compare as different.
+        device = torch.empty(0, device=self.device).device
+        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "device", device)
+        if not (dtype.is_floating_point or dtype.is_complex):
+            raise SpaceMismatchError(
+                f"expected a floating-point or complex dtype, got {dtype}: linear maps act on real or complex "
+                "numbers; convert first, e.g. x.float()"
+            )
+        if min(self.shape, default=1) < 1:
+            raise SpaceMismatchError(
+                f"expected a shape with at least one element, got the empty shape {self.shape}: give every dimension "
+                "a size of 1 or more"
+            )
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """Return the spec of ``tensor``: its shape, dtype and device."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device)
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the scalars are complex."""
+        return self.dtype.is_complex
+
+    @property
+    def numel(self) -> int:
+        """Number of (real or complex) entries."""
+        return math.prod(self.shape)
+
+    def __repr__(self) -> str:
+        return f"TensorSpec({self.shape}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """How leaves hang together: a pytree, whose leaves may be objects that hold tensors as attributes.
+
+    The second part is for containers that no one registered with pytree (deepinv's ``TensorList``): such an object is
+    flattened by its attributes and rebuilt from a copy that is stripped of its tensors.
+    """
+
+    spec: pytree.TreeSpec
+    holders: tuple[tuple[int, Any, tuple[str, ...], _Structure], ...] = ()
+
+    def unflatten(self, leaves: Iterable[Any]) -> Any:
+        rest = list(leaves)
+        for position, shell, names, inner in self.holders:
+            count = inner.num_leaves
+            attributes = inner.unflatten(rest[position : position + count])
+            rebuilt = copy.copy(shell)
+            vars(rebuilt).update(zip(names, attributes, strict=True))
+            rest[position : position + count] = [rebuilt]
+        return pytree.tree_unflatten(rest, self.spec)
+
+    @property
+    def num_leaves(self) -> int:
+        return int(self.spec.num_leaves) + sum(inner.num_leaves - 1 for *_, inner in self.holders)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Structure):
+            return NotImplemented
+        mine = [(position, type(shell), names, inner) for position, shell, names, inner in self.holders]
+        theirs = [(position, type(shell), names, inner) for position, shell, names, inner in other.holders]
+        return bool(self.spec == other.spec) and mine == theirs
+
+    def __hash__(self) -> int:
+        return hash((str(self.spec), len(self.holders)))
+
+
+_SINGLE = _Structure(pytree.tree_flatten(torch.empty(0))[1])
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], _Structure]:
+    """Flatten a pytree, or an object that holds tensors as attributes, into leaves and structure."""
+    if isinstance(tree, Tensor):
+        return [tree], _SINGLE
+    raw, spec = pytree.tree_flatten(tree)
+    leaves: list[Any] = []
+    holders = []
+    for leaf in raw:
+        attributes = {} if isinstance(leaf, (Tensor, type, torch.nn.Module)) else getattr(leaf, "__dict__", {})
+        names = tuple(sorted(name for name, value in attributes.items() if _has_tensor(value)))
+        if not names:
+            leaves.append(leaf)
+            continue
+        shell = copy.copy(leaf)
+        vars(shell).update(dict.fromkeys(names))
+        inner_leaves, inner = tree_flatten([attributes[name] for name in names])
+        holders.append((len(leaves), shell, names, inner))
+        leaves.extend(inner_leaves)
+    return leaves, _Structure(spec, tuple(holders)) if holders else _Structure(spec)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and bool(value) and all(type(size) is int for size in value)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
+    if isinstance(value, (bool, int, float, complex)) or value is None:
+        return repr(value)
+    return f"an object of type {type(value).__name__}"
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """A finite-dimensional inner-product space of pytrees of tensors, ``⟨a, b⟩ = Σ conj(aᵢ) bᵢ``.
+
+    Parameters
+    ----------
+    specs : tuple of TensorSpec
+        Shape, dtype and device of every leaf.
+    structure : object
+        How the leaves form an element; made by :meth:`Space.of`, which is the way to make a space.
+    batch_dims : int
+        The first ``batch_dims`` dimensions of every leaf are free: they may have any size, the same for every leaf.
+        Two spaces are equal if they are equal apart from free sizes.
+
+    Examples
+    --------
+    >>> space = Space.of({"image": (1, 8, 8), "offset": (3,)})
+    >>> space.size
+    67
+    >>> float(space.norm(space.zeros()))
+    0.0
+    """
+
+    specs: tuple[TensorSpec, ...]
+    structure: _Structure = field(default=_SINGLE, repr=False)
+    batch_dims: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.specs:
+            raise SpaceMismatchError(
+                "expected a space of at least one tensor, got an empty one: give an example tensor, a shape such as "
+                "(1, 1, 64, 64) or a TensorSpec"
+            )
+        if not isinstance(self.batch_dims, int) or isinstance(self.batch_dims, bool) or self.batch_dims < 0:
+            raise SpaceMismatchError(f"expected batch_dims to be an integer of 0 or more, got {self.batch_dims!r}")
+        if self.batch_dims:
+            batches = {spec.shape[: self.batch_dims] for spec in self.specs}
+            if len(batches) > 1 or any(len(spec.shape) < self.batch_dims for spec in self.specs):
+                raise SpaceMismatchError(
+                    f"expected every leaf to begin with the same {self.batch_dims} batch dimensions, got shapes "
+                    f"{[spec.shape for spec in self.specs]}: lower batch_dims, or give the leaves equal leading sizes"
+                )
+
+    @classmethod
+    def of(
+        cls,
+        domain: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        batch_dims: int = 0,
+    ) -> Space:
+        """Return the space of an example tensor, shape, ``TensorSpec``, ``Space`` or pytree of these.
+
+        Parameters
+        ----------
+        domain : Tensor, tuple of int, TensorSpec, Space or pytree of these
+            Values of tensors are ignored. A non-empty tuple or list of integers is a shape.
+        dtype, device : optional
+            Of leaves that are given as a shape only.
+        batch_dims : int
+            Number of leading dimensions of free size.
+
+        Returns
+        -------
+        Space
+            The space whose elements look like ``domain``.
+
+        Raises
+        ------
+        SpaceMismatchError
+            If there is no leaf, a leaf is none of the above, is empty, or is neither floating-point nor complex.
+
+        Examples
+        --------
+        >>> Space.of((2, 3), dtype=torch.complex64)
+        Space(TensorSpec((2, 3), complex64, cpu))
+        """
+        if isinstance(domain, Space):
+            return replace(domain, batch_dims=batch_dims) if batch_dims else domain
+        if isinstance(domain, Tensor):
+            return cls((TensorSpec.of(domain),), batch_dims=batch_dims)
+        shapes_closed = pytree.tree_map(
+            lambda leaf: TensorSpec(tuple(leaf), dtype, device) if _is_shape(leaf) else leaf,  # type: ignore[arg-type]
+            domain,
+            is_leaf=_is_shape,
+        )
+        # A space inside a pytree stands for its elements: opened, so that their leaves become leaves of the whole.
+        opened = pytree.tree_map(
+            lambda leaf: leaf.unflatten(leaf.specs) if isinstance(leaf, Space) else leaf,
+            shapes_closed,
+            is_leaf=lambda leaf: isinstance(leaf, Space),
+        )
+        leaves, structure = tree_flatten(opened)
+        specs = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                specs.append(TensorSpec.of(leaf))
+            elif isinstance(leaf, TensorSpec):
+                specs.append(leaf)
+            else:
+                raise SpaceMismatchError(
+                    "expected a domain given as an example tensor, a shape such as (1, 1, 64, 64), a TensorSpec, a "
+                    f"Space or a pytree of these, got {_describe(leaf)}"
+                )
+        return cls(tuple(specs), _SINGLE if structure == _SINGLE else structure, batch_dims)
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        return (
+            self.batch_dims,
+            tuple((spec.shape[self.batch_dims :], spec.dtype, spec.device) for spec in self.specs),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Space):
+            return NotImplemented
+        return self is other or (self._key == other._key and self.structure == other.structure)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether any leaf is complex."""
+        return any(spec.is_complex for spec in self.specs)
+
+    @property
+    def size(self) -> int:
+        """Number of entries over all leaves."""
+        return sum(spec.numel for spec in self.specs)
+
+    @property
+    def eps(self) -> float:
+        """Unit roundoff of the coarsest leaf dtype."""
+        return max(float(torch.finfo(spec.dtype).eps) for spec in self.specs)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the free leading dimensions in this space's own example."""
+        return self.specs[0].shape[: self.batch_dims]
+
+    def with_batch(self, batch_shape: Sequence[int]) -> Space:
+        """Return the same space with the free leading dimensions set to ``batch_shape``."""
+        batch = tuple(batch_shape)
+        if batch == self.batch_shape:
+            return self
+        specs = tuple(replace(spec, shape=batch + spec.shape[self.batch_dims :]) for spec in self.specs)
+        return replace(self, specs=specs)
+
+    def with_batch_dims(self, batch_dims: int) -> Space:
+        """Return the same space with the first ``batch_dims`` dimensions free."""
+        return self if batch_dims == self.batch_dims else replace(self, batch_dims=batch_dims)
+
+    # -- elements ------------------------------------------------------------------------------------------------
+
+    def leaves(self, x: Any, name: str = "x") -> tuple[Tensor, ...]:
+        """Return the leaves of ``x`` after checking that it is an element: structure, shapes, dtypes, devices.
+
+        Parameters
+        ----------
+        x : pytree of tensors
+            What to check.
+        name : str
+            What to call it in the error message.
+
+        Returns
+        -------
+        tuple of Tensor
+            The leaves, untouched: nothing is cast, broadcast or copied.
+
+        Raises
+        ------
+        SpaceMismatchError
+            If ``x`` is not an element of this space.
+        """
+        if isinstance(x, Tensor):
+            found, structure = (x,), _SINGLE
+        else:
+            flat, structure = tree_flatten(x)
+            found = tuple(flat)
+        if structure is not self.structure and structure != self.structure:
+            raise self._mismatch(name, x)
+        k = self.batch_dims
+        for leaf, spec in zip(found, self.specs, strict=True):
+            if (
+                not isinstance(leaf, Tensor)
+                or leaf.shape[k:] != spec.shape[k:]
+                or leaf.dtype != spec.dtype
+                or leaf.device != spec.device
+                or leaf.layout != torch.strided
+            ):
+                raise self._mismatch(name, x, leaf, spec)
+        if k and any(leaf.shape[:k] != found[0].shape[:k] or leaf.ndim < k for leaf in found):
+            raise self._mismatch(name, x)
+        return found
+
+    def check(self, x: Any, name: str = "x") -> None:
+        """Raise ``SpaceMismatchError`` unless ``x`` is an element of this space."""
+        self.leaves(x, name)
+
+    def _mismatch(self, name: str, x: Any, leaf: Any = None, spec: TensorSpec | None = None) -> SpaceMismatchError:
+        if spec is None or not isinstance(leaf, Tensor):
+            came = _describe(x) if not _has_tensor(x) or isinstance(x, Tensor) else f"the pytree {_outline(x)}"
+            remedy = "pass an element with the structure of the space"
+        else:
+            came = _describe(leaf)
+            if leaf.device != spec.device:
+                remedy = f"move it with .to({str(spec.device)!r}), or the operator with A.to({str(leaf.device)!r})"
+            elif leaf.dtype != spec.dtype:
+                remedy = f"convert it with .to({spec.dtype}), or the operator with A.to({leaf.dtype})"
+            elif leaf.layout != torch.strided:
+                remedy = f"its layout is {leaf.layout}: pass a dense tensor, .to_dense()"
+            else:
+                remedy = "reshape it, or build the operator for this shape (batch_dims=k leaves the first k sizes free)"
+        return SpaceMismatchError(f"expected {name} to be an element of {self}, got {came}; {remedy}")
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """Return the element with the given leaves: the inverse of :meth:`leaves`."""
+        return leaves[0] if self.structure is _SINGLE else self.structure.unflatten(leaves)
+
+    def zeros(self) -> Any:
+        """Return the zero element."""
+        return self.unflatten([torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in self.specs])
+
+    def randn(self, generator: torch.Generator | None = None) -> Any:
+        """Return an element of independent standard normal entries (variance 1, complex ones as well).
+
+        Parameters
+        ----------
+        generator : torch.Generator, optional
+            A *CPU* generator; without one, torch's global generator is advanced. Numbers are drawn on the CPU, so that
+            they are the same for every device.
+
+        Returns
+        -------
+        pytree of tensors
+            The random element.
+        """
+        draws = (torch.randn(s.shape, dtype=_drawn(s.dtype), generator=generator) for s in self.specs)
+        return self.unflatten([d.to(device=s.device, dtype=s.dtype) for d, s in zip(draws, self.specs, strict=True)])
+
+    # -- geometry ------------------------------------------------------------------------------------------------
+
+    def inner(self, a: Any, b: Any) -> Tensor:
+        """Return ``⟨a, b⟩ = Σ conj(aᵢ) bᵢ``, accumulated in double precision.
+
+        Parameters
+        ----------
+        a, b : pytree of tensors
+            Elements of this space.
+
+        Returns
+        -------
+        Tensor
+            Zero-dimensional, ``complex128`` if any leaf is complex, else ``float64``.
+
+        Examples
+        --------
+        >>> Space.of((2,), dtype=torch.complex64).inner(torch.tensor([1j, 0]), torch.tensor([1.0 + 0j, 0]))
+        tensor(-1.j, dtype=torch.complex128)
+        """
+        total: Tensor | None = None
+        for u, v in zip(self.leaves(a, "a"), self.leaves(b, "b"), strict=True):
+            wide = _DOUBLE[self.is_complex]
+            term = torch.vdot(u.reshape(-1).to(wide), v.reshape(-1).to(wide))
+            total = term if total is None else total + term
+        assert total is not None
+        return total
+
+    def norm(self, a: Any) -> Tensor:
+        """Return ``‖a‖ = √⟨a, a⟩`` as a zero-dimensional ``float64`` tensor."""
+        squares = [
+            torch.linalg.vector_norm(u, dtype=_DOUBLE[u.is_complex()]).square() for u in self.leaves(a, "a")
+        ]
+        return torch.stack(squares).sum().sqrt()
+
+    def vector(self, a: Any) -> Tensor:
+        """Return the coordinates of ``a`` as one vector of ``size`` entries, leaves one after the other."""
+        return torch.cat([leaf.reshape(-1) for leaf in self.leaves(a, "a")])
+
+    def element(self, vector: Tensor) -> Any:
+        """Return the element with the coordinates ``vector``: the inverse of :meth:`vector`."""
+        parts = torch.split(vector, [spec.numel for spec in self.specs])
+        return self.unflatten(
+            [
+                (part.real if part.is_complex() and not spec.is_complex else part).to(spec.dtype).reshape(spec.shape)
+                for part, spec in zip(parts, self.specs, strict=True)
+            ]
+        )
+
+    def __repr__(self) -> str:
+        names = ", ".join(map(repr, self.specs))
+        free = f", batch_dims={self.batch_dims}" if self.batch_dims else ""
+        return f"Space({names}{free})"
+
+
+def _drawn(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that numbers are drawn in: half and smaller types have no generator everywhere."""
+    small = torch.finfo(dtype).bits < 32
+    return {True: torch.complex64, False: torch.float32}[dtype.is_complex] if small else dtype
+
+
+def _outline(tree: Any) -> str:
+    return str(pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf), tree))

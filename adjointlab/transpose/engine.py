@@ -1,0 +1,343 @@
+"""A linear (or affine) function between two spaces with its derived adjoint: the one thing this package makes.
+
+For every size of the free leading dimensions there is one :class:`Derived`: the eager reference, or programs that were
+compared with it once on random data. It is made again when what it depends on has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.space import Space, TensorSpec, tree_flatten
+from adjointlab.transpose import pair, vjp
+from adjointlab.transpose.account import Account, listing
+from adjointlab.transpose.capture import Capture, capture
+from adjointlab.transpose.program import Program, differentiated, plain
+from adjointlab.transpose.prune import Pruned, prune
+from adjointlab.transpose.trace import Graph, UntraceableError, clean, op_name, trace_forward, trace_vjp
+
+aten = torch.ops.aten
+Tensors = tuple[Tensor, ...]
+Function = Callable[[Tensors], Tensors]
+
+ENGINES = ("auto", "eager", "traced", "compiled")
+_MOST_REBUILDS = 8  # a function whose plain attributes change at every call is not worth tracing again and again
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A function and its adjoint for one size of everything; ``linear`` is the function without its offset."""
+
+    function: Function
+    linear: Function
+    adjoint: Function
+    account: Account
+    state: tuple[Any, ...] = ()
+    metadata: tuple[Any, ...] = ()
+    baked: tuple[Any, ...] = ()
+    graphs: tuple[Graph, Pruned] | None = None
+
+
+class Transposition:
+    """``f`` between two spaces and ``v ↦ f'ᴴ v``, by the engine asked for or, where it cannot serve, by eager."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        domain: Space,
+        kwargs: dict[str, Any] | None = None,
+        engine: str = "auto",
+        *,
+        affine: bool = False,
+    ) -> None:
+        if engine not in ENGINES:
+            raise ValueError(f"expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
+        self.callable = function
+        self.kwargs = dict(kwargs or {})
+        self.requested = engine
+        self.affine = affine
+        self._rebuilds = 0
+        self.rebase(domain)
+
+    def rebase(self, domain: Space) -> None:
+        """Derive afresh, on another domain."""
+        self.domain = domain
+        self.captured: Capture = capture(self.callable, self.kwargs)
+        self._derived: dict[tuple[int, ...], Derived] = {}
+        self._verified: set[tuple[int, ...]] = set()
+        self._vjp: tuple[vjp.VJP, str] | None = None
+        self._writes_to_input = False
+        self._structure: Any = None
+        self.untraceable: UntraceableError | None = None
+        derived = self._derive(domain.batch_shape)
+        self._derived[domain.batch_shape] = derived
+        self.codomain = self._codomain(derived)
+
+    # -- the reference -----------------------------------------------------------------------------------------------
+
+    def flat(self, leaves: Tensors) -> Tensors:
+        """Return the leaves of ``f(x)``, calling the user's function itself."""
+        if self._writes_to_input:
+            leaves = tuple(leaf.clone() for leaf in leaves)
+        x = self.domain.unflatten(leaves)
+        output = self.callable(*x, **self.kwargs) if type(x) is tuple else self.callable(x, **self.kwargs)
+        if isinstance(output, Tensor):
+            self._structure = None
+            return (output,)
+        flat, self._structure = tree_flatten(output)
+        for leaf in flat:
+            if not isinstance(leaf, Tensor):
+                raise SpaceMismatchError(
+                    f"expected the forward to return a tensor or a pytree of tensors, got {type(leaf).__name__} "
+                    f"({str(leaf)[:60]}): return tensors only"
+                )
+        if not flat:
+            raise SpaceMismatchError("expected the forward to return at least one tensor, got an empty pytree")
+        return tuple(flat)
+
+    def reference_adjoint(self, cotangents: Tensors) -> Tensors:
+        """Return ``f'(0)ᴴ v`` by the plain eager vector-Jacobian product."""
+        space = self.domain.with_batch(self._batch(cotangents))
+        primals = tuple(torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in space.specs)
+        if self._vjp is None:
+            self._vjp = vjp.choose_vjp(self.flat, primals, tuple(c.detach() for c in cotangents))
+        return self._vjp[0](self.flat, primals, cotangents)
+
+    def _batch(self, leaves: Tensors) -> tuple[int, ...]:
+        return tuple(leaves[0].shape[: self.domain.batch_dims])
+
+    # -- what is called ----------------------------------------------------------------------------------------------
+
+    def function(self, x: Any) -> Any:
+        """Return ``f(x)``."""
+        leaves = self.domain.leaves(x)
+        return self.codomain.unflatten(self._current(leaves).function(leaves))
+
+    def linear(self, x: Any) -> Any:
+        """Return ``f(x) − f(0)``."""
+        leaves = self.domain.leaves(x)
+        return self.codomain.unflatten(self._current(leaves).linear(leaves))
+
+    def adjoint(self, v: Any) -> Any:
+        """Return ``f'ᴴ v``."""
+        leaves = self.codomain.leaves(v)
+        return self.domain.unflatten(self._current(leaves).adjoint(leaves))
+
+    @property
+    def account(self) -> Account:
+        """How the nominal size is served."""
+        return self._derived[self.domain.batch_shape].account
+
+    def verify(self) -> None:
+        """Compare the derived programs of the nominal size with the eager reference, once."""
+        self._verify(self.domain.batch_shape)
+
+    def _current(self, leaves: Tensors) -> Derived:
+        batch = self._batch(leaves)
+        derived = self._derived.get(batch)
+        if torch.compiler.is_compiling():
+            return self._eager("torch.compile met a size that was not seen before") if derived is None else derived
+        if derived is not None and plain() and self._stale(derived):
+            self._rebuilds += 1
+            self.captured = capture(self.callable, self.kwargs)
+            self._derived.clear()
+            self._verified.clear()
+            derived = None
+        if derived is None:
+            derived = self._derived[batch] = self._derive(batch)
+        if batch not in self._verified and plain():
+            self._verify(batch)
+            return self._derived[batch]
+        return derived
+
+    def _stale(self, derived: Derived) -> bool:
+        if derived.account.engine == "eager":
+            return False
+        if self.captured.changed():
+            return True
+        for source, (shape, stride, dtype, device) in zip(derived.state, derived.metadata, strict=True):
+            tensor = source.container[source.key]
+            if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or tensor.stride() != stride:
+                return True
+        return any(not torch.equal(source.read(), value) for source, value in derived.baked)
+
+    # -- how it is made ----------------------------------------------------------------------------------------------
+
+    def _derive(self, batch: tuple[int, ...]) -> Derived:
+        if self.requested == "eager":
+            return self._eager("it was asked for")
+        if self._rebuilds > _MOST_REBUILDS:
+            return self._eager("the function's plain attributes change from call to call")
+        specs = self.domain.with_batch(batch).specs
+        try:
+            forward = trace_forward(self.flat, specs, self.captured)
+            pruned = prune(trace_vjp(forward), len(specs))
+        except UntraceableError as error:
+            self.untraceable = error
+            return self._eager(f"the function cannot be traced: {error}")
+        return self._traced(forward, pruned)
+
+    def _eager(self, reason: str) -> Derived:
+        account = Account("eager", self.requested, reason)
+
+        def linear(leaves: Tensors) -> Tensors:
+            zeros = tuple(torch.zeros_like(leaf) for leaf in leaves)
+            return tuple(a - b for a, b in zip(self.flat(leaves), self.flat(zeros), strict=True))
+
+        return Derived(self.flat, linear, self.reference_adjoint, account)
+
+    def _traced(self, forward: Graph, pruned: Pruned) -> Derived:
+        n = len(forward.state)
+        function, adjoint = Program(forward), Program(pruned.graph)
+        linear = Program(_without_offset(forward)) if self.affine else function
+        run_linear, run_adjoint = pair.pair(linear, adjoint, n)
+        run = pair.affine(function, linear, adjoint, n) if self.affine else run_linear
+        account = Account(
+            "traced", self.requested, readers=pruned.readers, ops_before=pruned.ops_before, ops_after=pruned.ops_after,
+            program=listing(pruned.graph),
+        )  # fmt: skip
+        state = forward.state
+        metadata = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (source.read() for source in state))
+
+        def bound(program: Program, linked: pair.Run) -> Function:
+            def call(leaves: Tensors) -> Tensors:
+                tensors = (*[source.container[source.key] for source in state], *[_canonical(t) for t in leaves])
+                return linked(*tensors) if differentiated(tensors) else program(*tensors)
+
+            return call
+
+        return Derived(
+            bound(function, run), bound(linear, run_linear), bound(adjoint, run_adjoint), account, state, metadata,
+            forward.baked, (forward, pruned),
+        )  # fmt: skip
+
+    def _codomain(self, derived: Derived) -> Space:
+        """Return the space of outputs: from the graph, or from the function itself at zero where there is none."""
+        if derived.graphs is not None:
+            outputs = [node.meta["val"] for node in derived.graphs[0].outputs]
+        else:
+            outputs = list(self._run_once())
+        for out in outputs:
+            if not (out.is_floating_point() or out.is_complex()):
+                raise SpaceMismatchError(
+                    f"expected the forward to return floating-point or complex tensors, got {out.dtype}: "
+                    "a map to integers or booleans is not linear"
+                )
+        specs = tuple(TensorSpec(tuple(out.shape), out.dtype, out.device) for out in outputs)
+        k = self.domain.batch_dims
+        if any(spec.shape[:k] != self.domain.batch_shape for spec in specs):
+            raise SpaceMismatchError(
+                f"expected every output to begin with the {k} batch dimensions {self.domain.batch_shape} of the input, "
+                f"got shapes {[spec.shape for spec in specs]}: lower batch_dims"
+            )
+        return Space(specs, batch_dims=k) if self._structure is None else Space(specs, self._structure, k)
+
+    def _run_once(self) -> Tensors:
+        leaves = self.domain.leaves(self.domain.zeros())
+        with self.captured.preserved(), torch.no_grad():
+            try:
+                outputs = self.flat(leaves)
+            except SpaceMismatchError:
+                raise
+            # Whatever a third-party forward raises on an element of its claimed domain is a mismatch of the two.
+            except Exception as error:
+                raise SpaceMismatchError(
+                    f"expected the forward to take an element of {self.domain}, but it raised {type(error).__name__}: "
+                    f"{vjp.first_line(error)}; check the shape and dtype of the domain"
+                ) from error
+        self._writes_to_input = any(leaf._version > 0 for leaf in leaves)
+        return outputs
+
+    def _verify(self, batch: tuple[int, ...]) -> None:
+        """Compare what was derived with the eager reference on random data; fall back to that if they differ."""
+        derived = self._derived[batch]
+        self._verified.add(batch)
+        if derived.account.engine == "eager":
+            return
+        generator = torch.Generator().manual_seed(20)
+        domain, codomain = self.domain.with_batch(batch), self.codomain.with_batch(batch)
+        x, v = (space.leaves(space.randn(generator)) for space in (domain, codomain))
+        fallback = ""
+        with self.captured.preserved() as changes, torch.no_grad():
+            pairs = [
+                ("forward", self.flat, derived.function, x, codomain),
+                ("adjoint", self.reference_adjoint, derived.adjoint, v, domain),
+            ]
+            for name, reference, fast, argument, space in pairs:
+                gap, allowed = _gap(reference, fast, argument, space)
+                if not gap <= allowed:
+                    fallback = (
+                        f"the derived {name} differs from the eager one by {gap:.1e} of its norm, where rounding "
+                        f"explains {allowed:.1e}"
+                    )
+        if changes and not fallback:
+            fallback = f"stateful: the forward changes {changes[0]}"
+        if fallback:
+            self._derived[batch] = self._eager(fallback)
+
+
+def _gap(reference: Function, fast: Function, argument: Tensors, space: Space) -> tuple[float, float]:
+    """Return the difference of two functions at ``argument``, and what rounding may explain, relative to the norm."""
+    copies = tuple(t.clone() for t in argument)
+    expected, found = reference(argument), fast(copies)
+    scale = float(space.norm(space.unflatten(expected)))
+    if scale == 0.0:
+        return float(space.norm(space.unflatten(found))), 0.0
+    difference = float(space.norm(space.unflatten([a - b for a, b in zip(expected, found, strict=True)]))) / scale
+    allowed = 32 * space.eps
+    if difference > allowed:  # cancellation inside: how much does the result move when the argument does, by rounding?
+        eps = max(float(torch.finfo(t.dtype).eps) for t in argument)
+        nudged = tuple(t * (1 + eps * torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).to(t)) for t in argument)
+        moved = [a - b for a, b in zip(expected, reference(nudged), strict=True)]
+        allowed += 32 * float(space.norm(space.unflatten(moved))) / scale
+    return difference, allowed
+
+
+def _canonical(tensor: Tensor) -> Tensor:
+    """Return the tensor as it was traced: contiguous, without lazy conjugation or negation."""
+    if tensor.is_complex():
+        tensor = tensor.resolve_conj()
+    return tensor.resolve_neg().contiguous()
+
+
+def _without_offset(forward: Graph) -> Graph:
+    """Return the graph of ``x ↦ f(x) − f(0)``; ``f(0)`` depends on the state alone, and is kept while that is."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    zeros: dict[fx.Node, fx.Node] = {}
+    inputs = set(forward.inputs)
+    for node in forward.placeholders:
+        copies[node] = zeros[node] = graph.node_copy(node)
+    for node in forward.inputs:
+        value = node.meta["val"]
+        zeros[node] = graph.call_function(
+            aten.zeros.default, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
+        )
+        zeros[node].meta["val"] = value
+    dependent = set(inputs)
+    for node in forward.module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        zeros[node] = copies[node]
+        if any(operand in dependent for operand in node.all_input_nodes):
+            dependent.add(node)
+            zeros[node] = graph.node_copy(node, zeros.__getitem__)
+    outputs = []
+    for node in forward.outputs:
+        difference = graph.call_function(aten.sub.Tensor, (copies[node], zeros[node]))
+        difference.meta["val"] = node.meta["val"]
+        outputs.append(difference)
+    graph.output(tuple(outputs))
+    module = fx.GraphModule(forward.module, graph)
+    clean(module)
+    return Graph(module, forward.state, forward.baked)
+
+
+__all__ = ["ENGINES", "Derived", "Transposition", "op_name"]

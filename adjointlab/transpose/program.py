@@ -1,0 +1,187 @@
+"""A graph made callable: what depends on no input is computed once, and again when what it depends on changes.
+
+The nodes fall into three parts. *Constants* (sampling grids, windows) depend on nothing and are computed at the first
+call. The *prologue* (flipped kernels, a kernel's transform) depends on the state only; it is kept while the state's
+values are the same. Values are compared, not version counters: ``weight.data.mul_(2)`` leaves no other trace. So only a
+small state is worth it; a large one is read in the *main* part, at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd import forward_ad
+
+from adjointlab.transpose.capture import same
+from adjointlab.transpose.trace import Graph
+
+aten = torch.ops.aten
+
+_SMALL = 1 << 16  # entries of state that are compared at each call, some ten microseconds' worth
+
+# Ops that cost as much to keep as to make (factories), or nothing at all (views): they stay where they are used.
+_FACTORIES = {
+    aten.zeros, aten.ones, aten.full, aten.empty, aten.empty_strided, aten.new_zeros, aten.new_ones, aten.new_empty,
+    aten.new_full, aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.scalar_tensor,
+}  # fmt: skip
+_VIEWS = {
+    aten.view, aten._unsafe_view, aten.reshape, aten.transpose, aten.permute, aten.t, aten.expand, aten.squeeze,
+    aten.unsqueeze, aten.slice, aten.select, aten.conj, aten._conj, aten.alias, aten.detach, aten.as_strided,
+    aten.view_as_real, aten.view_as_complex, aten.unfold, aten.diagonal,
+}  # fmt: skip
+
+
+def plain() -> bool:
+    """Return whether code runs eagerly on real tensors: no transform, no tracing, no compilation is under way."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def differentiated(tensors: tuple[Tensor, ...]) -> bool:
+    """Return whether derivatives through a function of ``tensors`` may be asked for."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+class Program:
+    """A callable ``(*state, *inputs) → tuple of outputs`` that equals its graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.whole = whole(graph.module)
+        self._split = _split(graph)
+        self._constants: tuple[Tensor, ...] | None = None
+        self._kept: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs."""
+        if self._split is None or not plain():
+            return tuple(self.whole(*tensors))
+        constants, prologue, main, watched, n_state = self._split
+        if self._constants is None:
+            with torch.no_grad():
+                self._constants = constants() if constants else ()
+        prepared: tuple[Tensor, ...] = ()
+        if prologue:
+            prepared = self._prepare(prologue, tuple(tensors[i] for i in watched), tensors[:n_state])
+        return tuple(main(*tensors, *self._constants, *prepared))
+
+    def _prepare(
+        self, prologue: Callable[..., Any], now: tuple[Tensor, ...], state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        if self._kept is not None:
+            before, outputs = self._kept
+            if all(map(same, now, before)):
+                return outputs
+        assert self._constants is not None
+        with torch.no_grad():
+            outputs = tuple(prologue(*state, *self._constants))
+            self._kept = (tuple(t.detach().clone() for t in now), outputs)
+        return outputs
+
+
+Split = tuple[Callable[..., Any] | None, Callable[..., Any] | None, Callable[..., Any], tuple[int, ...], int]
+
+
+def _split(graph: Graph) -> Split | None:
+    """Return the parts of the graph, or None where it is all main part."""
+    placeholders = graph.placeholders
+    n_state = len(graph.state)
+    level = _levels(graph)
+    keep = [n for n in graph.module.graph.nodes if n.op == "call_function" and level[n] < 2 and not _stays(n)]
+    roots = {n: frozenset(_roots(n, placeholders)) for n in keep}
+    small = {
+        n for n in keep
+        if level[n] == 0 or sum(placeholders[i].meta["val"].numel() for i in roots[n]) <= _SMALL
+        and all(placeholders[i].meta["val"].device.type == "cpu" for i in roots[n])
+    }  # fmt: skip
+    # Only what the rest uses is kept; tuples of tensors (of convolution_backward, say) through their items.
+    frontier = [n for n in keep if n in small and isinstance(n.meta.get("val"), Tensor) and _leaves(n, small)]
+    constants = [n for n in frontier if level[n] == 0]
+    prologue = [n for n in frontier if level[n] == 1]
+    if not frontier:
+        return None
+    # A constant that only the prologue uses is an input of the prologue as well.
+    inner = [n for n in keep if level[n] == 0 and n not in constants and isinstance(n.meta.get("val"), Tensor)]
+    known = constants + [n for n in inner if any(level[user] == 1 for user in n.users)]
+    watched = tuple(sorted(set().union(*(roots[n] for n in prologue)))) if prologue else ()
+    return (
+        _extract(graph, [], known) if known else None,
+        _extract(graph, [*placeholders[:n_state], *known], prologue) if prologue else None,
+        _extract(graph, [*placeholders, *known, *prologue], graph.outputs),
+        watched,
+        n_state,
+    )
+
+
+def _levels(graph: Graph) -> dict[fx.Node, int]:
+    """Return 0 for nodes that depend on nothing, 1 for those that depend on state only, 2 for the rest."""
+    inputs = set(graph.inputs)
+    level: dict[fx.Node, int] = {}
+    for node in graph.module.graph.nodes:
+        if node.op == "placeholder":
+            level[node] = 2 if node in inputs else 1
+        else:
+            level[node] = max((level[operand] for operand in node.all_input_nodes), default=0)
+    return level
+
+
+def _stays(node: fx.Node) -> bool:
+    """Return whether a node is not worth keeping: a factory, or a view of something that is not kept."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in _FACTORIES:
+        return node.meta["val"].numel() > 1
+    return packet in _VIEWS and all(n.op == "placeholder" or _stays(n) for n in node.all_input_nodes)
+
+
+def _roots(node: fx.Node, placeholders: list[fx.Node]) -> set[int]:
+    seen: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in seen:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return {i for i, placeholder in enumerate(placeholders) if placeholder in seen}
+
+
+def _leaves(node: fx.Node, kept: set[fx.Node]) -> bool:
+    return any(user not in kept for user in node.users)
+
+
+def _extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callable[..., Any]:
+    """Return the part of the graph that computes ``outputs`` from ``inputs`` as a function."""
+    part = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {node: part.placeholder(node.name) for node in inputs}
+    needed: set[fx.Node] = set()
+    pending = [n for n in outputs if isinstance(n, fx.Node)]
+    while pending:
+        node = pending.pop()
+        if node not in needed and node not in copies:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    for node in graph.module.graph.nodes:
+        if node in needed:
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[n] if isinstance(n, fx.Node) else n for n in outputs))
+    part.lint()
+    return whole(fx.GraphModule(graph.module, part))
+
+
+def whole(module: fx.GraphModule) -> Callable[..., Any]:
+    """Return a graph as a plain function: a graph without attributes needs no module, and torch.compile likes it so."""
+    function = type(module).forward
+
+    def run(*tensors: Tensor) -> Any:
+        return function(None, *tensors)
+
+    return run

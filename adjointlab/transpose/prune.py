@@ -1,0 +1,155 @@
+"""From the graph of a VJP to the adjoint: cut loose what reads the primal for its shape only, drop the forward.
+
+The value of the primal is *demanded* by an output if some chain of ops leads from the one to the other on which every
+op reads the value of its operand, not only its metadata. If nothing demands it, the Jacobian is the same at every
+primal: the map is affine. That is a proof as far as autograd tells the truth about derivatives.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from adjointlab.transpose.trace import Graph, clean, op_name
+
+aten = torch.ops.aten
+
+# Positions of operands that the op reads for shape, dtype and device only, whatever its other arguments.
+_SHAPE_ONLY: dict[Any, tuple[int, ...]] = {
+    **dict.fromkeys(
+        (
+            aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like,
+            aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided,
+            aten.fill, aten.zero,
+        ),
+        (0,),
+    ),
+    **dict.fromkeys(
+        (
+            aten.reflection_pad1d_backward, aten.reflection_pad2d_backward, aten.reflection_pad3d_backward,
+            aten.replication_pad1d_backward, aten.replication_pad2d_backward, aten.replication_pad3d_backward,
+            aten.avg_pool2d_backward, aten.avg_pool3d_backward,
+            aten._adaptive_avg_pool2d_backward, aten._adaptive_avg_pool3d_backward,
+        ),
+        (1,),
+    ),
+}  # fmt: skip
+
+
+def _shape_only(node: fx.Node) -> tuple[int, ...]:
+    """Return the positions of operands whose values ``node`` does not read."""
+    packet = getattr(node.target, "overloadpacket", None)
+    args = node.args
+    if packet is aten.convolution_backward and args[10] == [True, False, False]:
+        return (1,)
+    if packet in (aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward) and not args[6][1]:  # type: ignore[index]
+        return (1,)
+    if packet is aten.native_batch_norm_backward and not args[7] and args[9] == [True, False, False]:
+        return (1, 5, 6)
+    return _SHAPE_ONLY.get(packet, ())
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The adjoint as a graph ``(*state, *cotangents)``, and the ops that still read the primal (none: proved)."""
+
+    graph: Graph
+    readers: tuple[str, ...]
+    ops_before: Counter[str]
+    ops_after: Counter[str]
+
+
+def prune(vjp: Graph, n_primals: int) -> Pruned:
+    """Return the adjoint without its forward; the graph given is changed and must not be used again."""
+    before = ops(vjp)
+    graph = vjp.module.graph
+    primals = vjp.inputs[:n_primals]
+    tainted = _descendants(primals)
+    demanded = _demanded(vjp)
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node not in demanded:
+            continue
+        for position in _shape_only(node):
+            operand = node.args[position]
+            if operand in tainted:
+                node.update_arg(position, _stand_in(graph, node, operand))
+    readers: tuple[str, ...] = ()
+    if any(primal in demanded for primal in primals):
+        cotangents = _descendants(vjp.inputs[n_primals:])
+        readers = tuple(
+            dict.fromkeys(
+                op_name(node.target)
+                for node in graph.nodes
+                if node in demanded and node in cotangents and _reads(node, tainted - cotangents)
+            )
+        )
+    # A linear map has one Jacobian. Where its graph reads the primal all the same, it is evaluated at zero.
+    for primal in primals:
+        value = primal.meta["val"]
+        if primal in demanded:
+            with graph.inserting_after(primal):
+                zero = graph.call_function(
+                    aten.zeros.default, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
+                )
+            zero.meta["val"] = value
+            primal.replace_all_uses_with(zero)
+    clean(vjp.module)
+    for primal in primals:
+        graph.erase_node(primal)
+    vjp.module.recompile()
+    return Pruned(vjp, readers, before, ops(vjp))
+
+
+def ops(graph: Graph) -> Counter[str]:
+    """Count the ops of a graph by name."""
+    return Counter(
+        op_name(n.target) for n in graph.module.graph.nodes if n.op == "call_function" and op_name(n.target) != "getitem"
+    )
+
+
+def _reads(node: fx.Node, values: set[fx.Node]) -> bool:
+    metadata = {node.args[position] for position in _shape_only(node)}
+    return any(operand in values and operand not in metadata for operand in node.all_input_nodes)
+
+
+def _descendants(roots: list[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.users)
+    return found
+
+
+def _demanded(graph: Graph) -> set[fx.Node]:
+    """Return the nodes whose values, not only their shapes, some output depends on."""
+    found: set[fx.Node] = set()
+    pending = [node for node in graph.outputs if isinstance(node, fx.Node)]
+    while pending:
+        node = pending.pop()
+        if node in found:
+            continue
+        found.add(node)
+        skipped = _shape_only(node)
+        values = [arg for position, arg in enumerate(node.args) if position not in skipped]
+        read: list[fx.Node] = []
+        fx.map_arg((values, node.kwargs), read.append)  # type: ignore[arg-type]
+        pending.extend(read)
+    return found
+
+
+def _stand_in(graph: fx.Graph, before: fx.Node, operand: fx.Node) -> fx.Node:
+    """Return a zero of the operand's shape that takes the memory of one number."""
+    value = operand.meta["val"]
+    with graph.inserting_before(before):
+        zero = graph.call_function(aten.zeros.default, ([],), {"dtype": value.dtype, "device": value.device})
+        zero.meta["val"] = value.new_empty(())
+        shaped = graph.call_function(aten.expand.default, (zero, list(value.shape)))
+        shaped.meta["val"] = zero.meta["val"].expand(value.shape)
+    return shaped

@@ -1,0 +1,326 @@
+"""From a function to a graph: ATen ops under fake tensors, what the function captured lifted to inputs.
+
+A graph has no side effects, allocates nothing when it is made, and takes ``(*state, *inputs)``. Two graphs are made:
+the *forward* graph, functional, and from it the *VJP* graph of that, whose cotangents are inputs too.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from functorch import make_fx
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from adjointlab.space import TensorSpec
+from adjointlab.transpose.capture import Capture, Source
+from adjointlab.transpose.vjp import Function, Tensors, first_line, vjp_by_func, vjp_by_grad
+
+aten = torch.ops.aten
+
+
+class UntraceableError(Exception):
+    """The function cannot be traced; the message is the reason. Internal: the engine falls back to eager."""
+
+
+class ReadsInputError(UntraceableError):
+    """The function turned a value of its input into a Python number, so that its graph is not the function."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A functional program on tensors: ``module(*state, *inputs) → tuple of outputs``.
+
+    ``baked`` are the tensors whose values became Python numbers while tracing, with those values: the graph is out of
+    date once one differs.
+    """
+
+    module: fx.GraphModule
+    state: tuple[Source, ...]
+    baked: tuple[tuple[Source, Tensor], ...] = ()
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """Return the input nodes: those of the state first."""
+        return [node for node in self.module.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """Return the input nodes that are not state."""
+        return self.placeholders[len(self.state) :]
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """Return the output values, as nodes."""
+        return list(next(iter(reversed(self.module.graph.nodes))).args[0])  # type: ignore[arg-type]
+
+
+class _Numbers(TorchDispatchMode):
+    """Answer reads of a value (``.item()``, ``bool(t)``) from real tensors, and refuse them for the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.data_dependent_output not in func.tags and func is not aten.is_nonzero.default:
+            return func(*args, **kwargs)
+        tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
+        values: dict[fx.Node, Any] = {}
+        real = [self._value(arg, tracer, values, func) if isinstance(arg, Tensor) else arg for arg in args]
+        with _disable_current_modes():
+            return func(*real, **kwargs)
+
+    def _value(self, tensor: Tensor, tracer: Any, values: dict[fx.Node, Any], reader: Any) -> Any:
+        tracked = tracer.tensor_tracker.get(tensor)
+        if tracked is None:
+            self.read[id(tensor)] = tensor
+            return tensor
+        return self._evaluate(tracked.proxy.node, tracer, values, reader)
+
+    def _evaluate(self, node: fx.Node, tracer: Any, values: dict[fx.Node, Any], reader: Any) -> Any:
+        if node in values:
+            return values[node]
+        if node.op == "placeholder":
+            raise ReadsInputError(f"{op_name(reader)} turns a value of the input into a Python number")
+        if node.op == "get_attr":
+            values[node] = getattr(tracer.root, str(node.target))
+            self.read[id(values[node])] = values[node]
+            return values[node]
+        if is_mutable(node.target):
+            raise UntraceableError(f"a number is read from a tensor that {op_name(node.target)} changed in place")
+        args, kwargs = fx.map_arg(  # type: ignore[misc]
+            (node.args, node.kwargs), lambda arg: self._evaluate(arg, tracer, values, reader)
+        )
+        with _disable_current_modes(), torch.no_grad():
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return values[node]
+
+
+def op_name(target: Any) -> str:
+    """Return the short name of an op, such as ``convolution_backward``."""
+    packet = getattr(target, "overloadpacket", None)
+    return str(packet).removeprefix("aten.") if packet is not None else getattr(target, "__name__", str(target))
+
+
+def is_mutable(target: Any) -> bool:
+    """Return whether an op writes to one of its arguments."""
+    return bool(getattr(getattr(target, "_schema", None), "is_mutable", False))
+
+
+def _make(function: Callable[..., Any], arguments: Sequence[Tensor], numbers: _Numbers) -> fx.GraphModule:
+    def watched(*tensors: Tensor) -> Any:
+        with numbers:
+            return function(*tensors)
+
+    try:
+        module = make_fx(
+            watched,
+            tracing_mode="fake",
+            _allow_non_fake_inputs=True,
+            _error_on_data_dependent_ops=False,
+        )(*arguments)
+    except UntraceableError:
+        raise
+    # Third-party forwards can fail in any way on fake tensors (numpy inside, a missing fake kernel): every one of
+    # these means that there is no graph; the function itself has already run on real tensors.
+    except Exception as error:
+        raise UntraceableError(f"{type(error).__name__}: {first_line(error)}") from error
+    return module
+
+
+def trace_forward(function: Function, specs: Sequence[TensorSpec], captured: Capture) -> Graph:
+    """Return the functional graph of ``function`` on tensors like ``specs``, with what it captured as state.
+
+    Raises
+    ------
+    UntraceableError
+        If there is no such graph; ``ReadsInputError`` if it would depend on the values of the input.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        inputs = [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in specs]
+    numbers = _Numbers()
+    with captured.preserved():
+        module = _make(lambda *leaves: function(leaves), inputs, numbers)
+    state = _lift(module, captured)
+    sources = {id(source.read()): source for source in captured.sources}
+    baked = tuple((sources.get(key, Source([t], 0, "a constant")), t.clone()) for key, t in numbers.read.items())
+    _raise_if_random(module)
+    if any(is_mutable(node.target) for node in module.graph.nodes):
+        module = _functionalise(module, _fakes(module, fake), len(state))
+    _raise_if_stateful(module, state)
+    _normalise(module)
+    return Graph(module, state, baked)
+
+
+def trace_vjp(forward: Graph) -> Graph:
+    """Return the graph ``(*state, *primals, *cotangents) → Aᴴ cotangents`` of the forward's VJP.
+
+    Raises
+    ------
+    UntraceableError
+        If an op of the forward has no derivative that can be traced.
+    """
+    n_state, n_inputs = len(forward.state), len(forward.inputs)
+    examples = [node.meta["val"] for node in forward.placeholders]
+    fake = examples[-1].fake_mode
+    with fake:
+        cotangents = [torch.empty_like(node.meta["val"]) for node in forward.outputs]
+        arguments = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in examples]
+
+    def pull_back(vjp: Any) -> Callable[..., Tensors]:
+        def run(*tensors: Tensor) -> Tensors:
+            state, rest = tensors[:n_state], tensors[n_state:]
+
+            def function(leaves: Tensors) -> Tensors:
+                return tuple(forward.module(*state, *leaves))
+
+            return vjp(function, rest[:n_inputs], rest[n_inputs:])  # type: ignore[no-any-return]
+
+        return run
+
+    try:
+        module = _make(pull_back(vjp_by_func), [*arguments, *cotangents], _Numbers())
+    except UntraceableError:
+        module = _make(pull_back(vjp_by_grad), [*arguments, *cotangents], _Numbers())
+    if any(is_mutable(node.target) for node in module.graph.nodes):
+        module = _functionalise(module, [*arguments, *cotangents], len(arguments) + len(cotangents))
+    _normalise(module)
+    _skip(module, {aten.detach.default, aten.alias.default})
+    return Graph(module, forward.state, forward.baked)
+
+
+def _fakes(module: fx.GraphModule, fake: FakeTensorMode) -> list[Tensor]:
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    with fake:
+        return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in values]
+
+
+def _lift(module: fx.GraphModule, captured: Capture) -> tuple[Source, ...]:
+    """Turn constants of the graph into leading inputs, and return where each is found from now on."""
+    graph = module.graph
+    by_id = {id(source.read()): source for source in captured.sources}
+    by_memory = {_memory(source.read()): source for source in captured.sources}
+    state: list[Source] = []
+    lifted: dict[int, fx.Node] = {}
+    first = next(iter(graph.nodes))
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(module, node.target)
+        source = by_id.get(id(tensor)) or by_memory.get(_memory(tensor)) or Source([tensor], 0, "a constant")
+        key = id(source)
+        if source.name == "a constant" and not isinstance(source.container, dict):
+            key = id(tensor)
+        if key not in lifted:
+            with graph.inserting_before(first):
+                lifted[key] = graph.placeholder(f"state_{len(state)}")
+            lifted[key].meta["val"] = node.meta.get("val", _fake_like(tensor, module))
+            state.append(source)
+        node.replace_all_uses_with(lifted[key])
+        graph.erase_node(node)
+    module.recompile()
+    return tuple(state)
+
+
+def _fake_like(tensor: Tensor, module: fx.GraphModule) -> Tensor:
+    mode = next(n.meta["val"].fake_mode for n in module.graph.nodes if isinstance(n.meta.get("val"), Tensor))
+    return mode.from_tensor(tensor)  # type: ignore[no-any-return]
+
+
+def _memory(tensor: Tensor) -> Any:
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj())
+
+
+def _functionalise(module: fx.GraphModule, arguments: Sequence[Tensor], first_input: int) -> fx.GraphModule:
+    # Inputs are cloned, so that writing to them is no side effect; the state is not, so that it shows as one.
+    def run(*tensors: Tensor) -> Any:
+        return module(*tensors[:first_input], *(t.clone() for t in tensors[first_input:]))
+
+    return _make(torch.func.functionalize(run, remove="mutations"), arguments, _Numbers())
+
+
+def _raise_if_random(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise UntraceableError(f"random: {op_name(node.target)} draws random numbers")
+
+
+def _raise_if_stateful(module: fx.GraphModule, state: tuple[Source, ...]) -> None:
+    names = dict(zip([n for n in module.graph.nodes if n.op == "placeholder"], state, strict=False))
+    for node in module.graph.nodes:
+        if is_mutable(node.target):
+            written = names.get(node.args[0])
+            what = written.name if written else "a tensor"
+            raise UntraceableError(f"stateful: {op_name(node.target)} writes to {what} at every call")
+
+
+def _normalise(module: fx.GraphModule) -> None:
+    """Give a functional graph its plain form: no write-backs as copies, no clones, no dead code."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target is aten.copy.default:  # copy(dst, src) has the values of src and the metadata of dst
+            target, source = node.args[0].meta["val"], node.args[1]
+            with graph.inserting_before(node):
+                value = source
+                if source.meta["val"].dtype != target.dtype:
+                    value = _call(graph, aten._to_copy.default, value, dtype=target.dtype)
+                if value.meta["val"].shape != target.shape:
+                    value = _call(graph, aten.expand.default, value, list(target.shape))
+            node.replace_all_uses_with(value)
+        elif node.target is aten.lift_fresh_copy.default or (
+            node.target is aten.clone.default and not node.kwargs and node.args[0].op == "placeholder"
+        ):
+            node.replace_all_uses_with(node.args[0])
+    clean(module)
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    node = graph.call_function(target, args, kwargs)
+    values, options = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])  # type: ignore[misc]
+    with next(v for v in values if isinstance(v, Tensor)).fake_mode:  # type: ignore[attr-defined]
+        node.meta["val"] = target(*values, **options)
+    return node
+
+
+def _skip(module: fx.GraphModule, targets: set[Any]) -> None:
+    for node in list(module.graph.nodes):
+        if node.target in targets:
+            node.replace_all_uses_with(node.args[0])
+    clean(module)
+
+
+def clean(module: fx.GraphModule) -> None:
+    """Drop dead code from a functional graph, in place, and recompile it."""
+    graph = module.graph
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users:
+            graph.erase_node(node)
+    graph.lint()
+    module.recompile()
+
+
+__all__ = [
+    "Graph",
+    "ReadsInputError",
+    "UntraceableError",
+    "clean",
+    "is_mutable",
+    "op_name",
+    "operator",
+    "trace_forward",
+    "trace_vjp",
+    "unset_fake_temporarily",
+]

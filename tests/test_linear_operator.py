@@ -1,0 +1,548 @@
+"""The laws of linear operators, over the whole zoo."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws import (
+    ENGINES,
+    EXACT,
+    assert_acts_as,
+    assert_close,
+    call,
+    cases,
+    distance,
+    dot_error,
+    draw,
+    eps,
+    forward_matrix,
+    frobenius,
+    inner,
+    leaves,
+    matrix,
+    no_side_effects,
+    norm,
+    operator,
+    tree_map,
+)
+from operator_zoo import AFFINE, LINEAR, ZOO, Entry
+from torch import nn
+
+import adjointlab as al
+
+every_engine = pytest.mark.parametrize("engine", ENGINES)
+every_operator = pytest.mark.parametrize(("entry", "dtype"), cases(ZOO))
+every_exact_operator = pytest.mark.parametrize(("entry", "dtype"), cases(ZOO, EXACT))
+
+
+def test_zoo_names_are_unique() -> None:
+    assert len({entry.name for entry in ZOO}) == len(ZOO) == len(LINEAR) + len(AFFINE)
+
+
+# ---------------------------------------------------------------------------------------------------------- the adjoint
+
+
+@every_operator
+@every_engine
+def test_forward_is_the_function(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    function, domain = entry.build(dtype)
+    x = draw(A.domain)
+    expected = call(function, x)
+    if entry.affine:
+        expected = tree_map(torch.sub, expected, call(function, domain))
+    scale = frobenius(forward_matrix(entry, dtype)) * norm(x) + norm(call(function, domain))
+    assert_close(A(x), expected, eps(A.domain, A.codomain), scale)
+
+
+@every_operator
+@every_engine
+def test_adjoint_is_the_conjugate_transpose(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    dense = forward_matrix(entry, dtype)
+    adjoint = matrix(A.H, A.codomain.zeros())
+    assert_close(adjoint, dense.T.contiguous(), eps(A.domain, A.codomain), frobenius(dense))
+
+
+@every_operator
+@every_engine
+def test_dot_product(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    x, y = draw(A.domain, 1), draw(A.codomain, 2)
+    real = not A.is_complex_linear
+    assert dot_error(A, A.H, x, y, real) <= 16 * eps(A.domain, A.codomain)
+
+
+@every_operator
+@every_engine
+def test_values_are_elements_of_the_spaces(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    A.codomain.check(A(draw(A.domain)))
+    A.domain.check(A.H(draw(A.codomain)))
+
+
+@every_exact_operator
+@every_engine
+def test_adjoint_of_the_adjoint_is_the_operator(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    assert A.H.H is A
+    assert A.H is A.H
+
+
+@every_exact_operator
+@every_engine
+def test_adjoint_swaps_the_spaces(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    assert A.H.domain == A.codomain
+    assert A.H.codomain == A.domain
+
+
+@every_exact_operator
+@every_engine
+def test_transpose_is_the_adjoint_between_conjugations(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    y = draw(A.codomain)
+    expected = tree_map(torch.conj, A.H(tree_map(torch.conj, y)))
+    assert_close(A.T(y), expected, eps(A.domain), frobenius(forward_matrix(entry, dtype)) * norm(y))
+
+
+@every_exact_operator
+@every_engine
+def test_transpose_satisfies_the_bilinear_identity(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    if not A.is_complex_linear:
+        return  # then only the real part of ⟨·, ·⟩ has an adjoint, and the bilinear form has no transpose
+    x, y = draw(A.domain, 1), draw(A.codomain, 2)
+    left = inner(tree_map(torch.conj, A(x)), y)
+    right = inner(tree_map(torch.conj, x), A.T(y))
+    bound = 16 * eps(A.domain) * frobenius(forward_matrix(entry, dtype)) * norm(x) * norm(y)
+    assert abs(left - right) <= bound
+
+
+@every_exact_operator
+@every_engine
+def test_complex_linearity(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    if A.domain.is_complex or A.codomain.is_complex:
+        assert A.is_complex_linear == entry.complex_linear
+        assert A.H.is_complex_linear == entry.complex_linear
+
+
+@every_exact_operator
+@every_engine
+def test_engine_in_force(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    assert A.engine == (engine if entry.traced else "eager")
+
+
+# ---------------------------------------------------------------------------------------------------------- the algebra
+
+
+def scaling(space: al.Space, seed: int = 5) -> tuple[al.LinearOperator, torch.Tensor]:
+    """Return a diagonal operator on a space, and its matrix made without it."""
+    d = draw(space, seed)
+    return al.diagonal(d), matrix(lambda x: tree_map(torch.mul, d, x), space.zeros())
+
+
+@every_exact_operator
+@every_engine
+def test_adjoint_of_a_product(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    B, b = scaling(A.domain)
+    a = forward_matrix(entry, dtype)
+    scale = frobenius(a) * frobenius(b)
+    assert_acts_as(A @ B, a @ b, draw(A.domain), eps(A.domain), scale)
+    assert_acts_as((A @ B).H, b.T @ a.T, draw(A.codomain), eps(A.domain), scale)
+
+
+@every_exact_operator
+@every_engine
+def test_adjoint_of_a_sum_and_difference(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    B, b = scaling(A.domain)
+    a = forward_matrix(entry, dtype)
+    scale = frobenius(a) * (1 + frobenius(b))
+    assert_acts_as((A + A @ B).H, (a + a @ b).T, draw(A.codomain), eps(A.domain), scale)
+    assert_acts_as((A - A @ B).H, (a - a @ b).T, draw(A.codomain), eps(A.domain), scale)
+
+
+@every_exact_operator
+@every_engine
+def test_adjoint_of_a_multiple(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    y = draw(A.codomain)
+    c = 2 - 3j if all(leaf.is_complex() for leaf in leaves(y)) else -1.5
+    expected = A.H(tree_map(lambda leaf: leaf * complex(c).conjugate() if leaf.is_complex() else leaf * c, y))
+    scale = abs(c) * frobenius(forward_matrix(entry, dtype)) * norm(y)
+    for multiple in (c * A, A * c, A / (1 / c)):
+        assert_close(multiple.H(y), expected, eps(A.domain), scale)
+
+
+@every_exact_operator
+@every_engine
+def test_negative(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    y = draw(A.codomain)
+    assert distance((-A).H(y), tree_map(torch.neg, A.H(y))) == 0
+
+
+@every_exact_operator
+@every_engine
+def test_vertical_stack(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    a = forward_matrix(entry, dtype)
+    stack = al.vstack([A, -2 * A])
+    dense = torch.cat([a, -2 * a])
+    assert_acts_as(stack, dense, draw(A.domain), eps(A.domain))
+    assert_acts_as(stack.H, dense.T, draw(stack.codomain), eps(A.domain))
+
+
+@every_exact_operator
+@every_engine
+def test_horizontal_stack(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    a = forward_matrix(entry, dtype)
+    stack = al.hstack([A, 3 * A])
+    dense = torch.cat([a, 3 * a], dim=1)
+    assert_acts_as(stack, dense, draw(stack.domain), eps(A.domain))
+    assert_acts_as(stack.H, dense.T, draw(A.codomain), eps(A.domain))
+
+
+@every_exact_operator
+@every_engine
+def test_block_diagonal(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    a = forward_matrix(entry, dtype)
+    blocks = al.block_diag([A, A.H])
+    dense = torch.block_diag(a, a.T)
+    assert_acts_as(blocks, dense, draw(blocks.domain), eps(A.domain))
+    assert_acts_as(blocks.H, dense.T, draw(blocks.codomain), eps(A.domain))
+
+
+@every_exact_operator
+@every_engine
+def test_gram_is_the_adjoint_after_the_operator(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    a = forward_matrix(entry, dtype)
+    assert_acts_as(A.gram, a.T @ a, draw(A.domain), eps(A.domain), frobenius(a) ** 2)
+
+
+@every_exact_operator
+@every_engine
+def test_gram_is_self_adjoint(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    x, z = draw(A.domain, 1), draw(A.domain, 2)
+    gap = inner(A.gram(x), z) - inner(x, A.gram(z))
+    bound = 16 * eps(A.domain) * frobenius(forward_matrix(entry, dtype)) ** 2 * norm(x) * norm(z)
+    assert abs(gap if A.is_complex_linear else gap.real) <= bound
+    assert_close(A.gram.H(x), A.gram(x), eps(A.domain), frobenius(forward_matrix(entry, dtype)) ** 2 * norm(x))
+
+
+@every_exact_operator
+@every_engine
+def test_gram_is_positive(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    x = draw(A.domain)
+    bound = 16 * eps(A.domain) * frobenius(forward_matrix(entry, dtype)) ** 2 * norm(x) ** 2
+    assert abs(inner(A.gram(x), x).real - norm(A(x)) ** 2) <= bound
+
+
+# --------------------------------------------------------------------------------------------------- nothing is changed
+
+
+@every_operator
+@every_engine
+def test_calls_change_nothing(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    x, y = draw(A.domain), draw(A.codomain)
+    with no_side_effects(A, x, y):
+        A(x)
+        A.H(y)
+
+
+@every_exact_operator
+@every_engine
+def test_outputs_share_no_memory_across_calls(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    y = draw(A.codomain)
+    first = A.H(y)
+    kept = tree_map(torch.clone, first)
+    A.H(tree_map(lambda leaf: 2 * leaf, y))
+    assert distance(first, kept) == 0
+
+
+@every_exact_operator
+@every_engine
+def test_equal_calls_give_equal_results(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    y = draw(A.codomain)
+    assert_close(A.H(y), A.H(y), eps(A.domain))
+
+
+# ------------------------------------------------------------------------------------- A and Aᴴ are mutual derivatives
+
+
+def pulled_back(function, x, v):
+    """Return the vector-Jacobian product of `function` at `x` by plain autograd."""
+    inputs = tree_map(lambda leaf: leaf.clone().requires_grad_(), x)
+    attached = [(out, g) for out, g in zip(leaves(function(inputs)), leaves(v), strict=True) if out.requires_grad]
+    outputs, cotangents = zip(*attached, strict=True)
+    gradients = torch.autograd.grad(outputs, leaves(inputs), cotangents, allow_unused=True)
+    found = iter(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves(inputs), strict=True))
+    return tree_map(lambda _: next(found), x)
+
+
+@every_exact_operator
+@every_engine
+def test_derivative_of_the_operator_is_the_adjoint(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    x, y = draw(A.domain, 1), draw(A.codomain, 2)
+    assert_close(pulled_back(A, x, y), A.H(y), eps(A.domain), frobenius(forward_matrix(entry, dtype)) * norm(y))
+
+
+@every_exact_operator
+@every_engine
+def test_derivative_of_the_adjoint_is_the_operator(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    x, y = draw(A.domain, 1), draw(A.codomain, 2)
+    assert_close(pulled_back(A.H, y, x), A(x), eps(A.domain), frobenius(forward_matrix(entry, dtype)) * norm(x))
+
+
+# ----------------------------------------------------------------------------------------------------- single operators
+
+
+def blur() -> al.LinearOperator:
+    return al.linear_operator(nn.Conv2d(1, 2, 3, bias=False, dtype=torch.float64), (1, 1, 5, 4))
+
+
+def test_matmul_applies_and_composes() -> None:
+    A = blur()
+    x = draw(A.domain)
+    assert torch.equal(A @ x, A(x))
+    assert isinstance(A @ A.H, al.LinearOperator)
+
+
+def test_identity_is_its_own_adjoint() -> None:
+    space = al.Space.of({"a": (2, 3), "b": (4,)}, dtype=torch.complex128)
+    identity = al.identity(space)
+    x = draw(space)
+    assert distance(identity(x), x) == 0
+    assert distance(identity.H(x), x) == 0
+    assert identity.domain == identity.codomain == space
+
+
+def test_identity_does_not_alias_its_argument_under_algebra() -> None:
+    space = al.Space.of((3,), dtype=torch.float64)
+    x = draw(space)
+    with no_side_effects(lambda: None, x):
+        (al.identity(space) + 2 * al.identity(space))(x)
+
+
+def test_adjoint_of_a_diagonal_is_its_conjugate() -> None:
+    d = torch.randn(2, 3, dtype=torch.complex128)
+    x = torch.randn(2, 3, dtype=torch.complex128)
+    assert_close(al.diagonal(d)(x), d * x, al.Space.of(x).eps)
+    assert_close(al.diagonal(d).H(x), d.conj() * x, al.Space.of(x).eps)
+
+
+def test_blocks_of_different_spaces() -> None:
+    A = blur()
+    B = al.linear_operator(torch.fft.rfft, (2, 5), engine="auto")
+    blocks = al.block_diag([A, B])
+    dense = torch.block_diag(matrix(A, A.domain.zeros()), matrix(B, B.domain.zeros()))
+    assert_acts_as(blocks.H, dense.T, draw(blocks.codomain), eps(blocks.domain))
+
+
+def test_stack_of_one_operator() -> None:
+    A = blur()
+    for stack in (al.vstack([A]), al.hstack([A]), al.block_diag([A])):
+        x, y = draw(stack.domain), draw(stack.codomain)
+        assert dot_error(stack, stack.H, x, y, real=False) <= 16 * eps(A.domain)
+
+
+def test_algebra_of_algebra() -> None:
+    A = blur()
+    a = matrix(A, A.domain.zeros())
+    B = (2 * A.gram - A.H @ A / 3 + al.identity(A.domain)).H @ A.H
+    b = (2 * a.T @ a - a.T @ a / 3 + torch.eye(len(a.T), dtype=a.dtype)) @ a.T
+    assert_acts_as(B, b, draw(B.domain), eps(A.domain), scale=3 * frobenius(a) ** 3)
+    assert_acts_as(B.H, b.T, draw(B.codomain), eps(A.domain), scale=3 * frobenius(a) ** 3)
+
+
+def test_scalar_tensor_as_factor() -> None:
+    A = blur()
+    c = torch.tensor(2.5, dtype=torch.float64)
+    y = draw(A.codomain)
+    assert_close((c * A).H(y), 2.5 * A.H(y), eps(A.domain))
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda A: A @ A,
+        lambda A: A + A.H,
+        lambda A: A - A.gram,
+        lambda A: al.vstack([A, A.H]),
+        lambda A: al.hstack([A, A.H]),
+        lambda A: A @ al.identity(A.codomain),
+        lambda A: A + al.linear_operator(nn.Conv2d(1, 2, 3, bias=False), (1, 1, 5, 4)),
+    ],
+    ids=["product", "sum", "difference", "vstack", "hstack", "identity", "dtype"],
+)
+def test_spaces_that_do_not_fit_are_refused_at_construction(combine) -> None:
+    with pytest.raises(al.SpaceMismatchError, match="expected"):
+        combine(blur())
+
+
+def test_complex_multiple_of_a_real_operator_is_refused() -> None:
+    with pytest.raises(al.SpaceMismatchError, match="complex"):
+        1j * blur()
+
+
+@pytest.mark.parametrize("stack", [al.vstack, al.hstack, al.block_diag], ids=lambda f: f.__name__)
+def test_empty_stack_is_refused(stack) -> None:
+    with pytest.raises(al.SpaceMismatchError, match="at least one"):
+        stack([])
+
+
+@pytest.mark.parametrize("other", ["text", None, [1, 2]], ids=str)
+def test_algebra_with_other_things_is_refused(other) -> None:
+    with pytest.raises(TypeError, match="unsupported operand"):
+        blur() + other
+
+
+def test_explain_is_readable() -> None:
+    text = blur().explain()
+    assert "conv" in text
+    assert "traced" in text
+
+
+def test_repr_names_the_spaces() -> None:
+    assert "(1, 1, 5, 4)" in repr(blur())
+
+
+# -------------------------------------------------------------------------------------------------------- the domain
+
+
+@pytest.mark.parametrize(
+    "domain",
+    [
+        torch.full((1, 1, 5, 4), torch.nan, dtype=torch.float64),
+        (1, 1, 5, 4),
+        al.TensorSpec((1, 1, 5, 4), torch.float64, torch.device("cpu")),
+        al.Space.of((1, 1, 5, 4), dtype=torch.float64),
+    ],
+    ids=["example", "shape", "spec", "space"],
+)
+def test_ways_to_give_the_domain(domain) -> None:
+    A = al.linear_operator(nn.Conv2d(1, 1, 3, bias=False, dtype=torch.float64), domain)
+    assert A.domain == al.Space.of((1, 1, 5, 4), dtype=torch.float64)
+
+
+def test_dtype_of_a_shape_comes_from_the_parameters() -> None:
+    A = al.linear_operator(nn.Conv1d(1, 1, 3, bias=False, dtype=torch.complex128), (1, 1, 6))
+    assert A.domain.specs[0].dtype == torch.complex128
+
+
+def test_dtype_of_a_shape_without_parameters_is_the_default() -> None:
+    assert al.linear_operator(torch.flipud, (3, 2)).domain.specs[0].dtype == torch.get_default_dtype()
+
+
+def test_tuple_domain_is_spread_over_the_arguments() -> None:
+    A = al.linear_operator(lambda x, z: x + 2 * z, ((3,), (3,)))
+    x, z = draw(A.domain)
+    assert torch.equal(A((x, z)), x + 2 * z)
+
+
+def test_list_domain_is_passed_whole() -> None:
+    A = al.linear_operator(lambda pair: pair[0] + 2 * pair[1], [torch.zeros(3), torch.zeros(3)])
+    assert isinstance(A.H(torch.ones(3)), list)
+
+
+def test_fixed_keyword_arguments() -> None:
+    def masked(x: torch.Tensor, *, mask: torch.Tensor, scale: float = 1) -> torch.Tensor:
+        return scale * mask * x
+
+    mask = torch.tensor([1.0, 0, 1])
+    A = al.linear_operator(masked, (3,), kwargs={"mask": mask, "scale": 2.0})
+    assert torch.equal(A.H(torch.ones(3)), 2 * mask)
+
+
+def test_tensors_in_keyword_arguments_are_read_at_each_call() -> None:
+    mask = torch.tensor([1.0, 0, 1])
+    A = al.linear_operator(lambda x, mask: mask * x, (3,), kwargs={"mask": mask})
+    A.H(torch.ones(3))
+    mask[1] = 5
+    assert torch.equal(A.H(torch.ones(3)), mask)
+
+
+def test_linear_adjoint_is_the_adjoint_function() -> None:
+    layer = nn.Conv1d(1, 2, 3, stride=2, bias=False, dtype=torch.complex128)
+    adjoint = al.linear_adjoint(layer, torch.zeros(1, 1, 8, dtype=torch.complex128))
+    A = al.linear_operator(layer, (1, 1, 8))
+    v = draw(A.codomain)
+    assert_close(adjoint(v), A.H(v), eps(A.domain))
+
+
+def test_linear_adjoint_of_several_arguments() -> None:
+    adjoint = al.linear_adjoint(lambda x, z: x + 2 * z, torch.zeros(3), torch.zeros(3))
+    v = torch.arange(3.0)
+    assert distance(tuple(adjoint(v)), (v, 2 * v)) == 0
+
+
+def test_containers_that_pytree_does_not_know() -> None:
+    class Pair:
+        def __init__(self, low: torch.Tensor, high: torch.Tensor) -> None:
+            self.low, self.high = low, high
+
+    A = al.linear_operator(lambda x: Pair(x[:2], 3 * x[2:]), (5,))
+    image = A(torch.ones(5))
+    assert isinstance(image, Pair)
+    assert torch.equal(A.H(image), torch.tensor([1.0, 1, 9, 9, 9]))
+
+
+# ----------------------------------------------------------------------------------------------------------- batch_dims
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "auto"])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_batch_sizes_may_change(engine: str, batch: int) -> None:
+    layer = nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular", bias=False, dtype=torch.float64)
+    A = al.linear_operator(layer, (2, 1, 4, 5), batch_dims=1, engine=engine)
+    fixed = al.linear_operator(layer, (batch, 1, 4, 5), engine="eager")
+    y = draw(fixed.codomain)
+    assert_close(A.H(y), fixed.H(y), eps(A.domain))
+    assert_close(A(fixed.H(y)), fixed(fixed.H(y)), eps(A.domain))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_batch_dims(engine: str) -> None:
+    A = al.linear_operator(lambda x: x.cumsum(-1), (2, 3, 4), batch_dims=2, engine=engine)
+    y = torch.randn(5, 1, 4)
+    assert A.H(y).shape == y.shape
+    assert_close(A.H(y), y.flip(-1).cumsum(-1).flip(-1), eps(A.domain))
+
+
+def test_batch_sizes_follow_through_the_algebra() -> None:
+    A = al.linear_operator(nn.Conv1d(1, 1, 3, padding=1, bias=False), (2, 1, 6), batch_dims=1)
+    x = torch.randn(4, 1, 6)
+    for B in (2 * A + A, A.gram, A @ A, al.vstack([A, A]).gram, A.T):
+        assert B(x).shape == x.shape
+
+
+def test_other_sizes_are_refused() -> None:
+    A = al.linear_operator(nn.Conv1d(1, 1, 3, bias=False), (2, 1, 6), batch_dims=1)
+    with pytest.raises(al.SpaceMismatchError, match=r"\(2, 1, 7\)"):
+        A(torch.zeros(2, 1, 7))
+
+
+def test_without_batch_dims_sizes_are_fixed() -> None:
+    A = al.linear_operator(nn.Conv1d(1, 1, 3, bias=False), (2, 1, 6))
+    with pytest.raises(al.SpaceMismatchError, match=r"\(3, 1, 6\)"):
+        A(torch.zeros(3, 1, 6))
+
+
+def test_leaves_must_agree_on_the_batch_size() -> None:
+    A = al.linear_operator(lambda x, z: x + z, ((2, 3), (2, 3)), batch_dims=1)
+    with pytest.raises(al.SpaceMismatchError, match="element"):
+        A((torch.zeros(2, 3), torch.zeros(4, 3)))
