@@ -62,7 +62,12 @@ class LeastSquares(nn.Module):
     def residual(self, x: Any) -> Any:
         """Return ``Ax − y``."""
         codomain = self.A.codomain
-        pairs = zip(codomain.leaves(self.A(x)), codomain.leaves(self.y), strict=True)
+        pairs = list(zip(codomain.leaves(self.A(x)), codomain.leaves(self.y), strict=True))
+        if pairs[0][0].shape != pairs[0][1].shape:
+            raise SpaceMismatchError(
+                f"expected x of the batch size of the data, got Ax of shape {tuple(pairs[0][0].shape)} for data of "
+                f"shape {tuple(pairs[0][1].shape)}: nothing is broadcast"
+            )
         return codomain.unflatten([a - b for a, b in pairs])
 
     def forward(self, x: Any) -> Tensor:

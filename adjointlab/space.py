@@ -456,10 +456,20 @@ class Space:
             ]
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Space:
+        return self  # a frozen value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _space_of, (self.unflatten(self.specs), self.batch_dims)  # a pytree of specs says all there is
+
     def __repr__(self) -> str:
         names = ", ".join(map(repr, self.specs))
         free = f", batch_dims={self.batch_dims}" if self.batch_dims else ""
         return f"Space({names}{free})"
+
+
+def _space_of(domain: Any, batch_dims: int) -> Space:
+    return Space.of(domain, batch_dims=batch_dims)
 
 
 def _drawn(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,6 @@ Exit codes: 0 passed, 1 failed the check, 2 unusable input, with one line on std
 from __future__ import annotations
 
 import contextlib
-import functools
 import html
 import importlib
 import importlib.metadata
@@ -29,6 +28,7 @@ import adjointlab as al
 from adjointlab.cli.target import (
     COMMON_DTYPES,
     UnusableError,
+    check_memory,
     current_directory_importable,
     load,
     one_line,
@@ -69,6 +69,14 @@ class Subject:
     domain: Any
     kwargs: dict[str, Any]
     options: Options
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return shape, dtype and device of every input."""
+        specs = self.domain if isinstance(self.domain, tuple) else (self.domain,)
+        return [
+            {"shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch."), "device": str(s.device)}
+            for s in specs
+        ]
 
     def operator(self) -> tuple[al.LinearOperator, al.AffineOperator | None]:
         """Return the operator and, where the map has an offset, the affine operator whose linear part it is."""
@@ -120,7 +128,10 @@ def prepare(text: str, options: Options) -> Subject:
             function = function.eval()
         own = (p.dtype for p in function.parameters() if p.is_floating_point() or p.is_complex())
         dtype = dtype or next(own, None)
-    specs = tuple(al.TensorSpec(shape, dtype or torch.get_default_dtype(), device) for shape in shapes)
+    dtype = dtype or torch.get_default_dtype()
+    # A check holds some ten elements of the domain at once, in double precision.
+    check_memory(10 * 2 * dtype.itemsize * sum(map(math.prod, shapes)), f"--shape {' '.join(options.shapes)}")
+    specs = tuple(al.TensorSpec(shape, dtype, device) for shape in shapes)
     return Subject(function, specs[0] if len(specs) == 1 else specs, kwargs, options)
 
 
@@ -145,9 +156,10 @@ class Outcome:
 def _check(subject: Subject) -> Outcome:
     options = subject.options
     text = html_ = ""
-    record: dict[str, Any] = {"domain": str(subject.domain)}
-    function = functools.partial(subject.function, **subject.kwargs) if subject.kwargs else subject.function
-    linearity = al.check_linearity(function, subject.domain)
+    record: dict[str, Any] = {"domain": subject.describe()}
+    linearity = al.check_linearity(
+        subject.function, subject.domain, batch_dims=options.batch_dims, kwargs=subject.kwargs, seed=options.seed
+    )
     record["linearity"] = linearity.to_dict()
     try:
         A, affine = subject.operator()

@@ -133,7 +133,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     Raises
     ------
     UnusableError
-        If ``text`` is not a list of positive integers, or no memory could hold such a tensor.
+        If ``text`` is not a list of positive integers, or a longer one than torch takes.
 
     Examples
     --------
@@ -149,7 +149,6 @@ def parse_shape(text: str) -> tuple[int, ...]:
         raise UnusableError(f"expected every size in --shape to be 1 or more, got {text!r}")
     if len(shape) > 64:
         raise UnusableError(f"expected at most 64 dimensions in --shape, got {len(shape)}")
-    _check_memory(math.prod(shape), "--shape asks for one tensor that")
     return shape
 
 
@@ -249,14 +248,20 @@ def parse_kwargs(text: str) -> dict[str, Any]:
     return target.kwargs
 
 
-def _check_memory(bytes_: int, what: str) -> None:
+def memory() -> int:
+    """Return this machine's memory in bytes; a guess where the system does not say."""
     try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # no such question on this system
-        total = 2**34
-    if bytes_ > total / 4:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**34
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Raise ``UnusableError`` if so many bytes would not leave room for anything else."""
+    if needed > memory() / 2:
+        have = memory() / 2**30
         raise UnusableError(
-            f"{what} needs {bytes_ / 2**30:.3g} GiB, and this machine has {total / 2**30:.3g} GiB of memory"
+            f"{what} needs about {needed / 2**30:.3g} GiB, and this machine has {have:.3g} GiB of memory"
         )
 
 
@@ -346,7 +351,7 @@ def _call(target: Target, factory: Any) -> Any:
         if math.prod(numbers) > 10**8 and isinstance(factory, type) and issubclass(factory, nn.Module):
             with torch.device("meta"):  # parameters without memory, to see how much they would need
                 draft = factory(*target.args, **target.kwargs)
-            _check_memory(sum(p.numel() * p.element_size() for p in draft.parameters()), f"{text} has parameters: it")
+            check_memory(sum(p.numel() * p.element_size() for p in draft.parameters()), text)
         return factory(*target.args, **target.kwargs)
     except UnusableError:
         raise

@@ -1,0 +1,249 @@
+"""`F(x) = ½‖A x − y‖²_W`: value, gradient `Aᴴ W (A x − y)`, Hessian `Aᴴ W A`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws import (
+    assert_acts_as,
+    assert_close,
+    cases,
+    coordinates,
+    draw,
+    forward_matrix,
+    frobenius,
+    leaves,
+    matrix,
+    no_side_effects,
+    norm,
+    operator,
+    tree_map,
+)
+from operator_zoo import LINEAR, Entry
+from torch import nn
+
+import adjointlab as al
+
+every_operator = pytest.mark.parametrize(("entry", "dtype"), cases(LINEAR, (torch.float64, torch.complex128)))
+
+
+def problem(dtype: torch.dtype = torch.float64) -> tuple[nn.Conv1d, al.LinearOperator, torch.Tensor, torch.Tensor]:
+    layer = nn.Conv1d(1, 2, 3, stride=2, padding=1, bias=False, dtype=dtype)
+    A = al.linear_operator(layer, (1, 1, 9))
+    return layer, A, draw(A.domain, 1), draw(A.codomain, 2)
+
+
+every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32], ids=str)
+
+
+@every_operator
+def test_value_is_half_the_squared_residual(entry: Entry, dtype: torch.dtype) -> None:
+    A = operator(entry, dtype, "traced")
+    x, y = draw(A.domain, 1), draw(A.codomain, 2)
+    residual = forward_matrix(entry, dtype) @ coordinates(x) - coordinates(y)
+    size = frobenius(forward_matrix(entry, dtype)) * norm(x) + norm(y)
+    assert abs(float(al.LeastSquares(A, y)(x)) - float(residual @ residual) / 2) <= 16 * A.domain.eps * size**2
+
+
+@every_operator
+def test_gradient_is_the_adjoint_of_the_residual(entry: Entry, dtype: torch.dtype) -> None:
+    A = operator(entry, dtype, "traced")
+    x, y = draw(A.domain, 1), draw(A.codomain, 2)
+    dense = forward_matrix(entry, dtype)
+    expected = dense.T @ (dense @ coordinates(x) - coordinates(y))
+    size = frobenius(dense) * (frobenius(dense) * norm(x) + norm(y))
+    assert_close(coordinates(al.LeastSquares(A, y).gradient(x)), expected, A.domain.eps, size)
+
+
+@every_operator
+def test_gradient_in_one_line(entry: Entry, dtype: torch.dtype) -> None:
+    A = operator(entry, dtype, "traced")
+    x, y = draw(A.domain, 1), draw(A.codomain, 2)
+    assert_close(al.least_squares_gradient(A, x, y), al.LeastSquares(A, y).gradient(x), A.domain.eps)
+
+
+@every_operator
+def test_value_and_gradient_agree_with_each(entry: Entry, dtype: torch.dtype) -> None:
+    A = operator(entry, dtype, "traced")
+    x, y = draw(A.domain, 1), draw(A.codomain, 2)
+    objective = al.LeastSquares(A, y)
+    value, gradient = objective.value_and_gradient(x)
+    assert_close(value, objective(x), A.domain.eps)
+    assert_close(gradient, objective.gradient(x), A.domain.eps)
+
+
+@every_operator
+def test_hessian_is_the_gram(entry: Entry, dtype: torch.dtype) -> None:
+    A = operator(entry, dtype, "traced")
+    dense = forward_matrix(entry, dtype)
+    hessian = al.LeastSquares(A, draw(A.codomain)).hessian
+    assert_acts_as(hessian, dense.T @ dense, draw(A.domain), A.domain.eps, frobenius(dense) ** 2)
+
+
+@every_dtype
+def test_gradient_is_that_of_autograd(dtype: torch.dtype) -> None:
+    _, A, x, y = problem(dtype)
+    objective = al.LeastSquares(A, y)
+    leaf = x.clone().requires_grad_()
+    objective(leaf).backward()
+    assert_close(leaf.grad, objective.gradient(x), A.domain.eps)
+
+
+@every_dtype
+def test_value_is_a_real_scalar(dtype: torch.dtype) -> None:
+    _, A, x, y = problem(dtype)
+    value = al.LeastSquares(A, y)(x)
+    assert value.shape == ()
+    assert not value.is_complex()
+    assert float(value) >= 0
+
+
+@every_dtype
+def test_gradient_matches_differences_of_the_value(dtype: torch.dtype) -> None:
+    _, A, x, y = problem(dtype)
+    objective = al.LeastSquares(A, y)
+    d = draw(A.domain, 3)
+    # F is quadratic, so that central differences are exact apart from rounding.
+    slope = float(objective(x + d) - objective(x - d)) / 2
+    expected = float(A.domain.inner(objective.gradient(x), d).real)
+    size = float(objective(x + d) + objective(x - d))
+    assert abs(slope - expected) <= 16 * A.domain.eps * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_gradcheck(dtype: torch.dtype) -> None:
+    layer, A, x, y = problem(dtype)
+    objective = al.LeastSquares(A, y)
+    assert torch.autograd.gradcheck(lambda z, _: objective(z), (x.requires_grad_(), layer.weight))
+    assert torch.autograd.gradgradcheck(lambda z, _: objective(z), (x, layer.weight))
+
+
+@every_dtype
+def test_weight_enters_value_gradient_and_hessian(dtype: torch.dtype) -> None:
+    _, A, x, y = problem(dtype)
+    weight = torch.rand(y.shape, dtype=dtype.to_real()) + 0.1
+    objective = al.LeastSquares(A, y, weight=weight)
+    residual = A(x) - y
+    eps = A.domain.eps
+    value = 0.5 * (weight * residual.abs().square()).sum()
+    assert_close(objective(x), value, eps)
+    gradient = A.H(weight * residual)
+    assert_close(objective.gradient(x), gradient, eps)
+    assert_close(objective.value_and_gradient(x), (value, gradient), eps)
+    assert_close(objective.hessian(x), A.H(weight * A(x)), eps)
+
+
+def test_zero_weight_ignores_the_data_there() -> None:
+    _, A, x, y = problem()
+    weight = torch.zeros_like(y)
+    objective = al.LeastSquares(A, y, weight=weight)
+    assert float(objective(x)) == 0
+    assert norm(objective.gradient(x)) == 0
+
+
+def test_hessian_is_self_adjoint() -> None:
+    _, A, _, y = problem(torch.complex128)
+    objective = al.LeastSquares(A, y, weight=torch.rand(y.shape, dtype=torch.float64))
+    dense = matrix(objective.hessian, A.domain.zeros())
+    assert_close(dense, dense.T.contiguous(), A.domain.eps)
+    assert al.check_adjoint(objective.hessian).passed
+
+
+def test_affine_forward() -> None:
+    layer = nn.Conv1d(1, 2, 3, dtype=torch.float64)
+    f = al.affine_operator(layer, (1, 1, 6))
+    x, y = draw(f.linear.domain, 1), draw(f.linear.codomain, 2)
+    objective = al.LeastSquares(f, y)
+    residual = layer(x) - y
+    assert_close(objective(x), 0.5 * residual.square().sum(), f.linear.domain.eps)
+    assert_close(objective.gradient(x), f.H(residual.detach()), f.linear.domain.eps)
+    assert_close(al.least_squares_gradient(f, x, y), f.H(residual.detach()), f.linear.domain.eps)
+    assert_close(objective.hessian(x), f.linear.gram(x), f.linear.domain.eps)
+
+
+def test_gradient_vanishes_at_the_solution() -> None:
+    _, A, x, _ = problem()
+    assert norm(al.LeastSquares(A, A(x)).gradient(x)) == 0
+
+
+def test_gradient_descent_decreases_the_value() -> None:
+    _, A, x, y = problem()
+    objective = al.LeastSquares(A, y)
+    step = 1 / frobenius(matrix(A, A.domain.zeros())) ** 2
+    values = []
+    for _ in range(10):
+        value, gradient = objective.value_and_gradient(x)
+        values.append(float(value))
+        x = x - step * gradient
+    assert all(after < before for before, after in zip(values, values[1:], strict=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_with_a_torch_optimizer(dtype: torch.dtype) -> None:
+    _, A, x, y = problem(dtype)
+    objective = al.LeastSquares(A, y)
+    x = nn.Parameter(x)
+    optimizer = torch.optim.SGD([x], lr=1 / frobenius(matrix(A, A.domain.zeros())) ** 2)
+    before = float(objective(x))
+    for _ in range(3):
+        optimizer.zero_grad()
+        objective(x).backward()
+        optimizer.step()
+    assert float(objective(x)) < before
+
+
+def test_gradient_in_the_parameters() -> None:
+    layer, A, x, y = problem()
+    (found,) = torch.autograd.grad(al.LeastSquares(A, y)(x), layer.weight)
+    (expected,) = torch.autograd.grad(0.5 * (layer(x) - y).square().sum(), layer.weight)
+    assert_close(found, expected, A.domain.eps)
+
+
+def test_gradient_is_differentiable_in_the_parameters() -> None:
+    layer, A, x, y = problem()
+    (found,) = torch.autograd.grad(al.LeastSquares(A, y).gradient(x).square().sum(), layer.weight)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(0.5 * (layer(leaf) - y).square().sum(), leaf, create_graph=True)
+    (expected,) = torch.autograd.grad(gradient.square().sum(), layer.weight)
+    assert_close(found, expected, A.domain.eps)
+
+
+def test_pytrees() -> None:
+    A = al.linear_operator(lambda x, z: {"sum": x + z, "first": 2 * x}, ((3,), (3,)))
+    x, y = draw(A.domain, 1), draw(A.codomain, 2)
+    objective = al.LeastSquares(A, y, weight={"sum": torch.ones(3), "first": torch.full((3,), 2.0)})
+    residual = tree_map(torch.sub, A(x), y)
+    expected = 0.5 * (residual["sum"].square().sum() + 2 * residual["first"].square().sum())
+    assert_close(objective(x), expected, A.domain.eps)
+    assert len(leaves(objective.gradient(x))) == 2
+
+
+def test_nothing_is_changed() -> None:
+    layer, A, x, y = problem()
+    with no_side_effects(layer, x, y):
+        objective = al.LeastSquares(A, y)
+        objective(x)
+        objective.value_and_gradient(x)
+
+
+@pytest.mark.parametrize("data", [None, torch.zeros(3), torch.zeros(1, 2, 5)], ids=["none", "shape", "dtype"])
+def test_data_must_be_in_the_codomain(data) -> None:
+    _, A, _, _ = problem()
+    with pytest.raises(al.SpaceMismatchError, match="expected y to be an element"):
+        al.LeastSquares(A, data)
+    with pytest.raises(al.SpaceMismatchError, match="expected y to be an element"):
+        al.least_squares_gradient(A, A.domain.zeros(), data)
+
+
+def test_argument_must_be_in_the_domain() -> None:
+    _, A, _, y = problem()
+    with pytest.raises(al.SpaceMismatchError, match="expected x to be an element"):
+        al.LeastSquares(A, y)(torch.zeros(1, 1, 9))
+    with pytest.raises(al.SpaceMismatchError, match="expected x to be an element"):
+        al.LeastSquares(A, y).gradient(y)
+
+
+def test_weight_must_fit() -> None:
+    _, A, _, y = problem()
+    with pytest.raises(al.SpaceMismatchError, match="weight"):
+        al.LeastSquares(A, y, weight=torch.ones(3, dtype=torch.float64))

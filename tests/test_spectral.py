@@ -1,0 +1,182 @@
+"""Dense matrices and norms of operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws import (
+    ENGINES,
+    assert_close,
+    cases,
+    draw,
+    forward_matrix,
+    leaves,
+    no_side_effects,
+    norm,
+    operator,
+)
+from operator_zoo import ZOO, Entry
+from torch import Tensor, nn
+
+import adjointlab as al
+
+every_operator = pytest.mark.parametrize(("entry", "dtype"), cases(ZOO))
+every_exact_operator = pytest.mark.parametrize(("entry", "dtype"), cases(ZOO, (torch.float64, torch.complex128)))
+every_engine = pytest.mark.parametrize("engine", ENGINES)
+
+
+def single(A: al.LinearOperator) -> bool:
+    return len(leaves(A.domain.zeros())) == len(leaves(A.codomain.zeros())) == 1
+
+
+@every_operator
+@every_engine
+def test_real_matrix(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    dense = al.to_dense(A, real=True)
+    reference = forward_matrix(entry, dtype)
+    assert dense.shape == reference.shape
+    if single(A):  # the order of coordinates of several leaves is not laid down
+        assert_close(dense.double(), reference, max(A.domain.eps, A.codomain.eps))
+    else:
+        gap = float(torch.linalg.matrix_norm(dense.double()) - torch.linalg.matrix_norm(reference))
+        assert abs(gap) <= 16 * max(A.domain.eps, A.codomain.eps) * float(torch.linalg.matrix_norm(reference))
+
+
+@every_operator
+@every_engine
+def test_real_matrix_of_the_adjoint_is_the_transpose(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    dense = al.to_dense(A, real=True)
+    assert_close(al.to_dense(A.H, real=True), dense.T, max(A.domain.eps, A.codomain.eps), norm(dense))
+
+
+@every_exact_operator
+def test_matrix_acts_as_the_operator(entry: Entry, dtype: torch.dtype) -> None:
+    A = operator(entry, dtype, "traced")
+    if A.domain.is_complex and not A.is_complex_linear:
+        return  # a real matrix then: see the law for `real=True`
+    x = draw(A.domain)
+    dense = al.to_dense(A)
+    assert dense.shape == (A.codomain.size, A.domain.size)
+    vector, expected = A.domain.vector(x), A.codomain.vector(A(x))
+    wide = torch.promote_types(dense.dtype, vector.dtype)
+    found = dense.to(wide) @ vector.to(wide)
+    assert_close(found, expected.to(wide), A.domain.eps, norm(dense) * norm(x))
+
+
+@every_exact_operator
+def test_matrix_of_the_adjoint_is_the_conjugate_transpose(entry: Entry, dtype: torch.dtype) -> None:
+    A = operator(entry, dtype, "traced")
+    if (A.domain.is_complex or A.codomain.is_complex) and not A.is_complex_linear:
+        return
+    dense = al.to_dense(A)
+    assert_close(al.to_dense(A.H), dense.mH, A.domain.eps, norm(dense))
+
+
+def test_matrix_of_a_matrix() -> None:
+    w = torch.randn(3, 4, dtype=torch.complex128)
+    A = al.linear_operator(lambda x: w @ x, torch.zeros(4, dtype=torch.complex128))
+    assert_close(al.to_dense(A), w, A.domain.eps)
+
+
+def test_matrix_of_a_real_to_complex_operator_is_complex() -> None:
+    A = al.linear_operator(torch.fft.rfft, torch.zeros(4, dtype=torch.float64))
+    expected = torch.fft.fft(torch.eye(4, dtype=torch.float64))[:3]
+    assert_close(al.to_dense(A), expected, A.domain.eps)
+
+
+def test_matrix_of_a_real_linear_operator_on_a_complex_space_is_real() -> None:
+    A = al.linear_operator(torch.conj, torch.zeros(2, dtype=torch.complex128))
+    assert torch.equal(al.to_dense(A), torch.diag(torch.tensor([1.0, 1, -1, -1], dtype=torch.float64)))
+
+
+def test_real_coordinates_of_a_complex_matrix() -> None:
+    w = torch.randn(3, 4, dtype=torch.complex128)
+    A = al.linear_operator(lambda x: w @ x, torch.zeros(4, dtype=torch.complex128))
+    expected = torch.cat([torch.cat([w.real, -w.imag], 1), torch.cat([w.imag, w.real], 1)])
+    assert_close(al.to_dense(A, real=True), expected, A.domain.eps)
+
+
+def test_matrix_of_algebra() -> None:
+    A = al.linear_operator(nn.Linear(4, 3, bias=False, dtype=torch.float64), (4,))
+    a = al.to_dense(A)
+    eps, scale = A.domain.eps, norm(a) ** 2
+    assert_close(al.to_dense(A.gram), a.T @ a, eps, scale)
+    assert_close(al.to_dense(2 * A.T - A.H), a.T.contiguous(), eps)
+    assert_close(al.to_dense(al.vstack([A, A])), torch.cat([a, a]), eps)
+    assert_close(al.to_dense(al.hstack([A, -A])), torch.cat([a, -a], 1), eps)
+    assert_close(al.to_dense(al.block_diag([A, A.H])), torch.block_diag(a, a.T), eps)
+
+
+def test_matrix_of_the_identity() -> None:
+    space = al.Space.of((2, 3), dtype=torch.float64)
+    assert torch.equal(al.to_dense(al.identity(space)), torch.eye(6, dtype=torch.float64))
+
+
+def test_function_that_vmap_refuses() -> None:
+    class Positive(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            bool((x == x).all())  # a branch on the input, which vmap refuses
+            return 2 * x
+
+    A = al.linear_operator(Positive(), torch.zeros(3, dtype=torch.float64), engine="eager")
+    assert torch.equal(al.to_dense(A), 2 * torch.eye(3, dtype=torch.float64))
+
+
+def test_batched_operator_is_dense_for_its_own_example() -> None:
+    A = al.linear_operator(nn.Conv1d(1, 1, 3, bias=False), (2, 1, 6), batch_dims=1)
+    assert al.to_dense(A).shape == (8, 12)
+
+
+# ---------------------------------------------------------------------------------------------------------------- norm
+
+
+@every_exact_operator
+def test_norm_is_the_largest_singular_value(entry: Entry, dtype: torch.dtype) -> None:
+    A = operator(entry, dtype, "traced")
+    with no_side_effects(A):
+        found = float(al.operator_norm(A))
+    expected = float(torch.linalg.matrix_norm(forward_matrix(entry, dtype), 2))
+    # The default asks for as much as single precision gives.
+    assert abs(found - expected) <= 16 * torch.finfo(torch.float32).eps ** 0.5 * expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 30])
+def test_norm_of_a_diagonal(size: int) -> None:
+    d = torch.linspace(0.1, 3, size, dtype=torch.float64)
+    found = float(al.operator_norm(al.diagonal(d)))
+    assert abs(found - float(d.max())) <= 16 * torch.finfo(torch.float32).eps ** 0.5 * float(d.max())
+
+
+def test_norm_never_exceeds_the_largest_singular_value() -> None:
+    A = al.linear_operator(nn.Linear(20, 15, bias=False, dtype=torch.float64), (20,))
+    expected = float(torch.linalg.matrix_norm(al.to_dense(A), 2))
+    assert float(al.operator_norm(A)) <= expected * (1 + 16 * A.domain.eps)
+
+
+def test_norm_of_zero_is_zero() -> None:
+    assert float(al.operator_norm(0 * al.identity(al.Space.of((3,))))) == 0
+
+
+def test_norms_of_adjoint_and_operator_agree() -> None:
+    A = al.linear_operator(nn.Conv1d(1, 2, 3, bias=False, dtype=torch.complex128), (1, 1, 9))
+    gap = abs(float(al.operator_norm(A)) - float(al.operator_norm(A.H)))
+    assert gap <= 16 * torch.finfo(torch.float32).eps ** 0.5 * float(al.operator_norm(A))
+
+
+def test_norm_is_homogeneous() -> None:
+    A = al.linear_operator(nn.Conv1d(1, 2, 3, bias=False, dtype=torch.float64), (1, 1, 9))
+    gap = abs(float(al.operator_norm(-3 * A)) - 3 * float(al.operator_norm(A)))
+    assert gap <= 16 * torch.finfo(torch.float32).eps ** 0.5 * float(al.operator_norm(A))
+
+
+def test_norm_is_deterministic() -> None:
+    A = al.linear_operator(nn.Conv1d(1, 2, 3, bias=False), (1, 1, 9))
+    assert float(al.operator_norm(A)) == float(al.operator_norm(A))
+
+
+def test_norm_of_pytrees() -> None:
+    A = al.linear_operator(lambda x, z: {"sum": x + z}, (torch.zeros(3), torch.zeros(3)))
+    found = float(al.operator_norm(A))
+    assert abs(found - 2**0.5) <= 16 * torch.finfo(torch.float32).eps ** 0.5 * 2**0.5

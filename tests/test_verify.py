@@ -1,0 +1,257 @@
+"""The dot-product test: it passes for every adjoint and fails for every wrong one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from laws import ENGINES, cases, draw, no_side_effects, operator, tree_map
+from operator_zoo import LINEAR, Entry
+from torch import Tensor, nn
+
+import adjointlab as al
+
+every_operator = pytest.mark.parametrize(("entry", "dtype"), cases(LINEAR))
+every_engine = pytest.mark.parametrize("engine", ENGINES)
+each_way = pytest.mark.parametrize("entry", LINEAR, ids=lambda entry: entry.name)
+
+
+@every_operator
+@every_engine
+def test_derived_adjoints_pass(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    A = operator(entry, dtype, engine)
+    with no_side_effects(A):
+        report = al.check_adjoint(A)
+    assert report.passed, report
+    assert report.error <= report.tolerance
+    assert report.diagnosis == ""
+
+
+@every_operator
+def test_tolerance_is_a_small_multiple_of_eps(entry: Entry, dtype: torch.dtype) -> None:
+    A = operator(entry, dtype, "traced")
+    assert 0 < al.check_adjoint(A).tolerance <= 16 * max(A.domain.eps, A.codomain.eps)
+
+
+@each_way
+def test_scaled_adjoint_fails(entry: Entry) -> None:
+    A = operator(entry, entry.dtypes[0], "traced")
+    if entry.name == "zero-map":
+        return  # any multiple of zero is its adjoint
+    eps = max(A.domain.eps, A.codomain.eps)
+    assert not al.check_adjoint(A, lambda y: tree_map(lambda leaf: leaf * (1 + 1e3 * eps), A.H(y))).passed
+
+
+@each_way
+def test_negated_adjoint_fails(entry: Entry) -> None:
+    A = operator(entry, entry.dtypes[0], "traced")
+    if entry.name == "zero-map":
+        return
+    report = al.check_adjoint(A, lambda y: tree_map(torch.neg, A.H(y)))
+    assert not report.passed
+    assert report.error > report.tolerance
+    assert report.diagnosis != ""
+
+
+@each_way
+def test_shifted_adjoint_fails(entry: Entry) -> None:
+    A = operator(entry, entry.dtypes[0], "traced")
+    wrong = tree_map(torch.ones_like, A.domain.zeros())
+    assert not al.check_adjoint(A, lambda y: tree_map(torch.add, A.H(y), wrong)).passed
+
+
+def real_conv(**options) -> tuple[nn.Conv2d, al.LinearOperator]:
+    layer = nn.Conv2d(1, 1, 3, bias=False, dtype=torch.float64, **options)
+    return layer, al.linear_operator(layer, (1, 1, 8, 7))
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_transposed_convolution_is_not_the_adjoint_of_a_padding_mode(mode: str) -> None:
+    layer, A = real_conv(padding=1, padding_mode=mode)
+    assert not al.check_adjoint(A, lambda y: F.conv_transpose2d(y, layer.weight, padding=1)).passed
+
+
+def test_transposed_convolution_is_the_adjoint_of_zero_padding() -> None:
+    layer, A = real_conv(padding=1)
+    assert al.check_adjoint(A, lambda y: F.conv_transpose2d(y, layer.weight, padding=1)).passed
+
+
+def test_transposed_convolution_module_as_adjoint() -> None:
+    layer, A = real_conv(padding=1)
+    transposed = nn.ConvTranspose2d(1, 1, 3, padding=1, bias=False, dtype=torch.float64)
+    transposed.weight = layer.weight
+    assert al.check_adjoint(A, transposed).passed
+
+
+def test_operator_as_adjoint() -> None:
+    _, A = real_conv(padding=1)
+    assert al.check_adjoint(A, A.H).passed
+    assert not al.check_adjoint(A, (2 * A).H).passed
+
+
+def test_wrong_shape_fails_with_a_diagnosis() -> None:
+    layer, A = real_conv(padding=1, stride=2)  # 8 × 7 ↦ 4 × 4 ↦ 7 × 7, for want of an output padding
+    report = al.check_adjoint(A, lambda y: F.conv_transpose2d(y, layer.weight, padding=1, stride=2))
+    assert not report.passed
+    assert "shape" in report.diagnosis
+    assert "7, 7" in report.diagnosis
+
+
+def test_wrong_dtype_fails_with_a_diagnosis() -> None:
+    _, A = real_conv()
+    report = al.check_adjoint(A, lambda y: A.H(y).float())
+    assert not report.passed
+    assert "float32" in report.diagnosis
+
+
+def test_missing_conjugate_is_diagnosed() -> None:
+    w = torch.randn(4, 3, dtype=torch.complex128)
+    A = al.linear_operator(lambda x: x @ w, torch.zeros(2, 4, dtype=torch.complex128))
+    report = al.check_adjoint(A, lambda y: y @ w.mT)
+    assert not report.passed
+    assert "conj" in report.diagnosis
+
+
+def test_wrong_factor_is_diagnosed() -> None:
+    A = al.linear_operator(lambda x: torch.fft.fft(x), torch.zeros(8, dtype=torch.complex128))
+    report = al.check_adjoint(A, torch.fft.ifft)
+    assert not report.passed
+    assert "8" in report.diagnosis or "0.125" in report.diagnosis or "factor" in report.diagnosis
+
+
+def test_wrong_sign_is_diagnosed() -> None:
+    A = al.linear_operator(lambda x: x.diff(), torch.zeros(8, dtype=torch.float64))
+    report = al.check_adjoint(A, lambda y: -A.H(y))
+    assert "sign" in report.diagnosis or "-1" in report.diagnosis
+
+
+def test_one_wrong_row_of_4096_is_seen() -> None:
+    n = 4096
+    weight = torch.rand(n, dtype=torch.float64) + 0.5
+
+    def wrong(y: Tensor) -> Tensor:
+        out = weight * y
+        out[1234] *= 1 + 1e-6
+        return out
+
+    A = al.linear_operator(lambda x: weight * x, torch.zeros(n, dtype=torch.float64))
+    assert al.check_adjoint(A).passed
+    assert not al.check_adjoint(A, wrong).passed
+
+
+def test_one_wrong_row_of_4096_is_seen_in_single_precision() -> None:
+    def wrong(y: Tensor) -> Tensor:
+        out = y.flip(0)
+        out[1234] = 0
+        return out
+
+    A = al.linear_operator(lambda x: x.flip(0), torch.zeros(4096))
+    assert not al.check_adjoint(A, wrong).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64], ids=str)
+def test_low_precision_adjoints_pass(dtype: torch.dtype) -> None:
+    A = al.linear_operator(nn.Linear(60, 50, bias=False, dtype=dtype), (3, 60))
+    assert al.check_adjoint(A).passed
+
+
+def test_adjoint_with_nan_fails() -> None:
+    _, A = real_conv()
+    assert not al.check_adjoint(A, lambda y: A.H(y) * torch.nan).passed
+
+
+def test_adjoint_that_raises_is_reported_or_raised_unchanged() -> None:
+    def broken(y: Tensor) -> Tensor:
+        raise ZeroDivisionError("the user's own error")
+
+    _, A = real_conv()
+    with pytest.raises(ZeroDivisionError, match="own error"):
+        al.check_adjoint(A, broken)
+
+
+def test_wrong_forward_operator_is_seen() -> None:
+    A = al.linear_operator(lambda x: x + 2 * x.detach(), torch.zeros(5, dtype=torch.float64), check=False, engine="eager")
+    assert not al.check_adjoint(A).passed
+
+
+def test_real_linear_operators_are_compared_by_real_parts() -> None:
+    A = al.linear_operator(lambda x: x.real, torch.zeros(6, dtype=torch.complex128))
+    assert al.check_adjoint(A, lambda y: y.to(torch.complex128)).passed
+    assert not al.check_adjoint(A, lambda y: 1j * y).passed
+
+
+def test_assert_adjoint_is_silent_when_right() -> None:
+    _, A = real_conv()
+    al.assert_adjoint(A)
+    al.assert_adjoint(A, A.H)
+
+
+def test_assert_adjoint_raises_the_report() -> None:
+    _, A = real_conv()
+    with pytest.raises(al.AdjointMismatchError, match="error") as caught:
+        al.assert_adjoint(A, lambda y: -A.H(y))
+    assert str(al.check_adjoint(A, lambda y: -A.H(y)).diagnosis) in str(caught.value)
+
+
+def test_checks_are_deterministic() -> None:
+    _, A = real_conv()
+    assert al.check_adjoint(A).error == al.check_adjoint(A).error
+
+
+def test_report_is_frozen() -> None:
+    _, A = real_conv()
+    with pytest.raises(dataclasses.FrozenInstanceError, match="passed"):
+        al.check_adjoint(A).passed = True
+
+
+def test_report_prints_well() -> None:
+    _, A = real_conv()
+    good, bad = al.check_adjoint(A), al.check_adjoint(A, lambda y: 2 * A.H(y))
+    assert "pass" in str(good).lower()
+    assert "fail" in str(bad).lower()
+    assert bad.diagnosis in str(bad)
+
+
+def test_report_shows_in_notebooks() -> None:
+    _, A = real_conv()
+    html = al.check_adjoint(A, lambda y: 2 * A.H(y))._repr_html_()
+    assert html.lstrip().startswith("<")
+    assert "fail" in html.lower()
+
+
+def test_html_is_escaped() -> None:
+    A = al.linear_operator(lambda x: {"<script>": x}, (3,))
+    assert "<script>" not in al.check_adjoint(A, lambda y: 2 * A.H(y))._repr_html_()
+
+
+def test_wrong_structure_fails() -> None:
+    A = al.linear_operator(lambda x, z: x + z, ((3,), (3,)))
+    report = al.check_adjoint(A, lambda y: y)
+    assert not report.passed
+    assert report.diagnosis
+
+
+def test_batched_operators_pass() -> None:
+    A = al.linear_operator(nn.Conv1d(1, 1, 3, bias=False), (2, 1, 6), batch_dims=1)
+    assert al.check_adjoint(A).passed
+
+
+def test_algebra_passes() -> None:
+    _, A = real_conv()
+    for B in (A.gram, A.T, 2 * A, al.vstack([A, A]), al.block_diag([A, A.H]), al.hstack([A, -A]), A.H @ A - A.gram):
+        assert al.check_adjoint(B).passed
+
+
+def test_arguments_of_the_wrong_kind_are_refused() -> None:
+    with pytest.raises((TypeError, al.SpaceMismatchError), match="LinearOperator|operator"):
+        al.check_adjoint(torch.relu)
+
+
+def test_adjoint_may_write_to_its_argument() -> None:
+    A = al.linear_operator(lambda x: 2 * x, torch.zeros(5, dtype=torch.float64))
+    assert al.check_adjoint(A, lambda y: y.mul_(2)).passed
+    y = draw(A.codomain)
+    with no_side_effects(A, y):
+        al.check_adjoint(A)
