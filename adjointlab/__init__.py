@@ -1,5 +1,6 @@
 """The adjoint of any linear PyTorch module, exactly, without writing it: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``."""
 
+from adjointlab import solvers
 from adjointlab.affine import AffineOperator, affine_operator
 from adjointlab.errors import AdjointMismatchError, NotDifferentiableError, NotLinearError, SpaceMismatchError
 from adjointlab.least_squares import LeastSquares, least_squares_gradient
@@ -42,6 +43,7 @@ __all__ = [
     "linear_adjoint",
     "linear_operator",
     "operator_norm",
+    "solvers",
     "to_dense",
     "vstack",
 ]

@@ -123,7 +123,6 @@ def affine_operator(
     source = Transposition(module_or_function, space, kwargs, engine, affine=True)
     if check:
         require_linear(assess(source), source, offset_allowed=True)
-        source.verify()
     arguments = (module_or_function, source.domain, batch_dims, kwargs, engine)
     linear = from_source(source, (_rebuild_linear, arguments))
     return AffineOperator(linear, source, arguments)

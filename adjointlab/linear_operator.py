@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,17 +17,18 @@ from adjointlab.space import Space, TensorSpec, tree_flatten
 from adjointlab.transpose import Account, Transposition
 
 Map = Callable[[Any], Any]
+Recipe = tuple[Callable[..., Any], tuple[Any, ...]]  # what makes the operator again, for copies and pickles
 
 
+@dataclass
 class _Body:
-    """What A and Aᴴ share: the two functions, the two spaces, and where they come from."""
+    """What A and Aᴴ share: two functions, two spaces, where they come from, and the operators made of them."""
 
-    def __init__(
-        self, function: Map, adjoint_function: Map, domain: Space, codomain: Space, source: Transposition | None
-    ) -> None:
-        self.functions = (function, adjoint_function)
-        self.spaces = (domain, codomain)
-        self.source = source
+    functions: tuple[Map, Map]
+    spaces: tuple[Space, Space]
+    source: Transposition | None = None
+    views: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
+    transposes: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
 
 
 class LinearOperator(nn.Module):
@@ -51,17 +53,21 @@ class LinearOperator(nn.Module):
     True
     """
 
+    _body: _Body
+    _side: int
+    _recipe: Recipe
+
     def __init__(self, function: Map, adjoint_function: Map, domain: Space, codomain: Space) -> None:
         super().__init__()
         recipe = (LinearOperator, (function, adjoint_function, domain, codomain))
-        self._set(_Body(function, adjoint_function, domain, codomain, None), recipe, {})
+        self._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
 
-    def _set(self, body: _Body, recipe: tuple[Callable[..., Any], tuple[Any, ...]], parts: dict[str, nn.Module]) -> None:
+    def _set(self, body: _Body, side: int, recipe: Recipe, parts: dict[str, nn.Module]) -> None:
+        # The body is no submodule: A and Aᴴ know each other through it, and a module tree has no cycles.
         self._body = body
-        self._side = 0
+        self._side = side
         self._recipe = recipe
-        # Kept out of the registered submodules: A and Aᴴ know each other, and a module tree has no cycles.
-        self.__dict__["_partners"] = {}
+        body.views[side] = self
         for name, part in parts.items():
             self.add_module(name, part)
 
@@ -92,28 +98,26 @@ class LinearOperator(nn.Module):
     @property
     def H(self) -> LinearOperator:
         """The adjoint ``Aᴴ``: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩`` (for the real part, where A is only real-linear)."""
-        if "H" not in self._partners:
+        twin = self._body.views[1 - self._side]
+        if twin is None:
             twin = LinearOperator.__new__(LinearOperator)
             nn.Module.__init__(twin)
-            twin._set(self._body, (_adjoint_of, (self,)), dict(self.named_children()))
-            twin._side = 1 - self._side
-            twin._partners["H"] = self
-            self._partners["H"] = twin
-        return self._partners["H"]  # type: ignore[no-any-return]
+            twin._set(self._body, 1 - self._side, (_adjoint_of, (self,)), dict(self.named_children()))
+        return twin
 
     @property
     def T(self) -> LinearOperator:
         """The transpose ``conj ∘ Aᴴ ∘ conj``: ``Σ (Ax)ᵢ yᵢ = Σ xᵢ (Aᵀy)ᵢ``."""
-        if "T" not in self._partners:
-            twin = _transpose(self)
-            twin._partners["T"] = self
-            self._partners["T"] = twin
-        return self._partners["T"]  # type: ignore[no-any-return]
+        twin = self._body.transposes[self._side]
+        if twin is None:
+            twin = self._body.transposes[self._side] = _transpose(self)
+            twin._body.transposes[0] = self
+        return twin
 
     @property
     def gram(self) -> LinearOperator:
         """The self-adjoint, positive semi-definite ``AᴴA``."""
-        return self.H @ self
+        return _compose(self.H, self)
 
     @property
     def is_complex_linear(self) -> bool:
@@ -136,6 +140,28 @@ class LinearOperator(nn.Module):
             return self._body.source.account.engine
         engines = {part.engine for part in self.children() if isinstance(part, LinearOperator)}
         return next((name for name in ("eager", "traced", "compiled") if name in engines), "eager")
+
+    def compile(self, *, autotune: bool = False, **options: Any) -> LinearOperator:  # type: ignore[override]
+        """Switch A and ``A.H`` to the compiled engine in place, and return A.
+
+        Parameters
+        ----------
+        autotune : bool
+            Whether to choose convolution kernels by a thorough measurement.
+        **options
+            For ``torch.compile``.
+
+        Returns
+        -------
+        LinearOperator
+            A itself; where compilation is not possible, ``A.explain()`` says why, and the engine stays as it was.
+        """
+        if self._body.source is not None:
+            self._body.source.switch("compiled", autotune=autotune, options=options)
+        for part in self.children():
+            if isinstance(part, LinearOperator):
+                part.compile(autotune=autotune, **options)
+        return self
 
     def explain(self) -> str:
         """Return a readable account: the derived adjoint as a program, what was removed, kernels, evidence, reasons."""
@@ -179,7 +205,7 @@ class LinearOperator(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearOperator:
         """Move parameters, buffers and spaces together: what ``.to``, ``.double`` and ``.cuda`` call."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         body = self._body
         if body.source is not None:
             domain = _moved(body.source.domain, fn)
@@ -210,6 +236,8 @@ def linear_operator(
     kwargs: dict[str, Any] | None = None,
     engine: str = "auto",
     check: bool = True,
+    lowering: bool = True,
+    autotune: bool = False,
 ) -> LinearOperator:
     r"""Return the linear operator A of a module or function, with its derived adjoint: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``.
 
@@ -234,6 +262,10 @@ def linear_operator(
     check : bool
         Whether to check linearity, and the derived adjoint against the eager one, now. Without it the second is done
         at the first call.
+    lowering : bool
+        Whether convolutions may run on the fastest equal kernel.
+    autotune : bool
+        Whether to choose that kernel by a thorough measurement.
 
     Returns
     -------
@@ -263,30 +295,32 @@ def linear_operator(
             f"expected an nn.Module or a function, got {type(module_or_function).__name__}: pass the map itself"
         )
     space = like_parameters(module_or_function, domain, batch_dims)
-    source = Transposition(module_or_function, space, kwargs, engine)
+    source = Transposition(module_or_function, space, kwargs, engine, lowering=lowering, autotune=autotune)
     if check:
         require_linear(assess(source), source)
-        source.verify()
-    recipe = (_rebuild, (module_or_function, source.domain, batch_dims, kwargs, engine))
+    recipe = (_rebuild, (module_or_function, source.domain, batch_dims, kwargs, engine, lowering, autotune))
     return from_source(source, recipe)
 
 
-def from_source(source: Transposition, recipe: tuple[Callable[..., Any], tuple[Any, ...]]) -> LinearOperator:
+def from_source(source: Transposition, recipe: Recipe) -> LinearOperator:
     operator = LinearOperator.__new__(LinearOperator)
     nn.Module.__init__(operator)
     function = source.linear if source.affine else source.function
-    body = _Body(function, source.adjoint, source.domain, source.codomain, source)
+    body = _Body((function, source.adjoint), (source.domain, source.codomain), source)
     modules = source.captured.modules
     single = len(modules) == 1 and modules[0] is source.callable
     names = ["module"] if single else [f"module_{index}" for index in range(len(modules))]
-    operator._set(body, recipe, dict(zip(names, modules, strict=True)))
+    operator._set(body, 0, recipe, dict(zip(names, modules, strict=True)))
     return operator
 
 
 def _rebuild(
-    function: Callable[..., Any], domain: Space, batch_dims: int, kwargs: dict[str, Any] | None, engine: str
+    function: Callable[..., Any], domain: Space, batch_dims: int, kwargs: Any, engine: str, lowering: bool, autotune: bool
 ) -> LinearOperator:
-    return linear_operator(function, domain, batch_dims=batch_dims, kwargs=kwargs, engine=engine, check=False)
+    return linear_operator(
+        function, domain, batch_dims=batch_dims, kwargs=kwargs, engine=engine, check=False, lowering=lowering,
+        autotune=autotune,
+    )  # fmt: skip
 
 
 def require_linear(report: LinearityReport, source: Transposition, *, offset_allowed: bool = False) -> None:
@@ -334,7 +368,7 @@ def _derived(
     operator = LinearOperator.__new__(LinearOperator)
     nn.Module.__init__(operator)
     named = {f"operator_{index}": part for index, part in enumerate(parts)}
-    operator._set(_Body(function, adjoint_function, domain, codomain, None), recipe, named)
+    operator._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, named)
     return operator
 
 
@@ -374,8 +408,8 @@ def _compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
         lambda x: a(b(x)), lambda y: b.H(a.H(y)), b.domain.with_batch_dims(free), a.codomain.with_batch_dims(free),
         (_compose, (a, b)), a, b,
     )  # fmt: skip
-    if b is a._partners.get("H"):  # AAᴴ and AᴴA are their own adjoints
-        operator._partners["H"] = operator
+    if a._body is b._body and a._side != b._side:  # AAᴴ and AᴴA are their own adjoints
+        operator._body.views[1] = operator
     return operator
 
 
@@ -574,7 +608,7 @@ def identity(space: Any) -> LinearOperator:
     """
     where = Space.of(space)
     operator = _derived(_itself, _itself, where, where, (identity, (where,)))
-    operator._partners["H"] = operator
+    operator._body.views[1] = operator
     return operator
 
 

@@ -33,6 +33,11 @@ def cases(entries: list[Entry] = LINEAR, dtypes: tuple[torch.dtype, ...] | None 
     ]
 
 
+def widest(entries: list[Entry] = LINEAR) -> list[Any]:
+    """Return `(entry, dtype)` with one dtype for each entry: complex where it can be, else double."""
+    return [case for e in entries for case in cases([e], (EXACT[torch.complex128 in e.dtypes],))[:1] or cases([e])]
+
+
 @functools.cache
 def operator(entry: Entry, dtype: torch.dtype, engine: str) -> al.LinearOperator:
     """Return the operator of an entry, made once; tests that change it must build their own."""

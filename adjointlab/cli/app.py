@@ -6,6 +6,7 @@ Exit codes: 0 passed, 1 failed the check, 2 unusable input, with one line on std
 from __future__ import annotations
 
 import contextlib
+import functools
 import html
 import importlib
 import importlib.metadata
@@ -25,6 +26,7 @@ from torch import nn
 from typer.core import TyperGroup
 
 import adjointlab as al
+from adjointlab.cli.report import FAILED, PASSED, UNUSABLE, Outcome, document, page, plain
 from adjointlab.cli.target import (
     COMMON_DTYPES,
     UnusableError,
@@ -39,8 +41,6 @@ from adjointlab.cli.target import (
     parse_target,
 )
 
-PASSED, FAILED, UNUSABLE = 0, 1, 2
-_STATUS = {PASSED: "passed", FAILED: "failed", UNUSABLE: "unusable"}
 _FAILURES = (al.NotLinearError, al.NotDifferentiableError, al.AdjointMismatchError)
 
 Engine = Literal["auto", "eager", "traced", "compiled"]
@@ -48,27 +48,48 @@ Engine = Literal["auto", "eager", "traced", "compiled"]
 
 @dataclass(frozen=True)
 class Options:
-    """What all targets of one command share, as it was typed."""
+    """What all targets of one command share."""
 
-    shapes: Sequence[str]
-    dtype: str | None = None
-    device: str = "cpu"
-    batch_dims: int = 0
-    kwargs: str = ""
-    engine: str = "auto"
-    evaluation: bool = False
-    seed: int = 0
-    trials: int | None = None
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype | None
+    device: torch.device
+    batch_dims: int
+    kwargs: dict[str, Any]
+    engine: str
+    evaluation: bool
+    seed: int
+
+
+def _options(
+    shapes: Sequence[str] | None, dtype: str | None, device: str, batch_dims: int, kwargs: str, **rest: Any
+) -> Options:
+    try:
+        if not shapes:
+            raise UnusableError("expected --shape, the shape of the input, as in --shape 1,1,64,64")
+        parsed = tuple(map(parse_shape, shapes))
+        dims = min(map(len, parsed))
+        if batch_dims > dims:
+            raise UnusableError(f"expected --batch-dims of at most {dims}, got {batch_dims}")
+        # A check holds some ten elements of the domain at once, in double precision.
+        check_memory(10 * 8 * sum(map(math.prod, parsed)), f"--shape {' '.join(shapes)}")
+        wanted = None if dtype is None else parse_dtype(dtype)
+        return Options(parsed, wanted, parse_device(device), batch_dims, parse_kwargs(kwargs), **rest)
+    except UnusableError as error:
+        raise typer.TyperException(str(error)) from error
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A target made ready: the map, its domain and its fixed keyword arguments."""
+    """A target made ready: the map, its domain, and the options of the command."""
 
     function: Callable[..., Any]
     domain: Any
-    kwargs: dict[str, Any]
     options: Options
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What every function of the core is given."""
+        return {"batch_dims": self.options.batch_dims, "kwargs": self.options.kwargs or None}
 
     def describe(self) -> list[dict[str, Any]]:
         """Return shape, dtype and device of every input."""
@@ -80,7 +101,7 @@ class Subject:
 
     def operator(self) -> tuple[al.LinearOperator, al.AffineOperator | None]:
         """Return the operator and, where the map has an offset, the affine operator whose linear part it is."""
-        settings = {"batch_dims": self.options.batch_dims, "kwargs": self.kwargs, "engine": self.options.engine}
+        settings = {**self.settings, "engine": self.options.engine}
         try:
             return al.linear_operator(self.function, self.domain, **settings), None
         except al.NotLinearError as refusal:
@@ -111,91 +132,55 @@ def prepare(text: str, options: Options) -> Subject:
     UnusableError
         If the target or an option cannot be used.
     """
-    if not options.shapes:
-        raise UnusableError("expected --shape, the shape of the input, as in --shape 1,1,64,64")
-    shapes = [parse_shape(shape) for shape in options.shapes]
-    dtype = None if options.dtype is None else parse_dtype(options.dtype)
-    device = parse_device(options.device)
-    kwargs = parse_kwargs(options.kwargs)
-    if options.batch_dims > min(map(len, shapes)):
-        raise UnusableError(f"expected --batch-dims of at most {min(map(len, shapes))}, got {options.batch_dims}")
     target = parse_target(text)
     torch.manual_seed(options.seed)
     function = load(target)
+    dtype = options.dtype
     if isinstance(function, nn.Module):
-        function = function.to(device=device, dtype=dtype)
+        function = function.to(device=options.device, dtype=dtype)
         if options.evaluation:
             function = function.eval()
         own = (p.dtype for p in function.parameters() if p.is_floating_point() or p.is_complex())
         dtype = dtype or next(own, None)
-    dtype = dtype or torch.get_default_dtype()
-    # A check holds some ten elements of the domain at once, in double precision.
-    check_memory(10 * 2 * dtype.itemsize * sum(map(math.prod, shapes)), f"--shape {' '.join(options.shapes)}")
-    specs = tuple(al.TensorSpec(shape, dtype, device) for shape in shapes)
-    return Subject(function, specs[0] if len(specs) == 1 else specs, kwargs, options)
+    specs = tuple(al.TensorSpec(shape, dtype or torch.get_default_dtype(), options.device) for shape in options.shapes)
+    return Subject(function, specs[0] if len(specs) == 1 else specs, options)
 
 
 # -- the commands --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The result for one target: an exit code, and the same story as text, JSON and HTML."""
-
-    target: str
-    code: int
-    text: str
-    record: dict[str, Any]
-    html: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the record as it is written with ``--json``."""
-        return {"target": self.target, "status": _STATUS[self.code], "exit_code": self.code, **self.record}
-
-
-def _check(subject: Subject) -> Outcome:
+def _check(subject: Subject, trials: int | None) -> Outcome:
     options = subject.options
     text = html_ = ""
     record: dict[str, Any] = {"domain": subject.describe()}
-    linearity = al.check_linearity(
-        subject.function, subject.domain, batch_dims=options.batch_dims, kwargs=subject.kwargs, seed=options.seed
-    )
+    linearity = al.check_linearity(subject.function, subject.domain, **subject.settings, seed=options.seed)
     record["linearity"] = linearity.to_dict()
     try:
         A, affine = subject.operator()
     except _FAILURES as failure:
         record |= {"passed": False, "error": type(failure).__name__, "message": str(failure)}
         text = f"{type(failure).__name__}: {failure}\n\n{linearity}"
-        return Outcome("", FAILED, text, record, _page(linearity, f"{type(failure).__name__}: {failure}"))
-    trials = {} if options.trials is None else {"trials": options.trials}
-    report = al.check_adjoint(A, seed=options.seed, **trials)
+        return Outcome("", FAILED, text, record, page(linearity, f"{type(failure).__name__}: {failure}"))
+    number: dict[str, Any] = {} if trials is None else {"trials": trials}  # how many is the core's to choose
+    report = al.check_adjoint(A, seed=options.seed, **number)
     code = PASSED if report.passed else FAILED
     record |= {"passed": report.passed, "engine": A.engine, "affine": affine is not None, "adjoint": report.to_dict()}
     if affine is not None:
         text = "The map has an offset (a bias), so it is affine: this is about its linear part x ↦ f(x) − f(0).\n\n"
         html_ = f"<p>{html.escape(text.strip())}</p>"
-    return Outcome("", code, f"{text}{report}\n\n{linearity}", record, html_ + _page(report, linearity))
+    return Outcome("", code, f"{text}{report}\n\n{linearity}", record, html_ + page(report, linearity))
 
 
 def _explain(subject: Subject) -> Outcome:
     try:
         A, affine = subject.operator()
     except _FAILURES as failure:
-        record = {"error": type(failure).__name__, "message": str(failure)}
-        return Outcome("", FAILED, f"{type(failure).__name__}: {failure}", record)
+        reason = {"error": type(failure).__name__, "message": str(failure)}
+        return Outcome("", FAILED, f"{type(failure).__name__}: {failure}", reason)
     note = "" if affine is None else "The map has an offset (a bias): this is its linear part x ↦ f(x) − f(0).\n\n"
     explanation = str(A.explain())
     record = {"engine": A.engine, "affine": affine is not None, "explanation": explanation}
     return Outcome("", PASSED, note + explanation, record)
-
-
-def _page(*reports: Any) -> str:
-    """Return the reports as HTML: their own, or their text."""
-    parts = []
-    for report in reports:
-        own = getattr(report, "_repr_html_", None)
-        parts.append(own() if own else f"<pre>{html.escape(str(report))}</pre>")
-    return "\n".join(parts)
 
 
 def _answer(text: str, work: Callable[[Subject], Outcome], options: Options, debug: bool) -> Outcome:
@@ -221,7 +206,7 @@ def _run(
     options: Options,
     *,
     as_json: bool,
-    page: Path | None = None,
+    html_file: Path | None = None,
     debug: bool = False,
 ) -> NoReturn:
     outcomes = []
@@ -232,61 +217,43 @@ def _run(
                 outcome = _answer(text, work, options, debug)
             outcomes.append(outcome)
             if not as_json and outcome.text:
-                typer.secho(
-                    f"{one_line(text)}: {_STATUS[outcome.code]}", fg="red" if outcome.code else "green", bold=True
-                )
+                typer.secho(outcome.headline, fg="red" if outcome.code else "green", bold=True)
                 typer.echo(f"{outcome.text.rstrip()}\n")
     if as_json:
-        records = [_plain(outcome.as_json()) for outcome in outcomes]
+        records = [plain(outcome.as_json()) for outcome in outcomes]
         typer.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2, allow_nan=False))
     code = max(outcome.code for outcome in outcomes)
-    if page is not None:
+    if html_file is not None:
         try:
-            page.write_text(_document(outcomes), encoding="utf-8")
+            html_file.write_text(document(outcomes), encoding="utf-8")
         except (OSError, ValueError) as error:
-            typer.echo(f"error: cannot write {one_line(str(page))}: {one_line(error)}", err=True)
+            typer.echo(f"error: cannot write {one_line(str(html_file))}: {one_line(error)}", err=True)
             code = UNUSABLE
     raise typer.Exit(code)
-
-
-def _plain(value: Any) -> Any:
-    """Return ``value`` with nothing in it that JSON cannot say."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    if isinstance(value, torch.Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, complex):
-        return [_plain(value.real), _plain(value.imag)]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def _document(outcomes: Sequence[Outcome]) -> str:
-    style = "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{white-space:pre-wrap}"
-    sections = [
-        f"<section><h2><code>{html.escape(one_line(o.target))}</code>: {_STATUS[o.code]}</h2>\n"
-        f"{o.html or '<p>' + html.escape(o.record.get('message', '')) + '</p>'}</section>"
-        for o in outcomes
-    ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>adjointlab check</title>'
-        f"<style>{style}</style></head>\n<body><h1>adjointlab check</h1>\n{''.join(sections)}\n</body></html>\n"
-    )
 
 
 class _OneLineErrors(TyperGroup):
     """Errors in options become one line on stderr and exit code 2, as all unusable input does."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        def run() -> Any:
+            return super(_OneLineErrors, self).main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+            return run()
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = run()
         except typer.TyperException as error:
-            typer.echo(f"error: {one_line(error.format_message())} (adjointlab --help says more)", err=True)
+            if error.format_message():  # empty where the help text was shown
+                typer.echo(f"error: {one_line(error.format_message())}", err=True)
             code = UNUSABLE
         except typer.Abort:
             code = 130
@@ -317,7 +284,7 @@ def _complete_target(incomplete: str) -> list[str]:
 
 
 _TARGETS = typer.Argument(
-    metavar="TARGET...",
+    metavar="TARGET",
     help="import.path:name or import.path:name(literal, name=literal); the current directory is importable.",
     autocompletion=_complete_target,
     show_default=False,
@@ -352,12 +319,12 @@ def check(
     seed: Annotated[int, _SEED] = 0,
     trials: Annotated[int | None, typer.Option("--trials", min=1, max=10**6, help="Number of random draws.")] = None,
     as_json: Annotated[bool, _JSON] = False,
-    page: Annotated[Path | None, typer.Option("--html", help="Write the reports to this HTML file.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write the reports to this HTML file.")] = None,
     debug: Annotated[bool, _DEBUG] = False,
 ) -> None:
     """Check that a map is linear and ⟨A x, y⟩ = ⟨x, Aᴴ y⟩; exit with 0 if so, 1 if not, 2 if it cannot be said."""
-    options = Options(shape or [], dtype, device, batch_dims, kwargs, engine, evaluation, seed, trials)
-    _run(targets, _check, options, as_json=as_json, page=page, debug=debug)
+    options = _options(shape, dtype, device, batch_dims, kwargs, engine=engine, evaluation=evaluation, seed=seed)
+    _run(targets, functools.partial(_check, trials=trials), options, as_json=as_json, html_file=html_file, debug=debug)
 
 
 @app.command()
@@ -376,7 +343,7 @@ def explain(
     debug: Annotated[bool, _DEBUG] = False,
 ) -> None:
     """Show how Aᴴ is computed: the engine, the derived program, and the evidence that the map is linear."""
-    options = Options(shape or [], dtype, device, batch_dims, kwargs, engine, evaluation, seed)
+    options = _options(shape, dtype, device, batch_dims, kwargs, engine=engine, evaluation=evaluation, seed=seed)
     _run(targets, _explain, options, as_json=as_json, debug=debug)
 
 

@@ -351,7 +351,7 @@ def _call(target: Target, factory: Any) -> Any:
         if math.prod(numbers) > 10**8 and isinstance(factory, type) and issubclass(factory, nn.Module):
             with torch.device("meta"):  # parameters without memory, to see how much they would need
                 draft = factory(*target.args, **target.kwargs)
-            check_memory(sum(p.numel() * p.element_size() for p in draft.parameters()), text)
+            check_memory(sum(p.numel() * p.element_size() for p in draft.parameters()), "the module")
         return factory(*target.args, **target.kwargs)
     except UnusableError:
         raise

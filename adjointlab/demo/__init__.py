@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from adjointlab.demo.common import Recovery, Stage
-from adjointlab.demo.mri import blurred_volume, multi_coil
-from adjointlab.demo.photograph import photograph
+from adjointlab.demo.mri import deblur_volume, reconstruct_coils
+from adjointlab.demo.photograph import deblur_photograph
 from adjointlab.demo.seed import seed_question
 
 __all__ = ["FIGURES", "run"]
@@ -45,7 +45,7 @@ def run(output: Path, *, quick: bool = False, console: Console | None = None) ->
     begin = time.perf_counter()
     stage = Stage(console, output, quick)
     passed = seed_question(stage)
-    recoveries = [photograph(stage), blurred_volume(stage), multi_coil(stage)]
+    recoveries = [deblur_photograph(stage), deblur_volume(stage), reconstruct_coils(stage)]
     _summary(stage, recoveries)
     passed &= all(recovery.passed for recovery in recoveries)
     verdict = "[bold green]everything holds[/]" if passed else "[bold red]something does not hold[/]"
@@ -64,7 +64,7 @@ def _summary(stage: Stage, recoveries: list[Recovery]) -> None:
         table.add_row(
             r.name,
             f"{r.dot_error / r.eps:.2g} eps",
-            f"{r.norm:.4f}",
+            f"{r.norm:.3f}",
             f"{r.objective[0]:.4g}",
             f"{r.objective[-1]:.4g}",
             f"{r.error_before:.2%}",

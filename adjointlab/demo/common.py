@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def _relative_error(x: Tensor, truth: Tensor) -> float:
 
 
 def gaussian(*sigmas: float) -> Tensor:
-    """Return the separable Gaussian kernel of sum 1, ``Σ k = 1``, with 2⌈2.5σ⌉ + 1 taps along each axis.
+    """Return the separable Gaussian kernel of sum 1, ``Σ k = 1``, with 2⌈2σ⌉ + 1 taps along each axis.
 
     Parameters
     ----------
@@ -92,7 +93,7 @@ def gaussian(*sigmas: float) -> Tensor:
     """
     kernel = torch.ones(())
     for sigma in sigmas:
-        reach = int(-(-2.5 * sigma // 1))
+        reach = math.ceil(2 * sigma)
         t = torch.arange(-reach, reach + 1) / sigma
         kernel = kernel[..., None] * torch.softmax(-t.square() / 2, 0)
     return kernel
@@ -124,7 +125,7 @@ def recover(
     begin = time.perf_counter()
     report = al.check_adjoint(A)
     stage.console.print(str(report), markup=False)
-    norm = float(al.operator_norm(A))
+    norm = float(al.operator_norm(A, tol=1e-3))
     problem = al.LeastSquares(A, data)
     x = start
     objective = []
@@ -160,7 +161,7 @@ def _print(stage: Stage, r: Recovery) -> None:
     steps = len(r.objective) - 1
     down = "decreased at every step" if r.monotone else "did [bold red]not[/] decrease at every step"
     stage.console.print(
-        f"{steps} steps x ← x − cᴴ(c x − y)/‖c‖² with ‖c‖ = {r.norm:.4f}: F(x) {down}, "
+        f"{steps} steps x ← x − cᴴ(c x − y)/‖c‖² with ‖c‖ = {r.norm:.3f}: F(x) {down}, "
         f"from {r.objective[0]:.4g} to {r.objective[-1]:.4g};\n"
         f"the relative error ‖x − x_true‖/‖x_true‖ went from {r.error_before:.2%} to {r.error_after:.2%} "
         f"({r.seconds:.1f} s)"

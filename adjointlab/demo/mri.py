@@ -17,7 +17,8 @@ from adjointlab.demo.common import Recovery, Stage, curve, gaussian, recover, sa
 _BLUR_NOISE = 0.005
 _COIL_NOISE = 0.005
 _COILS = 8
-_SIGMAS = (0.8, 1.2, 1.2)
+_SIGMAS = (0.5, 1.0, 1.0)
+_HEAD = slice(20, 108)  # columns: what lies outside is air
 
 
 def volume(*, quick: bool = False) -> Tensor:
@@ -34,13 +35,13 @@ def volume(*, quick: bool = False) -> Tensor:
         ``float32``.
     """
     with as_file(files("nibabel") / "tests" / "data" / "example4d.nii.gz") as path:
-        scans = np.asarray(nibabel.load(path).dataobj, dtype=np.float32)
-    x = torch.from_numpy(np.rot90(scans[..., 0]).transpose(2, 0, 1).copy())
+        scans = np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj, dtype=np.float32)
+    x = torch.from_numpy(np.rot90(scans[..., 0]).transpose(2, 0, 1)[..., _HEAD].copy())
     x = x / torch.quantile(x[len(x) // 2], 0.999)
     return x[8:16, ::2, ::2].contiguous() if quick else x
 
 
-def blurred_volume(stage: Stage) -> Recovery:
+def deblur_volume(stage: Stage) -> Recovery:
     """Recover the volume from ``y = k ⊛ x + noise``, a three-dimensional convolution.
 
     Parameters
@@ -90,8 +91,8 @@ class MultiCoil(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return slices × coils × rows × columns of Fourier samples of the slices x."""
-        spectrum: Tensor = torch.fft.fft2(self.maps * x[:, None], norm="ortho")
-        return self.mask * spectrum
+        samples: Tensor = self.mask * torch.fft.fft2(self.maps * x[:, None], norm="ortho")
+        return samples
 
 
 def coil_maps(coils: int, height: int, width: int) -> Tensor:
@@ -144,10 +145,11 @@ def sampling_mask(rows: int, generator: torch.Generator) -> Tensor:
     """
     frequency = torch.fft.fftfreq(rows).abs()
     low = frequency < 0.05
-    return (low | (torch.rand(rows, generator=generator) < 1 / 3))[:, None].to(torch.float32)
+    chosen: Tensor = low | (torch.rand(rows, generator=generator) < 1 / 3)
+    return chosen[:, None].to(torch.float32)
 
 
-def multi_coil(stage: Stage) -> Recovery:
+def reconstruct_coils(stage: Stage) -> Recovery:
     """Recover the volume from ``y = M F S x + noise``, a complex operator, beginning with ``cᴴ y``.
 
     Parameters
@@ -164,25 +166,26 @@ def multi_coil(stage: Stage) -> Recovery:
     generator = torch.Generator().manual_seed(3)
     truth = volume(quick=stage.quick).to(torch.complex64)
     height, width = truth.shape[1:]
-    c = MultiCoil(coil_maps(_COILS, height, width), sampling_mask(height, generator))
+    mask = sampling_mask(height, generator)
+    c = MultiCoil(coil_maps(_COILS, height, width), mask)
     A = al.linear_operator(c, truth)
-    share = float(c.mask.mean())
+    share = float(mask.mean())
     stage.console.print(
         f"{_COILS} coils, {share:.0%} of the rows measured; is_complex_linear = {A.is_complex_linear}: "
         "the adjoint is the Hermitian one"
     )
     data = A(truth)
-    data = data + _COIL_NOISE * c.mask * torch.randn(data.shape, generator=generator, dtype=data.dtype)
+    data = data + _COIL_NOISE * mask * torch.randn(data.shape, generator=generator, dtype=data.dtype)
     recovery = recover(
         stage, "MRI volume, coils and FFT", A, truth=truth, data=data, start=A.H(data), steps=10 if stage.quick else 60
     )
-    _draw_coils(stage, recovery, c)
+    _draw_coils(stage, recovery)
     return recovery
 
 
 def _draw_blur(stage: Stage, r: Recovery) -> None:
     """Draw one slice of the volume, of the data and of the result, across and along, and the objective."""
-    figure = Figure(figsize=(12.5, 3.9), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplot_mosaic(
         [["a", "b", "c", "F"], ["d", "e", "f", "F"]], width_ratios=[1, 1, 1, 1.1], height_ratios=[3.3, 1]
     )
@@ -195,9 +198,9 @@ def _draw_blur(stage: Stage, r: Recovery) -> None:
     save(stage, figure, "mri_blur.png")
 
 
-def _draw_coils(stage: Stage, r: Recovery, c: MultiCoil) -> None:
+def _draw_coils(stage: Stage, r: Recovery) -> None:
     """Draw one slice: truth, one coil's samples, start, result and their errors, and the objective."""
-    figure = Figure(figsize=(12.5, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
     panels = figure.subplot_mosaic([["a", "b", "c", "F"], ["d", "e", "f", "F"]], width_ratios=[1, 1, 1, 1.1])
     middle = len(r.truth) // 2
     truth, start, result = (image[middle].abs() for image in (r.truth, r.start, r.result))

@@ -23,7 +23,7 @@ def _blur() -> nn.Conv2d:
     return conv
 
 
-def photograph(stage: Stage) -> Recovery:
+def deblur_photograph(stage: Stage) -> Recovery:
     """Recover a photograph from ``y = c x + noise`` by ``x ← x − cᴴ(c x − y)/‖c‖²``.
 
     Parameters
@@ -37,7 +37,8 @@ def photograph(stage: Stage) -> Recovery:
         The result and its numbers.
     """
     stage.title("2  A photograph: reflect-padded 9×9 blur with stride 2, and noise")
-    truth = torch.from_numpy(images.camera().astype("float32") / 255)[None, None]
+    image = images.camera()  # type: ignore[no-untyped-call]
+    truth = torch.from_numpy(image.astype("float32") / 255)[None, None]
     if stage.quick:
         truth = truth[..., 80:208, 160:288].contiguous()
     generator = torch.Generator().manual_seed(1)
@@ -45,14 +46,25 @@ def photograph(stage: Stage) -> Recovery:
     data = A(truth)
     data = data + _NOISE * torch.randn(data.shape, generator=generator)
     recovery = recover(
-        stage, "photograph, Conv2d", A, truth=truth, data=data, start=_enlarge(data), steps=15 if stage.quick else 60
+        stage, "photograph, Conv2d", A, truth=truth, data=data, start=enlarge(data), steps=15 if stage.quick else 60
     )
     _draw(stage, recovery)
     return recovery
 
 
-def _enlarge(y: Tensor) -> Tensor:
-    """Return y with linear interpolation at every second pixel: sample i of y belongs to pixel 2i."""
+def enlarge(y: Tensor) -> Tensor:
+    """Return y with linear interpolation between its samples: sample i of y belongs to pixel 2i.
+
+    Parameters
+    ----------
+    y : Tensor
+        Images, in the last two dimensions.
+
+    Returns
+    -------
+    Tensor
+        Twice as many rows and columns.
+    """
     n, m = y.shape[2:]
     padded = F.pad(y, (0, 1, 0, 1), mode="replicate")
     return F.interpolate(padded, (2 * n + 1, 2 * m + 1), mode="bilinear", align_corners=True)[

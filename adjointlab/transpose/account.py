@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from torch import fx
+
+from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.trace import Graph, op_name
 
 
@@ -29,7 +31,7 @@ class Account:
         return self.readers == ()
 
     def __str__(self) -> str:
-        lines = [f"engine: {self.engine}" + (f" (asked for: {self.requested})" if self.requested != "auto" else "")]
+        lines: list[str] = [f"engine: {self.engine}" + (f" (asked for: {self.requested})" if self.requested != "auto" else "")]
         if self.reason:
             lines.append(f"reason: {self.reason}")
         if self.path:
@@ -75,10 +77,9 @@ def listing(graph: Graph) -> str:
     return "\n".join([*lines, f"return {outputs}"])
 
 
-def _show(value: object, names: dict[object, str]) -> str:
+def _show(value: object, names: dict[fx.Node, str]) -> str:
+    if isinstance(value, Site):
+        return "site"
     if isinstance(value, list):
         return "[" + ", ".join(_show(item, names) for item in value) + "]"
-    try:
-        return names.get(value) or re.sub(r"torch\.", "", str(value))
-    except TypeError:  # unhashable: a literal
-        return str(value)
+    return names[value] if isinstance(value, fx.Node) else str(value).replace("torch.", "")

@@ -6,7 +6,8 @@ compared with it once on random data. It is made again when what it depends on h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor, fx
 
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.space import Space, TensorSpec, tree_flatten
-from adjointlab.transpose import pair, vjp
+from adjointlab.transpose import kernels, pair, vjp
 from adjointlab.transpose.account import Account, listing
 from adjointlab.transpose.capture import Capture, capture
+from adjointlab.transpose.kernels import Site
+from adjointlab.transpose.lower import lower
 from adjointlab.transpose.program import Program, differentiated, plain
 from adjointlab.transpose.prune import Pruned, prune
-from adjointlab.transpose.trace import Graph, UntraceableError, clean, op_name, trace_forward, trace_vjp
+from adjointlab.transpose.trace import Graph, UntraceableError, clean, op_name, own_outputs, trace_forward, trace_vjp
 
 aten = torch.ops.aten
 Tensors = tuple[Tensor, ...]
@@ -55,6 +58,9 @@ class Transposition:
         engine: str = "auto",
         *,
         affine: bool = False,
+        lowering: bool = True,
+        autotune: bool = False,
+        options: dict[str, Any] | None = None,
     ) -> None:
         if engine not in ENGINES:
             raise ValueError(f"expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
@@ -62,6 +68,9 @@ class Transposition:
         self.kwargs = dict(kwargs or {})
         self.requested = engine
         self.affine = affine
+        self.lowering = lowering
+        self.autotune = autotune
+        self.options = dict(options or {})
         self._rebuilds = 0
         self.rebase(domain)
 
@@ -74,10 +83,20 @@ class Transposition:
         self._vjp: tuple[vjp.VJP, str] | None = None
         self._writes_to_input = False
         self._structure: Any = None
+        self.sample: Sample | None = None
         self.untraceable: UntraceableError | None = None
         derived = self._derive(domain.batch_shape)
         self._derived[domain.batch_shape] = derived
         self.codomain = self._codomain(derived)
+
+    def switch(self, engine: str, *, autotune: bool = False, options: dict[str, Any] | None = None) -> None:
+        """Change the engine in place, and check it now."""
+        self.requested, self.autotune, self.options = engine, autotune, dict(options or {})
+        for batch in list(self._derived):
+            graphs = self._derived[batch].graphs
+            if graphs is None or engine == "eager":
+                self._derived[batch] = self._derive(batch)
+            self._verify(batch)
 
     # -- the reference -----------------------------------------------------------------------------------------------
 
@@ -139,21 +158,25 @@ class Transposition:
         self._verify(self.domain.batch_shape)
 
     def _current(self, leaves: Tensors) -> Derived:
-        batch = self._batch(leaves)
+        batch = tuple(leaves[0].shape[: self.domain.batch_dims])
         derived = self._derived.get(batch)
         if torch.compiler.is_compiling():
             return self._eager("torch.compile met a size that was not seen before") if derived is None else derived
-        if derived is not None and plain() and self._stale(derived):
+        if not plain():
+            if derived is None:
+                derived = self._derived[batch] = self._derive(batch)
+            return derived
+        if derived is not None and self._stale(derived):
             self._rebuilds += 1
             self.captured = capture(self.callable, self.kwargs)
             self._derived.clear()
             self._verified.clear()
             derived = None
-        if derived is None:
-            derived = self._derived[batch] = self._derive(batch)
-        if batch not in self._verified and plain():
+        if derived is None or batch not in self._verified:
+            if derived is None:
+                self._derived[batch] = self._derive(batch)
             self._verify(batch)
-            return self._derived[batch]
+            derived = self._derived[batch]
         return derived
 
     def _stale(self, derived: Derived) -> bool:
@@ -178,10 +201,17 @@ class Transposition:
         try:
             forward = trace_forward(self.flat, specs, self.captured)
             pruned = prune(trace_vjp(forward), len(specs))
+            for graph in (forward, pruned.graph):
+                own_outputs(graph)
         except UntraceableError as error:
             self.untraceable = error
             return self._eager(f"the function cannot be traced: {error}")
-        return self._traced(forward, pruned)
+        return self._programs(forward, pruned, self._modes()[-1], "")
+
+    def _modes(self) -> list[str]:
+        """Return the ways to run a graph, the most wanted first; each is tried until one agrees with eager."""
+        modes = ["lowered", "plain"] if self.lowering else ["plain"]
+        return ["compiled", *modes] if self.requested == "compiled" else modes
 
     def _eager(self, reason: str) -> Derived:
         account = Account("eager", self.requested, reason)
@@ -190,17 +220,33 @@ class Transposition:
             zeros = tuple(torch.zeros_like(leaf) for leaf in leaves)
             return tuple(a - b for a, b in zip(self.flat(leaves), self.flat(zeros), strict=True))
 
-        return Derived(self.flat, linear, self.reference_adjoint, account)
+        return Derived(self.flat, linear if self.affine else self.flat, self.reference_adjoint, account)
 
-    def _traced(self, forward: Graph, pruned: Pruned) -> Derived:
+    def _programs(self, forward: Graph, pruned: Pruned, mode: str, reason: str) -> Derived:
+        def choose(site: Site) -> str:
+            return kernels.choose(site, measure=True, thorough=self.autotune)
+
+        lines: list[str] = []
+
+        def program(graph: Graph) -> Program:
+            if mode == "plain" or not self.lowering:
+                return Program(graph, graph)
+            lowered, chosen = lower(graph, choose)
+            lines.extend(line for line in chosen if line not in lines)
+            return Program(lowered, graph)
+
         n = len(forward.state)
-        function, adjoint = Program(forward), Program(pruned.graph)
-        linear = Program(_without_offset(forward)) if self.affine else function
+        function, adjoint = program(forward), program(pruned.graph)
+        linear = program(_without_offset(forward)) if self.affine else function
+        if mode == "compiled":
+            for each in {function, linear, adjoint}:
+                each.compile(self.options)
         run_linear, run_adjoint = pair.pair(linear, adjoint, n)
         run = pair.affine(function, linear, adjoint, n) if self.affine else run_linear
         account = Account(
-            "traced", self.requested, readers=pruned.readers, ops_before=pruned.ops_before, ops_after=pruned.ops_after,
-            program=listing(pruned.graph),
+            "compiled" if mode == "compiled" else "traced", self.requested, reason, readers=pruned.readers,
+            ops_before=pruned.ops_before, ops_after=pruned.ops_after, kernels=tuple(lines),
+            program=listing(adjoint.graph),
         )  # fmt: skip
         state = forward.state
         metadata = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (source.read() for source in state))
@@ -208,7 +254,9 @@ class Transposition:
         def bound(program: Program, linked: pair.Run) -> Function:
             def call(leaves: Tensors) -> Tensors:
                 tensors = (*[source.container[source.key] for source in state], *[_canonical(t) for t in leaves])
-                return linked(*tensors) if differentiated(tensors) else program(*tensors)
+                if differentiated(tensors) or not plain():
+                    return linked(*tensors)
+                return program.run(*tensors)
 
             return call
 
@@ -255,48 +303,90 @@ class Transposition:
         return outputs
 
     def _verify(self, batch: tuple[int, ...]) -> None:
-        """Compare what was derived with the eager reference on random data; fall back to that if they differ."""
-        derived = self._derived[batch]
+        """Choose the fastest way to run the graphs that agrees with the eager reference on random data."""
+        graphs = self._derived[batch].graphs
         self._verified.add(batch)
-        if derived.account.engine == "eager":
+        if graphs is None:
             return
+        reasons: list[str] = []
+        with self.captured.preserved() as changes, torch.no_grad():
+            sample = self._sample(batch)
+        if changes:
+            reasons.append(f"stateful: the forward changes {', '.join(changes)}")
+        for mode in [] if changes else self._modes():
+            derived = self._programs(*graphs, mode, "; ".join(reasons))
+            disagreement = self._disagreement(derived, sample)
+            if not disagreement:
+                self._derived[batch] = derived
+                self.sample = sample
+                return
+            reasons.append(f"{mode}: {disagreement}")
+        self._derived[batch] = self._eager("; ".join(reasons))
+
+    def _sample(self, batch: tuple[int, ...]) -> Sample:
+        """Evaluate the eager reference at random x and v."""
         generator = torch.Generator().manual_seed(20)
         domain, codomain = self.domain.with_batch(batch), self.codomain.with_batch(batch)
         x, v = (space.leaves(space.randn(generator)) for space in (domain, codomain))
-        fallback = ""
-        with self.captured.preserved() as changes, torch.no_grad():
-            pairs = [
-                ("forward", self.flat, derived.function, x, codomain),
-                ("adjoint", self.reference_adjoint, derived.adjoint, v, domain),
-            ]
-            for name, reference, fast, argument, space in pairs:
-                gap, allowed = _gap(reference, fast, argument, space)
+        return Sample(x, self.flat(_copies(x)), v, self.reference_adjoint(_copies(v)))
+
+    def _disagreement(self, derived: Derived, sample: Sample) -> str:
+        """Return how derived functions differ from the eager reference, or nothing where they agree."""
+        trials = [
+            ("forward", self.flat, derived.function, sample.x, sample.at_x),
+            ("adjoint", self.reference_adjoint, derived.adjoint, sample.v, sample.at_v),
+        ]
+        with self.captured.preserved(), torch.no_grad():
+            for name, reference, fast, argument, expected in trials:
+                try:
+                    found = fast(_copies(argument))
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    return f"torch.compile failed ({vjp.first_line(error)})"
+                gap, allowed = _gap(expected, found), 32 * _eps(expected)
+                if gap > allowed:  # cancellation inside? then the result moves as much when the argument does
+                    allowed += 32 * _gap(expected, reference(_nudged(argument)))
                 if not gap <= allowed:
-                    fallback = (
+                    return (
                         f"the derived {name} differs from the eager one by {gap:.1e} of its norm, where rounding "
                         f"explains {allowed:.1e}"
                     )
-        if changes and not fallback:
-            fallback = f"stateful: the forward changes {changes[0]}"
-        if fallback:
-            self._derived[batch] = self._eager(fallback)
+        return ""
 
 
-def _gap(reference: Function, fast: Function, argument: Tensors, space: Space) -> tuple[float, float]:
-    """Return the difference of two functions at ``argument``, and what rounding may explain, relative to the norm."""
-    copies = tuple(t.clone() for t in argument)
-    expected, found = reference(argument), fast(copies)
-    scale = float(space.norm(space.unflatten(expected)))
-    if scale == 0.0:
-        return float(space.norm(space.unflatten(found))), 0.0
-    difference = float(space.norm(space.unflatten([a - b for a, b in zip(expected, found, strict=True)]))) / scale
-    allowed = 32 * space.eps
-    if difference > allowed:  # cancellation inside: how much does the result move when the argument does, by rounding?
-        eps = max(float(torch.finfo(t.dtype).eps) for t in argument)
-        nudged = tuple(t * (1 + eps * torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).to(t)) for t in argument)
-        moved = [a - b for a, b in zip(expected, reference(nudged), strict=True)]
-        allowed += 32 * float(space.norm(space.unflatten(moved))) / scale
-    return difference, allowed
+@dataclass(frozen=True)
+class Sample:
+    """What the eager reference makes of random x and v: ``f(x)`` and ``f'ᴴv``."""
+
+    x: Tensors
+    at_x: Tensors
+    v: Tensors
+    at_v: Tensors
+
+
+def _copies(leaves: Tensors) -> Tensors:
+    return tuple(t.clone() for t in leaves)
+
+
+def _eps(leaves: Tensors) -> float:
+    return max(float(torch.finfo(t.dtype).eps) for t in leaves)
+
+
+def _nudged(leaves: Tensors) -> Tensors:
+    """Return the leaves changed at random by one unit of rounding."""
+    draw = torch.Generator().manual_seed(1)
+    return tuple(t * (1 + _eps(leaves) * torch.randn(t.shape, generator=draw).to(t)) for t in leaves)
+
+
+def _gap(expected: Tensors, found: Tensors) -> float:
+    """Return ``‖expected − found‖ / ‖expected‖``, infinite where only the first is zero."""
+    difference = _norm([a - b for a, b in zip(expected, found, strict=True)])
+    scale = _norm(expected)
+    return difference / scale if scale else math.inf if difference else 0.0
+
+
+def _norm(leaves: Sequence[Tensor]) -> float:
+    wide = {True: torch.complex128, False: torch.float64}
+    return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=wide[t.is_complex()])) for t in leaves))
 
 
 def _canonical(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from adjointlab.transpose.program import Program
+from adjointlab.transpose.program import Program, plain
 
 Tensors = tuple[Tensor, ...]
 Run = Callable[..., Tensors]
@@ -87,14 +87,16 @@ def _link(
     functorch takes only the new style, and torch.compile takes neither objects nor Functions in a backward.
     """
     compiled = _plain(program.whole, _backward(derivative_whole, gradient, n_state))
-    eager = _plain(program, _backward(derivative, gradient, n_state))
+    eager = _plain(program.run, _backward(derivative, gradient, n_state))
+    # Past the checks that Function.apply makes for functorch, which is known not to be at work.
+    apply_eagerly = super(torch.autograd.Function, eager).apply
 
     def apply(*tensors: Tensor) -> Tensors:
         if torch.compiler.is_compiling():
             return compiled.apply(*tensors)  # type: ignore[no-any-return]
-        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-            return transformable.apply(*tensors)  # type: ignore[no-any-return]
-        return eager.apply(*tensors)  # type: ignore[no-any-return]
+        if plain() and forward_ad._current_level < 0:
+            return apply_eagerly(*tensors)  # type: ignore[no-any-return]
+        return transformable.apply(*tensors)  # type: ignore[no-any-return]
 
     transformable: Any = _transformable(
         program, _backward(derivative, gradient, n_state), _jvp(linear or apply, gradient, n_state)
@@ -102,17 +104,12 @@ def _link(
     return apply
 
 
-def _run(run: Run, tensors: Tensors) -> Tensors:
-    # An output must not be an input itself: both autograd and the caller may write to it.
-    return tuple([out.clone() if any([out is t for t in tensors]) else out for out in run(*tensors)])
-
-
 def _plain(run: Run, pull_back: Callable[..., Any]) -> Any:
     class Plain(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *tensors: Tensor) -> Tensors:
             ctx.save_for_backward(*tensors)
-            return _run(run, tensors)
+            return tuple(run(*tensors))
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor) -> Any:
@@ -127,7 +124,7 @@ def _transformable(run: Run, pull_back: Callable[..., Any], push_forward: Callab
 
         @staticmethod
         def forward(*tensors: Tensor) -> Tensors:
-            return _run(run, tensors)
+            return tuple(run(*tensors))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -34,6 +34,28 @@ _VIEWS = {
 }  # fmt: skip
 
 
+# The same functions by a door that costs half as much: calls through torch.ops parse their arguments in Python.
+_BUILTIN: dict[Any, Callable[..., Any]] = {
+    aten.convolution.default: torch.convolution,
+    aten.add.Tensor: torch.add,
+    aten.sub.Tensor: torch.sub,
+    aten.mul.Tensor: torch.mul,
+    aten.neg.default: torch.neg,
+    aten.transpose.int: torch.transpose,
+    aten.permute.default: torch.permute,
+    aten.select.int: torch.select,
+    aten.unsqueeze.default: torch.unsqueeze,
+    aten.cat.default: torch.cat,
+    aten._conj.default: torch.conj,
+    aten.view_as_real.default: torch.view_as_real,
+    aten.view_as_complex.default: torch.view_as_complex,
+    aten.slice_scatter.default: torch.slice_scatter,
+    aten.constant_pad_nd.default: torch.constant_pad_nd,
+    aten.mm.default: torch.mm,
+    aten.bmm.default: torch.bmm,
+}
+
+
 def plain() -> bool:
     """Return whether code runs eagerly on real tensors: no transform, no tracing, no compilation is under way."""
     return not (
@@ -53,27 +75,37 @@ def differentiated(tensors: tuple[Tensor, ...]) -> bool:
 
 
 class Program:
-    """A callable ``(*state, *inputs) → tuple of outputs`` that equals its graph."""
+    """A callable ``(*state, *inputs) → tuple of outputs`` that equals its graph.
 
-    def __init__(self, graph: Graph) -> None:
+    ``reference`` is an equal graph of differentiable ATen ops alone: what transforms and other compilers get to see.
+    """
+
+    def __init__(self, graph: Graph, reference: Graph) -> None:
         self.graph = graph
-        self.whole = whole(graph.module)
+        self.whole = whole(reference.module)
         self._split = _split(graph)
         self._constants: tuple[Tensor, ...] | None = None
         self._kept: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs."""
-        if self._split is None or not plain():
-            return tuple(self.whole(*tensors))
+        """Return the outputs, under whatever transform or trace is under way."""
+        return self.run(*tensors) if plain() else tuple(self.whole(*tensors))
+
+    def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs for real tensors, without recording of gradients."""
         constants, prologue, main, watched, n_state = self._split
         if self._constants is None:
             with torch.no_grad():
                 self._constants = constants() if constants else ()
-        prepared: tuple[Tensor, ...] = ()
-        if prologue:
-            prepared = self._prepare(prologue, tuple(tensors[i] for i in watched), tensors[:n_state])
-        return tuple(main(*tensors, *self._constants, *prepared))
+        if prologue is None:
+            return main(*tensors, *self._constants)  # type: ignore[no-any-return]
+        prepared = self._prepare(prologue, tuple([tensors[i] for i in watched]), tensors[:n_state])
+        return main(*tensors, *self._constants, *prepared)  # type: ignore[no-any-return]
+
+    def compile(self, options: dict[str, Any]) -> None:
+        """Put the main part through ``torch.compile``."""
+        constants, prologue, main, watched, n_state = self._split
+        self._split = (constants, prologue, torch.compile(main, **options), watched, n_state)
 
     def _prepare(
         self, prologue: Callable[..., Any], now: tuple[Tensor, ...], state: tuple[Tensor, ...]
@@ -92,8 +124,8 @@ class Program:
 Split = tuple[Callable[..., Any] | None, Callable[..., Any] | None, Callable[..., Any], tuple[int, ...], int]
 
 
-def _split(graph: Graph) -> Split | None:
-    """Return the parts of the graph, or None where it is all main part."""
+def _split(graph: Graph) -> Split:
+    """Return the parts of the graph; all but the main one may be missing."""
     placeholders = graph.placeholders
     n_state = len(graph.state)
     level = _levels(graph)
@@ -108,8 +140,6 @@ def _split(graph: Graph) -> Split | None:
     frontier = [n for n in keep if n in small and isinstance(n.meta.get("val"), Tensor) and _leaves(n, small)]
     constants = [n for n in frontier if level[n] == 0]
     prologue = [n for n in frontier if level[n] == 1]
-    if not frontier:
-        return None
     # A constant that only the prologue uses is an input of the prologue as well.
     inner = [n for n in keep if level[n] == 0 and n not in constants and isinstance(n.meta.get("val"), Tensor)]
     known = constants + [n for n in inner if any(level[user] == 1 for user in n.users)]
@@ -172,6 +202,7 @@ def _extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callabl
     for node in graph.module.graph.nodes:
         if node in needed:
             copies[node] = part.node_copy(node, copies.__getitem__)
+            copies[node].target = _BUILTIN.get(node.target, node.target)
     part.output(tuple(copies[n] if isinstance(n, fx.Node) else n for n in outputs))
     part.lint()
     return whole(fx.GraphModule(graph.module, part))

@@ -6,7 +6,7 @@ the *forward* graph, functional, and from it the *VJP* graph of that, whose cota
 
 from __future__ import annotations
 
-import operator
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from functorch import make_fx
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -122,6 +122,10 @@ def _make(function: Callable[..., Any], arguments: Sequence[Tensor], numbers: _N
         with numbers:
             return function(*tensors)
 
+    # A forward that cannot take fake tensors is no error of ours to log: the reason goes into the account.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    silent = log.disabled
+    log.disabled = True
     try:
         module = make_fx(
             watched,
@@ -135,7 +139,9 @@ def _make(function: Callable[..., Any], arguments: Sequence[Tensor], numbers: _N
     # these means that there is no graph; the function itself has already run on real tensors.
     except Exception as error:
         raise UntraceableError(f"{type(error).__name__}: {first_line(error)}") from error
-    return module
+    finally:
+        log.disabled = silent
+    return module  # type: ignore[no-any-return]
 
 
 def trace_forward(function: Function, specs: Sequence[TensorSpec], captured: Capture) -> Graph:
@@ -302,6 +308,21 @@ def _skip(module: fx.GraphModule, targets: set[Any]) -> None:
     clean(module)
 
 
+def own_outputs(graph: Graph) -> None:
+    """Copy inputs that are outputs as they are: a result must be free to be written to."""
+    nodes = graph.module.graph
+    end = next(iter(reversed(nodes.nodes)))
+    outputs = []
+    for node in graph.outputs:
+        if node.op == "placeholder":
+            with nodes.inserting_before(end):
+                outputs.append(_call(nodes, aten.clone.default, node))
+        else:
+            outputs.append(node)
+    end.args = (tuple(outputs),)
+    graph.module.recompile()
+
+
 def clean(module: fx.GraphModule) -> None:
     """Drop dead code from a functional graph, in place, and recompile it."""
     graph = module.graph
@@ -319,8 +340,7 @@ __all__ = [
     "clean",
     "is_mutable",
     "op_name",
-    "operator",
+    "own_outputs",
     "trace_forward",
     "trace_vjp",
-    "unset_fake_temporarily",
 ]

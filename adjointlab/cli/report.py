@@ -1,0 +1,75 @@
+"""The outcome for one target, as text, JSON and HTML."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adjointlab.cli.target import one_line
+
+PASSED, FAILED, UNUSABLE = 0, 1, 2
+_STATUS = {PASSED: "passed", FAILED: "failed", UNUSABLE: "unusable"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result for one target: an exit code, and the same story as text, JSON and HTML."""
+
+    target: str
+    code: int
+    text: str
+    record: dict[str, Any]
+    html: str = ""
+
+    @property
+    def headline(self) -> str:
+        """The target and, where it was checked, the verdict."""
+        name = one_line(self.target)
+        return name if "explanation" in self.record else f"{name}: {_STATUS[self.code]}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as it is written with ``--json``."""
+        return {"target": self.target, "status": _STATUS[self.code], "exit_code": self.code, **self.record}
+
+
+def page(*reports: Any) -> str:
+    """Return reports as HTML: their own, or their text."""
+    parts = []
+    for report in reports:
+        own = getattr(report, "_repr_html_", None)
+        parts.append(own() if own else f"<pre>{html.escape(str(report))}</pre>")
+    return "\n".join(parts)
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` with nothing in it that JSON cannot say."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return plain(value.tolist())
+    if isinstance(value, complex):
+        return [plain(value.real), plain(value.imag)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def document(outcomes: Sequence[Outcome]) -> str:
+    """Return one HTML page with all outcomes."""
+    style = "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{white-space:pre-wrap}"
+    sections = [
+        f"<section><h2><code>{html.escape(one_line(o.target))}</code>: {_STATUS[o.code]}</h2>\n"
+        f"{o.html or '<p>' + html.escape(o.record.get('message', '')) + '</p>'}</section>"
+        for o in outcomes
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>adjointlab check</title>'
+        f"<style>{style}</style></head>\n<body><h1>adjointlab check</h1>\n{''.join(sections)}\n</body></html>\n"
+    )

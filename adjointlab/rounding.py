@@ -1,0 +1,123 @@
+r"""The dot-product test's statistic: ``|⟨Ax, y⟩ − ⟨x, By⟩|``, and how much of it rounding explains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from adjointlab.space import Space
+
+Tensors = tuple[Tensor, ...]
+
+DOT_UNITS = 4  # rounding errors up to this many units of eps pass without being measured, see dot_gap
+SIGMAS = 8  # how many times a measured rounding error passes
+
+_WIDE = {True: torch.complex128, False: torch.float64}
+
+
+def dot_gap(
+    domain: Space,
+    codomain: Space,
+    x: Tensors,
+    at_x: Tensors,
+    y: Tensors,
+    at_y: Tensors,
+    *,
+    exact: bool,
+    noise: tuple[float, float] = (0.0, 0.0),
+    random: tuple[bool, bool] = (True, True),
+) -> tuple[float, float]:
+    r"""Return ``|⟨Ax, y⟩ − ⟨x, By⟩|`` and what rounding may explain of it, both in units of ``‖Ax‖‖y‖``.
+
+    Note: how much rounding explains
+    --------------------------------
+    With ``e`` the rounding error of ``Ax`` and ``f`` that of ``By``, a correct adjoint leaves the gap ``⟨e, y⟩ − ⟨x, f⟩``.
+    A *random* y does not know e, so ``⟨e, y⟩`` is normal with the standard deviation ``‖e‖``, smaller by ``√n`` than
+    the ``‖e‖‖y‖`` of the worst case; half precision needs that factor, or errors of some percent would pass.
+    ``‖e‖`` is taken to be ``DOT_UNITS · eps ‖Ax‖``: one rounding makes it about ``0.3 eps ‖Ax‖``, so this is more than
+    ten standard deviations, and of long chains some hundred roundings. Where a gap exceeds that, the caller measures
+    the noise (:func:`rounding_noise`) and asks again.
+
+    Parameters
+    ----------
+    domain, codomain : Space
+        Of x and of y.
+    x, at_x, y, at_y : tuple of Tensor
+        Leaves of x, ``Ax``, y and ``By``.
+    exact : bool
+        Whether imaginary parts count; if not, the inner product is ``Re⟨·, ·⟩``.
+    noise : tuple of float
+        What is known besides about ``‖e‖`` and ``‖f‖``.
+    random : tuple of bool
+        Whether x and y are draws of independent normal numbers.
+
+    Returns
+    -------
+    tuple of float
+        The gap and the allowance, both divided by ``max(‖Ax‖‖y‖, ‖x‖‖By‖)``.
+    """
+    difference = _inner(codomain, at_x, y) - _inner(domain, x, at_y)
+    gap = abs(difference) if exact else abs(difference.real)
+    norm_x, norm_y, norm_ax, norm_by = (
+        float(space.norm(space.unflatten(leaves)))
+        for space, leaves in ((domain, x), (codomain, y), (codomain, at_x), (domain, at_y))
+    )
+    scale = max(norm_ax * norm_y, norm_x * norm_by)
+    if scale == 0.0:
+        return 0.0, DOT_UNITS * max(domain.eps, codomain.eps)
+    eps = max(domain.eps, codomain.eps)
+    tiny = [max(torch.finfo(s.dtype).tiny for s in space.specs) * space.size**0.5 for space in (codomain, domain)]
+    e = max(DOT_UNITS * eps * norm_ax, noise[0], tiny[0]) * (min(1.0, norm_y) if random[1] else norm_y)
+    f = max(DOT_UNITS * eps * norm_by, noise[1], tiny[1]) * (min(1.0, norm_x) if random[0] else norm_x)
+    return gap / scale, math.hypot(e, f) / scale
+
+
+def rounding_noise(
+    function: Callable[[Tensors], Tensors], space: Space, codomain: Space, x: Tensors, at_x: Tensors, *, seed: int = 0
+) -> float:
+    """Return ``‖e‖`` as measured, e being the rounding error of a linear function at x, cancellation inside included.
+
+    The result is compared at ``s x`` and at x moved by rounding. A linear function differs there by its rounding errors
+    alone, which are other numbers of the same size. One that is not linear differs by more, but s is so close to one
+    that this is a sixtieth of what the dot test sees of it.
+
+    Parameters
+    ----------
+    function : callable
+        From leaves to leaves.
+    space, codomain : Space
+        Of x and of its image.
+    x, at_x : tuple of Tensor
+        Where to measure, and the image.
+    seed : int
+        Of the rounding-sized moves.
+
+    Returns
+    -------
+    float
+        The largest of three measurements.
+    """
+    wide = [t.to(_WIDE[t.is_complex()]) for t in at_x]
+    generator = torch.Generator().manual_seed(seed)
+    steps = space.leaves(space.with_batch(x[0].shape[: space.batch_dims]).randn(generator))
+    moved = [
+        (1.0, tuple(t * (1 + torch.finfo(t.dtype).eps * r) for t, r in zip(x, steps, strict=True))),
+        *((s, tuple(t * s for t in x)) for s in (65 / 64, 127 / 128)),  # exact in every dtype, but no power of two
+    ]
+    largest = 0.0
+    for s, z in moved:
+        differences = [t.to(w.dtype) - s * w for t, w in zip(function(z), wide, strict=True)]
+        largest = max(largest, math.hypot(*(float(torch.linalg.vector_norm(d)) for d in differences)))
+    return largest
+
+
+def _inner(space: Space, a: Tensors, b: Tensors) -> complex:
+    """Return ``⟨a, b⟩`` in double precision, summed pairwise: float64 itself deserves sums better than its own."""
+    wide = _WIDE[space.is_complex]
+    return complex(sum(complex((s.to(wide).conj() * t.to(wide)).sum()) for s, t in zip(a, b, strict=True)))
+
+
+__all__ = ["DOT_UNITS", "SIGMAS", "dot_gap", "rounding_noise"]

@@ -1,0 +1,138 @@
+"""Vectors of a space with one scalar for each problem: ``⟨a, b⟩``, ``y ← y + αx``, ``y ← x + αy``.
+
+A vector is a list of real tensors, one for each leaf (complex leaves are seen as pairs of real numbers), so that
+``Re⟨·, ·⟩`` is a plain sum of products. That is the inner product for which every derived adjoint holds, those of maps
+that are only real-linear included, and the solvers need no other. A scalar is a ``float64`` tensor on the device, of
+the shape of the free leading dimensions: each entry of a batch is a problem of its own.
+
+Note on sums
+------------
+Products are summed in the leaf's own dtype over blocks of 4096 entries, and the blocks in double precision. For float32
+the relative error of a squared norm is then about 1e-8, where a sum in double would have 1e-13 and a plain one 1e-6 (at
+512²) to 1e-4 (at 2048²). The iterations themselves carry rounding of 6e-8 in every entry, so that no more is of use; a
+block sum costs 0.09 ms at 512², one through double precision 0.2 to 0.3 ms, and it makes no full-size copy. Products of
+two numbers of size 1e-19 vanish in float32: where the data are so small, or so large, every product is made in double.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adjointlab.space import Space
+
+Vector = list[Tensor]
+
+_BLOCK = 4096
+_SAFE = (1e-12, 1e12)  # typical sizes whose products float32 holds, with room for six digits of convergence
+
+
+def as_vector(leaves: Sequence[Tensor]) -> Vector:
+    """Return the real views of leaves; nothing is copied unless a leaf is lazily conjugated or negated."""
+    return [
+        torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf.resolve_neg() for leaf in leaves
+    ]  # fmt: skip
+
+
+class Vectors:
+    """Arithmetic of the elements of ``space`` whose free leading dimensions have the sizes ``batch``."""
+
+    def __init__(self, space: Space, batch: tuple[int, ...]) -> None:
+        self.space = space.with_batch(batch)
+        self.batch = batch
+        self.device = self.space.specs[0].device
+        self.wide = False
+
+    def vector(self, element: Any) -> Vector:
+        """Return an element as a vector, without a copy where there need be none."""
+        return as_vector(self.space.leaves(element))
+
+    def element(self, vector: Vector) -> Any:
+        """Return a vector as an element that shares its memory."""
+        leaves = [
+            torch.view_as_complex(v) if spec.is_complex else v for v, spec in zip(vector, self.space.specs, strict=True)
+        ]
+        return self.space.unflatten(leaves)
+
+    def zeros(self) -> Vector:
+        """Return the zero vector."""
+        return self.vector(self.space.zeros())
+
+    def copy(self, x: Vector) -> Vector:
+        """Return a copy that is contiguous and ours to write to."""
+        return [v.clone(memory_format=torch.contiguous_format) for v in x]
+
+    def scalar(self, value: float) -> Tensor:
+        """Return ``value`` for every problem."""
+        return torch.full(self.batch, value, dtype=torch.float64, device=self.device)
+
+    def choose_precision(self, norm: Tensor) -> None:
+        """Make every product in double where numbers of root mean square ``norm / √n`` need it."""
+        size = norm / self.space.size**0.5
+        self.wide = bool(((size > 0) & ~((size > _SAFE[0]) & (size < _SAFE[1]))).any())
+
+    def dot(self, a: Vector, b: Vector) -> Tensor:
+        """Return ``Re⟨a, b⟩`` for every problem."""
+        k = len(self.batch)
+        total: Tensor | None = None
+        for u, v in zip(a, b, strict=True):
+            flat_u, flat_v = u.reshape(*self.batch, -1), v.reshape(*self.batch, -1)
+            term = (_wide_dot if self.wide else _dot)(flat_u, flat_v, k)
+            total = term.to(self.device) if total is None else total + term.to(self.device)
+        assert total is not None
+        return total
+
+    def norm(self, a: Vector) -> Tensor:
+        """Return ``‖a‖`` for every problem."""
+        return self.dot(a, a).sqrt()
+
+    def add(self, y: Vector, alpha: Tensor, x: Vector) -> None:
+        """Set ``y ← y + αx``."""
+        for u, v in zip(y, x, strict=True):
+            u.addcmul_(v, self._for(alpha, u))
+
+    def update(self, y: Vector, x: Vector, alpha: Tensor) -> None:
+        """Set ``y ← x + αy``, in one pass."""
+        for u, v in zip(y, x, strict=True):
+            torch.addcmul(v, u, self._for(alpha, u), out=u)
+
+    def scale(self, y: Vector, alpha: Tensor) -> None:
+        """Set ``y ← αy``."""
+        for u in y:
+            u.mul_(self._for(alpha, u))
+
+    def clear(self, y: Vector, where: Tensor) -> None:
+        """Set ``y ← 0`` in the problems ``where`` says so, whatever it holds there: NaN as well."""
+        for u in y:
+            u.masked_fill_(where.to(u.device).reshape(self.batch + (1,) * (u.ndim - len(self.batch))), 0)
+
+    def _for(self, alpha: Tensor, like: Tensor) -> Tensor:
+        alpha = alpha.to(device=like.device, dtype=like.dtype)
+        return alpha.reshape(self.batch + (1,) * (like.ndim - len(self.batch))) if self.batch else alpha
+
+
+def _dot(u: Tensor, v: Tensor, k: int) -> Tensor:
+    size = u.shape[-1]
+    if u.dtype == torch.float64:
+        return torch.linalg.vecdot(u, v)
+    if torch.finfo(u.dtype).bits < 32 or size <= _BLOCK:
+        return _wide_dot(u, v, k)
+    whole = size - size % _BLOCK
+    blocks = (..., slice(whole))
+    heads = [t[blocks].unflatten(-1, (-1, _BLOCK)) for t in (u, v)]
+    total = torch.linalg.vecdot(*heads).sum(-1, dtype=torch.float64)
+    if whole < size:
+        total = total + _wide_dot(u[..., whole:], v[..., whole:], k)
+    return total
+
+
+def _wide_dot(u: Tensor, v: Tensor, k: int) -> Tensor:
+    total: Tensor | None = None
+    for a, b in zip(u.split(1 << 15, dim=k), v.split(1 << 15, dim=k), strict=True):  # no full-size copy in double
+        term = torch.linalg.vecdot(a.double(), b.double())
+        total = term if total is None else total + term
+    assert total is not None
+    return total

@@ -1,0 +1,278 @@
+r"""LSMR: ``min ‖Ax − y‖²_W + damp² ‖x‖²`` by Golub–Kahan bidiagonalisation, the gradient falling at every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adjointlab.affine import AffineOperator
+from adjointlab.linear_operator import LinearOperator
+from adjointlab.solvers import implicit
+from adjointlab.solvers.arithmetic import Vector
+from adjointlab.solvers.problem import Problem, require
+from adjointlab.solvers.solution import (
+    ILL_CONDITIONED,
+    LEAST_SQUARES,
+    NOT_FINITE,
+    PRECISION,
+    SOLVED,
+    Callback,
+    Monitor,
+    Solution,
+)
+
+
+def lsmr(
+    A: LinearOperator | AffineOperator,
+    y: Any,
+    *,
+    x0: Any = None,
+    damp: float = 0.0,
+    weight: Any = None,
+    maxiter: int | None = None,
+    atol: float = 1e-6,
+    btol: float = 1e-6,
+    conlim: float = 1e8,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Solution:
+    r"""Minimise ``‖Ax − y‖²_W + damp² ‖x‖²`` by LSMR: MINRES on the normal equations, by bidiagonalisation.
+
+    Both ``‖r‖`` and ``‖Aᴴr‖`` fall at every step, so that it may be stopped earlier than CGLS. The rules are those of
+    the authors, for the residual r of the damped system, ``‖A‖`` and ``cond(A)`` being estimates that cost nothing:
+
+    - ``‖r‖ ≤ btol ‖y‖ + atol ‖A‖ ‖x‖``: the equations are solved;
+    - ``‖Aᴴr‖ ≤ atol ‖A‖ ‖r‖``: x is a least-squares solution;
+    - ``cond(A) ≥ conlim``: the problem is too ill-conditioned to go on.
+
+    With ``batch_dims``, every entry of the batch is a problem of its own.
+
+    Parameters
+    ----------
+    A : LinearOperator or AffineOperator
+        Any operator; the offset of an affine one is taken off y.
+    y : pytree of tensors
+        The data, an element of ``A.codomain``.
+    x0 : pytree of tensors, optional
+        Where to start; zero if not given.
+    damp : float
+        Weight of the penalty on x.
+    weight : LinearOperator, or pytree of real tensors, optional
+        ``W``, as in :class:`adjointlab.LeastSquares`: self-adjoint and positive, or the entries of a diagonal.
+    maxiter : int, optional
+        Most steps; ten for each unknown, at most 10000, if not given.
+    atol, btol : float
+        Relative errors of A and y that the solution may reflect.
+    conlim : float
+        Largest condition number; 0 for any.
+    callback : callable, optional
+        Called with a copy of x after each step; it stops the solver by returning True.
+    progress : bool
+        Whether to show a progress bar (needs tqdm).
+
+    Returns
+    -------
+    Solution
+        Ill-conditioning, NaN and running out of steps are reported there; nothing is raised.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If A is no operator, or y, ``x0`` or the weight does not live on its spaces.
+    ValueError
+        If a tolerance, ``damp`` or ``maxiter`` is negative.
+
+    Notes
+    -----
+    x is differentiable as in :func:`cgls`. Beside x and y, memory for four elements of the domain and two of the
+    codomain is used (one more of the codomain with weights, one more of the domain with ``x0`` and damping together).
+
+    References
+    ----------
+    D. C.-L. Fong and M. A. Saunders, *LSMR: an iterative algorithm for sparse least-squares problems*, SIAM J. Sci.
+    Comput. 33 (2011) 2950–2971. Weights: M. Arioli, *Generalized Golub–Kahan bidiagonalization and stopping criteria*,
+    SIAM J. Matrix Anal. Appl. 34 (2013) 571–592.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from adjointlab import linear_operator
+    >>> A = linear_operator(lambda x: torch.cat([x, 2 * x]), (1,))
+    >>> lsmr(A, torch.tensor([1.0, 2.0])).x
+    tensor([1.])
+    """
+    atol, btol, conlim = require("atol", atol), require("btol", btol), require("conlim", conlim)
+    damp = require("damp", damp)
+    problem = Problem.of(A, y, weight)
+    with torch.no_grad():
+        monitor = Monitor(problem.domain, problem.steps(maxiter), callback, progress, "lsmr")
+        x = problem.start(x0)
+        # The recurrences damp the correction to x0; damping x itself, from another start than zero, takes more rows.
+        stacked = x0 is not None and damp > 0
+        rules = _Rules(monitor, atol, btol, conlim)
+        _lsmr(problem.damped(damp) if stacked else problem, x, x0 is not None, 0.0 if stacked else damp, rules)
+        solution = monitor.solution(x)
+    return implicit.of_least_squares(problem, solution, damp, min(atol, btol), monitor.maxiter, started=x0 is not None)
+
+
+def _lsmr(problem: Problem, x: Vector, started: bool, damp: float, rules: _Rules) -> None:
+    """Run LSMR on x in place. u is kept unnormalised, ``u = β u_true``, which saves a pass over it."""
+    domain, codomain, monitor = problem.domain, problem.codomain, rules.monitor
+    y = problem.data()
+    u = codomain.copy(y)
+    codomain.choose_precision(codomain.norm(u))
+    size = problem.weighted(u)[1].sqrt()
+    if started:
+        codomain.add(u, codomain.scalar(-1), problem.apply(x))
+    s, square = problem.pull_back(u)
+    domain.choose_precision(domain.norm(s))
+    beta = square.sqrt()
+    v = domain.copy(s)
+    del s
+    domain.scale(v, _inverse(beta))
+    alpha = domain.norm(v)
+    domain.scale(v, _inverse(alpha))
+    h, hbar = domain.copy(v), domain.zeros()
+    state = _Recurrence.start(alpha, beta, damp)
+    rules.at_start(alpha, beta, size, max(domain.space.eps, codomain.space.eps))
+    going = monitor.start(beta)
+    while going:
+        q = problem.apply(v)
+        codomain.update(u, q, -alpha * _inverse(beta))
+        del q
+        s, square = problem.pull_back(u)
+        beta = square.sqrt()
+        domain.scale(v, -beta)
+        domain.add(v, _inverse(beta), s)
+        del s
+        alpha = domain.norm(v)
+        domain.scale(v, _inverse(alpha))
+        to_hbar, to_x, to_h = state.advance(alpha, beta)
+        finite = torch.isfinite(alpha) & torch.isfinite(beta) & torch.isfinite(to_x)
+        monitor.stop(~finite, NOT_FINITE)
+        moved = monitor.running
+        domain.update(hbar, h, torch.where(moved, to_hbar, 0))
+        domain.add(x, torch.where(moved, to_x, 0), hbar)
+        domain.update(h, v, torch.where(moved, to_h, 0))
+        rules(state, domain.norm(x))
+        going, some = monitor.step(x, state.residual, moved)
+        if some:
+            for vector in (hbar, h, v):
+                domain.clear(vector, ~monitor.running)
+            codomain.clear(u, ~monitor.running)
+
+
+def _inverse(value: Tensor) -> Tensor:
+    return torch.where(value > 0, 1 / value, 0)
+
+
+def _rotation(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return c, s and ``r = √(a² + b²)`` with ``c a + s b = r`` and ``s a = c b``."""
+    r = torch.hypot(a, b)
+    inverse = _inverse(r)
+    return a * inverse, b * inverse, r
+
+
+@dataclass
+class _Recurrence:
+    """The scalars of LSMR, in the notation of the paper, with estimates of ``‖r‖``, ``‖Aᴴr‖``, ``‖A‖`` and ``cond(A)``."""
+
+    alphabar: Tensor
+    zetabar: Tensor
+    damp: Tensor
+    rho: Tensor
+    rhobar: Tensor
+    cbar: Tensor
+    sbar: Tensor
+    betadd: Tensor
+    betad: Tensor
+    rhodold: Tensor
+    tautildeold: Tensor
+    thetatilde: Tensor
+    zeta: Tensor
+    outside: Tensor
+    square: Tensor
+    largest: Tensor
+    smallest: Tensor
+    residual: Tensor
+    gradient: Tensor
+    norm: Tensor
+    condition: Tensor
+
+    @classmethod
+    def start(cls, alpha: Tensor, beta: Tensor, damp: float) -> _Recurrence:
+        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+        return cls(
+            alphabar=alpha, zetabar=alpha * beta, damp=torch.full_like(alpha, damp), rho=one, rhobar=one, cbar=one,
+            sbar=zero, betadd=beta, betad=zero, rhodold=one, tautildeold=zero, thetatilde=zero, zeta=zero, outside=zero,
+            square=alpha.square(), largest=zero, smallest=torch.full_like(alpha, torch.inf), residual=beta,
+            gradient=alpha * beta, norm=alpha, condition=one,
+        )  # fmt: skip
+
+    def advance(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take one step; return the factors in ``h̄ ← h + a h̄``, ``x ← x + b h̄``, ``h ← v + c h``."""
+        chat, shat, alphahat = _rotation(self.alphabar, self.damp)
+        rhoold, rhobarold, zetaold = self.rho, self.rhobar, self.zeta
+        c, s, self.rho = _rotation(alphahat, beta)
+        thetanew = s * alpha
+        self.alphabar = c * alpha
+        thetabar = self.sbar * self.rho
+        rhotemp = self.cbar * self.rho
+        self.cbar, self.sbar, self.rhobar = _rotation(rhotemp, thetanew)
+        self.zeta = self.cbar * self.zetabar
+        self.zetabar = -self.sbar * self.zetabar
+        self._estimate_residual(chat * self.betadd, -shat * self.betadd, c, s, thetabar, zetaold)
+        self.square = self.square + beta.square()
+        self.norm = self.square.sqrt()
+        self.square = self.square + alpha.square()
+        self.condition = torch.fmax(self.largest, rhotemp) / torch.fmin(self.smallest, rhotemp)
+        self.largest = torch.fmax(self.largest, self.rhobar)
+        self.smallest = torch.fmin(self.smallest, self.rhobar)
+        self.gradient = self.zetabar.abs()
+        return (
+            -(thetabar * self.rho) * _inverse(rhoold * rhobarold),
+            self.zeta * _inverse(self.rho * self.rhobar),
+            -thetanew * _inverse(self.rho),
+        )
+
+    def _estimate_residual(
+        self, acute: Tensor, check: Tensor, c: Tensor, s: Tensor, thetabar: Tensor, zetaold: Tensor
+    ) -> None:
+        hat = c * acute
+        self.betadd = -s * acute
+        thetatildeold = self.thetatilde
+        ctilde, stilde, rhotilde = _rotation(self.rhodold, thetabar)
+        self.thetatilde = stilde * self.rhobar
+        self.rhodold = ctilde * self.rhobar
+        self.betad = -stilde * self.betad + ctilde * hat
+        self.tautildeold = (zetaold - thetatildeold * self.tautildeold) * _inverse(rhotilde)
+        taud = (self.zeta - self.thetatilde * self.tautildeold) * _inverse(self.rhodold)
+        self.outside = self.outside + check.square()
+        self.residual = (self.outside + (self.betad - taud).square() + self.betadd.square()).sqrt()
+
+
+class _Rules:
+    """The stopping rules of section 3.2 of the paper, with the guards against tolerances below the unit roundoff."""
+
+    def __init__(self, monitor: Monitor, atol: float, btol: float, conlim: float) -> None:
+        self.monitor, self.atol, self.btol, self.conlim = monitor, atol, btol, conlim
+
+    def at_start(self, alpha: Tensor, beta: Tensor, size: Tensor, eps: float) -> None:
+        self.size, self.eps = size, eps
+        self.monitor.stop(~torch.isfinite(alpha * beta), NOT_FINITE)
+        self.monitor.stop(beta == 0, SOLVED)
+        self.monitor.stop(alpha == 0, LEAST_SQUARES)
+
+    def __call__(self, state: _Recurrence, length: Tensor) -> None:
+        reach = state.norm * length
+        stop = self.monitor.stop
+        stop(state.residual <= self.btol * self.size + self.atol * reach, SOLVED)
+        stop(state.gradient <= self.atol * state.norm * state.residual, LEAST_SQUARES)
+        if self.conlim:
+            stop(state.condition >= self.conlim, ILL_CONDITIONED)
+        stop(state.residual <= self.eps * (self.size + reach), PRECISION)
+        stop(state.gradient <= self.eps * state.norm * state.residual, PRECISION)
+        stop(state.condition >= 1 / torch.finfo(torch.float64).eps, ILL_CONDITIONED)

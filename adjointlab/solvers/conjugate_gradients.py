@@ -1,0 +1,292 @@
+r"""Conjugate gradients: for ``Ax = b`` with A self-adjoint and positive, and for ``min ‖Ax − y‖²_W + damp² ‖x‖²``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adjointlab.affine import AffineOperator
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.linear_operator import LinearOperator
+from adjointlab.solvers import implicit
+from adjointlab.solvers.arithmetic import Vector
+from adjointlab.solvers.problem import Problem, plus, require
+from adjointlab.solvers.solution import (
+    BREAKDOWN,
+    LEAST_SQUARES,
+    NO_CURVATURE,
+    NOT_FINITE,
+    PRECISION,
+    SOLVED,
+    Callback,
+    Monitor,
+    Solution,
+)
+
+
+def cg(
+    A: LinearOperator | AffineOperator,
+    b: Any,
+    *,
+    x0: Any = None,
+    maxiter: int | None = None,
+    tol: float = 1e-6,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Solution:
+    r"""Solve ``Ax = b``, A being self-adjoint and positive definite, by conjugate gradients.
+
+    It stops at ``‖b − Ax‖ ≤ tol · ‖b‖``. With ``batch_dims``, every entry of the batch is a system of its own.
+
+    Parameters
+    ----------
+    A : LinearOperator or AffineOperator
+        From a space to itself, ``⟨Ax, z⟩ = ⟨x, Az⟩``, ``⟨x, Ax⟩ > 0``; of an affine map, the linear part is.
+    b : pytree of tensors
+        The right-hand side.
+    x0 : pytree of tensors, optional
+        Where to start; zero if not given.
+    maxiter : int, optional
+        Most steps; ten for each unknown, at most 10000, if not given.
+    tol : float
+        Relative tolerance of the residual.
+    callback : callable, optional
+        Called with a copy of x after each step; it stops the solver by returning True.
+    progress : bool
+        Whether to show a progress bar (needs tqdm).
+
+    Returns
+    -------
+    Solution
+        Breakdown, NaN and running out of steps are reported there; nothing is raised.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If A does not map a space to itself, or b or ``x0`` is not in it.
+    ValueError
+        If ``tol`` or ``maxiter`` is negative.
+
+    Notes
+    -----
+    x is differentiable with respect to b and to what A depends on, by implicit differentiation: a backward pass solves
+    one more system with A. The derivative is that of the exact solution, once; ``x0`` has none.
+
+    Beside x and b, memory for three vectors is used.
+
+    References
+    ----------
+    M. R. Hestenes and E. Stiefel, *Methods of conjugate gradients for solving linear systems*, J. Res. Nat. Bur.
+    Standards 49 (1952) 409–436.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from adjointlab import diagonal
+    >>> cg(diagonal(torch.tensor([1.0, 4.0])), torch.tensor([1.0, 2.0])).x
+    tensor([1.0000, 0.5000])
+    """
+    tol = require("tol", tol)
+    problem = Problem.of(A, b)
+    if problem.A.domain != problem.A.codomain:
+        raise SpaceMismatchError(
+            f"expected an operator from a space to itself, got one from {A.domain} to {A.codomain}: use cgls or lsmr"
+        )
+    with torch.no_grad():
+        monitor = Monitor(problem.domain, problem.steps(maxiter), callback, progress, "cg")
+        x = problem.start(x0)
+        _cg(problem, x, x0 is not None, tol, monitor)
+        solution = monitor.solution(x)
+    return implicit.of_system(problem, solution, tol, monitor.maxiter)
+
+
+def _cg(problem: Problem, x: Vector, started: bool, tol: float, monitor: Monitor) -> None:
+    """Run conjugate gradients on x in place."""
+    space = problem.domain
+    b = problem.data()
+    size = space.norm(b)
+    space.choose_precision(size)
+    r = space.copy(b)
+    if started:
+        space.add(r, space.scalar(-1), problem.apply(x))
+    p = space.copy(r)
+    rho = space.dot(r, r)
+    _judge_residual(monitor, rho.sqrt(), size, tol, problem.domain.space.eps)
+    going = monitor.start(rho.sqrt())
+    while going:
+        q = problem.apply(p)
+        curvature = space.dot(p, q)
+        step = rho / curvature
+        monitor.stop(~torch.isfinite(curvature), NOT_FINITE)
+        monitor.stop(curvature <= 0, NO_CURVATURE)
+        monitor.stop(~torch.isfinite(step), BREAKDOWN)
+        moved = monitor.running
+        step = torch.where(moved, step, 0)
+        space.add(x, step, p)
+        space.add(r, -step, q)
+        del q
+        previous, rho = rho, space.dot(r, r)
+        _judge_residual(monitor, rho.sqrt(), size, tol, problem.domain.space.eps)
+        going, some = monitor.step(x, rho.sqrt(), moved)
+        space.update(p, r, rho / previous)
+        if some:
+            space.clear(p, ~monitor.running)
+
+
+def _judge_residual(monitor: Monitor, norm: Tensor, size: Tensor, tol: float, eps: float) -> None:
+    monitor.stop(~torch.isfinite(norm), NOT_FINITE)
+    monitor.stop(norm <= tol * size, SOLVED)
+    monitor.stop(norm <= eps * size, PRECISION)
+
+
+def cgls(
+    A: LinearOperator | AffineOperator,
+    y: Any,
+    *,
+    x0: Any = None,
+    damp: float = 0.0,
+    weight: Any = None,
+    maxiter: int | None = None,
+    tol: float = 1e-6,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Solution:
+    r"""Minimise ``‖Ax − y‖²_W + damp² ‖x‖²`` by conjugate gradients on the normal equations.
+
+    It stops once the gradient is small against that at zero, ``‖AᴴW(y − Ax) − damp² x‖ ≤ tol · ‖AᴴWy‖``, or as small
+    as rounding lets it become. Without damping and from zero, it goes to the solution of least norm where there are
+    many. With ``batch_dims``, every entry of the batch is a problem of its own.
+
+    Parameters
+    ----------
+    A : LinearOperator or AffineOperator
+        Any operator; the offset of an affine one is taken off y.
+    y : pytree of tensors
+        The data, an element of ``A.codomain``.
+    x0 : pytree of tensors, optional
+        Where to start; zero if not given.
+    damp : float
+        Weight of the penalty on x.
+    weight : LinearOperator, or pytree of real tensors, optional
+        ``W``, as in :class:`adjointlab.LeastSquares`: self-adjoint and positive, or the entries of a diagonal.
+    maxiter : int, optional
+        Most steps; ten for each unknown, at most 10000, if not given.
+    tol : float
+        Relative tolerance of the gradient.
+    callback : callable, optional
+        Called with a copy of x after each step; it stops the solver by returning True.
+    progress : bool
+        Whether to show a progress bar (needs tqdm).
+
+    Returns
+    -------
+    Solution
+        Breakdown, NaN and running out of steps are reported there; nothing is raised.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If A is no operator, or y, ``x0`` or the weight does not live on its spaces.
+    ValueError
+        If ``tol``, ``damp`` or ``maxiter`` is negative.
+
+    Notes
+    -----
+    x is differentiable with respect to y, to the weight and to what A depends on, by implicit differentiation: a
+    backward pass solves one more problem of the same kind. The derivative is that of the exact minimiser, once. With
+    respect to A it needs the minimiser to be unique, or A to have full rank.
+
+    Beside x and y, memory for two elements of the domain and two of the codomain is used (one more of the codomain with
+    weights, one more of the domain with damping).
+
+    References
+    ----------
+    M. R. Hestenes and E. Stiefel, *Methods of conjugate gradients for solving linear systems*, J. Res. Nat. Bur.
+    Standards 49 (1952) 409–436, section 10. Å. Björck, *Numerical Methods for Least Squares Problems*, SIAM 1996,
+    algorithm 7.4.1. C. C. Paige and M. A. Saunders, *LSQR*, ACM Trans. Math. Softw. 8 (1982) 43–71.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from adjointlab import linear_operator
+    >>> A = linear_operator(lambda x: torch.cat([x, 2 * x]), (1,))
+    >>> cgls(A, torch.tensor([1.0, 2.0])).x
+    tensor([1.])
+    """
+    tol, damp = require("tol", tol), require("damp", damp)
+    problem = Problem.of(A, y, weight)
+    with torch.no_grad():
+        monitor = Monitor(problem.domain, problem.steps(maxiter), callback, progress, "cgls")
+        x = problem.start(x0)
+        _cgls(problem, x, x0 is not None, damp, tol, monitor)
+        solution = monitor.solution(x)
+    return implicit.of_least_squares(problem, solution, damp, tol, monitor.maxiter, started=x0 is not None)
+
+
+def _cgls(problem: Problem, x: Vector, started: bool, damp: float, tol: float, monitor: Monitor) -> None:
+    """Run CGLS on x in place."""
+    domain, codomain = problem.domain, problem.codomain
+    square = damp**2
+    r = codomain.copy(problem.data())
+    codomain.choose_precision(codomain.norm(r))
+    s, rr = problem.pull_back(r)
+    domain.choose_precision(domain.norm(s))
+    gamma = domain.dot(s, s)
+    judge = _Judge(monitor, tol * gamma.sqrt(), rr.sqrt(), max(domain.space.eps, codomain.space.eps))
+    if started:
+        codomain.add(r, codomain.scalar(-1), problem.apply(x))
+        s, rr = problem.pull_back(r)
+        s = plus(s, -square, x)
+        gamma = domain.dot(s, s)
+    p = domain.copy(s)
+    del s
+    norm = _damped_norm(problem, rr, square, x)
+    judge(gamma.sqrt(), rr.sqrt(), norm)
+    going = monitor.start(norm)
+    while going:
+        q = problem.apply(p)
+        curvature = problem.weighted(q)[1]
+        if square:
+            curvature = curvature + square * domain.dot(p, p)
+        step = gamma / curvature
+        monitor.stop(~torch.isfinite(curvature), NOT_FINITE)
+        monitor.stop(~torch.isfinite(step), BREAKDOWN)
+        moved = monitor.running
+        step = torch.where(moved, step, 0)
+        domain.add(x, step, p)
+        codomain.add(r, -step, q)
+        del q
+        s, rr = problem.pull_back(r)
+        s = plus(s, -square, x)
+        previous, gamma = gamma, domain.dot(s, s)
+        norm = _damped_norm(problem, rr, square, x)
+        judge(gamma.sqrt(), rr.sqrt(), norm)
+        going, some = monitor.step(x, norm, moved)
+        domain.update(p, s, gamma / previous)
+        del s
+        if some:
+            domain.clear(p, ~monitor.running)
+
+
+def _damped_norm(problem: Problem, rr: Tensor, square: float, x: Vector) -> Tensor:
+    return (rr + square * problem.domain.dot(x, x)).sqrt() if square else rr.sqrt()
+
+
+class _Judge:
+    """Stops a least-squares problem by its gradient ``‖s‖``, or once that is only rounding.
+
+    Rounding makes ``‖s‖`` as large as ``eps ‖A‖ ‖r‖``; the largest ``‖s‖ / ‖r‖`` seen stands for ``‖A‖``.
+    """
+
+    def __init__(self, monitor: Monitor, target: Tensor, size: Tensor, eps: float) -> None:
+        self.monitor, self.target, self.size, self.eps = monitor, target, size, eps
+        self.norm = torch.zeros_like(target)
+
+    def __call__(self, gradient: Tensor, residual: Tensor, damped: Tensor) -> None:
+        self.monitor.stop(~(torch.isfinite(gradient) & torch.isfinite(damped)), NOT_FINITE)
+        self.monitor.stop(gradient <= self.target, LEAST_SQUARES)
+        self.norm = torch.fmax(self.norm, torch.where(residual > 0, gradient / residual, 0))
+        self.monitor.stop(gradient <= self.eps * self.norm * residual, PRECISION)
+        self.monitor.stop(damped <= self.eps * self.size, PRECISION)

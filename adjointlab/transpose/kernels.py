@@ -1,0 +1,289 @@
+"""Equal ways to compute one convolution: native, flipped, tap by tap, by FFT. Each takes what depends on the weight ready-made.
+
+A *site* is a call of ``aten.convolution``: with ``transposed=False`` the correlation
+``y[m] = Σ_j w[j] x[m s + d j − p]``, with ``transposed=True`` its transpose ``y[t] = Σ x[m] w[j]`` over all m, j with
+``t = m s + d j − p``. Channels are summed over within each group.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+Ints = tuple[int, ...]
+
+
+class Site(NamedTuple):
+    """One convolution: the sizes of all that it reads, and its settings."""
+
+    batch: int
+    input_shape: Ints  # (C_in, *spatial)
+    output_shape: Ints  # (C_out, *spatial)
+    kernel: Ints
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    transposed: bool
+    output_padding: Ints
+    groups: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def dims(self) -> Ints:
+        """Positions of the spatial dimensions in a tensor."""
+        return tuple(range(2, 2 + len(self.kernel)))
+
+    @property
+    def extent(self) -> Ints:
+        """How far a kernel reaches, dilation included."""
+        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
+
+    @property
+    def fft_size(self) -> Ints:
+        """Lengths at which the cyclic convolution has the wanted outputs, fast for an FFT."""
+        sizes = []
+        for i, (n, out, p, s) in enumerate(
+            zip(self.input_shape[1:], self.output_shape[1:], self.padding, self.stride, strict=True)
+        ):
+            if self.transposed:  # the first p entries of the full result wrap around behind the wanted ones
+                need = max(out + p, (n - 1) * s + 1, self.extent[i])
+            else:  # indices −p … n + p − 1 are read: those below zero wrap around to where the input is zero
+                need = max(n + p, (out - 1) * s + 1, self.extent[i])
+            sizes.append(fast_length(need))
+        return tuple(sizes)
+
+    @property
+    def macs(self) -> int:
+        """Number of multiplications of the direct sum."""
+        spatial = self.input_shape[1:] if self.transposed else self.output_shape[1:]
+        return (
+            self.batch * self.input_shape[0] * self.output_shape[0] // self.groups
+            * math.prod(spatial) * math.prod(self.kernel)
+        )  # fmt: skip
+
+
+@functools.cache
+def fast_length(n: int) -> int:
+    """Return the smallest length of at least n without prime factors above 5."""
+    while True:
+        rest = n
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return n
+        n += 1
+
+
+def native(x: Tensor, weight: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+    """Return the convolution as PyTorch computes it."""
+    return torch.convolution(
+        x, weight, bias, site.stride, site.padding, site.dilation, site.transposed, site.output_padding, site.groups
+    )
+
+
+def flip(weight: Tensor, site: Site) -> Tensor:
+    """Return the kernel whose plain convolution is the transposed one: reversed, channels swapped within groups."""
+    c_in, per_group = weight.shape[:2]
+    swapped = weight.reshape(site.groups, c_in // site.groups, per_group, *site.kernel).transpose(1, 2)
+    return swapped.reshape(site.groups * per_group, c_in // site.groups, *site.kernel).flip(site.dims).contiguous()
+
+
+def flipped(x: Tensor, kernel: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+    """Return a transposed convolution of stride 1 as a plain one with the flipped kernel."""
+    padding = [e - 1 - p for e, p in zip(site.extent, site.padding, strict=True)]
+    none = [0] * len(padding)
+    return torch.convolution(
+        x, kernel, bias, site.stride, padding, site.dilation, False, none, site.groups
+    )
+
+
+def spectrum(weight: Tensor, site: Site) -> Tensor:
+    """Return the kernel's transform, of shape ``(groups, C_out / groups, C_in / groups, *frequencies)``."""
+    g = site.groups
+    if site.transposed:
+        weight = weight.reshape(g, weight.shape[0] // g, weight.shape[1], *site.kernel).transpose(1, 2)
+    else:
+        weight = weight.reshape(g, weight.shape[0] // g, weight.shape[1], *site.kernel)
+    size = site.fft_size
+    placed = weight.new_zeros(*weight.shape[:3], *size)
+    placed[(..., *[slice(0, e, d) for e, d in zip(site.extent, site.dilation, strict=True)])] = weight
+    axes = tuple(range(3, 3 + len(size)))
+    # Moved by the padding, so that the first wanted output is the first entry of the result.
+    placed = placed.roll([-p for p in site.padding], axes)
+    if weight.is_complex():
+        transform = torch.fft.fftn(placed if site.transposed else placed.conj(), dim=axes)
+    else:
+        transform = torch.fft.rfftn(placed, dim=axes)
+    return transform if site.transposed else transform.conj().resolve_conj()
+
+
+def fft(x: Tensor, transform: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+    """Return the convolution as a product of transforms."""
+    size, dims, g = site.fft_size, site.dims, site.groups
+    if site.transposed and any(s > 1 for s in site.stride):
+        spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], site.stride, strict=True)))
+        spread[(..., *[slice(None, None, s) for s in site.stride])] = x
+        x = spread
+    forward, backward = (torch.fft.fftn, torch.fft.ifftn) if x.is_complex() else (torch.fft.rfftn, torch.fft.irfftn)
+    source = forward(x, s=size, dim=dims)
+    batch, frequencies = x.shape[0], source.shape[2:]
+    if transform.shape[2] == 1:
+        product = source.reshape(batch, g, 1, *frequencies) * transform[:, :, 0]
+    else:
+        product = (source.reshape(batch, g, 1, -1, *frequencies) * transform).sum(3)
+    y = backward(product.reshape(batch, -1, *frequencies), s=size, dim=dims)
+    steps = [1] * len(dims) if site.transposed else site.stride
+    wanted = [slice(0, (n - 1) * s + 1, s) for n, s in zip(site.output_shape[1:], steps, strict=True)]
+    y = y[(..., *wanted)]
+    return y.contiguous() if bias is None else y + bias.reshape(-1, *[1] * len(dims))
+
+
+def taps(weight: Tensor, site: Site) -> Tensor:
+    """Return the weights of each tap of a depthwise plain convolution, of shape ``(taps, C, 1, …)``."""
+    kernel = flip(weight, site) if site.transposed else weight
+    return kernel.reshape(kernel.shape[0], -1).T.reshape(-1, kernel.shape[0], *[1] * len(site.kernel)).contiguous()
+
+
+def tapped(x: Tensor, weights: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+    """Return a depthwise convolution as a sum of shifted images, one pass over memory for each tap."""
+    padding = site.padding
+    if site.transposed:
+        padding = tuple(e - 1 - p for e, p in zip(site.extent, padding, strict=True))
+    x = aten.constant_pad_nd.default(x, [p for p in reversed(padding) for _ in range(2)])
+    reach = [(n - 1) * s + 1 for n, s in zip(site.output_shape[1:], site.stride, strict=True)]
+    total: Tensor | None = None
+    for weight, tap in zip(weights, itertools.product(*map(range, site.kernel)), strict=True):
+        window = [
+            slice(i * d, i * d + r, s) for i, d, r, s in zip(tap, site.dilation, reach, site.stride, strict=True)
+        ]
+        shifted = x[(..., *window)]
+        total = shifted * weight if total is None else total.addcmul_(shifted, weight)
+    assert total is not None
+    return total if bias is None else total.add_(bias.reshape(-1, *[1] * len(site.kernel)))
+
+
+KERNELS: dict[str, Callable[..., Tensor]] = {"native": native, "flipped": flipped, "tapped": tapped, "fft": fft}
+PREPARE: dict[str, Callable[[Tensor, Site], Tensor]] = {"flipped": flip, "tapped": taps, "fft": spectrum}
+
+
+def available(site: Site) -> list[str]:
+    """Return the kernels that can compute this site."""
+    names = ["native"]
+    reaches = all(e - 1 >= p for e, p in zip(site.extent, site.padding, strict=True))
+    plain = not site.transposed or (reaches and all(s == 1 for s in site.stride) and not any(site.output_padding))
+    if site.transposed and plain:
+        names.append("flipped")
+    wide = site.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128)
+    if plain and wide and site.input_shape[0] == site.output_shape[0] == site.groups:
+        names.append("tapped")
+    # Rounding errors of the direct sum grow like √terms · eps / 7, those of the transform like √log₂(points) · eps / 2:
+    # a product of transforms is used where it loses at most a factor of four.
+    terms = math.prod(site.kernel) * site.input_shape[0] // site.groups
+    if wide and terms >= 1.1 * math.log2(max(2, math.prod(site.fft_size))):
+        names.append("fft")
+    return names
+
+
+# Rates of the cost model, in multiplications or FFT steps a second: measured on two cores of a current server for the
+# CPU (see docs/benchmarks.md), taken from published throughputs for CUDA. They need to be right to a factor of a few
+# only: what is closer than that is settled by a short measurement, or left native.
+_FFT_RATE = {"cpu": 4e9, "cuda": 4e11}
+_FFT_OVERHEAD = {"cpu": 2e-4, "cuda": 1e-4}
+_PRODUCT_RATE = {"cpu": 3e8, "cuda": 1e11}
+_TAP_OVERHEAD = 1e-5
+_OVERHEAD = 2e-5
+
+
+def predicted(name: str, site: Site) -> float:
+    """Return the expected time of a kernel, in seconds."""
+    kind = site.device.type if site.device.type in _FFT_RATE else "cuda"
+    c_in, c_out = site.input_shape[0], site.output_shape[0]
+    if name == "fft":
+        points = site.batch * math.prod(site.fft_size)
+        steps = (c_in + c_out) * points * math.log2(max(2, math.prod(site.fft_size)))
+        products = c_in * c_out // site.groups * points / 2
+        return _FFT_OVERHEAD[kind] + steps / _FFT_RATE[kind] + products / _PRODUCT_RATE[kind]
+    if name == "tapped":
+        size = site.batch * math.prod(site.output_shape)
+        count = math.prod(site.kernel)
+        cached = size * site.dtype.itemsize < 1 << 23
+        rate = {"cpu": 8e9 if cached else 2e9, "cuda": 1e11}[kind]
+        return count * (_TAP_OVERHEAD + size * site.dtype.itemsize / 4 / rate)
+    if kind != "cpu":
+        return _OVERHEAD + site.macs / 1e12
+    return _OVERHEAD + site.macs / _direct_rate(site)
+
+
+def _direct_rate(site: Site) -> float:
+    """Return multiplications a second of the CPU's direct kernels, which live on channels to vectorise over."""
+    c_in, c_out = site.input_shape[0] // site.groups, site.output_shape[0] // site.groups
+    narrow = min(c_in, c_out) < 4
+    if len(site.kernel) == 3:
+        rate = 3e9 if c_out >= 4 and not site.transposed else 4e8 if c_in >= 4 else 1e9
+        if site.transposed:
+            rate = 3e9 if c_in >= 4 else 3e8
+    elif site.transposed:
+        rate = min(8e9 if narrow else 3e10, 4e8 * (c_in * c_out) ** 0.85)
+    else:
+        rate = min(2e10, 2e9 * (c_in * c_out) ** 0.6)
+    return rate / 4 if site.dtype.is_complex else rate
+
+
+_NEAR = 6.0  # predictions closer than this factor do not decide
+_BUDGET = 0.04  # seconds of expected run time that a measurement at build may take
+
+
+def choose(site: Site, *, measure: bool, thorough: bool = False) -> str:
+    """Return the kernel for a site: by the model where it is clear, else by a short measurement if allowed.
+
+    ``thorough`` measures every kernel that could be near, whatever it costs.
+    """
+    times = {name: predicted(name, site) for name in available(site)}
+    best = min(times, key=times.__getitem__)
+    near = [name for name, t in times.items() if t <= _NEAR * times[best]]
+    if thorough:
+        near = [name for name, t in times.items() if t <= 10 * _NEAR * times[best]]
+    elif not measure or 4 * sum(times[name] for name in near) > _BUDGET:
+        return best if 2 * times[best] < times["native"] else "native"
+    if len(near) == 1:
+        return near[0]
+    measured = _measure(site, tuple(near), 7 if thorough else 3)
+    fastest = min(measured, key=measured.__getitem__)
+    return "native" if measured.get("native", math.inf) <= 1.05 * measured[fastest] else fastest
+
+
+@functools.cache
+def _measure(site: Site, names: tuple[str, ...], rounds: int) -> dict[str, float]:
+    """Return the median times of kernels, run in turn; cached, as the machine does not change."""
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, dtype=site.dtype)
+    c_in, c_out = site.input_shape[0], site.output_shape[0]
+    first, second = (c_in, c_out // site.groups) if site.transposed else (c_out, c_in // site.groups)
+    x = draw(site.batch, *site.input_shape).to(site.device)
+    weight = draw(first, second, *site.kernel).to(site.device)
+    prepared = {name: PREPARE[name](weight, site) if name in PREPARE else weight for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds + 1):
+        for name in names:
+            _wait(site.device)
+            start = time.perf_counter()
+            KERNELS[name](x, prepared[name], None, site)
+            _wait(site.device)
+            if turn:  # the first run of each warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,100 @@
+"""Rewrite the convolutions of a graph to the fastest equal kernels; what depends on weights becomes prologue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from adjointlab.transpose import kernels
+from adjointlab.transpose.kernels import Site
+from adjointlab.transpose.trace import Graph, clean
+
+aten = torch.ops.aten
+
+
+def lower(graph: Graph, choose: Callable[[Site], str]) -> tuple[Graph, tuple[str, ...]]:
+    """Return an equal graph with a chosen kernel for each convolution, and a line on each choice."""
+    module = fx.GraphModule(graph.module, _copy(graph.module.graph))
+    lowered = Graph(module, graph.state, graph.baked)
+    _backward_as_transposed(lowered)
+    lines = []
+    for node in list(module.graph.nodes):
+        if node.target is aten.convolution.default:
+            site = _site(node)
+            name = choose(site)
+            lines.append(_describe(name, site))
+            if name != "native":
+                _replace(module.graph, node, name, site)
+    clean(module)
+    return lowered, tuple(lines)
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    return copied
+
+
+def _backward_as_transposed(graph: Graph) -> None:
+    """Write each input gradient of a convolution as the transposed convolution that it is."""
+    nodes = graph.module.graph
+    for node in list(nodes.nodes):
+        if node.target is not aten.convolution_backward.default or node.args[10] != [True, False, False]:
+            continue
+        v, x, weight, _, stride, padding, dilation, transposed, _, groups, _ = node.args
+        if x.meta["val"].dtype.is_complex:  # native complex kernels come apart into real ones: left as they are
+            continue
+        spatial, out = x.meta["val"].shape[2:], v.meta["val"].shape[2:]
+        kernel = weight.meta["val"].shape[2:]
+        stride, padding, dilation = (_full(value, len(kernel)) for value in (stride, padding, dilation))
+        rest = [
+            0 if transposed else n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
+            for n, m, s, p, d, k in zip(spatial, out, stride, padding, dilation, kernel, strict=True)
+        ]
+        (item,) = node.users
+        with nodes.inserting_before(node):
+            call = nodes.call_function(
+                aten.convolution.default, (v, weight, None, stride, padding, dilation, not transposed, rest, groups)
+            )
+        call.meta["val"] = item.meta["val"]
+        item.replace_all_uses_with(call)
+    clean(graph.module)
+
+
+def _full(value: Any, length: int) -> list[int]:
+    return list(value) * length if len(value) == 1 else list(value)
+
+
+def _site(node: fx.Node) -> Site:
+    x, weight, _, stride, padding, dilation, transposed, output_padding, groups = node.args
+    source, kernel, result = (n.meta["val"] for n in (x, weight, node))  # type: ignore[union-attr]
+    count = kernel.ndim - 2
+    return Site(
+        source.shape[0], tuple(source.shape[1:]), tuple(result.shape[1:]), tuple(kernel.shape[2:]),
+        tuple(_full(stride, count)), tuple(_full(padding, count)), tuple(_full(dilation, count)),
+        bool(transposed), tuple(_full(output_padding, count)), int(groups), source.dtype, source.device,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _replace(nodes: fx.Graph, node: fx.Node, name: str, site: Site) -> None:
+    x, weight, bias = node.args[:3]
+    with nodes.inserting_before(node):
+        prepared = nodes.call_function(kernels.PREPARE[name], (weight, site))
+        prepared.meta["val"] = weight.meta["val"]  # type: ignore[union-attr]  # a tensor: its size is not read
+        call = nodes.call_function(kernels.KERNELS[name], (x, prepared, bias, site))
+    call.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(call)
+
+
+def _describe(name: str, site: Site) -> str:
+    kind = "transposed convolution" if site.transposed else "convolution"
+    size = "×".join(map(str, site.kernel))
+    c_in, c_out = site.input_shape[0], site.output_shape[0]
+    detail = f" of size {'×'.join(map(str, site.fft_size))}" if name == "fft" else ""
+    return f"{name}{detail}, for the {kind} {c_in}→{c_out} with a {size} kernel"
+
+
+__all__ = ["lower"]

@@ -1,0 +1,6 @@
+"""The dot-product test ``⟨Ax, y⟩ = ⟨x, By⟩`` with a derived tolerance, a diagnosis in words, and reports that print well."""
+
+from adjointlab.verify.check import assert_adjoint, check_adjoint
+from adjointlab.verify.report import AdjointReport
+
+__all__ = ["AdjointReport", "assert_adjoint", "check_adjoint"]

@@ -1,0 +1,284 @@
+"""The dot-product test of derived and hand-written adjoints: ``⟨Ax, y⟩ = ⟨x, By⟩``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adjointlab.affine import AffineOperator
+from adjointlab.errors import AdjointMismatchError, SpaceMismatchError
+from adjointlab.linear_operator import LinearOperator, linear_operator
+from adjointlab.linearity import like_parameters
+from adjointlab.space import Space, tree_flatten
+from adjointlab.verify.diagnosis import diagnose
+from adjointlab.verify.dot_test import BrokenError, DotTest, Side, Tensors
+from adjointlab.verify.report import AdjointReport
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """Two functions between two spaces, and where a trusted adjoint may come from."""
+
+    forward: Side
+    adjoint: Side
+    exact: bool
+    derive: Callable[[], LinearOperator] | None  # the operator whose A.H may serve as the reference
+
+
+def check_adjoint(
+    A: LinearOperator | AffineOperator | Callable[..., Any],
+    adjoint: Callable[[Any], Any] | None = None,
+    *,
+    domain: Any = None,
+    codomain: Any = None,
+    trials: int = 5,
+    seed: int = 0,
+    x: Any = None,
+    y: Any = None,
+) -> AdjointReport:
+    r"""Test ``⟨Ax, y⟩ = ⟨x, By⟩`` on random and structured x and y, B being ``A.H`` or a hand-written adjoint.
+
+    Random pairs see an error anywhere; impulses at the centre and the corners, constants, and random numbers where an
+    impulse lights up see errors of borders and corners that are too small beside the whole. What is compared with
+    rounding is derived from the dtype (``adjointlab.rounding``), and measured where there is cancellation inside. If
+    the test fails, the report says in words what is wrong, as far as it is one of the usual mistakes.
+
+    Parameters
+    ----------
+    A : LinearOperator, AffineOperator, nn.Module or callable
+        The operator; of an affine one, the linear part is tested. A plain callable needs ``domain``.
+    adjoint : callable, optional
+        The claimed adjoint B, which takes one element of the codomain; ``A.H`` if not given.
+    domain : Tensor, tuple of int, TensorSpec, Space or pytree of these, optional
+        Where a plain callable A is defined, as for :func:`adjointlab.linear_operator`.
+    codomain : Tensor, tuple of int, TensorSpec, Space or pytree of these, optional
+        The space of its results; found by calling A if not given.
+    trials : int
+        Number of random draws of x and of y.
+    seed : int
+        Seed of the draws; torch's global generator is left alone.
+    x, y : pytree of tensors, optional
+        A pair to test first.
+
+    Returns
+    -------
+    AdjointReport
+        Error, tolerance and diagnosis. Nothing is raised if the test fails, or if the adjoint itself raises.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If A is no operator and has no domain, the adjoint is not callable, or x or y is not a finite element.
+    ValueError
+        If ``trials`` is not a number of draws, or nothing at all would be compared.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from adjointlab import linear_operator
+    >>> A = linear_operator(torch.nn.Conv2d(1, 1, 3, padding=1, bias=False), (1, 1, 8, 8))
+    >>> check_adjoint(A).passed
+    True
+    >>> check_adjoint(A, adjoint=lambda v: 2 * A.H(v)).diagnosis
+    'Aᴴ is 2.000 × too large'
+    >>> check_adjoint(torch.fft.fft, torch.fft.ifft, domain=torch.zeros(8, dtype=torch.complex64)).diagnosis
+    'Aᴴ is 8.000 × too small'
+    """
+    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 0:
+        raise ValueError(f"expected trials to be an integer of 0 or more, got {trials!r}")
+    if trials == 0 and x is None and y is None:
+        raise ValueError("expected trials of 1 or more, or a pair x, y, got neither: nothing would be compared")
+    claim = _claim(A, adjoint, domain, codomain)
+    given = None
+    if x is not None or y is not None:
+        given = (_finite(claim.forward.space, x, "x"), _finite(claim.adjoint.space, y, "y"))
+    test = DotTest(claim.forward, claim.adjoint, exact=claim.exact, seed=seed)
+    broken = ""
+    with torch.no_grad():
+        try:
+            test.run(trials, given)
+        except BrokenError as error:
+            broken = str(error)
+        return _report(claim, test, trials, broken, seed)
+
+
+def _report(claim: _Claim, test: DotTest, trials: int, broken: str, seed: int) -> AdjointReport:
+    passed = test.passed and not broken
+    notes = []
+    if test.vacuous and not broken:
+        notes.append("vacuous: A and B are zero on every draw, so nothing was compared")
+    if test.measured > 1.0:
+        notes.append(f"rounding inside is {test.measured:.3g} eps (cancellation): the tolerance was measured")
+    if test.too_noisy:
+        notes.append(f"left out, lost in rounding: {', '.join(dict.fromkeys(test.too_noisy))}")
+    diagnosis, figure = broken, ()
+    if not passed and not broken:
+        diagnosis, figure = diagnose(test, _reference(claim, seed), seed)
+    _, error, tolerance, name = test.worst or (0.0, float("nan"), 4 * test.eps, "")
+    return AdjointReport(
+        passed, float("nan") if broken else error, tolerance, test.eps, trials, diagnosis, test.pairs,
+        "" if broken else name, test.missed_row_probability(), test.vacuous and not broken, tuple(notes), figure,
+    )  # fmt: skip
+
+
+def assert_adjoint(
+    A: LinearOperator | AffineOperator | Callable[..., Any],
+    adjoint: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> None:
+    """Raise unless ``⟨Ax, y⟩ = ⟨x, By⟩`` on random and structured x and y: :func:`check_adjoint` as an assertion.
+
+    Parameters
+    ----------
+    A, adjoint, **options
+        As in :func:`check_adjoint`.
+
+    Raises
+    ------
+    AdjointMismatchError
+        If the test fails; the message is the report, which is also its attribute ``report``.
+
+    Examples
+    --------
+    >>> from adjointlab import identity
+    >>> assert_adjoint(identity((3,)))
+    """
+    report = check_adjoint(A, adjoint, **options)
+    if not report.passed:
+        error = AdjointMismatchError(str(report))
+        error.report = report  # type: ignore[attr-defined]
+        raise error
+
+
+def _finite(space: Space, element: Any, name: str) -> Tensors | None:
+    if element is None:
+        return None
+    leaves = space.leaves(element, name)
+    if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+        raise SpaceMismatchError(f"expected {name} to be finite, got NaN or infinity: pass finite numbers")
+    return tuple(leaf.detach() for leaf in leaves)
+
+
+# -- what is tested --------------------------------------------------------------------------------------------------
+
+
+def _claim(A: Any, adjoint: Any, domain: Any, codomain: Any) -> _Claim:
+    if adjoint is not None and not callable(adjoint):
+        raise SpaceMismatchError(f"expected adjoint to be callable, got {type(adjoint).__name__}: pass the function itself")
+    if isinstance(A, (LinearOperator, AffineOperator)):
+        if domain is not None or codomain is not None:
+            raise SpaceMismatchError("expected no domain or codomain beside an operator, which has its own: leave it out")
+        return _of_operator(A.linear if isinstance(A, AffineOperator) else A, adjoint)
+    if not callable(A):
+        raise SpaceMismatchError(f"expected a LinearOperator, a module or a function, got {type(A).__name__}")
+    if domain is None:
+        raise SpaceMismatchError(
+            f"expected a LinearOperator, or a domain beside the plain callable {getattr(A, '__name__', type(A).__name__)}: "
+            "pass domain=(1, 1, 64, 64), say, or wrap it with al.linear_operator"
+        )
+    if adjoint is None:
+        return _of_operator(linear_operator(A, domain, check=False), None)
+    return _of_pair(A, adjoint, domain, codomain)
+
+
+def _of_operator(operator: LinearOperator, adjoint: Callable[[Any], Any] | None) -> _Claim:
+    forward = Side(operator, operator.domain, operator.codomain, "A")
+    name = "the derived adjoint" if adjoint is None else "the adjoint"
+    back = Side(adjoint or operator.H, operator.codomain, operator.domain, name)
+    return _Claim(forward, back, operator.is_complex_linear, None if adjoint is None else lambda: operator)
+
+
+def _of_pair(function: Callable[..., Any], adjoint: Callable[[Any], Any], domain: Any, codomain: Any) -> _Claim:
+    space = like_parameters(function, domain, 0)
+
+    def forward(x: Any) -> Any:
+        return function(*x) if type(x) is tuple else function(x)
+
+    image = _image(forward, space) if codomain is None else Space.of(codomain, dtype=space.specs[0].dtype)
+    pair = LinearOperator(forward, adjoint, space, image)
+    try:
+        exact = pair.is_complex_linear
+    except Exception:  # what is wrong with A is found again, and said, by the test
+        exact = False
+    back = Side(adjoint, image, space, "the adjoint")
+    return _Claim(Side(forward, space, image, "A"), back, exact, lambda: linear_operator(function, space, check=False))
+
+
+def _image(forward: Callable[[Any], Any], space: Space) -> Space:
+    """Return the space of results: of a function that is called once, on random numbers."""
+    with torch.no_grad():
+        try:
+            result = forward(space.randn(torch.Generator().manual_seed(0)))
+        except Exception as error:
+            line = next(iter(str(error).splitlines()), "")
+            raise SpaceMismatchError(
+                f"expected A to take an element of {space}, but it raised {type(error).__name__}: {line}; check the domain"
+            ) from error
+    leaves, _ = tree_flatten(result)
+    if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        raise SpaceMismatchError(
+            f"expected A to return a tensor or a pytree of tensors, got {type(result).__name__}: return tensors only"
+        )
+    return Space.of(result)
+
+
+# -- a reference to compare a wrong adjoint with ---------------------------------------------------------------------
+
+_MOST_COLUMNS = 512  # real dimensions up to which the adjoint is read off the dense matrix
+
+
+def _reference(claim: _Claim, seed: int) -> Side | None:
+    """Return a trusted adjoint: the derived one if it passes itself, else that of the dense matrix, else none."""
+    if claim.derive is not None:
+        try:
+            operator = claim.derive()
+            if operator.codomain == claim.adjoint.space:
+                derived = Side(operator.H, claim.adjoint.space, claim.forward.space, "the derived adjoint")
+                test = DotTest(claim.forward, derived, exact=claim.exact, seed=seed + 1)
+                test.run(2)
+                if test.passed:
+                    return derived
+        except Exception:  # no derived adjoint, then; the failure at hand is the one to report
+            pass
+    try:
+        return _dense(claim.forward)
+    except BrokenError:
+        return None
+
+
+def _dense(forward: Side) -> Side | None:
+    """Return the adjoint from A's real matrix, made column by column in double precision, if A is small."""
+    space, codomain = forward.space, forward.codomain
+    counts = [spec.numel * (2 if spec.is_complex else 1) for spec in space.specs]
+    if sum(counts) > _MOST_COLUMNS:
+        return None
+    columns = []
+    for number, spec in enumerate(space.specs):
+        for index in range(spec.numel):
+            for unit in (1.0, 1j) if spec.is_complex else (1.0,):
+                e = space.leaves(space.zeros())
+                e[number].view(-1)[index] = unit
+                columns.append(_coordinates(forward(e)))
+    matrix = torch.stack(columns)
+
+    def adjoint(v: Any) -> Any:
+        flat = matrix @ _coordinates(codomain.leaves(v))
+        leaves = []
+        for part, spec in zip(torch.split(flat, counts), space.specs, strict=True):
+            values = torch.view_as_complex(part.reshape(-1, 2).contiguous()) if spec.is_complex else part
+            leaves.append(values.reshape(spec.shape).to(spec.dtype))
+        return space.unflatten(leaves)
+
+    return Side(adjoint, codomain, space, "the dense adjoint")
+
+
+def _coordinates(leaves: Tensors) -> torch.Tensor:
+    return torch.cat([
+        (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1).double() for t in leaves
+    ])  # fmt: skip
+
+
+__all__ = ["assert_adjoint", "check_adjoint"]

@@ -1,0 +1,216 @@
+"""What a wrong adjoint and the right one do to the same random numbers, and the fit of a guess to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from adjointlab.verify.dot_test import Side, Tensors
+
+Change = Callable[[Tensor], Tensor]  # of one tensor, without the leading dimension of draws
+_DRAWS = 2
+_WIDE = {True: torch.complex128, False: torch.float64}
+
+
+@dataclass(frozen=True)
+class Guess:
+    """How well ``B ≈ α T(Aᴴ)`` fits, and with which factor."""
+
+    fits: bool
+    factor: complex
+
+    @staticmethod
+    def words(what: str, factor: complex) -> str:
+        """Return the mistake and the factor in words, as in ``"conjugate missing, and 2.000 × too large"``."""
+        size = ""
+        if abs(factor.imag) > 1e-3 * abs(factor):
+            size = f"off by the complex factor {factor.real:.3f}{factor.imag:+.3f}j"
+        else:
+            a = abs(factor.real)
+            if abs(a - 1) >= 1e-3:
+                size = f"{a:.3f} × too large" if a > 1 else f"{1 / a:.3f} × too small"
+            elif not what and factor.real > 0:
+                size = f"too {'large' if a > 1 else 'small'} by {abs(a - 1):.1e} of its size"
+            if factor.real < 0:
+                sign = "the sign is wrong" if what else "wrong sign: B = −Aᴴ"
+                size = f"{sign}, and it is {size}" if size else sign
+                return f"{what}, and {size}" if what else size
+        if what:
+            return f"{what}, and {size}" if size else what
+        return f"Aᴴ is {size}"
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """The images of a few random y under B (``found``) and under Aᴴ (``expected``), leaf by leaf, stacked and wide."""
+
+    adjoint: Side
+    reference: Side
+    generator: torch.Generator
+    inputs: tuple[Tensors, ...] = ()
+    found: Tensors = ()
+    expected: Tensors = ()
+    tolerance: float = 0.0
+    view: Change = lambda t: t  # of each leaf of an image: which batch entries are looked at
+    number: int | None = None  # which leaf is looked at; all of them, if None
+
+    def __post_init__(self) -> None:
+        if self.inputs:
+            return
+        space = self.adjoint.space
+        inputs = tuple(space.leaves(space.randn(self.generator)) for _ in range(_DRAWS))
+        eps = max(space.eps, self.adjoint.codomain.eps)
+        for name, value in (
+            ("inputs", inputs),
+            ("found", _stacked([self.adjoint(y) for y in inputs])),
+            ("expected", _stacked([self.reference(y) for y in inputs])),
+            ("tolerance", min(0.05, max(1024 * eps, 1e-9))),
+        ):
+            object.__setattr__(self, name, value)
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def leaf(self, number: int) -> Evidence:
+        """Return the evidence of one leaf of the images."""
+        return replace(self, found=(self.found[number],), expected=(self.expected[number],), number=number)
+
+    def entries(self, entries: Sequence[int]) -> Evidence:
+        """Return the evidence of some batch entries."""
+        chosen = torch.tensor(entries)
+
+        def view(t: Tensor) -> Tensor:
+            return t.index_select(0, chosen.to(t.device))
+
+        found, expected = (tuple(torch.stack([view(d) for d in t]) for t in u) for u in (self.found, self.expected))
+        return replace(self, found=found, expected=expected, view=view)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the first leaf that is looked at."""
+        return tuple(self.expected[0].shape[1:])
+
+    @property
+    def ndim(self) -> int:
+        """Number of its dimensions."""
+        return len(self.shape)
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """Dimensions of it that are taken to be space: those after batch and channels, or all where there are few."""
+        dims = range(2, self.ndim) if self.ndim > 2 else range(self.ndim)
+        return tuple(d for d in dims if self.shape[d] > 1)
+
+    @property
+    def batched(self) -> bool:
+        """Whether the first dimension may be a batch."""
+        return all(t.ndim >= 3 and t.shape[1] == self.batch for t in self.expected) and self.batch > 1
+
+    @property
+    def batch(self) -> int:
+        """Size of the first dimension."""
+        return self.shape[0] if self.shape else 1
+
+    # -- where it is wrong -------------------------------------------------------------------------------------------
+
+    def wrong(self, number: int = 0) -> Tensor:
+        """Return which entries of a leaf are wrong in some draw."""
+        expected = self.expected[number]
+        size = max(float(expected.abs().max()), float(self.found[number].abs().max()))
+        return ((self.found[number] - expected).abs() > self.tolerance * size).any(dim=0)
+
+    def wrong_leaves(self) -> list[int]:
+        """Return the leaves that are wrong somewhere, be it by little more than rounding."""
+        return [k for k, (f, e) in enumerate(zip(self.found, self.expected, strict=True)) if _far(f, e, self._rounding)]
+
+    @property
+    def _rounding(self) -> float:
+        return 4 * max(self.adjoint.space.eps, self.adjoint.codomain.eps)
+
+    def wrong_batch_entries(self) -> list[int]:
+        """Return the entries of the first dimension that are wrong."""
+        wrong = torch.stack([self.wrong(k).flatten(1).any(dim=1) for k in range(len(self.expected))]).any(dim=0)
+        return [int(k) for k in wrong.nonzero().flatten()]
+
+    def location(self) -> str:
+        """Return where the largest difference lies, honestly naming no mistake."""
+        difference = (self.found[0] - self.expected[0]).abs()
+        draw, *index = (int(k) for k in torch.unravel_index(difference.argmax(), difference.shape))
+        got, right = (complex(t[(draw, *index)]) for t in (self.found[0], self.expected[0]))
+        wrong = self.wrong()
+        text = f"unrecognised: {int(wrong.sum())} of {wrong.numel()} entries differ"
+        for dim, size in enumerate(self.shape):
+            others = [d for d in range(self.ndim) if d != dim]
+            along = wrong.any(dim=others) if others else wrong
+            places = [int(k) for k in along.nonzero().flatten()]
+            if 0 < len(places) < size:
+                text += f", along dim {dim} only at {_ranges(places)}"
+        return f"{text}; the largest difference is at {tuple(index)}: {_number(got)} where {_number(right)} is expected"
+
+    # -- guesses -----------------------------------------------------------------------------------------------------
+
+    def changed(self, before: Change | None = None, after: Change | None = None) -> Tensors | None:
+        """Return the images under ``after ∘ Aᴴ ∘ before``, or None where that makes no sense for the shapes at hand."""
+        expected = self.expected
+        if before is not None:
+            inputs = [tuple(before(t).contiguous() for t in y) for y in self.inputs]
+            if any(t.shape != u.shape for y, z in zip(self.inputs, inputs, strict=True) for t, u in zip(y, z, strict=True)):
+                return None
+            images = _stacked([self.reference(y) for y in inputs])
+            if self.number is not None:
+                images = (images[self.number],)
+            # `after` acts on whole images, and only then is the part looked at that is at hand.
+            if after is not None:
+                images = tuple(torch.stack([after(d) for d in t]) for t in images)
+            return tuple(torch.stack([self.view(d) for d in t]) for t in images)
+        if after is not None:
+            expected = tuple(torch.stack([after(d) for d in t]) for t in expected)
+        same = all(t.shape == u.shape for t, u in zip(expected, self.found, strict=True))
+        return expected if same else None
+
+    def fit(self, images: Tensors | None, inside: Change | None = None, *, complex_factor: bool = False) -> Guess:
+        """Return whether ``found ≈ α images`` on the part ``inside``, for images that are not simply the right ones."""
+        if images is None:
+            return Guess(False, 0.0)
+        inside = inside or (lambda t: t)
+        found, right, guess = (
+            torch.cat([torch.stack([inside(d) for d in t]).reshape(-1).to(torch.complex128) for t in leaves])
+            for leaves in (self.found, self.expected, images)
+        )
+        power = float(torch.vdot(guess, guess).real)
+        size = float(torch.linalg.vector_norm(found))
+        if power == 0.0 or size == 0.0 or found.numel() < 2:
+            return Guess(False, 0.0)
+        factor = complex(torch.vdot(guess, found)) / power
+        if not complex_factor:
+            factor = complex(factor.real)
+        misfit = float(torch.linalg.vector_norm(found - factor * guess))
+        fits = misfit <= self.tolerance * size
+        # A guess that changes nothing explains nothing: the border of a symmetric blur, a real operator conjugated.
+        telling = _far(guess, right, 4 * self.tolerance) or images is self.expected
+        return Guess(fits and telling, factor)
+
+
+def _stacked(draws: list[Tensors]) -> Tensors:
+    return tuple(torch.stack(leaves).to(_WIDE[leaves[0].is_complex()]) for leaves in zip(*draws, strict=True))
+
+
+def _far(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    norms = max(float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b)))
+    return float(torch.linalg.vector_norm(a - b)) > tolerance * norms
+
+
+def _ranges(places: list[int]) -> str:
+    if len(places) > 2 and places[-1] - places[0] == len(places) - 1:
+        return f"{places[0]}–{places[-1]}"
+    return ", ".join(map(str, places[:6])) + (", …" if len(places) > 6 else "")
+
+
+def _number(value: complex) -> str:
+    return f"{value.real:.4g}" if math.isclose(value.imag, 0.0, abs_tol=1e-300) else f"{value.real:.4g}{value.imag:+.4g}j"
+
+
+__all__ = ["Evidence", "Guess"]
