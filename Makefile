@@ -14,10 +14,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 CONSTRAINTS := .ci/constraints.txt
 
+# The second environment: the newest torch that we support, with libraries that do not run beside the first one's torch.
+INTEROP := .venv-interop
+INTEROP_BIN := $(INTEROP)/bin
+INTEROP_STAMP := $(INTEROP)/.stamp
+INTEROP_CONSTRAINTS := .ci/constraints-interop.txt
+
 # One thread per process: test workers run side by side, and threads that compete for cores are slower than none.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help env demo test bench lint format types layers check wheel clean
+.PHONY: help env demo test interop bench lint format types layers check wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +43,17 @@ demo: $(STAMP) ## Run the demonstration
 
 test: $(STAMP) ## Run all tests and doctests, in parallel
 	$(ONE_THREAD) $(BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# torch and torchvision first and alone, spelt like this: see $(STAMP).
+$(INTEROP_STAMP): pyproject.toml $(INTEROP_CONSTRAINTS)
+	test -x $(INTEROP_BIN)/python || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP_BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
+	$(INTEROP_BIN)/python -m pip install --quiet --disable-pip-version-check -c $(INTEROP_CONSTRAINTS) \
+		-e '.[dev,demo]' deepinv==0.5.0 mrpro==0.261015 pylops==2.8.0 pyproximal==0.13.0
+	@touch $@
+
+interop: $(INTEROP_STAMP) ## Run all tests beside deepinv and mrpro, on the second supported torch, in .venv-interop
+	$(ONE_THREAD) $(INTEROP_BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal -m "not packaging" $(ARGS)
 
 bench: $(STAMP) ## Run the benchmarks, one after the other
 	$(BIN)/python -W error -m pytest tests/benchmarks --benchmark-enable --benchmark-only $(ARGS)
@@ -61,5 +78,5 @@ wheel: $(STAMP) ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 
 clean: ## Remove everything that was made, .venv included
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks .coverage htmlcov
+	rm -rf $(VENV) $(INTEROP) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks .coverage htmlcov
 	find adjointlab tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -308,7 +308,6 @@ class _Numbers:
                 return False
         return True
 
-
     def noise(self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors) -> tuple[float, float]:
         """Return the measured rounding noise of both sides: of a function already known to be affine."""
 

@@ -1,4 +1,4 @@
-"""How reports are shown: aligned text, strict JSON, a table and heat maps in HTML, with nothing but the standard library."""
+"""How reports are shown: aligned text, strict JSON, tables and heat maps in HTML; the standard library is enough."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def aligned(title: str, rows: Rows) -> str:
     """Return a title and, below it, names and values in two columns."""
     width = max((len(name) for name, _ in rows), default=0)
     indent = " " * (width + 4)
-    return "\n".join([title, *(f"  {name:<{width}}  {value.replace(chr(10), chr(10) + indent)}" for name, value in rows)])
+    return "\n".join(
+        [title, *(f"  {name:<{width}}  {value.replace(chr(10), chr(10) + indent)}" for name, value in rows)]
+    )
 
 
 def strict_json(record: dict[str, Any], indent: int | None = None) -> str:
@@ -65,8 +67,9 @@ def heat_map(title: str, grid: Grid, side: int = 128) -> str:
     w, h = width * cell, height * cell
     label = html.escape(f"{title}, largest {top:.3g}")
     return (
-        f'<figure style="display:inline-block;margin:4px 12px 4px 0"><svg xmlns="http://www.w3.org/2000/svg" role="img" '
-        f'aria-label="{label}" width="{w:.0f}" height="{h:.0f}" viewBox="0 0 {w:.2f} {h:.2f}" shape-rendering="crispEdges">'
+        '<figure style="display:inline-block;margin:4px 12px 4px 0"><svg xmlns="http://www.w3.org/2000/svg" role="img" '
+        f'aria-label="{label}" width="{w:.0f}" height="{h:.0f}" viewBox="0 0 {w:.2f} {h:.2f}" '
+        f'shape-rendering="crispEdges">'
         f'<rect width="{w:.2f}" height="{h:.2f}" fill="white" stroke="#999"/>{"".join(squares)}</svg>'
         f'<figcaption style="font-size:smaller">{label}</figcaption></figure>'
     )

@@ -24,7 +24,7 @@ def dot_gap(
     x: Tensors,
     at_x: Tensors,
     y: Tensors,
-    at_y: Tensors,
+    at_y: Tensors,  # noqa: PLR0917  # two spaces and a pair in each
     *,
     exact: bool,
     noise: tuple[float, float] = (0.0, 0.0),
@@ -34,7 +34,7 @@ def dot_gap(
 
     Note: how much rounding explains
     --------------------------------
-    With ``e`` the rounding error of ``Ax`` and ``f`` that of ``By``, a correct adjoint leaves the gap ``⟨e, y⟩ − ⟨x, f⟩``.
+    With e the rounding error of ``Ax`` and f that of ``By``, a correct adjoint leaves the gap ``⟨e, y⟩ − ⟨x, f⟩``.
     A *random* y does not know e, so ``⟨e, y⟩`` is normal with the standard deviation ``‖e‖``, smaller by ``√n`` than
     the ``‖e‖‖y‖`` of the worst case; half precision needs that factor, or errors of some percent would pass.
     ``‖e‖`` is taken to be ``DOT_UNITS · eps ‖Ax‖``: one rounding makes it about ``0.3 eps ‖Ax‖``, so this is more than

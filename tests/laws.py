@@ -1,7 +1,7 @@
 """What the laws are stated with: dense matrices made column by column, norm-scaled errors, a watch on side effects.
 
-Matrices are real, in coordinates `(Re, Im)` leaf by leaf, so that the adjoint is the plain transpose for every operator:
-complex-linear or only real-linear.
+Matrices are real, in coordinates `(Re, Im)` leaf by leaf, so that the adjoint is the plain transpose for every
+operator, complex-linear or only real-linear.
 """
 
 from __future__ import annotations
@@ -131,7 +131,10 @@ def assert_close(a: Any, b: Any, eps: float, scale: float | None = None, factor:
 
 def inner(a: Any, b: Any) -> complex:
     """Return `⟨a, b⟩ = Σ conj(aᵢ) bᵢ` in double precision, independently of `al.Space`."""
-    wide = [(u.detach().to(torch.complex128), v.detach().to(torch.complex128)) for u, v in zip(leaves(a), leaves(b))]
+    wide = [
+        (u.detach().to(torch.complex128), v.detach().to(torch.complex128))
+        for u, v in zip(leaves(a), leaves(b), strict=True)
+    ]
     return complex(sum(torch.vdot(u.reshape(-1), v.reshape(-1)) for u, v in wide))
 
 

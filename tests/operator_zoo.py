@@ -66,6 +66,16 @@ def module(kind: Callable[..., nn.Module], *args: Any, shape: tuple[int, ...], *
     return lambda dtype: (kind(*args, dtype=dtype, **options), torch.zeros(shape, dtype=dtype))
 
 
+def with_constant(*constant: int, shape: tuple[int, ...], to: Callable[..., Any]):
+    """Return a maker for `x ↦ to(x, c)` with a random constant `c`."""
+
+    def make(dtype: torch.dtype) -> Made:
+        c = torch.randn(constant, dtype=dtype)
+        return lambda x: to(x, c), torch.zeros(shape, dtype=dtype)
+
+    return make
+
+
 # ------------------------------------------------------------------------------------------------------ convolutions
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -112,15 +122,14 @@ add("conv-transpose1d-dilation", conv_transpose(1, (1, 2), 3, (4,), stride=2, di
 add("conv-transpose2d", conv_transpose(2, (2, 1), (3, 2), (3, 4), stride=(2, 3), padding=1, output_padding=(1, 2)))
 add("conv-transpose2d-groups", conv_transpose(2, (2, 4), 3, (3, 3), groups=2))
 add("conv-transpose3d", conv_transpose(3, (1, 1), 2, (2, 3, 2), stride=2, padding=1, output_padding=(1, 0, 1)))
-add(
-    "conv2d-complex-kernel-on-real",
-    lambda dtype: (
-        lambda x, w=torch.randn(2, 1, 3, 2, dtype=dtype.to_complex()): F.conv2d(x.to(w.dtype), w, padding=1),
-        torch.zeros(1, 1, 4, 3, dtype=dtype),
-    ),
-    REAL,
-    complex_linear=False,
-)
+
+
+def _complex_kernel(dtype: torch.dtype) -> Made:
+    kernel = torch.randn(2, 1, 3, 2, dtype=dtype.to_complex())
+    return lambda x: F.conv2d(x.to(kernel.dtype), kernel, padding=1), torch.zeros(1, 1, 4, 3, dtype=dtype)
+
+
+add("conv2d-complex-kernel-on-real", _complex_kernel, REAL, complex_linear=False)
 
 # ----------------------------------------------------------------------------------------------- dense layers, pooling
 
@@ -225,10 +234,7 @@ for n in (6, 7):
     add(f"ihfft-{n}", on(2, n, to=torch.fft.ihfft), REAL, complex_linear=False)
 add(
     "fft-convolution",
-    lambda dtype: (
-        lambda x, w=torch.randn(6, dtype=dtype): torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(w), n=6),
-        torch.zeros(2, 6, dtype=dtype),
-    ),
+    with_constant(6, shape=(2, 6), to=lambda x, c: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(c), n=6)),
     REAL,
 )
 
@@ -248,29 +254,20 @@ add("istft", _istft, COMPLEX, complex_linear=False)
 
 # ----------------------------------------------------------------------------------- products, indexing, rearrangements
 
-
-def with_constant(*constant: int, shape: tuple[int, ...], to: Callable[..., Any]):
-    """Return a maker for `x ↦ to(x, c)` with a random constant `c`."""
-
-    def make(dtype: torch.dtype) -> Made:
-        c = torch.randn(constant, dtype=dtype)
-        return lambda x: to(x, c), torch.zeros(shape, dtype=dtype)
-
-    return make
-
-
 add("einsum", with_constant(2, 3, 4, shape=(2, 4), to=lambda x, c: torch.einsum("bij,bj->ib", c, x)))
 add("einsum-conj", with_constant(3, 4, shape=(2, 4), to=lambda x, c: torch.einsum("ij,bj->bi", c.conj(), x)))
 add("matmul", with_constant(4, 3, shape=(2, 4), to=lambda x, c: x @ c))
 add("matmul-both-sides", with_constant(3, 3, shape=(3, 3), to=lambda x, c: c @ x @ c.mH))
 add("hadamard", with_constant(2, 3, shape=(2, 3), to=lambda x, c: c * x))
 add("divide", with_constant(2, 3, shape=(2, 3), to=lambda x, c: x / c))
-add("outer", with_constant(3, shape=(4,), to=lambda x, c: torch.outer(x, c)))
-add("kron", with_constant(2, 2, shape=(2, 3), to=lambda x, c: torch.kron(x, c)))
+add("outer", with_constant(3, shape=(4,), to=torch.outer))
+add("kron", with_constant(2, 2, shape=(2, 3), to=torch.kron))
 add("solve", with_constant(3, 3, shape=(3, 2), to=lambda x, c: torch.linalg.solve(c, x)))
 add(
     "solve-triangular",
-    with_constant(3, 3, shape=(3, 2), to=lambda x, c: torch.linalg.solve_triangular(c.triu() + 3 * c.diag().diag(), x, upper=True)),
+    with_constant(
+        3, 3, shape=(3, 2), to=lambda x, c: torch.linalg.solve_triangular(c.triu() + 3 * c.diag().diag(), x, upper=True)
+    ),
 )
 add("scalar", on(to=lambda x: 3 * x))
 add("slices", on(3, 6, to=lambda x: x[1:, ::2]))
@@ -432,7 +429,9 @@ def _chain_with_norm(dtype: torch.dtype) -> Made:
 
 
 def _eval_dropout(dtype: torch.dtype) -> Made:
-    return nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 2, bias=False, dtype=dtype)).eval(), torch.zeros(2, 4, dtype=dtype)
+    return nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 2, bias=False, dtype=dtype)).eval(), torch.zeros(
+        2, 4, dtype=dtype
+    )
 
 
 class _Residual(nn.Module):
@@ -571,12 +570,18 @@ add("split-output", on(2, 5, to=lambda x: x.split([2, 3], -1)))
 add("same-output-twice", on(2, 2, to=lambda x: (x, x)))
 add(
     "nested-pytrees",
-    lambda dtype: (_nested, {"a": torch.zeros(3, dtype=dtype), "b": [torch.zeros(3, dtype=dtype), torch.zeros(2, dtype=dtype)]}),
+    lambda dtype: (
+        _nested,
+        {"a": torch.zeros(3, dtype=dtype), "b": [torch.zeros(3, dtype=dtype), torch.zeros(2, dtype=dtype)]},
+    ),
 )
 add("unused-leaf", lambda dtype: (lambda x, z: 2 * x, _two(dtype)))
 add(
     "complex-and-real-leaves",
-    lambda dtype: (_complex_and_real, {"c": torch.zeros(3, dtype=dtype.to_complex()), "r": torch.zeros(3, dtype=dtype)}),
+    lambda dtype: (
+        _complex_and_real,
+        {"c": torch.zeros(3, dtype=dtype.to_complex()), "r": torch.zeros(3, dtype=dtype)},
+    ),
     (torch.float64,),
     complex_linear=False,
 )
@@ -596,7 +601,7 @@ class Physics(nn.Module):
         return self.layer(x)
 
 
-class Callable_:
+class HoldsTensor:
     """A callable that is no module and holds a tensor."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -708,7 +713,7 @@ def _no_grad_inside(dtype: torch.dtype) -> Made:
 
 
 add("bound-method", lambda dtype: (Physics(dtype).measure, torch.zeros(1, 1, 5, dtype=dtype)))
-add("callable-object", lambda dtype: (Callable_(dtype), torch.zeros(2, 3, dtype=dtype)))
+add("callable-object", lambda dtype: (HoldsTensor(dtype), torch.zeros(2, 3, dtype=dtype)))
 add("closure", _closure)
 add("closure-over-module", _closure_over_module)
 add("partial", _partial)

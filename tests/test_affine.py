@@ -148,7 +148,7 @@ def test_large_offset_does_not_hide_the_linear_part() -> None:
 
 
 def test_what_is_not_affine_is_refused() -> None:
-    with pytest.raises(al.NotLinearError, match="affine|linear"):
+    with pytest.raises(al.NotLinearError, match=r"affine|linear"):
         al.affine_operator(lambda x: x**2 + 1, (3,))
 
 

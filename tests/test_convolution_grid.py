@@ -77,9 +77,7 @@ def configuration(choose: Choose, dtypes: Sequence[torch.dtype] = (torch.float64
     smallest = [r + 1 for r in reach]
     if transposed:
         padding = tuple(choose((0, 1, 2)) for _ in range(dims))
-        options["output_padding"] = tuple(
-            choose(range(max(s, d))) for s, d in zip(stride, dilation, strict=True)
-        )
+        options["output_padding"] = tuple(choose(range(max(s, d))) for s, d in zip(stride, dilation, strict=True))
         # The output, (n − 1) s − 2 p + reach + output_padding + 1, has at least one entry.
         smallest = [max(1, -((r - 2 * p) // s) + 1) for r, p, s in zip(reach, padding, stride, strict=True)]
     else:
@@ -104,12 +102,11 @@ def configurations(draw: Callable[..., Any], **options: Any) -> Configuration:
     return configuration(lambda choices: draw(st.sampled_from(choices)), **options)
 
 
-SAMPLE = [configuration(random.Random(seed).choice) for seed in range(120)]
-every_sample = pytest.mark.parametrize("number", range(len(SAMPLE)))
+SAMPLE = [configuration(random.Random(seed).choice) for seed in range(160)]
 
 
 @every_engine
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(configurations())
 def test_adjoint_is_the_conjugate_transpose(engine: str, conv: Configuration) -> None:
     A = conv.linear(engine)
@@ -118,7 +115,7 @@ def test_adjoint_is_the_conjugate_transpose(engine: str, conv: Configuration) ->
 
 
 @every_engine
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(configurations())
 def test_dot_product(engine: str, conv: Configuration) -> None:
     A = conv.linear(engine)
@@ -127,7 +124,7 @@ def test_dot_product(engine: str, conv: Configuration) -> None:
 
 
 @every_engine
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(configurations(dtypes=(torch.float32, torch.complex64)))
 def test_dot_product_in_single_precision(engine: str, conv: Configuration) -> None:
     A = conv.linear(engine)
@@ -135,7 +132,7 @@ def test_dot_product_in_single_precision(engine: str, conv: Configuration) -> No
     assert dot_error(A, A.H, x, y, real=False) <= 16 * A.domain.eps
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(configurations())
 def test_forward_is_the_module(conv: Configuration) -> None:
     module, x = conv.module(), torch.randn(conv.domain().shape, dtype=conv.dtype)
@@ -145,7 +142,7 @@ def test_forward_is_the_module(conv: Configuration) -> None:
     assert_close(f(x), module(x).detach(), f.domain.eps, scale)
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(configurations())
 def test_engines_agree(conv: Configuration) -> None:
     eager, traced = conv.linear("eager"), conv.linear("traced")
@@ -153,26 +150,15 @@ def test_engines_agree(conv: Configuration) -> None:
     assert_close(traced.H(y), eager.H(y), eager.domain.eps, frobenius(conv.matrix()) * norm(y))
 
 
-@every_sample
-def test_sample_is_exact(number: int) -> None:
-    conv = SAMPLE[number]
-    A = conv.linear("auto")
-    dense = conv.matrix()
-    assert_close(matrix(A.H, A.codomain.zeros()), dense.T.contiguous(), A.domain.eps, frobenius(dense))
-
-
 def test_95_percent_of_the_sample_are_proved() -> None:
-    linear = [conv for conv in SAMPLE if not conv.options["bias"]]
-    extra = [configuration(random.Random(1000 + seed).choice) for seed in range(120)]
-    linear = (linear + [conv for conv in extra if not conv.options["bias"]])[:100]
+    linear = [conv for conv in SAMPLE if not conv.options["bias"]][:100]
     assert len(linear) == 100
-    reports = [al.check_linearity(conv.module(), conv.domain()) for conv in linear]
-    others = [conv for conv, report in zip(linear, reports, strict=True) if report.verdict != "proved"]
+    others = [c for c in linear if al.check_linearity(c.module(), c.domain()).verdict != "proved"]
     assert len(others) <= 5, others
 
 
-def test_traced_engine_serves_the_whole_sample() -> None:
-    others = [conv for conv in SAMPLE[:60] if conv.linear("traced").engine != "traced"]
+def test_traced_engine_serves_the_sample() -> None:
+    others = [conv for conv in SAMPLE[:30] if conv.linear("traced").engine != "traced"]
     assert not others, others
 
 

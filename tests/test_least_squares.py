@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from laws import (
@@ -175,7 +177,7 @@ def test_gradient_descent_decreases_the_value() -> None:
         value, gradient = objective.value_and_gradient(x)
         values.append(float(value))
         x = x - step * gradient
-    assert all(after < before for before, after in zip(values, values[1:], strict=False))
+    assert all(after < before for before, after in itertools.pairwise(values))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)

@@ -409,7 +409,7 @@ def test_complex_multiple_of_a_real_operator_is_refused() -> None:
 
 @pytest.mark.parametrize("stack", [al.vstack, al.hstack, al.block_diag], ids=lambda f: f.__name__)
 def test_empty_stack_is_refused(stack) -> None:
-    with pytest.raises(al.SpaceMismatchError, match="non-empty|at least one"):
+    with pytest.raises(al.SpaceMismatchError, match=r"non-empty|at least one"):
         stack([])
 
 

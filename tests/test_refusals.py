@@ -192,7 +192,7 @@ def test_ops_that_read_the_input_are_named(name: str, op: str) -> None:
 
 
 def test_affine_operator_refuses_what_is_not_affine() -> None:
-    with pytest.raises(al.NotLinearError, match="mul|relu|threshold"):
+    with pytest.raises(al.NotLinearError, match=r"mul|relu|threshold"):
         al.affine_operator(torch.relu, (2, 3))
 
 
@@ -307,7 +307,7 @@ def test_unusable_argument(name: str, engine: str) -> None:
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_unusable_argument_of_the_adjoint(name: str, engine: str) -> None:
     A = al.linear_operator(conv(), (1, 1, 6, 7), engine=engine)
-    with pytest.raises(al.SpaceMismatchError, match="expected . to be an element"):
+    with pytest.raises(al.SpaceMismatchError, match=r"expected . to be an element"):
         A.H(None if name == "none" else ELEMENTS[name] if name != "shape" else torch.zeros(1, 1, 6, 7))
 
 
@@ -349,7 +349,7 @@ def test_empty_output_is_refused() -> None:
 
 
 def test_output_whose_shape_depends_on_the_input_is_refused() -> None:
-    with pytest.raises((al.SpaceMismatchError, al.NotLinearError), match="shape|linear|element"):
+    with pytest.raises((al.SpaceMismatchError, al.NotLinearError), match=r"shape|linear|element"):
         al.linear_operator(lambda x: x[x > 0], torch.zeros(40, dtype=D))
 
 
@@ -359,7 +359,7 @@ def test_unknown_engine_is_refused() -> None:
 
 
 def test_what_is_not_callable_is_refused() -> None:
-    with pytest.raises((TypeError, ValueError), match="callable|function|module"):
+    with pytest.raises((TypeError, ValueError), match=r"callable|function|module"):
         al.linear_operator(torch.zeros(3, 3), (3,))
 
 

@@ -117,7 +117,7 @@ def test_matrix_of_the_identity() -> None:
 def test_function_that_vmap_refuses() -> None:
     class Positive(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            bool((x == x).all())  # a branch on the input, which vmap refuses
+            bool((x > -torch.inf).all())  # a branch on the input, which vmap refuses
             return 2 * x
 
     A = al.linear_operator(Positive(), torch.zeros(3, dtype=torch.float64), engine="eager")

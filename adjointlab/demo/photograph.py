@@ -74,7 +74,7 @@ def enlarge(y: Tensor) -> Tensor:
 
 def _draw(stage: Stage, r: Recovery) -> None:
     """Draw the photograph, the data and the result, a detail of each, and the objective."""
-    figure = Figure(figsize=(12.5, 5.3), layout="constrained")
+    figure = Figure(figsize=(11.2, 5.2), layout="constrained")
     panels = figure.subplot_mosaic([["a", "b", "c", "F"], ["d", "e", "f", "F"]], width_ratios=[1, 1, 1, 1.25])
     height, width = r.truth.shape[2:]
     titles = (

@@ -54,6 +54,9 @@ def _backward_as_transposed(graph: Graph) -> None:
             0 if transposed else n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
             for n, m, s, p, d, k in zip(spatial, out, stride, padding, dilation, kernel, strict=True)
         ]
+        whole = [(m - 1) * s - 2 * p + d * (k - 1) + 1 for m, s, p, d, k in zip(spatial, stride, padding, dilation, kernel, strict=True)]
+        if transposed and any(o - w >= s for o, w, s in zip(out, whole, stride, strict=True)):
+            continue  # an output padding of a stride or more: the plain convolution would have more outputs
         (item,) = node.users
         with nodes.inserting_before(node):
             call = nodes.call_function(

@@ -202,7 +202,8 @@ def _extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callabl
     for node in graph.module.graph.nodes:
         if node in needed:
             copies[node] = part.node_copy(node, copies.__getitem__)
-            copies[node].target = _BUILTIN.get(node.target, node.target)
+            if node.args and isinstance(node.args[0], (fx.Node, list)):  # they take no number for a tensor
+                copies[node].target = _BUILTIN.get(node.target, node.target)
     part.output(tuple(copies[n] if isinstance(n, fx.Node) else n for n in outputs))
     part.lint()
     return whole(fx.GraphModule(graph.module, part))

@@ -16,6 +16,7 @@ from functorch import make_fx
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from adjointlab.space import TensorSpec
@@ -61,37 +62,56 @@ class Graph:
         return list(next(iter(reversed(self.module.graph.nodes))).args[0])  # type: ignore[arg-type]
 
 
-class _Numbers(TorchDispatchMode):
-    """Answer reads of a value (``.item()``, ``bool(t)``) from real tensors, and refuse them for the input."""
+class _Values(TorchDispatchMode):
+    """Answer reads of values (``.item()``, ``bool(t)``, ``mask.nonzero()``) from real tensors; refuse the input's.
+
+    What is read that way is part of the graph from then on: ``read`` keeps the tensors, so that the graph can be found
+    out of date.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.read: dict[int, Tensor] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.data_dependent_output not in func.tags and func is not aten.is_nonzero.default:
+        if func is aten.index.Tensor and any(_is_mask(index) for index in args[1]):
+            return func(args[0], self._positions(args[1]), **kwargs)
+        reads = torch.Tag.data_dependent_output in func.tags or func in _READERS
+        if not reads:
             return func(*args, **kwargs)
-        tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
-        values: dict[fx.Node, Any] = {}
-        real = [self._value(arg, tracer, values, func) if isinstance(arg, Tensor) else arg for arg in args]
+        real = [self.value(arg, op_name(func)) if isinstance(arg, Tensor) else arg for arg in args]
         with _disable_current_modes():
             return func(*real, **kwargs)
 
-    def _value(self, tensor: Tensor, tracer: Any, values: dict[fx.Node, Any], reader: Any) -> Any:
+    def value(self, tensor: Tensor, reader: str) -> Tensor:
+        """Return the real tensor that a traced one stands for, if that depends on constants only."""
+        tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
         tracked = tracer.tensor_tracker.get(tensor)
         if tracked is None:
             self.read[id(tensor)] = tensor
             return tensor
-        return self._evaluate(tracked.proxy.node, tracer, values, reader)
+        return self._evaluate(tracked.proxy.node, tracer, {}, reader)  # type: ignore[no-any-return]
 
-    def _evaluate(self, node: fx.Node, tracer: Any, values: dict[fx.Node, Any], reader: Any) -> Any:
+    def _positions(self, indices: list[Any]) -> list[Any]:
+        """Return indices with masks as positions: how many there are must be known while tracing."""
+        found: list[Any] = []
+        for index in indices:
+            if _is_mask(index):
+                mask = self.value(index, "index by a mask")
+                with _disable_current_modes():
+                    found.extend(mask.nonzero().unbind(1))
+            else:
+                found.append(index)
+        return found
+
+    def _evaluate(self, node: fx.Node, tracer: Any, values: dict[fx.Node, Any], reader: str) -> Any:
         if node in values:
             return values[node]
         if node.op == "placeholder":
-            raise ReadsInputError(f"{op_name(reader)} turns a value of the input into a Python number")
+            raise ReadsInputError(f"{reader} turns a value of the input into a Python number")
         if node.op == "get_attr":
             values[node] = getattr(tracer.root, str(node.target))
             self.read[id(values[node])] = values[node]
@@ -106,6 +126,33 @@ class _Numbers(TorchDispatchMode):
         return values[node]
 
 
+_READERS = {aten.is_nonzero.default, aten.nonzero.default}
+_MEMORY = {
+    Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage,
+}  # fmt: skip
+
+
+class _Memory(TorchFunctionMode):
+    """The same for what reads a tensor's memory past the dispatcher: ``.numpy()``, ``.tolist()``."""
+
+    def __init__(self, values: _Values) -> None:
+        super().__init__()
+        self.values = values
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _MEMORY:
+            real = self.values.value(args[0], func.__name__)
+            with _disable_current_modes():
+                return func(real, *args[1:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
 def op_name(target: Any) -> str:
     """Return the short name of an op, such as ``convolution_backward``."""
     packet = getattr(target, "overloadpacket", None)
@@ -117,9 +164,9 @@ def is_mutable(target: Any) -> bool:
     return bool(getattr(getattr(target, "_schema", None), "is_mutable", False))
 
 
-def _make(function: Callable[..., Any], arguments: Sequence[Tensor], numbers: _Numbers) -> fx.GraphModule:
+def _make(function: Callable[..., Any], arguments: Sequence[Tensor], values: _Values) -> fx.GraphModule:
     def watched(*tensors: Tensor) -> Any:
-        with numbers:
+        with _Memory(values), values:
             return function(*tensors)
 
     # A forward that cannot take fake tensors is no error of ours to log: the reason goes into the account.
@@ -155,12 +202,12 @@ def trace_forward(function: Function, specs: Sequence[TensorSpec], captured: Cap
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         inputs = [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in specs]
-    numbers = _Numbers()
+    values = _Values()
     with captured.preserved():
-        module = _make(lambda *leaves: function(leaves), inputs, numbers)
+        module = _make(lambda *leaves: function(leaves), inputs, values)
     state = _lift(module, captured)
     sources = {id(source.read()): source for source in captured.sources}
-    baked = tuple((sources.get(key, Source([t], 0, "a constant")), t.clone()) for key, t in numbers.read.items())
+    baked = tuple((sources.get(key, Source([t], 0, "a constant")), t.clone()) for key, t in values.read.items())
     _raise_if_random(module)
     if any(is_mutable(node.target) for node in module.graph.nodes):
         module = _functionalise(module, _fakes(module, fake), len(state))
@@ -196,9 +243,9 @@ def trace_vjp(forward: Graph) -> Graph:
         return run
 
     try:
-        module = _make(pull_back(vjp_by_func), [*arguments, *cotangents], _Numbers())
+        module = _make(pull_back(vjp_by_func), [*arguments, *cotangents], _Values())
     except UntraceableError:
-        module = _make(pull_back(vjp_by_grad), [*arguments, *cotangents], _Numbers())
+        module = _make(pull_back(vjp_by_grad), [*arguments, *cotangents], _Values())
     if any(is_mutable(node.target) for node in module.graph.nodes):
         module = _functionalise(module, [*arguments, *cotangents], len(arguments) + len(cotangents))
     _normalise(module)
@@ -231,7 +278,7 @@ def _lift(module: fx.GraphModule, captured: Capture) -> tuple[Source, ...]:
         if key not in lifted:
             with graph.inserting_before(first):
                 lifted[key] = graph.placeholder(f"state_{len(state)}")
-            lifted[key].meta["val"] = node.meta.get("val", _fake_like(tensor, module))
+            lifted[key].meta["val"] = _fake_like(tensor, module)
             state.append(source)
         node.replace_all_uses_with(lifted[key])
         graph.erase_node(node)
@@ -240,8 +287,11 @@ def _lift(module: fx.GraphModule, captured: Capture) -> tuple[Source, ...]:
 
 
 def _fake_like(tensor: Tensor, module: fx.GraphModule) -> Tensor:
+    if tensor.layout != torch.strided:
+        raise UntraceableError(f"it holds a tensor of layout {tensor.layout}")
     mode = next(n.meta["val"].fake_mode for n in module.graph.nodes if isinstance(n.meta.get("val"), Tensor))
-    return mode.from_tensor(tensor)  # type: ignore[no-any-return]
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _memory(tensor: Tensor) -> Any:
@@ -255,7 +305,7 @@ def _functionalise(module: fx.GraphModule, arguments: Sequence[Tensor], first_in
     def run(*tensors: Tensor) -> Any:
         return module(*tensors[:first_input], *(t.clone() for t in tensors[first_input:]))
 
-    return _make(torch.func.functionalize(run, remove="mutations"), arguments, _Numbers())
+    return _make(torch.func.functionalize(run, remove="mutations"), arguments, _Values())
 
 
 def _raise_if_random(module: fx.GraphModule) -> None:

@@ -1,4 +1,4 @@
-"""The dot-product test ``⟨Ax, y⟩ = ⟨x, By⟩`` with a derived tolerance, a diagnosis in words, and reports that print well."""
+"""The dot-product test ``⟨Ax, y⟩ = ⟨x, By⟩`` with a derived tolerance and a diagnosis in words."""
 
 from adjointlab.verify.check import assert_adjoint, check_adjoint
 from adjointlab.verify.report import AdjointReport

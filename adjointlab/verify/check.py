@@ -13,7 +13,7 @@ from adjointlab.errors import AdjointMismatchError, SpaceMismatchError
 from adjointlab.linear_operator import LinearOperator, linear_operator
 from adjointlab.linearity import like_parameters
 from adjointlab.space import Space, tree_flatten
-from adjointlab.verify.diagnosis import diagnose
+from adjointlab.verify.diagnosis import Figure, diagnose
 from adjointlab.verify.dot_test import BrokenError, DotTest, Side, Tensors
 from adjointlab.verify.report import AdjointReport
 
@@ -114,7 +114,8 @@ def _report(claim: _Claim, test: DotTest, trials: int, broken: str, seed: int) -
         notes.append(f"rounding inside is {test.measured:.3g} eps (cancellation): the tolerance was measured")
     if test.too_noisy:
         notes.append(f"left out, lost in rounding: {', '.join(dict.fromkeys(test.too_noisy))}")
-    diagnosis, figure = broken, ()
+    diagnosis = broken
+    figure: Figure = ()
     if not passed and not broken:
         diagnosis, figure = diagnose(test, _reference(claim, seed), seed)
     _, error, tolerance, name = test.worst or (0.0, float("nan"), 4 * test.eps, "")
@@ -167,16 +168,20 @@ def _finite(space: Space, element: Any, name: str) -> Tensors | None:
 
 def _claim(A: Any, adjoint: Any, domain: Any, codomain: Any) -> _Claim:
     if adjoint is not None and not callable(adjoint):
-        raise SpaceMismatchError(f"expected adjoint to be callable, got {type(adjoint).__name__}: pass the function itself")
+        raise SpaceMismatchError(
+            f"expected adjoint to be callable, got {type(adjoint).__name__}: pass the function itself"
+        )
     if isinstance(A, (LinearOperator, AffineOperator)):
         if domain is not None or codomain is not None:
-            raise SpaceMismatchError("expected no domain or codomain beside an operator, which has its own: leave it out")
+            raise SpaceMismatchError(
+                "expected no domain or codomain beside an operator, which has its own: leave it out"
+            )
         return _of_operator(A.linear if isinstance(A, AffineOperator) else A, adjoint)
     if not callable(A):
         raise SpaceMismatchError(f"expected a LinearOperator, a module or a function, got {type(A).__name__}")
     if domain is None:
         raise SpaceMismatchError(
-            f"expected a LinearOperator, or a domain beside the plain callable {getattr(A, '__name__', type(A).__name__)}: "
+            f"expected a LinearOperator, or a domain beside the plain callable {getattr(A, '__name__', 'A')}: "
             "pass domain=(1, 1, 64, 64), say, or wrap it with al.linear_operator"
         )
     if adjoint is None:
@@ -215,7 +220,7 @@ def _image(forward: Callable[[Any], Any], space: Space) -> Space:
         except Exception as error:
             line = next(iter(str(error).splitlines()), "")
             raise SpaceMismatchError(
-                f"expected A to take an element of {space}, but it raised {type(error).__name__}: {line}; check the domain"
+                f"expected A to take an element of {space}, but it raised {type(error).__name__}: {line}; check domain"
             ) from error
     leaves, _ = tree_flatten(result)
     if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
@@ -260,7 +265,7 @@ def _dense(forward: Side) -> Side | None:
         for index in range(spec.numel):
             for unit in (1.0, 1j) if spec.is_complex else (1.0,):
                 e = space.leaves(space.zeros())
-                e[number].view(-1)[index] = unit
+                e[number].view(-1)[index] = torch.tensor(unit)
                 columns.append(_coordinates(forward(e)))
     matrix = torch.stack(columns)
 

@@ -1,11 +1,12 @@
 """What is wrong with an adjoint, in words: the usual mistakes are made on the right adjoint until one gives the wrong.
 
-Each mistake is a guess ``T`` with ``B ≈ α T(Aᴴ)``, fitted on random data. Where no reference ``Aᴴ`` is known, the few that
-can be *repaired* are: B is the adjoint if ``α T(B)`` passes the dot test.
+Each mistake is a guess ``T`` with ``B ≈ α T(Aᴴ)``, fitted on random data. Where no reference ``Aᴴ`` is known, the few
+that can be *repaired* are: B is the adjoint if ``α T(B)`` passes the dot test.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -48,7 +49,9 @@ def diagnose(test: DotTest, reference: Side | None, seed: int) -> tuple[str, Fig
             return _by_repair(test, generator) or f"unrecognised: the inner products differ most for {worst}", ()
         evidence = Evidence(test.adjoint, reference, generator)
         if not evidence.wrong_leaves():
-            text = f"unrecognised: right on random data to {evidence.tolerance:.1e}; the inner products differ for {worst}"
+            text = (
+                f"unrecognised: right on random data to {evidence.tolerance:.1e}; the inner products differ for {worst}"
+            )
             return text, ()
         return _explain(evidence), _figure(evidence)
     except BrokenError as error:  # on input that the test did not try
@@ -105,7 +108,7 @@ def _not_linear(side: Side, generator: torch.Generator) -> str:
 
 
 def _norm(leaves: Tensors) -> float:
-    return float(sum(float(torch.linalg.vector_norm(t.to(torch.complex128))) ** 2 for t in leaves)) ** 0.5
+    return math.hypot(*(float(torch.linalg.vector_norm(t.to(torch.complex128))) for t in leaves))
 
 
 # -- without a reference ---------------------------------------------------------------------------------------------
@@ -186,4 +189,4 @@ def _grid(image: Tensor, where: int) -> Grid:
     return tuple(tuple(float(f"{value:.4g}") for value in row) for row in thin.tolist())
 
 
-__all__ = ["diagnose"]
+__all__ = ["Figure", "diagnose"]

@@ -32,6 +32,16 @@ class Side:
     def __call__(self, leaves: Tensors) -> Tensors:
         """Return the leaves of the image.
 
+        Parameters
+        ----------
+        leaves : tuple of Tensor
+            Of an element of ``space``.
+
+        Returns
+        -------
+        tuple of Tensor
+            Of an element of ``codomain``.
+
         Raises
         ------
         BrokenError
@@ -85,7 +95,7 @@ def _why_shape(got: tuple[int, ...], wanted: tuple[int, ...]) -> str:
         return ": dimensions transposed"
     gaps = [w - g for g, w in zip(got, wanted, strict=True)]
     dims = [dim for dim, gap in enumerate(gaps) if gap]
-    if min(dims) >= 1 and all(0 <= gap for gap in gaps):
+    if min(dims) >= 1 and all(gap >= 0 for gap in gaps):
         return f": output_padding of {', '.join(str(gaps[d]) for d in dims)} (or cropped) along dim {_listed(dims)}"
     if min(dims) >= 1 and all(gap <= 0 for gap in gaps):
         return f": not cropped along dim {_listed(dims)}, the adjoint of padding"
@@ -99,7 +109,7 @@ def _listed(dims: list[int]) -> str:
 def impulse(space: Space, leaf: int, index: tuple[int, ...]) -> Tensors:
     """Return the leaves of the unit vector at ``index`` of one leaf."""
     leaves = space.leaves(space.zeros())
-    leaves[leaf][index] = _PHASE if leaves[leaf].is_complex() else 1.0
+    leaves[leaf][index] = torch.tensor(_PHASE if leaves[leaf].is_complex() else 1.0)
     return leaves
 
 
@@ -150,15 +160,17 @@ class DotTest:
             batch = (x or y or ())[0].shape[: self.domain.batch_dims]
             x = self._draw(self.domain.with_batch(batch)) if x is None else x
             y = self._draw(self.codomain.with_batch(batch)) if y is None else y
-            self._compare("the given pair", x, self.forward(x), y, self.adjoint(y), (given[0] is None, given[1] is None))
+            self._compare(
+                "the given pair", x, self.forward(x), y, self.adjoint(y), random=(given[0] is None, given[1] is None)
+            )
         first: tuple[Tensors, Tensors, Tensors, Tensors] | None = None
         before: tuple[Tensors, Tensors] | None = None
         for trial in range(trials):
             x, y = self._draw(self.domain), self._draw(self.codomain)
             at_x, at_y = self.forward(x), self.adjoint(y)
-            self._compare(f"random pair {trial}", x, at_x, y, at_y, (True, True))
+            self._compare(f"random pair {trial}", x, at_x, y, at_y, random=(True, True))
             if before is not None:
-                self._compare(f"random pair {trial - 1}, {trial}", *before, y, at_y, (True, True))
+                self._compare(f"random pair {trial - 1}, {trial}", *before, y, at_y, random=(True, True))
             before = (x, at_x)
             first = first or (x, at_x, y, at_y)
         if first is not None:
@@ -168,29 +180,33 @@ class DotTest:
         """Compare impulses with a random element, then with what they light up: the second is as local as a bug."""
         for name, u in structured(self.domain):
             at_u = self.forward(u)
-            self._compare(f"x = {name}", u, at_u, y, at_y, (False, True))
+            self._compare(f"x = {name}", u, at_u, y, at_y, random=(False, True))
             if name != "constant" and any(bool(t.any()) for t in at_u):
                 local = tuple(t * r for t, r in zip(at_u, self._draw(self.codomain), strict=True))
-                self._compare(f"x = {name}, y = Ax by random numbers", u, at_u, local, self.adjoint(local), (False, False))
+                self._compare(
+                    f"x = {name}, y = Ax by random numbers", u, at_u, local, self.adjoint(local), random=(False, False)
+                )
         for name, v in structured(self.codomain):
             at_v = self.adjoint(v)
-            self._compare(f"y = {name}", x, at_x, v, at_v, (True, False))
+            self._compare(f"y = {name}", x, at_x, v, at_v, random=(True, False))
             if name != "constant" and any(bool(t.any()) for t in at_v):
                 local = tuple(t * r for t, r in zip(at_v, self._draw(self.domain), strict=True))
-                self._compare(f"y = {name}, x = By by random numbers", local, self.forward(local), v, at_v, (False, False))
+                self._compare(
+                    f"y = {name}, x = By by random numbers", local, self.forward(local), v, at_v, random=(False, False)
+                )
 
     def _draw(self, space: Space) -> Tensors:
         return space.leaves(space.randn(self.generator))
 
-    def _compare(self, name: str, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors, random: tuple[bool, bool]) -> None:
+    def _compare(
+        self, name: str, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors, *, random: tuple[bool, bool]
+    ) -> None:
         norms = tuple(
             float(space.norm(space.unflatten(leaves)))
             for space, leaves in ((self.domain, x), (self.codomain, y), (self.codomain, at_x), (self.domain, at_y))
         )
         self.pairs += 1
-        if all(random):
-            self._norms.append(norms)
-        elif not self._norms:
+        if all(random) or not self._norms:
             self._norms.append(norms)
         # What an operator does to typical input is what its rounding errors are relative to, where x is special.
         floor = tuple(DOT_UNITS * self.eps * size for size in self._typical(norms)) if not all(random) else (0.0, 0.0)
@@ -204,7 +220,9 @@ class DotTest:
                 error, tolerance = dot_gap(*spaces, x, at_x, y, at_y, noise=known, **options)
                 if error <= tolerance:
                     sizes = self._typical(norms)
-                    self.measured = max([self.measured, *(n / s / self.eps for n, s in zip(noise, sizes, strict=True) if s)])
+                    self.measured = max(
+                        [self.measured, *(n / s / self.eps for n, s in zip(noise, sizes, strict=True) if s)]
+                    )
             elif not all(random) and self._starts_at_zero():
                 self.too_noisy.append(name)
                 return
@@ -249,6 +267,11 @@ class DotTest:
 
         The error is ``e dᴴ`` with a unit vector e and ``‖d‖ = ‖A‖_F / √m``: its gap is the product of an entry of y and
         of a normal number of that size, and it is missed if that stays within the tolerance in every draw.
+
+        Returns
+        -------
+        float
+            From 0 to 1.
         """
         trials = [n for n in self._norms if n[2] or n[3]]
         if not trials or not self._rows:
@@ -266,7 +289,7 @@ class DotTest:
 
 
 def product_within(bound: float, kind: tuple[bool, float]) -> float:
-    """Return ``P(|u v| ≤ bound)`` for normal u and v: complex ones of variance one, or real ones, the product scaled."""
+    """Return ``P(|u v| ≤ bound)`` for normal u and v: complex of variance one, or real and the product scaled."""
     u = torch.logspace(-9, 1.2, 4001, dtype=torch.float64)
     if kind[0]:
         density, within = 2 * u * torch.exp(-u.square()), -torch.expm1(-(bound / u).square())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -157,7 +156,8 @@ class Evidence:
         expected = self.expected
         if before is not None:
             inputs = [tuple(before(t).contiguous() for t in y) for y in self.inputs]
-            if any(t.shape != u.shape for y, z in zip(self.inputs, inputs, strict=True) for t, u in zip(y, z, strict=True)):
+            shapes = [[t.shape for y in draws for t in y] for draws in (self.inputs, inputs)]
+            if shapes[0] != shapes[1]:
                 return None
             images = _stacked([self.reference(y) for y in inputs])
             if self.number is not None:
@@ -210,7 +210,7 @@ def _ranges(places: list[int]) -> str:
 
 
 def _number(value: complex) -> str:
-    return f"{value.real:.4g}" if math.isclose(value.imag, 0.0, abs_tol=1e-300) else f"{value.real:.4g}{value.imag:+.4g}j"
+    return f"{value.real:.4g}{value.imag:+.4g}j" if value.imag else f"{value.real:.4g}"
 
 
 __all__ = ["Evidence", "Guess"]

@@ -190,7 +190,7 @@ def entrywise(evidence: Evidence) -> str:
     if float((evidence.wrong().double()).mean()) < 0.25:
         return ""  # a few wrong entries: where they are says more
     low, high = (f(float(g(r.abs())) for r in ratios) for f, g in ((min, torch.min), (max, torch.max)))
-    return f"every entry is off by its own factor, of size {low:.3g} to {high:.3g} (a weight or mask missing or doubled)"
+    return f"each entry is off by its own factor, from {low:.3g} to {high:.3g} (a weight or mask missing or doubled)"
 
 
 MISTAKES: tuple[Mistake, ...] = (

@@ -1,0 +1,175 @@
+"""Between NumPy and PyTorch: arrays and tensors share memory where they can, and opaque pairs become differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.linear_operator import LinearOperator
+from adjointlab.space import Space
+
+Array = np.ndarray[Any, np.dtype[Any]]
+ArrayMap = Callable[[Array], Array]
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """Return the NumPy dtype of the same numbers.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If NumPy has none, as for bfloat16.
+    """
+    try:
+        return torch.empty(0, dtype=dtype).numpy().dtype
+    except TypeError:
+        raise SpaceMismatchError(
+            f"expected a dtype that NumPy has, got {dtype}: convert the operator, e.g. A.to(torch.float32)"
+        ) from None
+
+
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """Return the floating-point or complex PyTorch dtype that holds numbers of a NumPy dtype."""
+    kind = np.dtype(dtype)
+    if kind.kind not in "fc" or kind.itemsize > (16 if kind.kind == "c" else 8):
+        kind = np.result_type(kind, np.float32) if kind.kind in "biu" else np.dtype("f8" if kind.kind == "f" else "c16")
+    return torch.from_numpy(np.empty(0, kind)).dtype
+
+
+def to_tensor(array: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the array as a tensor: the same memory if dtype, order and device allow, and it may be written to."""
+    wanted = numpy_dtype(dtype)
+    if array.dtype.kind == "c" and wanted.kind != "c":
+        array = array.real
+    return torch.from_numpy(np.require(array, wanted, ["C", "W"])).to(device)
+
+
+def to_array(tensor: Tensor) -> Array:
+    """Return the tensor as an array: the same memory if it is on the CPU."""
+    array: Array = tensor.detach().resolve_conj().resolve_neg().cpu().numpy()
+    return array
+
+
+def on_arrays(A: LinearOperator, *, real: bool = False) -> ArrayMap:
+    """Return ``vector(x) ↦ vector(Ax)`` on arrays, in the coordinates of ``Space.vector``.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        The operator.
+    real : bool
+        Whether to use real coordinates on both sides, ``[Re x; Im x]``, as ``al.to_dense(A, real=True)`` does.
+
+    Returns
+    -------
+    callable
+        It writes to nothing that it is given, and what it returns shares no memory with that.
+    """
+    device = A.domain.specs[0].device
+    dtype = _common_dtype(A.domain)
+    scalar = torch.empty(0, dtype=dtype).real.dtype if real else dtype
+
+    def apply(array: Array) -> Array:
+        with torch.no_grad():
+            vector = to_tensor(array.reshape(-1), scalar, device)
+            x = A.domain.element(_joined(vector, A.domain) if real else vector)
+            y = A.codomain.vector(A(x))
+            result = to_array(_parted(y, A.codomain) if real else y)
+        return result.copy() if np.may_share_memory(result, array) else result
+
+    return apply
+
+
+def _common_dtype(space: Space) -> torch.dtype:
+    dtype = space.specs[0].dtype
+    for spec in space.specs[1:]:
+        dtype = torch.promote_types(dtype, spec.dtype)
+    return dtype
+
+
+def _complex_entries(space: Space) -> slice | Tensor:
+    """Return where the complex entries are: everywhere, as a slice, or in some leaves."""
+    if all(spec.is_complex for spec in space.specs):
+        return slice(None)
+    device = space.specs[0].device
+    return torch.cat([torch.full((spec.numel,), spec.is_complex, device=device) for spec in space.specs])
+
+
+def _parted(vector: Tensor, space: Space) -> Tensor:
+    if not vector.is_complex():
+        return vector
+    return torch.cat([vector.real, vector.imag[_complex_entries(space)]])
+
+
+def _joined(coordinates: Tensor, space: Space) -> Tensor:
+    if not space.is_complex:
+        return coordinates
+    real = coordinates[: space.size]
+    imaginary = torch.zeros_like(real)
+    imaginary[_complex_entries(space)] = coordinates[space.size :]
+    return torch.complex(real, imaginary)
+
+
+def real_size(space: Space) -> int:
+    """Return the number of real coordinates."""
+    return sum(spec.numel * (2 if spec.is_complex else 1) for spec in space.specs)
+
+
+def common_dtype(*spaces: Space) -> np.dtype[Any]:
+    """Return the NumPy dtype that holds the entries of all the spaces."""
+    return np.result_type(*[numpy_dtype(_common_dtype(space)) for space in spaces])
+
+
+def from_arrays(forward: ArrayMap, adjoint: ArrayMap, domain: Space, codomain: Space) -> LinearOperator:
+    """Return the operator of a pair of functions on flat arrays, which are each other's derivative.
+
+    Parameters
+    ----------
+    forward, adjoint : callable
+        On one-dimensional arrays; nothing here checks that they are adjoint to each other.
+    domain, codomain : Space
+        Of one leaf each.
+
+    Returns
+    -------
+    LinearOperator
+        With gradients in x, to any order.
+    """
+
+    def wrapped(function: ArrayMap, source: Space, target: Space) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            given = to_array(x.reshape(-1))
+            spec = target.specs[0]
+            result = to_tensor(np.asarray(function(given)), spec.dtype, spec.device)
+            shares = result.data_ptr() == x.data_ptr()
+            return (result.clone() if shares else result).reshape(spec.shape)
+
+        return run
+
+    run, back = wrapped(forward, domain, codomain), wrapped(adjoint, codomain, domain)
+
+    def linked(x: Tensor) -> Tensor:
+        return _Linked.apply(x, run, back)  # type: ignore[no-any-return]
+
+    def linked_adjoint(y: Tensor) -> Tensor:
+        return _Linked.apply(y, back, run)  # type: ignore[no-any-return]
+
+    return LinearOperator(linked, linked_adjoint, domain, codomain)
+
+
+class _Linked(torch.autograd.Function):
+    """``x ↦ Ax`` with the derivative ``v ↦ Aᴴv``, neither of which autograd can see into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.run, ctx.back = run, back
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        return _Linked.apply(cotangents[0], ctx.back, ctx.run), None, None

@@ -1,0 +1,146 @@
+"""deepinv: ``A`` as a ``deepinv.physics.LinearPhysics`` whose adjoint is derived, and every linear physics as an ``A``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepinv.physics import LinearPhysics
+from deepinv.utils import TensorList
+from torch import Tensor
+
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.linear_operator import LinearOperator, linear_operator
+from adjointlab.space import Space, tree_flatten
+
+
+class _Physics(LinearPhysics):  # type: ignore[misc]
+    """A linear physics whose ``A_adjoint`` is ``A.H``."""
+
+    def __init__(self, A: LinearOperator, **options: Any) -> None:
+        spec = A.domain.specs[0]
+        super().__init__(img_size=tuple(spec.shape[1:]), device=spec.device, **options)
+        self.operator = A
+        self._with_parameters: list[tuple[dict[str, Any], LinearOperator]] = []
+
+    def A(self, x: Any, **parameters: Any) -> Any:
+        A = self._operator(parameters)
+        return _apply(A, A.domain, A.codomain, x)
+
+    def A_adjoint(self, y: Any, **parameters: Any) -> Any:
+        A = self._operator(parameters)
+        return _apply(A.H, A.codomain, A.domain, y)
+
+    def A_vjp(self, x: Any, v: Any) -> Any:
+        return self.A_adjoint(v)
+
+    def _operator(self, parameters: dict[str, Any]) -> LinearOperator:
+        """Return the operator for keyword parameters of the forward, made once for each set of them."""
+        if not parameters:
+            return self.operator
+        for known, operator in self._with_parameters:
+            if known.keys() == parameters.keys() and all(known[name] is parameters[name] for name in known):
+                return operator
+        source = self.operator._body.source
+        if source is None or self.operator._side:
+            raise SpaceMismatchError(
+                f"expected an operator made by al.linear_operator for the parameters {sorted(parameters)}, got one that "
+                "is built from others: their forwards take no parameters"
+            )
+        operator = linear_operator(
+            source.callable,
+            source.domain,
+            batch_dims=source.domain.batch_dims,
+            kwargs={**source.kwargs, **parameters},
+            engine=source.requested,
+        )
+        self._with_parameters = [*self._with_parameters[-7:], (parameters, operator)]
+        return operator
+
+
+def _apply(function: Callable[[Any], Any], source: Space, target: Space, x: Any) -> Any:
+    """Apply an operator to what deepinv passes, a tensor or a TensorList, for any number of samples."""
+    leaves = tuple(tree_flatten(x)[0])
+    samples, own = leaves[0].shape[0], source.specs[0].shape[0]
+    if source.batch_dims or samples == own:
+        return _outward(target.leaves(function(source.unflatten(leaves))))
+    if own != 1:
+        raise SpaceMismatchError(
+            f"expected {own} samples, got {samples}: build the operator with batch_dims=1, which leaves the number free"
+        )
+    each = [target.leaves(function(source.unflatten([leaf[i : i + 1] for leaf in leaves]))) for i in range(samples)]
+    return _outward(tuple(torch.cat(parts) for parts in zip(*each, strict=True)))
+
+
+def _outward(leaves: tuple[Tensor, ...]) -> Any:
+    return leaves[0] if len(leaves) == 1 else TensorList(list(leaves))
+
+
+def to_deepinv(A: LinearOperator, **options: Any) -> Any:
+    """Return A as a deepinv ``LinearPhysics``, with ``A_adjoint`` the derived ``Aᴴ``.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        An operator on batches of images ``(B, C, …)``. Built with ``batch_dims=1``, it takes any number of samples at
+        once; built for one sample, it is applied to one after the other.
+    **options
+        Of ``LinearPhysics``: ``noise_model``, ``max_iter``, ``tol``, ``solver`` …
+
+    Returns
+    -------
+    deepinv.physics.LinearPhysics
+        Several outputs become a ``TensorList``. Keyword parameters of ``physics.A(x, mask=…)`` and ``A_adjoint`` are
+        passed to the forward that A was made of. Parameters of A are parameters of the physics.
+
+    Raises
+    ------
+    SpaceMismatchError
+        At a call, if the number of samples does not fit.
+
+    Examples
+    --------
+    >>> A = linear_operator(torch.nn.AvgPool2d(2), (1, 1, 8, 8), batch_dims=1)
+    >>> physics = to_deepinv(A)
+    >>> physics.A_adjoint(physics.A(torch.ones(3, 1, 8, 8))).shape
+    torch.Size([3, 1, 8, 8])
+    """
+    return _Physics(A, **options)
+
+
+def from_deepinv(physics: Any, domain: Any, *, batch_dims: int = 1, **parameters: Any) -> LinearOperator:
+    """Return the operator of a deepinv linear physics, ``x ↦ physics.A(x)``, with a derived adjoint.
+
+    Parameters
+    ----------
+    physics : deepinv.physics.LinearPhysics
+        The physics; noise and sensor model are left out.
+    domain : Tensor, tuple of int, TensorSpec, Space or pytree of these
+        The images, batch dimension first: ``(1, C, …)``.
+    batch_dims : int
+        1 for any number of samples; 0 for as many as ``domain`` has.
+    **parameters
+        Keyword parameters of ``physics.A``.
+
+    Returns
+    -------
+    LinearOperator
+        Its adjoint owes nothing to ``physics.A_adjoint``: the two can be compared.
+
+    Raises
+    ------
+    NotLinearError, NotDifferentiableError, SpaceMismatchError
+        As :func:`adjointlab.linear_operator` does.
+
+    Examples
+    --------
+    >>> import deepinv
+    >>> A = from_deepinv(deepinv.physics.Decolorize(), (1, 3, 4, 4))
+    >>> A.H(torch.ones(2, 1, 4, 4)).shape
+    torch.Size([2, 3, 4, 4])
+    """
+    return linear_operator(physics.A, domain, batch_dims=batch_dims, kwargs=parameters or None)
+
+
+__all__ = ["from_deepinv", "to_deepinv"]

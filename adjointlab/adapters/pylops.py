@@ -1,0 +1,111 @@
+"""PyLops: ``A`` as a ``pylops.LinearOperator``, and back; then its solvers and PyProximal's run on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from pylops import LinearOperator as PyLopsOperator
+
+from adjointlab.adapters.bridge import Array, common_dtype, from_arrays, on_arrays, torch_dtype
+from adjointlab.linear_operator import LinearOperator
+from adjointlab.space import Space, TensorSpec
+
+
+class _Operator(PyLopsOperator):  # type: ignore[misc]
+    def __init__(self, A: LinearOperator) -> None:
+        dims, dimsd = (
+            space.specs[0].shape if len(space.specs) == 1 and space.specs[0].shape else (space.size,)
+            for space in (A.domain, A.codomain)
+        )
+        super().__init__(
+            dtype=common_dtype(A.domain, A.codomain),
+            dims=dims,
+            dimsd=dimsd,
+            clinear=A.is_complex_linear,
+            name=type(A).__name__,
+        )
+        self.adjointlab = A
+        self._forward, self._adjoint_map = on_arrays(A), on_arrays(A.H)
+
+    def _matvec(self, x: Array) -> Array:
+        return self._apply(self._forward, x)
+
+    def _rmatvec(self, x: Array) -> Array:
+        return self._apply(self._adjoint_map, x)
+
+    def _apply(self, function: Any, x: Array) -> Array:
+        if np.iscomplexobj(x) and self.dtype.kind != "c":  # PyLops feeds complex vectors to real operators, too
+            result: Array = function(x.real) + 1j * function(x.imag)
+            return result
+        image: Array = function(x)
+        return image
+
+
+def to_pylops(A: LinearOperator) -> Any:
+    """Return A as a PyLops ``LinearOperator``, with ``dims`` and ``dimsd`` the shapes of its spaces.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        Any operator on dtypes that NumPy has. Pytrees become vectors, leaf after leaf.
+
+    Returns
+    -------
+    pylops.LinearOperator
+        Of A's dtype; ``clinear`` says whether A is complex-linear. Where it is not, the adjoint is that of
+        ``Re⟨·, ·⟩``, PyLops' own convention. Arrays and tensors share their memory.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If NumPy has no such dtype.
+
+    Examples
+    --------
+    >>> from pylops.utils import dottest
+    >>> from adjointlab import linear_operator
+    >>> A = linear_operator(torch.nn.Conv1d(1, 2, 3, bias=False, dtype=torch.float64), (1, 1, 8))
+    >>> bool(dottest(to_pylops(A)))
+    True
+    """
+    return _Operator(A)
+
+
+def from_pylops(operator: Any, *, device: torch.device | str | None = None) -> LinearOperator:
+    """Return the operator of a PyLops one: ``x ↦ Ax`` from the shape ``dims`` to the shape ``dimsd``.
+
+    Parameters
+    ----------
+    operator : pylops.LinearOperator
+        An operator on NumPy arrays.
+    device : torch.device or str, optional
+        Where the tensors live; PyLops works on the CPU here.
+
+    Returns
+    -------
+    LinearOperator
+        With PyLops' forward and adjoint as each other's derivative. Whether a side is real or complex is what PyLops
+        returns there: of a real FFT, the domain is real and the codomain complex.
+
+    Examples
+    --------
+    >>> import pylops
+    >>> A = from_pylops(pylops.FirstDerivative(4, kind="forward"))
+    >>> A(torch.tensor([0.0, 1.0, 3.0, 6.0], dtype=torch.float64))
+    tensor([1., 2., 3., 0.], dtype=torch.float64)
+    """
+    where = torch.device("cpu" if device is None else device)
+    image = operator.matvec(np.zeros(operator.shape[1], operator.dtype))
+    back = operator.rmatvec(image)
+    dtype = np.dtype(operator.dtype)
+    kinds = [dtype if np.iscomplexobj(array) else np.empty(0, dtype).real.dtype for array in (back, image)]
+    domain, codomain = (
+        Space((TensorSpec(tuple(int(n) for n in dims), torch_dtype(kind), where),))
+        for dims, kind in zip((operator.dims, operator.dimsd), kinds, strict=True)
+    )
+    return from_arrays(operator.matvec, operator.rmatvec, domain, codomain)
+
+
+__all__ = ["from_pylops", "to_pylops"]

@@ -1,0 +1,95 @@
+"""SciPy: ``A`` as a ``scipy.sparse.linalg.LinearOperator``, and back; then lsqr, lsmr, svds and eigsh run on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator as SciPyOperator
+from scipy.sparse.linalg import aslinearoperator
+
+from adjointlab.adapters.bridge import Array, ArrayMap, common_dtype, from_arrays, on_arrays, real_size, torch_dtype
+from adjointlab.linear_operator import LinearOperator
+from adjointlab.space import Space, TensorSpec
+
+
+def to_scipy(A: LinearOperator) -> Any:
+    """Return A as a SciPy ``LinearOperator``: ``vector(x) ↦ vector(Ax)``, with ``rmatvec`` its adjoint.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        Any operator on dtypes that NumPy has.
+
+    Returns
+    -------
+    scipy.sparse.linalg.LinearOperator
+        Of A's dtype, with the matrix ``al.to_dense(A)``. SciPy knows complex-linear maps only, so that a map that is
+        only real-linear is given in real coordinates, ``[Re x; Im x]`` on both sides, with the matrix
+        ``al.to_dense(A, real=True)``.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If NumPy has no such dtype.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scipy.sparse.linalg import svds
+    >>> from adjointlab import diagonal
+    >>> svds(to_scipy(diagonal(torch.tensor([1.0, 3.0, 2.0]))), k=1)[1]
+    array([3.], dtype=float32)
+    """
+    real = not A.is_complex_linear
+    dtype = common_dtype(A.domain, A.codomain)
+    if real:
+        dtype = np.empty(0, dtype).real.dtype
+    shape = (real_size(A.codomain), real_size(A.domain)) if real else (A.codomain.size, A.domain.size)
+    forward, adjoint = (_complexified(on_arrays(B, real=real), dtype) for B in (A, A.H))
+    return SciPyOperator(dtype=dtype, shape=shape, matvec=forward, rmatvec=adjoint)
+
+
+def _complexified(function: ArrayMap, dtype: np.dtype[Any]) -> ArrayMap:
+    """Return a real map as SciPy has it: it acts on real and imaginary parts."""
+
+    def apply(x: Array) -> Array:
+        if np.iscomplexobj(x) and dtype.kind != "c":
+            result: Array = function(x.real) + 1j * function(x.imag)
+            return result
+        return function(x)
+
+    return apply
+
+
+def from_scipy(operator: Any, *, device: torch.device | str | None = None) -> LinearOperator:
+    """Return the operator of a SciPy ``LinearOperator``, sparse matrix or array: ``x ↦ Ax`` on vectors.
+
+    Parameters
+    ----------
+    operator : LinearOperator, sparse array or array
+        What ``scipy.sparse.linalg.aslinearoperator`` takes; it needs an adjoint (``rmatvec``).
+    device : torch.device or str, optional
+        Where the vectors live; SciPy works on the CPU.
+
+    Returns
+    -------
+    LinearOperator
+        With SciPy's ``matvec`` and ``rmatvec`` as each other's derivative; integers become floating-point numbers.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> A = from_scipy(np.array([[1.0, 2.0], [0.0, 1.0]]))
+    >>> A(torch.ones(2, dtype=torch.float64))
+    tensor([3., 1.], dtype=torch.float64)
+    """
+    wrapped = aslinearoperator(operator)
+    rows, columns = wrapped.shape
+    where = torch.device("cpu" if device is None else device)
+    domain, codomain = (Space((TensorSpec((size,), torch_dtype(wrapped.dtype), where),)) for size in (columns, rows))
+    return from_arrays(wrapped.matvec, wrapped.rmatvec, domain, codomain)
+
+
+__all__ = ["from_scipy", "to_scipy"]

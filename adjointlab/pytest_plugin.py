@@ -1,0 +1,144 @@
+"""Test every operator of a project in three lines: the fixture ``adjoint_check`` and the marker ``adjoint``.
+
+With adjointlab installed, this is a whole test module::
+
+    @pytest.mark.adjoint({"blur": (Blur(), (1, 1, 64, 64)), "fft": (fft, my_ifft, (1, 32)), "mask": A})
+    def test_adjoints(adjoint_check):
+        adjoint_check()
+
+It runs once for each operator. The module is imported by pytest in every project that has adjointlab installed, so it
+imports nothing but pytest until a test asks for the fixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from adjointlab.verify import AdjointReport
+
+_MARKER = (
+    "adjoint(operators, **options): run the test, which must take the fixture adjoint_check, once for each operator: a "
+    "mapping or list of LinearOperator, (module, domain), (function, adjoint, domain), or a function that makes one of "
+    "these; options, such as trials=20 or seed=1, go to adjointlab.check_adjoint"
+)
+
+
+class AdjointCheck:
+    """The fixture's value: called, it tests ``⟨Ax, y⟩ = ⟨x, By⟩`` and fails the test with a diagnosis."""
+
+    def __init__(self, case: Any, options: Mapping[str, Any]) -> None:
+        self._case = case
+        self._options = dict(options)
+
+    def __call__(self, A: Any = None, adjoint: Callable[[Any], Any] | None = None, **options: Any) -> AdjointReport:
+        """Test an operator and its adjoint; without arguments, the one that the marker gave.
+
+        Parameters
+        ----------
+        A : LinearOperator, AffineOperator, module or function, optional
+            The operator; a module or function needs ``domain=``.
+        adjoint : callable, optional
+            A hand-written adjoint.
+        **options
+            As :func:`adjointlab.check_adjoint` takes them; they go before those of the marker.
+
+        Returns
+        -------
+        AdjointReport
+            The report of a test that passed.
+
+        Raises
+        ------
+        AdjointMismatchError
+            If it failed; the message is the report, with a diagnosis.
+        NotLinearError, NotDifferentiableError, SpaceMismatchError
+            If there is no adjoint to test, and why.
+        """
+        __tracebackhide__ = True
+        from adjointlab.errors import AdjointMismatchError
+        from adjointlab.verify import check_adjoint
+
+        if A is None:
+            A, adjoint, named = _operator(self._case, adjoint)
+            options = {**named, **options}
+        elif "domain" in options and adjoint is None:
+            A = _derived(A, options.pop("domain"))
+        report = check_adjoint(A, adjoint, **{**self._options, **options})
+        if not report.passed:
+            raise AdjointMismatchError(f"\n{report}")
+        return report
+
+
+def _derived(function: Any, domain: Any) -> Any:
+    __tracebackhide__ = True
+    from adjointlab.linear_operator import linear_operator
+
+    return linear_operator(function, domain)
+
+
+def _operator(case: Any, adjoint: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Return A, its adjoint and options, from what a marker may give."""
+    __tracebackhide__ = True
+    from torch.nn import Module
+
+    if case is None:
+        raise pytest.UsageError(
+            "adjoint_check() needs an operator: pass one, adjoint_check(A), or mark the test with "
+            "@pytest.mark.adjoint({'name': A, ...})"
+        )
+    if callable(case) and not isinstance(case, Module):
+        case = case()
+    if not isinstance(case, (tuple, list)):
+        return case, adjoint, {}
+    if len(case) == 2:
+        function, domain = case
+        return (_derived(function, domain), None, {}) if adjoint is None else (function, adjoint, {"domain": domain})
+    if len(case) == 3:
+        function, own, domain = case
+        return function, own if adjoint is None else adjoint, {"domain": domain}
+    raise pytest.UsageError(f"expected (module, domain) or (function, adjoint, domain), got {len(case)} values")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker."""
+    config.addinivalue_line("markers", _MARKER)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a marked test once for each operator of its marker."""
+    marker = metafunc.definition.get_closest_marker("adjoint")
+    if marker is None or not marker.args:
+        return
+    (operators,) = marker.args
+    if "adjoint_check" not in metafunc.fixturenames:
+        raise pytest.UsageError(
+            f"{metafunc.definition.nodeid} is marked with adjoint, but does not take the fixture adjoint_check: "
+            "nothing would be tested"
+        )
+    if isinstance(operators, Mapping):
+        names, cases = list(map(str, operators)), list(operators.values())
+    else:
+        cases = list(operators)
+        names = [f"{index}-{_name(case)}" for index, case in enumerate(cases)]
+    if not cases:
+        raise pytest.UsageError(f"{metafunc.definition.nodeid} is marked with no operators: nothing would be tested")
+    metafunc.parametrize("adjoint_check", cases, ids=names, indirect=True)
+
+
+def _name(case: Any) -> str:
+    first = case[0] if isinstance(case, (tuple, list)) and case else case
+    return str(getattr(first, "__name__", type(first).__name__))
+
+
+@pytest.fixture
+def adjoint_check(request: pytest.FixtureRequest) -> AdjointCheck:
+    """Return a function that tests an operator's adjoint: ``adjoint_check(A)``, ``adjoint_check(f, g, domain=…)``."""
+    marker = request.node.get_closest_marker("adjoint")
+    return AdjointCheck(getattr(request, "param", None), marker.kwargs if marker else {})
+
+
+__all__ = ["AdjointCheck", "adjoint_check"]

@@ -1,0 +1,9 @@
+"""What other libraries warn about, at import and at work, is theirs to mend."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "interop" in item.path.parts:
+            item.add_marker(pytest.mark.filterwarnings("ignore"))

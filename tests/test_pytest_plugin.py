@@ -1,0 +1,114 @@
+"""The pytest plugin, as a project sees it that has adjointlab installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+OPERATORS = """
+import pytest, torch
+import adjointlab as al
+
+def blur(dtype=torch.float64):
+    return torch.nn.Conv2d(1, 1, 3, padding=1, bias=False, dtype=dtype)
+
+A = al.linear_operator(blur(), (1, 1, 6, 6))
+"""
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester):
+    """Run a project's test module, in this process and with the plugin that its entry point names."""
+
+    def run(text: str, *options: str) -> pytest.RunResult:
+        pytester.makepyfile(OPERATORS + text)
+        return pytester.runpytest("-p", "no:benchmark", "-p", "no:cacheprovider", "--strict-markers", *options)
+
+    return run
+
+
+def test_three_lines_test_every_operator(project) -> None:
+    done = project(
+        """
+@pytest.mark.adjoint({"operator": A, "module": (blur(), (1, 1, 5, 5)), "pair": (torch.neg, torch.neg, (4,))})
+def test_adjoints(adjoint_check):
+    adjoint_check()
+""",
+        "-v",
+    )
+    done.assert_outcomes(passed=3)
+    done.stdout.fnmatch_lines(["*test_adjoints?operator?*", "*test_adjoints?module?*", "*test_adjoints?pair?*"])
+
+
+def test_wrong_adjoint_fails_with_its_diagnosis(project) -> None:
+    done = project("""
+@pytest.mark.adjoint([(lambda x: 2 * x, lambda y: -2 * y, (4,)), A])
+def test_adjoints(adjoint_check):
+    adjoint_check()
+""")
+    done.assert_outcomes(failed=1, passed=1)
+    done.stdout.fnmatch_lines(["*adjoint test FAILED*", "*diagnosis*sign*"])
+
+
+def test_operators_are_made_when_they_are_tested(project) -> None:
+    done = project("""
+def broken():
+    raise RuntimeError("made too early")
+
+@pytest.mark.adjoint({"good": lambda: A, "broken": broken})
+def test_adjoints(adjoint_check):
+    adjoint_check()
+""")
+    done.assert_outcomes(passed=1, failed=1)
+
+
+def test_fixture_alone(project) -> None:
+    done = project("""
+def test_right(adjoint_check):
+    assert adjoint_check(A).passed
+    assert adjoint_check(blur(), domain=(1, 1, 5, 5)).passed
+    assert adjoint_check(A, A.H).passed
+
+def test_wrong(adjoint_check):
+    adjoint_check(A, lambda y: 2 * A.H(y))
+
+def test_not_linear(adjoint_check):
+    adjoint_check(torch.relu, domain=(4,))
+""")
+    done.assert_outcomes(passed=1, failed=2)
+    done.stdout.fnmatch_lines(["*2.000 × too large*", "*NotLinearError*"])
+
+
+def test_options_of_the_marker_reach_the_check(project) -> None:
+    done = project("""
+@pytest.mark.adjoint(trials=17)
+def test_trials(adjoint_check):
+    assert adjoint_check(A).trials == 17
+    assert adjoint_check(A, trials=2).trials == 2
+""")
+    done.assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("@pytest.mark.adjoint([A])\ndef test_x():\n    pass", "*does not take the fixture adjoint_check*"),
+        ("@pytest.mark.adjoint([])\ndef test_x(adjoint_check):\n    adjoint_check()", "*marked with no operators*"),
+        ("def test_x(adjoint_check):\n    adjoint_check()", "*needs an operator*"),
+    ],
+    ids=["without the fixture", "no operators", "nothing to test"],
+)
+def test_tests_that_would_test_nothing_are_errors(project, text: str, message: str) -> None:
+    done = project(text)
+    assert done.ret != pytest.ExitCode.OK
+    done.stdout.fnmatch_lines([message])
+
+
+def test_nothing_heavy_is_imported_until_used() -> None:
+    program = "import sys, adjointlab.pytest_plugin; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,388 @@
+"""What a function depends on besides its argument is read at every call: no update is ever lost."""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import numpy as np
+import pytest
+import torch
+from laws import assert_close, draw
+from torch import nn
+
+import adjointlab as al
+
+every_engine = pytest.mark.parametrize("engine", ["eager", "traced", "auto"])
+GLOBAL = torch.ones(3)
+GLOBAL_NUMBER = 2.0
+
+
+def follows(function, change, engine: str, shape: tuple[int, ...] = (3,)) -> None:
+    """Assert that A and Aᴴ before and after a change are those that are made before and after it."""
+    A = al.linear_operator(function, shape, engine=engine)
+    x, y = draw(A.domain, 1), draw(A.codomain, 2)
+    first = (A(x), A.H(y))
+    change()
+    fresh = al.linear_operator(function, shape, engine="eager")
+    expected = (fresh(x), fresh.H(y))
+    with torch.no_grad():
+        assert float((expected[1] - first[1]).norm()) > 0, "the change must change the operator"
+    assert_close((A(x), A.H(y)), expected, A.domain.eps)
+    with torch.no_grad():
+        assert_close((A(x), A.H(y)), expected, A.domain.eps)
+
+
+def conv() -> nn.Conv1d:
+    return nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+
+def _no_grad_copy(target: torch.Tensor) -> None:
+    with torch.no_grad():
+        target.copy_(torch.randn_like(target))
+
+
+@every_engine
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: _no_grad_copy(layer.weight),
+        lambda layer: layer.weight.data.mul_(-2),
+        lambda layer: setattr(layer.weight, "data", torch.randn(1, 1, 3)),
+        lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(1, 1, 3))),
+        lambda layer: layer.load_state_dict({"weight": torch.randn(1, 1, 3)}),
+        lambda layer: layer.weight.detach().numpy().fill(3.0),
+        lambda layer: layer.weight.data[0, 0, 1:].zero_(),
+        lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(3, 1, 1).permute(1, 2, 0))),
+    ],
+    ids=["copy_", "data.mul_", "data=", "new-parameter", "load", "numpy", "data-slice", "new-strides"],
+)
+def test_weight(change, engine: str) -> None:
+    layer = conv()
+    follows(layer, lambda: change(layer), engine, (1, 1, 7))
+
+
+@every_engine
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam], ids=lambda kind: kind.__name__)
+def test_training_step(optimizer, engine: str) -> None:
+    layer = conv()
+    step = optimizer(layer.parameters(), lr=0.1)
+
+    def train() -> None:
+        layer(torch.ones(1, 1, 7)).square().sum().backward()
+        step.step()
+
+    follows(layer, train, engine, (1, 1, 7))
+
+
+@every_engine
+def test_large_weight(engine: str) -> None:
+    layer = nn.Linear(300, 300, bias=False)
+    follows(layer, lambda: layer.weight.data.mul_(2), engine, (300,))
+
+
+@every_engine
+def test_module_attribute(engine: str) -> None:
+    class Scaled(nn.Module):
+        scale = 2.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * x
+
+    module = Scaled()
+    module.scale = 3.0
+    follows(module, lambda: setattr(module, "scale", 5.0), engine)
+
+
+@every_engine
+def test_class_attribute(engine: str) -> None:
+    class Scaled(nn.Module):
+        scale = 2.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * x
+
+    follows(Scaled(), lambda: setattr(Scaled, "scale", 5.0), engine)
+
+
+@every_engine
+def test_tensor_attribute_that_is_no_buffer(engine: str) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mask = torch.ones(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mask * x
+
+    module = Masked()
+    follows(module, lambda: setattr(module, "mask", torch.arange(3.0)), engine)
+
+
+@every_engine
+def test_number_read_from_a_buffer(engine: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale.item()
+
+    module = Scaled()
+    follows(module, lambda: module.scale.mul_(3), engine)
+
+
+@every_engine
+def test_number_computed_from_a_buffer(engine: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kernel", torch.tensor([1.0, 2.0]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * (2 * self.kernel).sum().item()
+
+    module = Scaled()
+    follows(module, lambda: module.kernel.mul_(3), engine)
+
+
+@every_engine
+def test_branch_on_a_buffer(engine: str) -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("sign", torch.tensor(1.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flip(-1) if self.sign > 0 else 2 * x
+
+    module = Branch()
+    follows(module, module.sign.neg_, engine)
+
+
+@every_engine
+def test_index_in_a_buffer(engine: str) -> None:
+    index = torch.tensor([0, 1, 2])
+    follows(lambda x: x[index], lambda: index.copy_(torch.tensor([2, 2, 0])), engine)
+
+
+@every_engine
+def test_boolean_mask(engine: str) -> None:
+    mask = torch.tensor([True, False, True])
+    follows(lambda x: x[mask], lambda: mask.copy_(torch.tensor([True, True, False])), engine)
+
+
+@every_engine
+def test_closure_tensor_in_place(engine: str) -> None:
+    weight = torch.ones(3)
+    follows(lambda x: weight * x, lambda: weight.mul_(2), engine)
+
+
+@every_engine
+def test_closure_variable_rebound(engine: str) -> None:
+    weight = torch.ones(3)
+
+    def change() -> None:
+        nonlocal weight
+        weight = torch.arange(3.0)
+
+    follows(lambda x: weight * x, change, engine)
+
+
+@every_engine
+def test_closure_number_rebound(engine: str) -> None:
+    scale = 2.0
+
+    def change() -> None:
+        nonlocal scale
+        scale = 3.0
+
+    follows(lambda x: scale * x, change, engine)
+
+
+@every_engine
+def test_closure_module_replaced(engine: str) -> None:
+    layer = conv()
+
+    def change() -> None:
+        nonlocal layer
+        layer = conv()
+
+    follows(lambda x: 2 * layer(x), change, engine, (1, 1, 7))
+
+
+@every_engine
+def test_global_tensor(engine: str) -> None:
+    GLOBAL.fill_(1)
+    follows(lambda x: GLOBAL * x, lambda: GLOBAL.mul_(2), engine)
+
+
+@every_engine
+def test_global_number(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    follows(lambda x: GLOBAL_NUMBER * x, lambda: monkeypatch.setitem(globals(), "GLOBAL_NUMBER", 7.0), engine)
+
+
+def _helper(x: torch.Tensor) -> torch.Tensor:
+    return GLOBAL_NUMBER * x
+
+
+@every_engine
+def test_global_number_of_a_helper(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    follows(lambda x: 1.0 * _helper(x), lambda: monkeypatch.setitem(globals(), "GLOBAL_NUMBER", 7.0), engine)
+
+
+@every_engine
+def test_list_of_tensors(engine: str) -> None:
+    weights = [torch.ones(3), torch.ones(3)]
+    follows(lambda x: weights[0] * x + weights[1] * x, lambda: weights.__setitem__(1, torch.arange(3.0)), engine)
+
+
+@every_engine
+def test_list_that_grows(engine: str) -> None:
+    weights = [torch.ones(3)]
+    follows(lambda x: sum(w * x for w in weights), lambda: weights.append(torch.arange(3.0)), engine)
+
+
+@every_engine
+def test_dict_of_numbers(engine: str) -> None:
+    options = {"scale": 2.0}
+    follows(lambda x: options["scale"] * x, lambda: options.update(scale=3.0), engine)
+
+
+@every_engine
+def test_dict_that_grows(engine: str) -> None:
+    options: dict[str, float] = {}
+    follows(lambda x: options.get("scale", 1.0) * x, lambda: options.update(scale=3.0), engine)
+
+
+@every_engine
+def test_plain_object(engine: str) -> None:
+    settings = types.SimpleNamespace(scale=2.0)
+    follows(lambda x: settings.scale * x, lambda: setattr(settings, "scale", 3.0), engine)
+
+
+@every_engine
+def test_new_attribute(engine: str) -> None:
+    module = nn.Module()
+    module.forward = lambda x: getattr(module, "scale", 1.0) * x
+    follows(module, lambda: setattr(module, "scale", 3.0), engine)
+
+
+@every_engine
+def test_numpy_array_in_place(engine: str) -> None:
+    weight = np.ones(3, dtype=np.float32)
+    follows(lambda x: torch.from_numpy(weight) * x, lambda: weight.fill(2.0), engine)
+
+
+@every_engine
+def test_numpy_array_replaced(engine: str) -> None:
+    module = nn.Module()
+    module.weight = np.ones(3, dtype=np.float32)
+    module.forward = lambda x: torch.from_numpy(module.weight) * x
+    follows(module, lambda: setattr(module, "weight", np.arange(3, dtype=np.float32)), engine)
+
+
+@every_engine
+def test_submodule_replaced(engine: str) -> None:
+    chain = nn.Sequential(conv(), conv())
+    follows(chain, lambda: chain.__setitem__(0, conv()), engine, (1, 1, 7))
+
+
+@every_engine
+def test_submodule_appended(engine: str) -> None:
+    chain = nn.Sequential(conv())
+    follows(chain, lambda: chain.append(conv()), engine, (1, 1, 7))
+
+
+@every_engine
+def test_parametrized_weight(engine: str) -> None:
+    layer = nn.utils.parametrizations.weight_norm(conv())
+    original = layer.parametrizations.weight.original0
+    follows(layer, lambda: _no_grad_copy(original), engine, (1, 1, 7))
+
+
+@every_engine
+def test_tied_weight(engine: str) -> None:
+    first, second = conv(), conv()
+    second.weight = first.weight
+    follows(nn.Sequential(first, second), lambda: _no_grad_copy(first.weight), engine, (1, 1, 7))
+
+
+@every_engine
+def test_view_of_a_tensor(engine: str) -> None:
+    base = torch.ones(2, 3)
+    view = base[1]
+    follows(lambda x: view * x, lambda: base.mul_(2), engine)
+
+
+@every_engine
+def test_partial(engine: str) -> None:
+    weight = torch.ones(3)
+    follows(functools.partial(torch.mul, weight), lambda: weight.mul_(2), engine)
+
+
+@every_engine
+def test_default_argument(engine: str) -> None:
+    def function(x: torch.Tensor, weight: torch.Tensor = torch.ones(3)) -> torch.Tensor:  # noqa: B008
+        return weight * x
+
+    follows(function, lambda: function.__defaults__[0].mul_(2), engine)
+
+
+@every_engine
+def test_bound_method(engine: str) -> None:
+    class Physics:
+        def __init__(self) -> None:
+            self.mask = torch.ones(3)
+
+        def measure(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mask * x
+
+    physics = Physics()
+    follows(physics.measure, lambda: setattr(physics, "mask", torch.arange(3.0)), engine)
+
+
+@every_engine
+def test_nested_closures(engine: str) -> None:
+    weight = torch.ones(3)
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return weight * x
+
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return inner(x) + x
+
+    follows(outer, lambda: weight.mul_(2), engine)
+
+
+@every_engine
+def test_many_changes(engine: str) -> None:
+    module = nn.Module()
+    module.scale = 1.0
+    module.forward = lambda x: module.scale * x
+    A = al.linear_operator(module, (3,), engine=engine)
+    y = torch.ones(3)
+    for number in range(20):
+        module.scale = float(number)
+        assert torch.equal(A.H(y), number * y)
+
+
+@every_engine
+def test_gradient_reaches_closed_over_tensors(engine: str) -> None:
+    weight = torch.ones(3, requires_grad=True)
+    A = al.linear_operator(lambda x: weight * x, (3,), engine=engine)
+    y = torch.arange(3.0)
+    (found,) = torch.autograd.grad(A.H(y).sum(), weight)
+    assert_close(found, y, A.domain.eps)
+
+
+@every_engine
+def test_gradient_reaches_a_graph_behind_a_tensor(engine: str) -> None:
+    theta = torch.zeros(3, requires_grad=True)
+    module = nn.Module()
+    module.weight = theta.exp()
+    module.forward = lambda x: module.weight * x
+    A = al.linear_operator(module, (3,), engine=engine)
+    (found,) = torch.autograd.grad(A.H(torch.arange(3.0)).sum(), theta)
+    assert_close(found, torch.arange(3.0), A.domain.eps)
