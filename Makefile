@@ -58,6 +58,9 @@ interop: $(INTEROP_STAMP) ## Run all tests beside deepinv and mrpro, on the seco
 bench: $(STAMP) ## Run the benchmarks, one after the other
 	$(BIN)/python -W error -m pytest tests/benchmarks --benchmark-enable --benchmark-only $(ARGS)
 
+power: $(STAMP) ## Inject bugs into adjoints, and write what the check sees of them to docs/verification_power.md
+	$(ONE_THREAD) $(BIN)/python -m tests.verify_power $(ARGS)
+
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -15,6 +15,8 @@ hypothesis.settings.load_profile("adjointlab")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # torch says so whenever a module is moved to a complex dtype.
+    config.addinivalue_line("filterwarnings", "ignore:Complex modules are a new feature:UserWarning")
     # What torch says about an even kernel under padding="same" is about speed, and no concern of a test.
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel:UserWarning")
 

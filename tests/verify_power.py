@@ -1,7 +1,7 @@
 """How often the dot-product test sees a bug, and that it never sees one where there is none.
 
-`python -m tests.verify_power` injects realistic bugs into the adjoints of some operators, in several dtypes, counts what
-the test detects with its default settings, draws at least 100,000 random pairs for the correct adjoints, and writes the
+`python -m tests.verify_power` injects realistic bugs into the adjoints of some operators, in several dtypes, counts
+what the test detects with its default settings, draws at least 100,000 random pairs for the correct adjoints, and writes the
 tables to docs/verification_power.md. tests/test_verify_power.py runs a small part of it.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import adjointlab as al
-from adjointlab.verify.dot_test import DotTest, Side
+from adjointlab.verify.dot_test import BrokenError, DotTest, Side
 
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64)
@@ -133,13 +133,8 @@ def cancellation_inside(dtype):
 
 # ---------------------------------------------------------------------------------------------------------------- bugs
 
+COMPLEX_ONLY = {"conjugate missing", "only the real part", "phase of one entry"}
 Adjoint = Callable[[Any], Any]
-BUGS: dict[str, Callable[[Adjoint, Any], Any]] = {}
-
-
-def bug(make: Callable[[Adjoint, Any], Any]) -> Callable[[Adjoint, Any], Any]:
-    BUGS[make.__name__.replace("_", " ")] = make
-    return make
 
 
 def each(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
@@ -154,19 +149,25 @@ def first(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
     return apply
 
 
+def waves(t: Tensor) -> Tensor:
+    return torch.arange(t.numel(), dtype=torch.float32).sin().reshape(t.shape).to(t.dtype)
+
+
 def put(t: Tensor, index: Any, change: Callable[[Tensor], Tensor]) -> Tensor:
     t = t.clone()
     t[index] = change(t[index])
     return t
 
 
-bug_by_name = {
+BUGS: dict[str, Callable[[Adjoint, Any], Any]] = {
     "twice too large": lambda B, y: each(lambda t: 2 * t)(B(y)),
     "a fifth too large": lambda B, y: each(lambda t: 1.2 * t)(B(y)),
     "wrong sign": lambda B, y: each(torch.neg)(B(y)),
     "conjugate missing": lambda B, y: each(torch.conj_physical)(B(each(torch.conj_physical)(y))),
     "only the real part": lambda B, y: each(lambda t: t.real.to(t.dtype))(B(y)),
-    "phase of one entry": lambda B, y: first(lambda t: put(t, (0, ..., 1), lambda v: 1j * v) if t.is_complex() else t)(B(y)),
+    "phase of one entry": lambda B, y: first(lambda t: put(t, (0, ..., 1), lambda v: 1j * v) if t.is_complex() else t)(
+        B(y)
+    ),
     "shifted by a pixel": lambda B, y: each(lambda t: t.roll(1, -1))(B(y)),
     "kernel not flipped": lambda B, y: each(lambda t: t.flip(-1))(B(each(lambda t: t.flip(-1))(y))),
     "border dropped": lambda B, y: each(lambda t: put(t, (..., [0, -1]), torch.zeros_like))(B(y)),
@@ -178,11 +179,14 @@ bug_by_name = {
     "last row of y ignored": lambda B, y: B(each(lambda t: put(t, (..., -1), torch.zeros_like))(y)),
     "an offset added": lambda B, y: each(lambda t: t + t.abs().mean().clamp(min=0.1))(B(y)),
     "not linear": lambda B, y: each(lambda t: t.abs() if not t.is_complex() else t.abs().to(t.dtype))(B(y)),
-    "one entry never written": lambda B, y: first(lambda t: put(t, (*(s // 3 for s in t.shape),), torch.zeros_like))(B(y)),
+    "one entry never written": lambda B, y: first(lambda t: put(t, (*(s // 3 for s in t.shape),), torch.zeros_like))(
+        B(y)
+    ),
+    "48 eps too large": lambda B, y: each(lambda t: t + 48 * torch.finfo(t.dtype).eps * t)(B(y)),
+    "weights off by 64 eps": lambda B, y: each(lambda t: t + 64 * torch.finfo(t.dtype).eps * waves(t) * t)(B(y)),
     "wrong shape": lambda B, y: each(lambda t: t[..., :-1].contiguous())(B(y)),
     "NaN in a corner": lambda B, y: first(lambda t: put(t, (..., -1), lambda v: v * torch.nan))(B(y)),
 }
-BUGS.update(bug_by_name)
 
 
 # --------------------------------------------------------------------------------------------------------------- study
@@ -234,7 +238,7 @@ def mutants(operators: Iterable[tuple[str, torch.dtype, Any]], seeds: int) -> It
     """Yield a trial for each bug in each operator that it changes at all, for each seed of the test."""
     for name, dtype, A in operators:
         for kind, make in BUGS.items():
-            if kind in {"conjugate missing", "only the real part", "phase of one entry"} and not A.domain.is_complex:
+            if kind in COMPLEX_ONLY and not A.domain.is_complex:
                 continue
 
             def wrong(y: Any, make: Any = make, A: Any = A) -> Any:
@@ -244,24 +248,29 @@ def mutants(operators: Iterable[tuple[str, torch.dtype, Any]], seeds: int) -> It
                 size = size_in_eps(A, wrong)
             if size <= 1.0:
                 continue  # this bug is none here: the conjugate of a real operator, the shift of a constant
-            for seed in range(seeds):
-                report = al.check_adjoint(A, wrong, seed=seed)
-                yield Trial(name, kind, dtype, size, not report.passed, report.diagnosis)
+            report = al.check_adjoint(A, wrong)
+            yield Trial(name, kind, dtype, size, not report.passed, report.diagnosis)
+            for seed in range(1, seeds):  # the same test; what a failure is due to need not be found again
+                yield Trial(name, kind, dtype, size, not passes(A, wrong, seed))
 
 
-def false_alarms(operators: Iterable[tuple[str, torch.dtype, Any]], draws: int) -> Iterator[tuple[torch.dtype, int, int]]:
+def passes(A: al.LinearOperator, adjoint: Adjoint, seed: int, trials: int = 5) -> bool:
+    sides = Side(A, A.domain, A.codomain, "A"), Side(adjoint, A.codomain, A.domain, "B")
+    test = DotTest(*sides, exact=A.is_complex_linear, seed=seed)
+    with torch.no_grad():
+        try:
+            test.run(trials)
+        except BrokenError:
+            return False
+    return test.passed
+
+
+def false_alarms(
+    operators: Iterable[tuple[str, torch.dtype, Any]], draws: int
+) -> Iterator[tuple[torch.dtype, int, int]]:
     """Yield dtype, number of random draws and of false alarms, for one correct adjoint after the other."""
     for _, dtype, A in operators:
-        test = DotTest(
-            Side(A, A.domain, A.codomain, "A"), Side(A.H, A.codomain, A.domain, "B"), exact=A.is_complex_linear, seed=7
-        )
-        alarms = 0
-        with torch.no_grad():
-            for _ in range(0, draws, 50):
-                test.worst = None
-                test._norms.clear()
-                test.run(50)
-                alarms += not test.passed
+        alarms = sum(not passes(A, A.H, seed, trials=50) for seed in range(draws // 50))
         yield dtype, draws, alarms
 
 
@@ -305,8 +314,8 @@ Made by `python -m tests.verify_power` (`make power`) on {date}, Python {python}
 
 ## Bugs that are detected
 
-{kinds} kinds of bugs in the adjoints of {operators} operators. A bug's size is `‖B − Aᴴ‖ / ‖Aᴴ‖` in the Frobenius norm, as
-random y show it. *Above rounding* is a size of {rounding} eps or more: **{above}** of those were detected.
+{kinds} kinds of bugs in the adjoints of {operators} operators. A bug's size is `‖B − Aᴴ‖ / ‖Aᴴ‖` in the Frobenius norm,
+as random y show it. *Above rounding* is a size of {rounding} eps or more: **{above}** of those were detected.
 
 {sizes}
 
@@ -320,13 +329,13 @@ By operator, above rounding:
 
 Missed above rounding: {missed}.
 
-{named} of the detected bugs got a diagnosis that names a mistake; the others are reported as unrecognised, with the place of
-the largest difference.
+{named} of the bugs got a diagnosis that names a mistake; the others are reported as unrecognised, with the place of the
+largest difference.
 
 ## False alarms
 
-**{alarms} in {draws} random draws** of x and y for correct derived adjoints, each draw compared with its own y and the next
-one, and an impulse and constant test for every 50 draws.
+**{alarms} in {draws} random draws** of x and y for correct derived adjoints, each x compared with its own y and the
+next one, and an impulse and constant test for every 50 draws.
 
 {false_alarms}
 """
@@ -346,14 +355,14 @@ def page(trials: list[Trial], alarms: list[tuple[torch.dtype, int, int]], seeds:
         for k, value in enumerate((1, draws, count)):
             totals[dtype][k] += value
     missed = [f"{t.bug} in {t.operator}, {name(t.dtype)}, {t.size:.0f} eps" for t in above if not t.detected]
-    detected = [t for t in trials if t.detected]
+    explained = [t for t in trials if t.diagnosis]
     return PAGE.format(
         date=datetime.date.today().isoformat(), python=platform.python_version(), torch=torch.__version__,
         last_seed=seeds - 1, kinds=len(by(trials, lambda t: t.bug)), operators=len(by(trials, lambda t: t.operator)),
         rounding=ROUNDING, above=rate(above), sizes=table(["size", *map(name, STUDIED)], sizes),
         by_bug=grid(above, lambda t: t.bug, "bug"), by_operator=grid(above, lambda t: t.operator, "operator"),
         missed="; ".join(f"{text} ({missed.count(text)} of {seeds})" for text in dict.fromkeys(missed)) or "none",
-        named=f"{100 * sum('unrecognised' not in t.diagnosis for t in detected) / len(detected):.0f} %",
+        named=f"{100 * sum('unrecognised' not in t.diagnosis for t in explained) / len(explained):.0f} %",
         alarms=sum(t[2] for t in totals.values()), draws=f"{sum(t[1] for t in totals.values()):,}",
         false_alarms=table(
             ["dtype", "operators", "draws", "false alarms"],
@@ -364,7 +373,7 @@ def page(trials: list[Trial], alarms: list[tuple[torch.dtype, int, int]], seeds:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=4, help="of the test, for each bug")
+    parser.add_argument("--seeds", type=int, default=2, help="of the test, for each bug")
     parser.add_argument("--draws", type=int, default=100_000, help="in total, of correct adjoints")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "verification_power.md")
     options = parser.parse_args()

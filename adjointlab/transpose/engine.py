@@ -23,6 +23,7 @@ from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.lower import lower
 from adjointlab.transpose.program import Program, differentiated, plain
 from adjointlab.transpose.prune import Pruned, prune
+from adjointlab.transpose.simplify import simplify
 from adjointlab.transpose.trace import Graph, UntraceableError, clean, op_name, own_outputs, trace_forward, trace_vjp
 
 aten = torch.ops.aten
@@ -231,7 +232,7 @@ class Transposition:
         def program(graph: Graph) -> Program:
             if mode == "plain" or not self.lowering:
                 return Program(graph, graph)
-            lowered, chosen = lower(graph, choose)
+            lowered, chosen = lower(simplify(graph), choose)
             lines.extend(line for line in chosen if line not in lines)
             return Program(lowered, graph)
 
@@ -427,6 +428,7 @@ def _without_offset(forward: Graph) -> Graph:
     graph.output(tuple(outputs))
     module = fx.GraphModule(forward.module, graph)
     clean(module)
+    module.recompile()
     return Graph(module, forward.state, forward.baked)
 
 

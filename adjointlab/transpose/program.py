@@ -166,11 +166,16 @@ def _levels(graph: Graph) -> dict[fx.Node, int]:
 
 
 def _stays(node: fx.Node) -> bool:
-    """Return whether a node is not worth keeping: a factory, or a view of something that is not kept."""
+    """Return whether a node is not worth keeping: a factory, or a view or pointwise op of what is not kept.
+
+    A pointwise op of the state costs about what it costs to see that the state is the same.
+    """
     packet = getattr(node.target, "overloadpacket", None)
     if packet in _FACTORIES:
-        return node.meta["val"].numel() > 1
-    return packet in _VIEWS and all(n.op == "placeholder" or _stays(n) for n in node.all_input_nodes)
+        return bool(node.meta["val"].numel() > 1)
+    cheap = packet in _VIEWS or torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet is aten.clone
+    inputs = node.all_input_nodes
+    return cheap and bool(inputs) and all(n.op == "placeholder" or _stays(n) for n in inputs)
 
 
 def _roots(node: fx.Node, placeholders: list[fx.Node]) -> set[int]:

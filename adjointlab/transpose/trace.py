@@ -213,6 +213,7 @@ def trace_forward(function: Function, specs: Sequence[TensorSpec], captured: Cap
         module = _functionalise(module, _fakes(module, fake), len(state))
     _raise_if_stateful(module, state)
     _normalise(module)
+    module.recompile()
     return Graph(module, state, baked)
 
 
@@ -374,13 +375,11 @@ def own_outputs(graph: Graph) -> None:
 
 
 def clean(module: fx.GraphModule) -> None:
-    """Drop dead code from a functional graph, in place, and recompile it."""
+    """Drop dead code from a functional graph, in place; its code is not made anew."""
     graph = module.graph
     for node in reversed(list(graph.nodes)):
         if node.op in ("call_function", "get_attr") and not node.users:
             graph.erase_node(node)
-    graph.lint()
-    module.recompile()
 
 
 __all__ = [

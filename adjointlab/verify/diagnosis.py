@@ -16,7 +16,7 @@ from adjointlab.reporting import Grid
 from adjointlab.rounding import dot_gap
 from adjointlab.verify.dot_test import BrokenError, DotTest, Side, Tensors, impulse
 from adjointlab.verify.evidence import Evidence, Guess
-from adjointlab.verify.mistakes import MISTAKES
+from adjointlab.verify.mistakes import MISTAKES, entrywise
 
 Figure = tuple[tuple[str, Grid], ...]
 _MOST_CELLS = 32  # along each side of a heat map
@@ -84,7 +84,7 @@ def _first(evidence: Evidence) -> str:
             inner = _first(evidence.entries(entries))
             if inner:
                 return f"batch entry {', '.join(map(str, entries))} only: {inner}"
-    return ""
+    return entrywise(evidence)
 
 
 def _not_linear(side: Side, generator: torch.Generator) -> str:

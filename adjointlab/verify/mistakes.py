@@ -194,7 +194,7 @@ def entrywise(evidence: Evidence) -> str:
 
 
 MISTAKES: tuple[Mistake, ...] = (
-    is_zero, factor, conjugate, part, complex_factor, batch_mixed, border, flipped, shifted, transposed, entrywise,
+    is_zero, factor, conjugate, part, complex_factor, batch_mixed, border, flipped, shifted, transposed,
 )  # fmt: skip
 
 
@@ -257,4 +257,4 @@ def _listed(dims: tuple[int, ...] | Iterator[int]) -> str:
     return " and ".join(map(str, dims))
 
 
-__all__ = ["MISTAKES", "Mistake"]
+__all__ = ["MISTAKES", "Mistake", "entrywise"]

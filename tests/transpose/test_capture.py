@@ -26,8 +26,7 @@ def follows(function, change, engine: str, shape: tuple[int, ...] = (3,)) -> Non
     change()
     fresh = al.linear_operator(function, shape, engine="eager")
     expected = (fresh(x), fresh.H(y))
-    with torch.no_grad():
-        assert float((expected[1] - first[1]).norm()) > 0, "the change must change the operator"
+    assert not torch.equal(expected[1], first[1]), "the change must change the operator"
     assert_close((A(x), A.H(y)), expected, A.domain.eps)
     with torch.no_grad():
         assert_close((A(x), A.H(y)), expected, A.domain.eps)
