@@ -61,6 +61,11 @@ class AffineOperator(nn.Module):
     def forward(self, x: Any) -> Any:
         """Return ``f(x) = Ax + b``.
 
+        Returns
+        -------
+        pytree of tensors
+            An element of the codomain.
+
         Raises
         ------
         SpaceMismatchError
@@ -73,6 +78,13 @@ class AffineOperator(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, self._arguments
+
+
+def residual_and_gradient(A: LinearOperator | AffineOperator, x: Any, y: Any, weight: Any) -> tuple[Any, Any] | None:
+    """Return ``f(x) − y`` and ``Aᴴ w ⊙ (f(x) − y)`` from one graph, or None where there is none to run."""
+    if isinstance(A, AffineOperator):
+        return A._source.residual_and_gradient(x, y, weight)
+    return A.residual_and_gradient(x, y, weight)
 
 
 def affine_operator(

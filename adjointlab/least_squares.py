@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adjointlab.affine import AffineOperator
+from adjointlab.affine import AffineOperator, residual_and_gradient
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.linear_operator import LinearOperator, diagonal
+from adjointlab.linear_operator import LinearOperator, diagonal, diagonal_entries
 from adjointlab.space import tree_flatten
 
 
@@ -73,17 +73,30 @@ class LeastSquares(nn.Module):
     def forward(self, x: Any) -> Tensor:
         """Return ``F(x)``, a real zero-dimensional tensor that autograd can differentiate."""
         residual = self.residual(x)
-        return self._value(residual, residual if self.weight is None else self.weight(residual))
+        return self._value(residual, self._weighted(residual))
 
     def gradient(self, x: Any) -> Any:
         """Return ``Aᴴ W (Ax − y)``."""
-        return self.value_and_gradient(x)[1]
+        return self._residual_and_gradient(x)[2]
 
     def value_and_gradient(self, x: Any) -> tuple[Tensor, Any]:
         """Return ``(F(x), Aᴴ W (Ax − y))`` with one forward and one adjoint."""
+        residual, weighted, gradient = self._residual_and_gradient(x)
+        return self._value(residual, self._weighted(residual) if weighted is None else weighted), gradient
+
+    def _residual_and_gradient(self, x: Any) -> tuple[Any, Any, Any]:
+        """Return ``Ax − y``, its weighted form if that was computed, and the gradient: from one graph if possible."""
+        entries = None if self.weight is None else diagonal_entries(self.weight)
+        if self.weight is None or entries is not None:
+            fused = residual_and_gradient(self.A, x, self.y, entries)
+            if fused is not None:
+                return fused[0], None, fused[1]
         residual = self.residual(x)
-        weighted = residual if self.weight is None else self.weight(residual)
-        return self._value(residual, weighted), self.A.H(weighted)
+        weighted = self._weighted(residual)
+        return residual, weighted, self.A.H(weighted)
+
+    def _weighted(self, residual: Any) -> Any:
+        return residual if self.weight is None else self.weight(residual)
 
     @property
     def hessian(self) -> LinearOperator:

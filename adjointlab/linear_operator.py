@@ -1,4 +1,4 @@
-r"""Linear operators and their algebra: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``, ``(AB)ᴴ = BᴴAᴴ``, ``(A + B)ᴴ = Aᴴ + Bᴴ``, ``(cA)ᴴ = c̄Aᴴ``."""
+"""Linear operators and their algebra: ``(AB)ᴴ = BᴴAᴴ``, ``(A + B)ᴴ = Aᴴ + Bᴴ``, ``(cA)ᴴ = c̄Aᴴ``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMismatchError
 from adjointlab.linearity import LinearityReport, assess, like_parameters
 from adjointlab.space import Space, TensorSpec, tree_flatten
-from adjointlab.transpose import Account, Transposition
+from adjointlab.transpose import Transposition
 
 Map = Callable[[Any], Any]
 Recipe = tuple[Callable[..., Any], tuple[Any, ...]]  # what makes the operator again, for copies and pickles
@@ -85,6 +85,11 @@ class LinearOperator(nn.Module):
 
     def forward(self, x: Any) -> Any:
         """Return ``Ax``.
+
+        Returns
+        -------
+        pytree of tensors
+            An element of the codomain.
 
         Raises
         ------
@@ -203,6 +208,11 @@ class LinearOperator(nn.Module):
 
     # -- being a module ----------------------------------------------------------------------------------------------
 
+    def residual_and_gradient(self, x: Any, y: Any, weight: Any) -> tuple[Any, Any] | None:
+        """Return ``Ax − y`` and ``Aᴴ w ⊙ (Ax − y)`` from one graph, where A itself is derived; else None."""
+        source = self._body.source
+        return None if source is None or self._side else source.residual_and_gradient(x, y, weight)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearOperator:
         """Move parameters, buffers and spaces together: what ``.to``, ``.double`` and ``.cuda`` call."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -298,7 +308,14 @@ def linear_operator(
     source = Transposition(module_or_function, space, kwargs, engine, lowering=lowering, autotune=autotune)
     if check:
         require_linear(assess(source), source)
-    recipe = (_rebuild, (module_or_function, source.domain, batch_dims, kwargs, engine, lowering, autotune))
+    options = {
+        "batch_dims": batch_dims,
+        "kwargs": kwargs,
+        "engine": engine,
+        "lowering": lowering,
+        "autotune": autotune,
+    }
+    recipe = (_rebuild, (module_or_function, source.domain, options))
     return from_source(source, recipe)
 
 
@@ -314,13 +331,8 @@ def from_source(source: Transposition, recipe: Recipe) -> LinearOperator:
     return operator
 
 
-def _rebuild(
-    function: Callable[..., Any], domain: Space, batch_dims: int, kwargs: Any, engine: str, lowering: bool, autotune: bool
-) -> LinearOperator:
-    return linear_operator(
-        function, domain, batch_dims=batch_dims, kwargs=kwargs, engine=engine, check=False, lowering=lowering,
-        autotune=autotune,
-    )  # fmt: skip
+def _rebuild(function: Callable[..., Any], domain: Space, options: dict[str, Any]) -> LinearOperator:
+    return linear_operator(function, domain, check=False, **options)
 
 
 def require_linear(report: LinearityReport, source: Transposition, *, offset_allowed: bool = False) -> None:
@@ -668,6 +680,12 @@ def diagonal(d: Any) -> LinearOperator:
     return _derived(times, times_conjugate, space, space, (diagonal, (d,)), entries)
 
 
+def diagonal_entries(operator: LinearOperator) -> Any:
+    """Return the diagonal of an operator made by :func:`diagonal`, or None for any other."""
+    entries = getattr(operator, "operator_0", None)
+    return operator.domain.unflatten(entries.leaves()) if isinstance(entries, _Entries) else None
+
+
 def linear_adjoint(f: Callable[..., Any], *example: Any) -> Map:
     """Return ``v ↦ Aᴴv`` for the linear function f: the Hermitian twin of ``jax.linear_transpose``.
 
@@ -698,4 +716,13 @@ def linear_adjoint(f: Callable[..., Any], *example: Any) -> Map:
     return linear_operator(f, example[0] if len(example) == 1 else example).H
 
 
-__all__ = ["LinearOperator", "block_diag", "diagonal", "hstack", "identity", "linear_adjoint", "linear_operator", "vstack"]
+__all__ = [
+    "LinearOperator",
+    "block_diag",
+    "diagonal",
+    "hstack",
+    "identity",
+    "linear_adjoint",
+    "linear_operator",
+    "vstack",
+]

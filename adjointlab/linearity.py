@@ -1,7 +1,7 @@
 r"""Is a map linear? ``f(αx + βz) = α f(x) + β f(z)``: proved from the graph of its derivative, or tested by numbers.
 
-A *proof* is a derivative that does not read the input (the map is affine), no number taken from the input, ``f(0) = 0``,
-and a dot test against what autograd may hide. Everything else is evidence.
+A *proof* is a derivative that does not read the input (the map is affine), no number taken from the input,
+``f(0) = 0``, and a dot test against what autograd may hide. Everything else is evidence.
 """
 
 from __future__ import annotations

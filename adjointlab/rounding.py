@@ -18,17 +18,18 @@ SIGMAS = 8  # how many times a measured rounding error passes
 _WIDE = {True: torch.complex128, False: torch.float64}
 
 
-def dot_gap(
+def dot_gap(  # noqa: PLR0917  # two spaces and two pairs
     domain: Space,
     codomain: Space,
     x: Tensors,
     at_x: Tensors,
     y: Tensors,
-    at_y: Tensors,  # noqa: PLR0917  # two spaces and a pair in each
+    at_y: Tensors,
     *,
     exact: bool,
     noise: tuple[float, float] = (0.0, 0.0),
     random: tuple[bool, bool] = (True, True),
+    norms: tuple[float, float, float, float] | None = None,
 ) -> tuple[float, float]:
     r"""Return ``|⟨Ax, y⟩ − ⟨x, By⟩|`` and what rounding may explain of it, both in units of ``‖Ax‖‖y‖``.
 
@@ -53,6 +54,8 @@ def dot_gap(
         What is known besides about ``‖e‖`` and ``‖f‖``.
     random : tuple of bool
         Whether x and y are draws of independent normal numbers.
+    norms : tuple of float, optional
+        The norms of x, y, ``Ax`` and ``By``, if they are known.
 
     Returns
     -------
@@ -61,10 +64,7 @@ def dot_gap(
     """
     difference = _inner(codomain, at_x, y) - _inner(domain, x, at_y)
     gap = abs(difference) if exact else abs(difference.real)
-    norm_x, norm_y, norm_ax, norm_by = (
-        float(space.norm(space.unflatten(leaves)))
-        for space, leaves in ((domain, x), (codomain, y), (codomain, at_x), (domain, at_y))
-    )
+    norm_x, norm_y, norm_ax, norm_by = map(norm, (x, y, at_x, at_y)) if norms is None else norms
     scale = max(norm_ax * norm_y, norm_x * norm_by)
     if scale == 0.0:
         return 0.0, DOT_UNITS * max(domain.eps, codomain.eps)
@@ -110,8 +110,13 @@ def rounding_noise(
     largest = 0.0
     for s, z in moved:
         differences = [t.to(w.dtype) - s * w for t, w in zip(function(z), wide, strict=True)]
-        largest = max(largest, math.hypot(*(float(torch.linalg.vector_norm(d)) for d in differences)))
+        largest = max(largest, norm(tuple(differences)))
     return largest
+
+
+def norm(leaves: Tensors) -> float:
+    """Return ``‖a‖`` of the element with the given leaves, summed in double precision."""
+    return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=_WIDE[t.is_complex()])) for t in leaves))
 
 
 def _inner(space: Space, a: Tensors, b: Tensors) -> complex:
@@ -120,4 +125,4 @@ def _inner(space: Space, a: Tensors, b: Tensors) -> complex:
     return complex(sum(complex((s.to(wide).conj() * t.to(wide)).sum()) for s, t in zip(a, b, strict=True)))
 
 
-__all__ = ["DOT_UNITS", "SIGMAS", "dot_gap", "rounding_noise"]
+__all__ = ["DOT_UNITS", "SIGMAS", "dot_gap", "norm", "rounding_noise"]

@@ -437,9 +437,7 @@ class Space:
 
     def norm(self, a: Any) -> Tensor:
         """Return ``‖a‖ = √⟨a, a⟩`` as a zero-dimensional ``float64`` tensor."""
-        squares = [
-            torch.linalg.vector_norm(u, dtype=_DOUBLE[u.is_complex()]).square() for u in self.leaves(a, "a")
-        ]
+        squares = [torch.linalg.vector_norm(u, dtype=_DOUBLE[u.is_complex()]).square() for u in self.leaves(a, "a")]
         return torch.stack(squares).sum().sqrt()
 
     def vector(self, a: Any) -> Tensor:

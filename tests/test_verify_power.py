@@ -6,12 +6,12 @@ import pytest
 import torch
 from verify_power import BUGS, OPERATORS, ROUNDING, STUDIED, built, false_alarms, mutants, page
 
-FEW = ("circular convolution", "sensitivity maps", "matrix", "two leaves", "cancellation inside")
+FEW = ("circular convolution", "sensitivity maps", "two leaves", "cancellation inside")
 
 
 @pytest.mark.parametrize("dtype", STUDIED, ids=str)
 def test_bugs_above_rounding_are_detected(dtype: torch.dtype) -> None:
-    trials = list(mutants(built([dtype], FEW), seeds=1))
+    trials = list(mutants(built([dtype], FEW), seeds=1, explain=False))
     assert len(trials) > 20
     assert not [trial for trial in trials if trial.size >= 2 * ROUNDING and not trial.detected]
     assert sum(trial.detected for trial in trials) >= 0.8 * len(trials)
@@ -19,8 +19,8 @@ def test_bugs_above_rounding_are_detected(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [*STUDIED, torch.float16], ids=str)
 def test_correct_adjoints_raise_no_alarm(dtype: torch.dtype) -> None:
-    for _, draws, alarms in false_alarms(built([dtype], FEW), 100):
-        assert draws == 100
+    for _, draws, alarms in false_alarms(built([dtype], FEW), 50):
+        assert draws == 50
         assert alarms == 0
 
 

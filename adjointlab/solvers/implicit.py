@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector
-from adjointlab.solvers.problem import Problem, plus
+from adjointlab.solvers.problem import Problem
 from adjointlab.solvers.solution import Solution
 
 Map = Callable[[Vector], Vector]
@@ -66,7 +66,7 @@ def of_least_squares(
 
     def cotangents(v: Vector) -> list[Vector]:
         found = _solve(domain, problem.normal(damp), v, tol, maxiter)
-        if found.remainder and len(ties) == 2:
+        if found.remainder and len(ties) == 2 and damp == 0:
             warnings.warn(
                 "the gradient with respect to the operator's parameters is not determined, since the least-squares "
                 "problem has many solutions: use damp > 0 (the gradient with respect to the data is right)",
@@ -165,16 +165,16 @@ def _solve(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _
     The method (E. Stiefel, *Relaxationsmethoden bester Strategie*, Comment. Math. Helv. 29 (1955) 157–179) needs no
     solution to exist: where v has a part in the kernel of M, that part is the remainder.
     """
-    v = space.copy(v)
-    w, r, p = space.zeros(), v, space.copy(v)
-    size = space.norm(v)
+    tol = max(tol, 4 * space.space.eps)
+    r, p, w = space.copy(v), space.copy(v), space.zeros()
+    size = space.norm(r)
     space.choose_precision(size)
     mr = apply(r)
     mp = space.copy(mr)
-    first = space.norm(mr)
     gamma = space.dot(r, mr)
     solved = size == 0
-    finished = solved | (gamma <= 0)
+    finished = solved | ~(gamma > 0)
+    largest = torch.zeros_like(size)  # the largest ‖Mr‖ / ‖r‖ seen stands for ‖M‖
     steps = 0
     while steps < maxiter and not bool(finished.all()):
         step = torch.where(finished, 0, gamma / space.dot(mp, mp))
@@ -182,8 +182,10 @@ def _solve(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _
         space.add(r, -step, mp)
         mr = apply(r)
         previous, gamma = gamma, space.dot(r, mr)
-        solved = solved | (space.norm(r) <= tol * size)
-        finished = finished | solved | (space.norm(mr) <= tol * first) | ~(gamma > 0)
+        length, pulled = space.norm(r), space.norm(mr)
+        largest = torch.fmax(largest, torch.where(length > 0, pulled / length, 0))
+        solved = solved | (length <= tol * size)
+        finished = finished | solved | (pulled <= tol * largest * length) | ~(gamma > 0)
         beta = torch.where(finished, 0, gamma / previous)
         space.update(p, r, beta)
         space.update(mp, mr, beta)

@@ -31,7 +31,8 @@ class Account:
         return self.readers == ()
 
     def __str__(self) -> str:
-        lines: list[str] = [f"engine: {self.engine}" + (f" (asked for: {self.requested})" if self.requested != "auto" else "")]
+        asked = "" if self.requested == "auto" else f" (asked for: {self.requested})"
+        lines = [f"engine: {self.engine}{asked}"]
         if self.reason:
             lines.append(f"reason: {self.reason}")
         if self.path:
@@ -39,7 +40,8 @@ class Account:
         if self.readers is None:
             lines.append("evidence of linearity: numerical only, there is no graph")
         elif self.readers:
-            lines.append(f"evidence of linearity: numerical only, the derivative reads the input in {', '.join(self.readers)}")
+            where = ", ".join(self.readers)
+            lines.append(f"evidence of linearity: numerical only, the derivative reads the input in {where}")
         else:
             lines.append("evidence of linearity: the derivative does not read the input")
         if self.program:
@@ -62,14 +64,15 @@ def listing(graph: Graph) -> str:
     inputs = graph.inputs
     for index, node in enumerate(inputs):
         names[node] = "v" if len(inputs) == 1 else f"v{index}"
-    lines = []
+    lines: list[str] = []
     for node in graph.module.graph.nodes:
         if node.op == "call_function":
             names[node] = f"t{len(lines)}"
             if op_name(node.target) == "getitem":
                 lines.append(f"{names[node]} = {names[node.args[0]]}[{node.args[1]}]")
                 continue
-            arguments = ", ".join([*(_show(a, names) for a in node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
+            options = [f"{name}={value}" for name, value in node.kwargs.items()]
+            arguments = ", ".join([*(_show(a, names) for a in node.args), *options])
             value = node.meta.get("val")
             shape = f"  # {tuple(value.shape)}" if hasattr(value, "shape") else ""
             lines.append(f"{names[node]} = {op_name(node.target)}({arguments}){shape}")

@@ -103,7 +103,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors are equal bit for bit, NaN being equal to NaN."""
     if a.layout != torch.strided:
         return a is b or bool((a.to_dense() == b.to_dense()).all())
-    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def capture(function: Callable[..., Any], kwargs: Any = None) -> Capture:

@@ -6,7 +6,9 @@ compared with it once on random data. It is made again when what it depends on h
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from adjointlab.space import Space, TensorSpec, tree_flatten
 from adjointlab.transpose import kernels, pair, vjp
 from adjointlab.transpose.account import Account, listing
 from adjointlab.transpose.capture import Capture, capture
+from adjointlab.transpose.fuse import residual_and_gradient
 from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.lower import lower
 from adjointlab.transpose.program import Program, differentiated, plain
@@ -46,6 +49,7 @@ class Derived:
     metadata: tuple[Any, ...] = ()
     baked: tuple[Any, ...] = ()
     graphs: tuple[Graph, Pruned] | None = None
+    fused: Callable[[bool], Function] | None = None
 
 
 class Transposition:
@@ -84,6 +88,7 @@ class Transposition:
         self._vjp: tuple[vjp.VJP, str] | None = None
         self._writes_to_input = False
         self._structure: Any = None
+        self._dynamic: tuple[Any, ...] | None = None
         self.sample: Sample | None = None
         self.untraceable: UntraceableError | None = None
         derived = self._derive(domain.batch_shape)
@@ -123,14 +128,12 @@ class Transposition:
 
     def reference_adjoint(self, cotangents: Tensors) -> Tensors:
         """Return ``f'(0)ᴴ v`` by the plain eager vector-Jacobian product."""
-        space = self.domain.with_batch(self._batch(cotangents))
-        primals = tuple(torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in space.specs)
+        k = self.domain.batch_dims
+        batch = cotangents[0].shape[:k]
+        primals = tuple(torch.zeros((*batch, *s.shape[k:]), dtype=s.dtype, device=s.device) for s in self.domain.specs)
         if self._vjp is None:
             self._vjp = vjp.choose_vjp(self.flat, primals, tuple(c.detach() for c in cotangents))
         return self._vjp[0](self.flat, primals, cotangents)
-
-    def _batch(self, leaves: Tensors) -> tuple[int, ...]:
-        return tuple(leaves[0].shape[: self.domain.batch_dims])
 
     # -- what is called ----------------------------------------------------------------------------------------------
 
@@ -148,6 +151,20 @@ class Transposition:
         """Return ``f'ᴴ v``."""
         leaves = self.codomain.leaves(v)
         return self.domain.unflatten(self._current(leaves).adjoint(leaves))
+
+    def residual_and_gradient(self, x: Any, y: Any, weight: Any) -> tuple[Any, Any] | None:
+        """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` from one graph, or None where there is none to run."""
+        given = (self.domain.leaves(x), self.codomain.leaves(y), () if weight is None else self.codomain.leaves(weight))
+        leaves = tuple(t for part in given for t in part)
+        k = self.domain.batch_dims
+        if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves):
+            return None  # for the parts to refuse, one after the other
+        derived = self._current(given[0])
+        if derived.fused is None or not plain() or differentiated((*leaves, *(s.read() for s in derived.state))):
+            return None
+        outputs = derived.fused(weight is not None)(leaves)
+        n = len(self.codomain.specs)
+        return self.codomain.unflatten(outputs[:n]), self.domain.unflatten(outputs[n:])
 
     @property
     def account(self) -> Account:
@@ -240,8 +257,7 @@ class Transposition:
         function, adjoint = program(forward), program(pruned.graph)
         linear = program(_without_offset(forward)) if self.affine else function
         if mode == "compiled":
-            for each in {function, linear, adjoint}:
-                each.compile(self.options)
+            self._compile(function, linear, adjoint, n)
         run_linear, run_adjoint = pair.pair(linear, adjoint, n)
         run = pair.affine(function, linear, adjoint, n) if self.affine else run_linear
         account = Account(
@@ -261,10 +277,48 @@ class Transposition:
 
             return call
 
+        @functools.cache
+        def fused(weighted: bool) -> Function:
+            whole = program(residual_and_gradient(forward, pruned.graph, weighted=weighted))
+            if mode == "compiled" and not self.domain.batch_dims:
+                whole.compile(self.options)
+
+            def call(leaves: Tensors) -> Tensors:
+                return whole.run(*[s.container[s.key] for s in state], *[_canonical(t) for t in leaves])
+
+            return call
+
         return Derived(
             bound(function, run), bound(linear, run_linear), bound(adjoint, run_adjoint), account, state, metadata,
-            forward.baked, (forward, pruned),
+            forward.baked, (forward, pruned), fused,
         )  # fmt: skip
+
+    def _compile(self, function: Program, linear: Program, adjoint: Program, n_state: int) -> None:
+        if not self.domain.batch_dims:
+            for each in {function, linear, adjoint}:
+                each.compile(self.options)
+            return
+        # A graph is for one batch size, and compiling takes seconds: for free sizes the functions themselves are
+        # compiled, once, with dynamic shapes.
+        if self._dynamic is None:
+            options = {"dynamic": True, **self.options}
+
+            def flat(*leaves: Tensor) -> Tensors:
+                return self.flat(leaves)
+
+            def offset_free(*leaves: Tensor) -> Tensors:
+                zeros = tuple(torch.zeros_like(leaf) for leaf in leaves)
+                return tuple(a - b for a, b in zip(self.flat(leaves), self.flat(zeros), strict=True))
+
+            def pull_back(*cotangents: Tensor) -> Tensors:
+                return self.reference_adjoint(cotangents)
+
+            self._dynamic = tuple(torch.compile(f, **options) for f in (flat, offset_free, pull_back))
+        run_function, run_linear, run_adjoint = self._dynamic
+        function.replace(run_function, n_state)
+        adjoint.replace(run_adjoint, n_state)
+        if linear is not function:
+            linear.replace(run_linear, n_state)
 
     def _codomain(self, derived: Derived) -> Space:
         """Return the space of outputs: from the graph, or from the function itself at zero where there is none."""
@@ -337,7 +391,9 @@ class Transposition:
             ("forward", self.flat, derived.function, sample.x, sample.at_x),
             ("adjoint", self.reference_adjoint, derived.adjoint, sample.v, sample.at_v),
         ]
-        with self.captured.preserved(), torch.no_grad():
+        with self.captured.preserved(), torch.no_grad(), warnings.catch_warnings():
+            # torch.compile runs complex numbers op by op, and says so; the account has what we have to say.
+            warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
             for name, reference, fast, argument, expected in trials:
                 try:
                     found = fast(_copies(argument))

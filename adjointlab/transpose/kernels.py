@@ -1,4 +1,6 @@
-"""Equal ways to compute one convolution: native, flipped, tap by tap, by FFT. Each takes what depends on the weight ready-made.
+"""Equal ways to compute one convolution: native, flipped, tap by tap, by FFT.
+
+Each takes what depends on the weight ready-made.
 
 A *site* is a call of ``aten.convolution``: with ``transposed=False`` the correlation
 ``y[m] = Σ_j w[j] x[m s + d j − p]``, with ``transposed=True`` its transpose ``y[t] = Σ x[m] w[j]`` over all m, j with
@@ -12,7 +14,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ class Site(NamedTuple):
     groups: int
     dtype: torch.dtype
     device: torch.device
+    fft_size: Ints = ()  # set by `sized`, since torch.compile looks into everything that is computed later
 
     @property
     def dims(self) -> Ints:
@@ -48,20 +51,6 @@ class Site(NamedTuple):
         return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
 
     @property
-    def fft_size(self) -> Ints:
-        """Lengths at which the cyclic convolution has the wanted outputs, fast for an FFT."""
-        sizes = []
-        for i, (n, out, p, s) in enumerate(
-            zip(self.input_shape[1:], self.output_shape[1:], self.padding, self.stride, strict=True)
-        ):
-            if self.transposed:  # the first p entries of the full result wrap around behind the wanted ones
-                need = max(out + p, (n - 1) * s + 1, self.extent[i])
-            else:  # indices −p … n + p − 1 are read: those below zero wrap around to where the input is zero
-                need = max(n + p, (out - 1) * s + 1, self.extent[i])
-            sizes.append(fast_length(need))
-        return tuple(sizes)
-
-    @property
     def macs(self) -> int:
         """Number of multiplications of the direct sum."""
         spatial = self.input_shape[1:] if self.transposed else self.output_shape[1:]
@@ -71,7 +60,20 @@ class Site(NamedTuple):
         )  # fmt: skip
 
 
-@functools.cache
+def sized(site: Site) -> Site:
+    """Return the site with the lengths at which a cyclic convolution has the wanted outputs, fast for an FFT."""
+    sizes = []
+    for i, (n, out, p, s) in enumerate(
+        zip(site.input_shape[1:], site.output_shape[1:], site.padding, site.stride, strict=True)
+    ):
+        if site.transposed:  # the first p entries of the full result wrap around behind the wanted ones
+            need = max(out + p, (n - 1) * s + 1, site.extent[i])
+        else:  # indices −p … n + p − 1 are read: those below zero wrap around to where the input is zero
+            need = max(n + p, (out - 1) * s + 1, site.extent[i])
+        sizes.append(fast_length(need))
+    return site._replace(fft_size=tuple(sizes))
+
+
 def fast_length(n: int) -> int:
     """Return the smallest length of at least n without prime factors above 5."""
     while True:
@@ -102,9 +104,7 @@ def flipped(x: Tensor, kernel: Tensor, bias: Tensor | None, site: Site) -> Tenso
     """Return a transposed convolution of stride 1 as a plain one with the flipped kernel."""
     padding = [e - 1 - p for e, p in zip(site.extent, site.padding, strict=True)]
     none = [0] * len(padding)
-    return torch.convolution(
-        x, kernel, bias, site.stride, padding, site.dilation, False, none, site.groups
-    )
+    return torch.convolution(x, kernel, bias, site.stride, padding, site.dilation, False, none, site.groups)
 
 
 def spectrum(weight: Tensor, site: Site) -> Tensor:
@@ -116,7 +116,8 @@ def spectrum(weight: Tensor, site: Site) -> Tensor:
         weight = weight.reshape(g, weight.shape[0] // g, weight.shape[1], *site.kernel)
     size = site.fft_size
     placed = weight.new_zeros(*weight.shape[:3], *size)
-    placed[(..., *[slice(0, e, d) for e, d in zip(site.extent, site.dilation, strict=True)])] = weight
+    where: Any = (..., *[slice(0, e, d) for e, d in zip(site.extent, site.dilation, strict=True)])
+    placed[where] = weight
     axes = tuple(range(3, 3 + len(size)))
     # Moved by the padding, so that the first wanted output is the first entry of the result.
     placed = placed.roll([-p for p in site.padding], axes)
@@ -132,7 +133,8 @@ def fft(x: Tensor, transform: Tensor, bias: Tensor | None, site: Site) -> Tensor
     size, dims, g = site.fft_size, site.dims, site.groups
     if site.transposed and any(s > 1 for s in site.stride):
         spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], site.stride, strict=True)))
-        spread[(..., *[slice(None, None, s) for s in site.stride])] = x
+        where: Any = (..., *[slice(None, None, s) for s in site.stride])
+        spread[where] = x
         x = spread
     forward, backward = (torch.fft.fftn, torch.fft.ifftn) if x.is_complex() else (torch.fft.rfftn, torch.fft.irfftn)
     source = forward(x, s=size, dim=dims)
@@ -144,7 +146,8 @@ def fft(x: Tensor, transform: Tensor, bias: Tensor | None, site: Site) -> Tensor
     y = backward(product.reshape(batch, -1, *frequencies), s=size, dim=dims)
     steps = [1] * len(dims) if site.transposed else site.stride
     wanted = [slice(0, (n - 1) * s + 1, s) for n, s in zip(site.output_shape[1:], steps, strict=True)]
-    y = y[(..., *wanted)]
+    inside: Any = (..., *wanted)
+    y = y[inside]
     return y.contiguous() if bias is None else y + bias.reshape(-1, *[1] * len(dims))
 
 
@@ -163,10 +166,9 @@ def tapped(x: Tensor, weights: Tensor, bias: Tensor | None, site: Site) -> Tenso
     reach = [(n - 1) * s + 1 for n, s in zip(site.output_shape[1:], site.stride, strict=True)]
     total: Tensor | None = None
     for weight, tap in zip(weights, itertools.product(*map(range, site.kernel)), strict=True):
-        window = [
-            slice(i * d, i * d + r, s) for i, d, r, s in zip(tap, site.dilation, reach, site.stride, strict=True)
-        ]
-        shifted = x[(..., *window)]
+        window = [slice(i * d, i * d + r, s) for i, d, r, s in zip(tap, site.dilation, reach, site.stride, strict=True)]
+        where: Any = (..., *window)
+        shifted = x[where]
         total = shifted * weight if total is None else total.addcmul_(shifted, weight)
     assert total is not None
     return total if bias is None else total.add_(bias.reshape(-1, *[1] * len(site.kernel)))

@@ -50,12 +50,9 @@ def _backward_as_transposed(graph: Graph) -> None:
         spatial, out = x.meta["val"].shape[2:], v.meta["val"].shape[2:]
         kernel = weight.meta["val"].shape[2:]
         stride, padding, dilation = (_full(value, len(kernel)) for value in (stride, padding, dilation))
-        rest = [
-            0 if transposed else n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
-            for n, m, s, p, d, k in zip(spatial, out, stride, padding, dilation, kernel, strict=True)
-        ]
-        whole = [(m - 1) * s - 2 * p + d * (k - 1) + 1 for m, s, p, d, k in zip(spatial, stride, padding, dilation, kernel, strict=True)]
-        if transposed and any(o - w >= s for o, w, s in zip(out, whole, stride, strict=True)):
+        settings = list(zip(spatial, out, stride, padding, dilation, kernel, strict=True))
+        rest = [0 if transposed else n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, s, p, d, k in settings]
+        if transposed and any(m - ((n - 1) * s - 2 * p + d * (k - 1) + 1) >= s for n, m, s, p, d, k in settings):
             continue  # an output padding of a stride or more: the plain convolution would have more outputs
         (item,) = node.users
         with nodes.inserting_before(node):
@@ -75,11 +72,12 @@ def _site(node: fx.Node) -> Site:
     x, weight, _, stride, padding, dilation, transposed, output_padding, groups = node.args
     source, kernel, result = (n.meta["val"] for n in (x, weight, node))  # type: ignore[union-attr]
     count = kernel.ndim - 2
-    return Site(
+    site = Site(
         source.shape[0], tuple(source.shape[1:]), tuple(result.shape[1:]), tuple(kernel.shape[2:]),
         tuple(_full(stride, count)), tuple(_full(padding, count)), tuple(_full(dilation, count)),
         bool(transposed), tuple(_full(output_padding, count)), int(groups), source.dtype, source.device,  # type: ignore[arg-type]
     )  # fmt: skip
+    return kernels.sized(site)
 
 
 def _replace(nodes: fx.Graph, node: fx.Node, name: str, site: Site) -> None:

@@ -1,8 +1,8 @@
 """A and Aᴴ as each other's derivative, to any order, with nothing but the arguments saved.
 
-The derivative of ``v ↦ Aᴴv`` in ``v`` is ``A``, that of ``x ↦ Ax`` in ``x`` is ``Aᴴ``. With respect to what A depends on
-besides x (parameters θ, here called *state*) both have the derivative of one scalar: ``Re⟨A_θ g, v⟩``, whose gradient in
-θ is a first-order VJP of the forward, itself made of differentiable ops.
+The derivative of ``v ↦ Aᴴv`` in ``v`` is ``A``, that of ``x ↦ Ax`` in ``x`` is ``Aᴴ``. With respect to what A depends
+on besides x (parameters θ, here called *state*) both have the derivative of one scalar: ``Re⟨A_θ g, v⟩``, whose
+gradient in θ is a first-order VJP of the forward, itself made of differentiable ops.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _state_gradient(forward: Run, n_state: int, *, adjoint_side: bool) -> StateG
                 full[i] = value
             return tuple(forward(*full, *x))
 
-        _, pull_back = torch.func.vjp(of_state, *[state[i] for i in chosen])
+        pull_back: Any = torch.func.vjp(of_state, *[state[i] for i in chosen])[1]
         for i, value in zip(chosen, pull_back(tuple(v)), strict=True):
             gradients[i] = value
         return gradients
@@ -169,7 +169,7 @@ def _jvp(linear: Run, gradient: StateGradient, n_state: int) -> Callable[..., An
         def gradients(*v: Tensor) -> Tensors:
             return tuple(g for g in gradient(state, argument, v, wanted) if g is not None)
 
-        _, transpose = torch.func.vjp(gradients, *[torch.zeros_like(r) for r in result])
+        transpose: Any = torch.func.vjp(gradients, *[torch.zeros_like(r) for r in result])[1]
         along = transpose(tuple(tangent for tangent in tangents[:n_state] if tangent is not None))
         return tuple(r + a for r, a in zip(result, along, strict=True))
 

@@ -107,6 +107,10 @@ class Program:
         constants, prologue, main, watched, n_state = self._split
         self._split = (constants, prologue, torch.compile(main, **options), watched, n_state)
 
+    def replace(self, function: Callable[..., Any], n_state: int) -> None:
+        """Run an equal function of the inputs alone, which reads the state by itself."""
+        self._split = (None, None, lambda *tensors: function(*tensors[n_state:]), (), n_state)
+
     def _prepare(
         self, prologue: Callable[..., Any], now: tuple[Tensor, ...], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
@@ -133,8 +137,8 @@ def _split(graph: Graph) -> Split:
     roots = {n: frozenset(_roots(n, placeholders)) for n in keep}
     small = {
         n for n in keep
-        if level[n] == 0 or sum(placeholders[i].meta["val"].numel() for i in roots[n]) <= _SMALL
-        and all(placeholders[i].meta["val"].device.type == "cpu" for i in roots[n])
+        if level[n] == 0 or (sum(placeholders[i].meta["val"].numel() for i in roots[n]) <= _SMALL
+        and all(placeholders[i].meta["val"].device.type == "cpu" for i in roots[n]))
     }  # fmt: skip
     # Only what the rest uses is kept; tuples of tensors (of convolution_backward, say) through their items.
     frontier = [n for n in keep if n in small and isinstance(n.meta.get("val"), Tensor) and _leaves(n, small)]

@@ -107,7 +107,9 @@ def prune(vjp: Graph, n_primals: int) -> Pruned:
 def ops(graph: Graph) -> Counter[str]:
     """Count the ops of a graph by name."""
     return Counter(
-        op_name(n.target) for n in graph.module.graph.nodes if n.op == "call_function" and op_name(n.target) != "getitem"
+        op_name(n.target)
+        for n in graph.module.graph.nodes
+        if n.op == "call_function" and op_name(n.target) != "getitem"
     )
 
 

@@ -1,9 +1,9 @@
 """Slices, paddings and sums of them as one pass: what is left of code that writes slices into buffers.
 
 The transpose of taking a slice is to embed it in zeros, the transpose of writing one is to cut it out. Chains of these
-are rewritten as *sums of pieces*: rectangles of a source, each with a factor, placed in a result that is zero elsewhere.
-Slices of a sum are sums of slices, pieces outside are dropped, and what comes out is written once, piece by piece, as a
-person would write it.
+are rewritten as *sums of pieces*: rectangles of a source, each with a factor, placed in a result that is zero
+elsewhere. Slices of a sum are sums of slices, pieces outside are dropped, and what comes out is written once, piece by
+piece, as a person would write it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def simplify(graph: Graph) -> Graph:
     written: dict[fx.Node, fx.Node] = {}
     for node in list(nodes.nodes):
         if node.op == "output" or not isinstance(node.meta.get("val"), Tensor):
-            if node.op == "output" or node.op == "call_function":
+            if node.op in {"output", "call_function"}:
                 _write_operands(nodes, node, sums, worth, written)
             continue
         rule = _RULES.get(node.target) if node.op == "call_function" else None
@@ -133,7 +133,9 @@ def _write(nodes: fx.Graph, node: fx.Node, sums: dict[fx.Node, Sum], written: di
     value = node.meta["val"]
     pieces = sorted(sums[node], key=lambda piece: -piece.volume)
     sources = list(dict.fromkeys(piece.source for piece in pieces))
-    layout = tuple((sources.index(p.source), p.factor, *_slices(p), _exclusive(i, pieces)) for i, p in enumerate(pieces))
+    layout = tuple(
+        (sources.index(p.source), p.factor, *_slices(p), _exclusive(i, pieces)) for i, p in enumerate(pieces)
+    )
     covered = sum(p.volume for i, p in enumerate(pieces) if _exclusive(i, pieces)) == value.numel()
     with nodes.inserting_after(node):
         if pieces:
@@ -191,8 +193,8 @@ def _bounds(start: Any, stop: Any, step: Any, size: int) -> tuple[int, int] | No
 
 
 def _arguments(node: fx.Node, *defaults: Any) -> list[Any]:
-    given = list(node.args)
-    return [*given, *defaults[len(given) :]] if not node.kwargs else []
+    given: list[Any] = list(node.args)
+    return [*given, *defaults[len(given) :]]
 
 
 def _dimension(dim: int, rank: int) -> int:
@@ -210,23 +212,23 @@ def _slice(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
 
 
 def _select(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    x, dim, index = node.args
-    shape = x.meta["val"].shape  # type: ignore[union-attr]
-    dim = _dimension(dim, len(shape))  # type: ignore[arg-type]
-    return _map(sums[x], lambda p: p.select(dim, index % shape[dim]))  # type: ignore[index, operator]
+    x, dim, index = _arguments(node)
+    shape = x.meta["val"].shape
+    dim = _dimension(dim, len(shape))
+    return _map(sums[x], lambda p: p.select(dim, index % shape[dim]))
 
 
 def _slice_backward(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    v, shape, dim, start, stop, step = node.args
-    dim = _dimension(dim, len(shape))  # type: ignore[arg-type]
-    bounds = _bounds(start, stop, step, shape[dim])  # type: ignore[index]
-    return None if bounds is None else tuple(p.move(dim, bounds[0]) for p in sums[v])  # type: ignore[index]
+    v, shape, dim, start, stop, step = _arguments(node)
+    dim = _dimension(dim, len(shape))
+    bounds = _bounds(start, stop, step, shape[dim])
+    return None if bounds is None else tuple(p.move(dim, bounds[0]) for p in sums[v])
 
 
 def _select_backward(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    v, shape, dim, index = node.args
-    dim = _dimension(dim, len(shape))  # type: ignore[arg-type]
-    return tuple(p.insert(dim, index % shape[dim]) for p in sums[v])  # type: ignore[index, operator]
+    v, shape, dim, index = _arguments(node)
+    dim = _dimension(dim, len(shape))
+    return tuple(p.insert(dim, index % shape[dim]) for p in sums[v])
 
 
 def _cut(pieces: Sum, dim: int, start: int, stop: int) -> Sum:
@@ -250,51 +252,51 @@ def _slice_scatter(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
 
 
 def _select_scatter(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    base, source, dim, index = node.args
-    shape = base.meta["val"].shape  # type: ignore[union-attr]
-    dim = _dimension(dim, len(shape))  # type: ignore[arg-type]
-    index = index % shape[dim]  # type: ignore[operator]
-    return (*_cut(sums[base], dim, index, index + 1), *(p.insert(dim, index) for p in sums[source]))  # type: ignore[index, arg-type, operator]
+    base, source, dim, index = _arguments(node)
+    shape = base.meta["val"].shape
+    dim = _dimension(dim, len(shape))
+    index = index % shape[dim]
+    return (*_cut(sums[base], dim, index, index + 1), *(p.insert(dim, index) for p in sums[source]))
 
 
 def _pad(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    x, pads, *value = node.args
+    x, pads, *value = _arguments(node)
     if value and value[0] != 0:
         return None
-    pieces = sums[x]  # type: ignore[index]
-    rank = x.meta["val"].ndim  # type: ignore[union-attr]
-    for i in range(len(pads) // 2):  # type: ignore[arg-type]
-        dim, before = rank - 1 - i, pads[2 * i]  # type: ignore[index]
+    pieces = sums[x]
+    rank = x.meta["val"].ndim
+    for i in range(len(pads) // 2):
+        dim, before = rank - 1 - i, pads[2 * i]
         size = node.meta["val"].shape[dim]
         moved = tuple(p.move(dim, before) for p in pieces)
-        pieces = _map(moved, lambda p, d=dim, n=size: p.restrict(d, 0, n))  # type: ignore[misc]
+        pieces = _map(moved, lambda p, d=dim, n=size: p.restrict(d, 0, n))
     return pieces
 
 
 def _cat(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    parts, *rest = node.args
-    dim = _dimension(rest[0] if rest else 0, node.meta["val"].ndim)  # type: ignore[arg-type]
-    if any(p.meta["val"].ndim != node.meta["val"].ndim or p.meta["val"].dtype != node.meta["val"].dtype for p in parts):  # type: ignore[union-attr]
+    parts, *rest = _arguments(node)
+    dim = _dimension(rest[0] if rest else 0, node.meta["val"].ndim)
+    if any(p.meta["val"].ndim != node.meta["val"].ndim or p.meta["val"].dtype != node.meta["val"].dtype for p in parts):
         return None
     pieces: list[Piece] = []
     offset = 0
-    for part in parts:  # type: ignore[union-attr]
-        pieces.extend(p.move(dim, offset) for p in sums[part])  # type: ignore[index]
-        offset += part.meta["val"].shape[dim]  # type: ignore[union-attr, operator]
+    for part in parts:
+        pieces.extend(p.move(dim, offset) for p in sums[part])
+        offset += part.meta["val"].shape[dim]
     return tuple(pieces)
 
 
 def _roll(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    x, shifts, *rest = node.args
+    x, shifts, *rest = _arguments(node)
     if not rest or not rest[0]:
         return None
-    pieces = sums[x]  # type: ignore[index]
-    for shift, axis in zip(shifts, rest[0], strict=True):  # type: ignore[arg-type]
-        dim = _dimension(axis, x.meta["val"].ndim)  # type: ignore[arg-type, union-attr]
-        n = x.meta["val"].shape[dim]  # type: ignore[union-attr]
-        by = shift % n  # type: ignore[operator]
-        low = tuple(p.move(dim, by) for p in _map(pieces, lambda p, d=dim, e=n - by: p.restrict(d, 0, e)))  # type: ignore[misc]
-        high = tuple(p.move(dim, by - n) for p in _map(pieces, lambda p, d=dim, s=n - by, e=n: p.restrict(d, s, e)))  # type: ignore[misc]
+    pieces = sums[x]
+    for shift, axis in zip(shifts, rest[0], strict=True):
+        dim = _dimension(axis, x.meta["val"].ndim)
+        n = x.meta["val"].shape[dim]
+        by = shift % n
+        low = tuple(p.move(dim, by) for p in _map(pieces, lambda p, d=dim, e=n - by: p.restrict(d, 0, e)))
+        high = tuple(p.move(dim, by - n) for p in _map(pieces, lambda p, d=dim, s=n - by, e=n: p.restrict(d, s, e)))
         pieces = (*low, *high)
     return pieces
 
@@ -308,15 +310,15 @@ def _alike(node: fx.Node, *operands: Any) -> bool:
 
 
 def _add(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    a, b = node.args[:2]
+    a, b, *_ = _arguments(node)
     if node.kwargs or not _alike(node, a, b):
         return None
     factor = -1 if node.target is aten.sub.Tensor else 1
-    return (*sums[a], *(replace(p, factor=factor * p.factor) for p in sums[b]))  # type: ignore[index]
+    return (*sums[a], *(replace(p, factor=factor * p.factor) for p in sums[b]))
 
 
 def _neg(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    return tuple(replace(p, factor=-p.factor) for p in sums[node.args[0]])  # type: ignore[index]
+    return tuple(replace(p, factor=-p.factor) for p in sums[_arguments(node)[0]])
 
 
 def _zeros(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ VJP = Callable[[Function, Tensors, Tensors], Tensors]
 
 def vjp_by_func(function: Function, primals: Tensors, cotangents: Tensors) -> Tensors:
     """Return ``J(primals)ᴴ cotangents`` by ``torch.func.vjp``."""
-    outputs, pull_back = torch.func.vjp(lambda *leaves: function(leaves), *primals)
+    result: tuple[Any, ...] = torch.func.vjp(lambda *leaves: function(leaves), *primals)
+    outputs, pull_back = result
     return tuple(pull_back(_like(cotangents, outputs)))
 
 
@@ -38,9 +40,7 @@ def vjp_by_grad(function: Function, primals: Tensors, cotangents: Tensors) -> Te
         create_graph=torch.is_grad_enabled(),
         allow_unused=True,
     )
-    return tuple(
-        torch.zeros_like(p) if g is None else g for g, p in zip(gradients, primals, strict=True)
-    )
+    return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, primals, strict=True))
 
 
 def _like(cotangents: Tensors, outputs: Tensors) -> Tensors:

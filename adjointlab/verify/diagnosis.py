@@ -6,14 +6,13 @@ that can be *repaired* are: B is the adjoint if ``α T(B)`` passes the dot test.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from adjointlab.reporting import Grid
-from adjointlab.rounding import dot_gap
+from adjointlab.rounding import dot_gap, norm
 from adjointlab.verify.dot_test import BrokenError, DotTest, Side, Tensors, impulse
 from adjointlab.verify.evidence import Evidence, Guess
 from adjointlab.verify.mistakes import MISTAKES, entrywise
@@ -91,29 +90,29 @@ def _not_linear(side: Side, generator: torch.Generator) -> str:
     """Return how a function fails to be a linear map at all, or an empty string."""
     y = side.space.leaves(side.space.randn(generator))
     at_y, again = side(y), side(y)
-    size = _norm(at_y)
+    size = norm(at_y)
     tolerance = 64 * side.codomain.eps * size
     name = side.name
-    if _norm(tuple(a - b for a, b in zip(at_y, again, strict=True))) > tolerance:
+    if norm(tuple(a - b for a, b in zip(at_y, again, strict=True))) > tolerance:
         return f"{name} is not deterministic: two equal calls differ (dropout, random numbers, state)"
-    offset = _norm(side(tuple(torch.zeros_like(t) for t in y)))
+    offset = norm(side(tuple(torch.zeros_like(t) for t in y)))
     if offset > tolerance or (size == 0.0 and offset > 0.0):
         return f"{name} is not linear: it maps 0 to something of norm {offset:.3g} (an offset, a bias)"
     for factor in (-1.0, 4.0):
         image = side(tuple(factor * t for t in y))
-        gap = _norm(tuple(a - factor * b for a, b in zip(image, at_y, strict=True)))
+        gap = norm(tuple(a - factor * b for a, b in zip(image, at_y, strict=True)))
         if gap > max(1.0, abs(factor)) * max(tolerance, 0.02 * size):
             return f"{name} is not linear: its image of {factor:g} y is not {factor:g} times that of y"
     return ""
 
 
-def _norm(leaves: Tensors) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(t.to(torch.complex128))) for t in leaves))
-
-
 # -- without a reference ---------------------------------------------------------------------------------------------
 
 Repair = Callable[[Side, Tensors], Tensors]
+
+
+def _plain(back: Side, y: Tensors) -> Tensors:
+    return back(y)
 
 
 def _conjugated(back: Side, y: Tensors) -> Tensors:
@@ -122,8 +121,10 @@ def _conjugated(back: Side, y: Tensors) -> Tensors:
 
 def _by_repair(test: DotTest, generator: torch.Generator) -> str:
     """Return the factor or conjugation that makes the dot test pass, in words, or an empty string."""
-    repairs: list[tuple[str, Repair]] = [("", lambda back, y: back(y)), ("conjugate missing", _conjugated)]
-    for words, repair in repairs if test.domain.is_complex and test.codomain.is_complex else repairs[:1]:
+    repairs: list[tuple[str, Repair, bool]] = [("", _plain, False)]
+    if test.domain.is_complex and test.codomain.is_complex:
+        repairs += [("conjugate missing", _conjugated, False), ("", _plain, test.exact)]
+    for words, repair, complex_factor in repairs:
         draws = []
         for _ in range(4):
             x, y = (space.leaves(space.randn(generator)) for space in (test.domain, test.codomain))
@@ -138,9 +139,11 @@ def _by_repair(test: DotTest, generator: torch.Generator) -> str:
         if power == 0.0:
             return ""
         alpha = sum(u.conjugate() * v for u, v in zip(left, right, strict=True)) / power
-        if abs(alpha) < 1e-12:
+        if alpha == 0.0:
             return "Aᴴ is zero"
-        scale = alpha if test.domain.is_complex and test.exact else alpha.real
+        scale = alpha if complex_factor else alpha.real
+        if scale == 0.0:
+            continue
         scaled = [(x, at_x, y, tuple((t / scale).to(t.dtype) for t in at_y)) for x, at_x, y, at_y in draws]
         spaces = (test.domain, test.codomain)
         gaps = [dot_gap(*spaces, *draw, exact=test.exact) for draw in scaled]
@@ -161,7 +164,7 @@ def _figure(evidence: Evidence) -> Figure:
         for index in dict.fromkeys([tuple(s // 2 for s in spec.shape), tuple(0 for _ in spec.shape)]):
             e = impulse(space, number, index)
             got, right = adjoint(e), reference(e)
-            gap = _norm(tuple(a - b for a, b in zip(got, right, strict=True)))
+            gap = norm(tuple(a - b for a, b in zip(got, right, strict=True)))
             if best is None or gap > best[0]:
                 best = (gap, f"impulse at {index}", got, right)
     if best is None or best[0] == 0.0:  # a mistake that only shows elsewhere

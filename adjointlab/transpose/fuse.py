@@ -1,0 +1,49 @@
+"""One graph for the gradient of a least-squares objective: ``(x, y, w) ↦ (f(x) − y, f'ᴴ w ⊙ (f(x) − y))``."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from adjointlab.transpose.trace import Graph
+
+aten = torch.ops.aten
+
+
+def residual_and_gradient(forward: Graph, adjoint: Graph, *, weighted: bool) -> Graph:
+    """Return the graph ``(*state, *x, *y[, *w]) → (*residual, *gradient)`` from those of ``f`` and ``f'ᴴ``."""
+    graph = fx.Graph()
+    copies = {node: graph.node_copy(node) for node in forward.placeholders}
+    twins = dict(zip(adjoint.placeholders, forward.placeholders[: len(forward.state)], strict=False))
+    outputs = forward.outputs
+
+    def inputs(name: str) -> list[fx.Node]:
+        nodes = []
+        for index, out in enumerate(outputs):
+            node = graph.placeholder(f"{name}_{index}")
+            node.meta["val"] = out.meta["val"]
+            nodes.append(node)
+        return nodes
+
+    data = inputs("y")
+    weights = inputs("w") if weighted else None
+    for node in forward.module.graph.nodes:
+        if node.op == "call_function":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+
+    def combine(op: object, a: fx.Node, b: fx.Node) -> fx.Node:
+        node = graph.call_function(op, (a, b))  # type: ignore[arg-type]
+        node.meta["val"] = a.meta["val"]
+        return node
+
+    residual = [combine(aten.sub.Tensor, copies[out], y) for out, y in zip(outputs, data, strict=True)]
+    cotangents = residual
+    if weights is not None:
+        cotangents = [combine(aten.mul.Tensor, w, r) for w, r in zip(weights, residual, strict=True)]
+    back: dict[fx.Node, fx.Node] = {node: copies[twin] for node, twin in twins.items()}
+    back.update(zip(adjoint.inputs, cotangents, strict=True))
+    for node in adjoint.module.graph.nodes:
+        if node.op == "call_function":
+            back[node] = graph.node_copy(node, back.__getitem__)
+    graph.output((*residual, *[back[out] for out in adjoint.outputs]))
+    return Graph(fx.GraphModule(forward.module, graph), forward.state, forward.baked)

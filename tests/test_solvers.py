@@ -1,0 +1,541 @@
+"""Solvers: against SciPy and dense algebra, over batches and pytrees, at breakdown, differentiated, and in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import scipy.sparse.linalg as sp
+import torch
+from laws import norm
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import adjointlab as al
+from adjointlab.adapters.scipy import to_scipy
+
+DTYPES = [torch.float64, torch.complex128, torch.float32]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+LEAST_SQUARES: dict[str, Callable[..., al.solvers.Solution]] = {
+    "cgls": lambda A, y, tol=1e-12, **o: al.solvers.cgls(A, y, tol=tol, **o),
+    "lsmr": lambda A, y, tol=1e-12, **o: al.solvers.lsmr(A, y, atol=tol, btol=tol, **o),
+}
+every_solver = pytest.mark.parametrize("solve", LEAST_SQUARES.values(), ids=LEAST_SQUARES)
+
+
+def dense(m: int, n: int, dtype: torch.dtype = torch.float64) -> tuple[al.LinearOperator, Tensor]:
+    matrix = torch.randn(m, n, dtype=dtype)
+    return al.linear_operator(lambda x: matrix @ x, torch.zeros(n, dtype=dtype)), matrix
+
+
+def positive(n: int, dtype: torch.dtype = torch.float64) -> tuple[al.LinearOperator, Tensor]:
+    root = torch.randn(n, n, dtype=dtype)
+    matrix = root @ root.mH / n + torch.eye(n)
+    return al.linear_operator(lambda x: matrix @ x, torch.zeros(n, dtype=dtype)), matrix
+
+
+def close(found: Tensor, expected: Tensor, matrix: Tensor, tol: float = 1e-12, power: int = 2) -> bool:
+    """Return whether an error is what a tolerance and rounding explain: `κ^power (tol + 16 eps)` of the norm."""
+    expected = expected.to(found.dtype)
+    condition = float(torch.linalg.cond(matrix))
+    bound = condition**power * (tol + 16 * torch.finfo(found.dtype).eps) * norm(expected)
+    return norm(found - expected) <= bound
+
+
+def minimiser(matrix: Tensor, y: Tensor, damp: float = 0.0, weight: Tensor | None = None) -> Tensor:
+    matrix, y = matrix.to(torch.promote_types(matrix.dtype, torch.float64)), y.to(torch.promote_types(y.dtype, torch.float64))
+    w = torch.ones(len(y), dtype=torch.float64) if weight is None else weight
+    normal = matrix.mH @ (w[:, None] * matrix) + damp**2 * torch.eye(matrix.shape[1], dtype=torch.float64)
+    return torch.linalg.solve(normal, matrix.mH @ (w * y))
+
+
+# ------------------------------------------------------------------------------------------------------ right solutions
+
+
+@every_dtype
+def test_cg_solves_a_positive_system(dtype: torch.dtype) -> None:
+    A, matrix = positive(12, dtype)
+    b = torch.randn(12, dtype=dtype)
+    solution = al.solvers.cg(A, b, tol=1e-12)
+    assert solution.converged
+    assert close(solution.x, torch.linalg.solve(matrix, b), matrix, power=1)
+
+
+@every_dtype
+@every_solver
+@pytest.mark.parametrize("damp", [0.0, 0.7])
+def test_least_squares_solution(solve: Any, dtype: torch.dtype, damp: float) -> None:
+    A, matrix = dense(14, 9, dtype)
+    y = torch.randn(14, dtype=dtype)
+    solution = solve(A, y, damp=damp)
+    assert solution.converged
+    assert close(solution.x, minimiser(matrix, y, damp), matrix)
+
+
+@every_solver
+@pytest.mark.parametrize("damp", [0.0, 0.7])
+def test_warm_start_leads_to_the_same_minimiser(solve: Any, damp: float) -> None:
+    A, matrix = dense(14, 9, torch.complex128)
+    y, x0 = torch.randn(14, dtype=torch.complex128), torch.randn(9, dtype=torch.complex128)
+    kept = x0.clone()
+    solution = solve(A, y, damp=damp, x0=x0)
+    assert close(solution.x, minimiser(matrix, y, damp), matrix)
+    assert torch.equal(x0, kept)
+
+
+def test_warm_start_at_the_solution_takes_no_step() -> None:
+    A, matrix = positive(6)
+    x = torch.randn(6, dtype=torch.float64)
+    assert al.solvers.cg(A, matrix @ x, x0=x).iterations == 0
+    assert al.solvers.cgls(A, matrix @ x, x0=x).iterations == 0
+
+
+@every_solver
+@pytest.mark.parametrize("damp", [0.0, 0.7])
+def test_weights(solve: Any, damp: float) -> None:
+    A, matrix = dense(14, 9, torch.complex128)
+    y, w = torch.randn(14, dtype=torch.complex128), torch.rand(14, dtype=torch.float64)
+    w[3] = 0
+    expected = minimiser(matrix, y, damp, w)
+    x0 = torch.randn(9, dtype=torch.complex128)
+    for weight, start in ((w, None), (al.diagonal(w.to(torch.complex128)), None), (w, x0)):
+        assert close(solve(A, y, damp=damp, weight=weight, x0=start).x, expected, w.sqrt()[:, None] * matrix)
+
+
+@every_solver
+def test_least_norm_solution_of_an_underdetermined_system(solve: Any) -> None:
+    A, matrix = dense(5, 9)
+    y = torch.randn(5, dtype=torch.float64)
+    assert close(solve(A, y).x, torch.linalg.pinv(matrix) @ y, matrix)
+
+
+@every_solver
+def test_affine_operators_lose_their_offset(solve: Any) -> None:
+    layer = nn.Linear(4, 7, dtype=torch.float64).requires_grad_(False)
+    f = al.affine_operator(layer, torch.zeros(4, dtype=torch.float64))
+    x = torch.randn(4, dtype=torch.float64)
+    assert close(solve(f, layer(x)).x, x, layer.weight)
+
+
+@every_solver
+def test_pytrees_of_real_and_complex_leaves(solve: Any) -> None:
+    w = torch.randn(6, 3, dtype=torch.complex128)
+    A = al.linear_operator(
+        lambda d: (w @ d["z"] + d["t"].sum(), 2 * d["t"]),
+        {"z": torch.zeros(3, dtype=torch.complex128), "t": torch.zeros(2, dtype=torch.float64)},
+    )
+    x = A.domain.randn(torch.Generator().manual_seed(1))
+    found = solve(A, A(x)).x
+    assert close(A.domain.vector(found), A.domain.vector(x), al.to_dense(A, real=True))
+
+
+@every_solver
+def test_real_linear_operators(solve: Any) -> None:
+    A = al.linear_operator(torch.fft.rfft, torch.zeros(8, dtype=torch.float64))
+    x = torch.randn(8, dtype=torch.float64)
+    assert close(solve(A, A(x)).x, x, al.to_dense(A, real=True))
+
+
+@pytest.mark.parametrize("damp", [0.0, 0.5])
+def test_lsmr_is_the_one_of_scipy(damp: float) -> None:
+    A, _ = dense(30, 20, torch.complex128)
+    y = torch.randn(30, dtype=torch.complex128)
+    for steps in (1, 3, 7):
+        theirs = sp.lsmr(to_scipy(A), y.numpy(), damp=damp, maxiter=steps, atol=0, btol=0, conlim=0)
+        ours = al.solvers.lsmr(A, y, damp=damp, maxiter=steps, atol=0, btol=0, conlim=0)
+        assert norm(ours.x - torch.from_numpy(theirs[0])) <= 1e3 * A.domain.eps * norm(ours.x)
+        assert math.isclose(ours.residual_norms[-1], theirs[3], rel_tol=1e3 * A.domain.eps)
+        assert (ours.converged, ours.iterations) == (False, steps)
+
+
+def test_cg_is_the_one_of_scipy() -> None:
+    A, _ = positive(20)
+    b = torch.randn(20, dtype=torch.float64)
+    for steps in (1, 3, 7):
+        theirs, _ = sp.cg(to_scipy(A), b.numpy(), maxiter=steps, rtol=0)
+        assert norm(al.solvers.cg(A, b, maxiter=steps, tol=0).x - torch.from_numpy(theirs)) <= 1e3 * A.domain.eps * norm(b)
+
+
+@every_solver
+def test_lsmr_and_cgls_stop_where_scipy_does(solve: Any) -> None:
+    A, _ = dense(60, 30)
+    y = torch.randn(60, dtype=torch.float64)
+    theirs = sp.lsmr(to_scipy(A), y.numpy(), atol=1e-6, btol=1e-6)
+    assert abs(solve(A, y, tol=1e-6).iterations - theirs[2]) <= 8
+
+
+@every_solver
+@pytest.mark.parametrize("damp", [0.0, 0.5])
+def test_residual_norms_are_those_of_the_iterates(solve: Any, damp: float) -> None:
+    A, matrix = dense(14, 9)
+    y = torch.randn(14, dtype=torch.float64)
+    iterates: list[Tensor] = [torch.zeros(9, dtype=torch.float64)]
+    solution = solve(A, y, damp=damp, callback=iterates.append)
+    assert solution.residual_norms.shape == (solution.iterations + 1,)
+    for x, found in zip(iterates, solution.residual_norms, strict=True):
+        expected = math.hypot(norm(y - matrix @ x), damp * norm(x))
+        assert abs(expected - float(found)) <= 1e3 * A.domain.eps * norm(y)
+
+
+# --------------------------------------------------------------------------------------------------------------- batches
+
+
+def batch(n: int = 6) -> tuple[al.LinearOperator, Tensor]:
+    """Return an operator of four problems of very different condition."""
+    matrices = torch.stack([torch.eye(n) + s * torch.randn(n, n) for s in (0, 1e-3, 0.1, 0.4)]).double()
+    domain = torch.zeros(4, n, dtype=torch.float64)
+    return al.linear_operator(lambda x: (matrices @ x[..., None])[..., 0], domain, batch_dims=1), matrices
+
+
+@every_solver
+def test_every_problem_of_a_batch_stops_by_itself(solve: Any) -> None:
+    A, matrices = batch()
+    y = torch.randn(4, 6, dtype=torch.float64)
+    together = solve(A, y, tol=1e-8)
+    assert together.converged.tolist() == [True] * 4
+    for i, matrix in enumerate(matrices):
+        alone = solve(al.linear_operator(lambda x, m=matrix: m @ x, torch.zeros(6, dtype=torch.float64)), y[i], tol=1e-8)
+        assert int(together.iterations[i]) == alone.iterations
+        assert norm(together.x[i] - alone.x) <= 1e4 * A.domain.eps * norm(alone.x)
+        own = together.residual_norms[:, i]
+        assert torch.equal(own[alone.iterations :], own[alone.iterations].expand(len(own) - alone.iterations))
+    assert together.residual_norms.shape == (int(together.iterations.max()) + 1, 4)
+    assert together.iterations[0] < together.iterations[3]
+
+
+def test_cg_over_a_batch_of_another_size() -> None:
+    A = al.linear_operator(lambda x: 2 * x, torch.zeros(1, 5), batch_dims=1)
+    solution = al.solvers.cg(A, torch.ones(3, 5))
+    assert torch.equal(solution.x, torch.full((3, 5), 0.5))
+    assert solution.converged.shape == (3,)
+
+
+@every_solver
+def test_one_bad_problem_leaves_the_others_alone(solve: Any) -> None:
+    A, matrices = batch()
+    y = torch.randn(4, 6, dtype=torch.float64)
+    y[1, 2] = math.nan
+    y[2] = 0
+    solution = solve(A, y, tol=1e-10)
+    assert solution.converged.tolist() == [True, False, True, True]
+    assert torch.isfinite(solution.x).all()
+    assert norm(solution.x[2]) == 0
+    assert close(solution.x[3], torch.linalg.solve(matrices[3], y[3]), matrices[3], 1e-10)
+    assert "1 of 4 problems: NaN" in solution.reason
+
+
+# ------------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_cg_reports_an_indefinite_operator() -> None:
+    A = al.diagonal(torch.tensor([1.0, -1.0]))
+    solution = al.solvers.cg(A, torch.ones(2))
+    assert not solution.converged
+    assert "not positive definite" in solution.reason
+    assert torch.isfinite(solution.x).all()
+
+
+@every_solver
+def test_nan_in_the_data_is_reported(solve: Any) -> None:
+    solution = solve(al.identity((3,)), torch.tensor([1.0, math.nan, 0.0]))
+    assert (solution.converged, solution.iterations) == (False, 0)
+    assert solution.reason.startswith("NaN")
+    assert torch.equal(solution.x, torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", ["cg", "cgls", "lsmr"])
+@pytest.mark.parametrize("when", [1, 4])
+def test_nan_from_the_operator_is_reported(name: str, when: int) -> None:
+    calls = []
+    matrix = torch.diag(torch.arange(1.0, 9.0))
+
+    def forward(x: Tensor) -> Tensor:
+        calls.append(1)
+        return matrix @ x * (math.nan if len(calls) >= when else 1)
+
+    A = al.LinearOperator(forward, lambda y: matrix @ y, al.Space.of((8,)), al.Space.of((8,)))
+    with torch.no_grad():
+        solution = getattr(al.solvers, name)(A, torch.ones(8))
+    assert not solution.converged
+    assert solution.reason.startswith("NaN")
+    assert torch.isfinite(solution.x).all()
+
+
+@every_solver
+def test_a_wrong_adjoint_does_not_loop_forever(solve: Any) -> None:
+    A, matrix = dense(9, 9)
+    wrong = al.LinearOperator(A, lambda y: -(matrix @ y), A.domain, A.codomain)
+    solution = solve(wrong, torch.randn(9, dtype=torch.float64))
+    assert torch.isfinite(solution.x).all()
+
+
+@pytest.mark.parametrize("name", ["cg", "cgls", "lsmr"])
+def test_zero_operator_and_zero_data(name: str) -> None:
+    solve = getattr(al.solvers, name)
+    identity = al.identity((3,))
+    nothing = solve(identity, torch.zeros(3))
+    assert (nothing.converged, nothing.iterations) == (True, 0)
+    assert torch.isfinite(solve(0 * identity, torch.ones(3)).x).all()
+
+
+@pytest.mark.parametrize("name", ["cg", "cgls", "lsmr"])
+def test_running_out_of_steps_is_reported(name: str) -> None:
+    A, _ = positive(20)
+    solution = getattr(al.solvers, name)(A, torch.randn(20, dtype=torch.float64), maxiter=2)
+    assert (solution.converged, solution.iterations) == (False, 2)
+    assert "maxiter" in solution.reason
+    assert getattr(al.solvers, name)(A, torch.ones(20, dtype=torch.float64), maxiter=0).iterations == 0
+
+
+def test_lsmr_reports_ill_conditioning() -> None:
+    d = torch.logspace(0, -12, 12, dtype=torch.float64)
+    solution = al.solvers.lsmr(al.diagonal(d), torch.ones(12, dtype=torch.float64), atol=1e-14, btol=1e-14, conlim=1e4)
+    assert not solution.converged
+    assert "conlim" in solution.reason
+
+
+@pytest.mark.parametrize("name", ["cg", "cgls", "lsmr"])
+def test_unreachable_tolerances_stop_at_the_precision(name: str) -> None:
+    A, _ = positive(20, torch.float32)
+    tolerance = {"atol": 0, "btol": 0, "conlim": 0} if name == "lsmr" else {"tol": 0}
+    solution = getattr(al.solvers, name)(A, torch.randn(20), **tolerance)
+    assert solution.converged
+    assert "precision" in solution.reason
+    assert solution.iterations < 200
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-16, 1e15])
+@pytest.mark.parametrize("name", ["cg", "cgls", "lsmr"])
+def test_solutions_scale_with_the_data(name: str, scale: float) -> None:
+    A, matrix = positive(5000 // 500, torch.float32)
+    b = torch.randn(10)
+    solution = getattr(al.solvers, name)(A, scale * b)
+    assert solution.converged
+    assert close(solution.x / scale, torch.linalg.solve(matrix, b), matrix, 1e-6)
+
+
+def test_callback_sees_copies_and_may_stop() -> None:
+    A, _ = positive(20)
+    seen: list[Tensor] = []
+
+    def callback(x: Tensor) -> bool:
+        seen.append(x)
+        return len(seen) == 3
+
+    solution = al.solvers.cg(A, torch.randn(20, dtype=torch.float64), callback=callback)
+    assert (solution.iterations, solution.reason) == (3, "stopped by the callback")
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[2], solution.x)
+
+
+@pytest.mark.parametrize("name", ["cg", "cgls", "lsmr"])
+def test_progress_bar(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    A, _ = positive(6)
+    getattr(al.solvers, name)(A, torch.ones(6, dtype=torch.float64), progress=True)
+    assert name in capsys.readouterr().err
+
+
+def test_solution_is_frozen() -> None:
+    solution = al.solvers.cg(al.identity((2,)), torch.ones(2))
+    with pytest.raises(dataclasses.FrozenInstanceError, match="converged"):
+        solution.converged = False  # type: ignore[misc]
+
+
+def test_what_is_refused() -> None:
+    A, _ = dense(5, 4)
+    y = torch.ones(5, dtype=torch.float64)
+    with pytest.raises(al.SpaceMismatchError, match="cgls or lsmr"):
+        al.solvers.cg(A, y)
+    with pytest.raises(al.SpaceMismatchError, match="y to be an element"):
+        al.solvers.cgls(A, torch.ones(4, dtype=torch.float64))
+    with pytest.raises(al.SpaceMismatchError, match="x0 to be an element"):
+        al.solvers.cgls(A, y, x0=y)
+    with pytest.raises(al.SpaceMismatchError, match="linear_operator"):
+        al.solvers.lsmr(nn.Linear(4, 5), y)  # type: ignore[arg-type]
+    with pytest.raises(al.SpaceMismatchError, match="weight"):
+        al.solvers.lsmr(A, y, weight=-y)
+    for option in ({"tol": -1.0}, {"damp": math.nan}, {"maxiter": -1}, {"maxiter": 1.5}):
+        with pytest.raises(ValueError, match=f"expected {next(iter(option))}"):
+            al.solvers.cgls(A, y, **option)  # type: ignore[arg-type]
+    B, _ = batch()
+    with pytest.raises(al.SpaceMismatchError, match="x0 of the batch sizes"):
+        al.solvers.cgls(B, torch.ones(4, 6).double(), x0=torch.ones(3, 6).double())
+
+
+# ----------------------------------------------------------------------------------------------------------- derivatives
+
+
+def gradcheck(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    assert torch.autograd.gradcheck(function, tuple(t.detach().requires_grad_() for t in inputs), fast_mode=True)
+
+
+class Kernel(nn.Module):
+    """`x ↦ (w ⊙ w) x`: nonlinear in its parameter, so that a derivative at the wrong place would show."""
+
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.w = w
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.w * self.w) @ x
+
+
+@every_solver
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)], ids=["tall", "wide", "square"])
+@pytest.mark.parametrize("damp", [0.0, 0.5])
+def test_gradients_of_least_squares(solve: Any, dtype: torch.dtype, shape: tuple[int, int], damp: float) -> None:
+    w, y = torch.randn(shape, dtype=dtype), torch.randn(shape[0], dtype=dtype)
+    A = al.linear_operator(Kernel(w), torch.zeros(shape[1], dtype=dtype))
+
+    def solution(y: Tensor, w: Tensor) -> Tensor:
+        A.module.w = w
+        return solve(A, y, tol=1e-13, damp=damp, maxiter=200).x
+
+    gradcheck(solution, y, w)
+
+
+@every_solver
+def test_gradients_of_weights_and_offsets(solve: Any) -> None:
+    layer = nn.Linear(3, 6, dtype=torch.float64)
+    f = al.affine_operator(layer, torch.zeros(3, dtype=torch.float64))
+    y, w = torch.randn(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64) + 0.5
+    bias = layer.bias.detach().clone()
+
+    def solution(y: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+        del layer.bias
+        layer.bias = bias
+        return solve(f, y, weight=w, maxiter=100).x
+
+    gradcheck(solution, y, w, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
+def test_gradients_of_cg(dtype: torch.dtype) -> None:
+    w, b = torch.randn(5, 5, dtype=dtype), torch.randn(5, dtype=dtype)
+    A = al.linear_operator(Kernel(w), torch.zeros(5, dtype=dtype))
+    shifted = A.gram + al.identity(A.domain)
+
+    def solution(b: Tensor, w: Tensor) -> Tensor:
+        A.module.w = w
+        return al.solvers.cg(shifted, b, tol=1e-13, maxiter=100).x
+
+    gradcheck(solution, b, w)
+
+
+def test_gradients_over_a_batch() -> None:
+    w, y = torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    A = al.linear_operator(lambda x: x @ w.T, torch.zeros(2, 4, dtype=torch.float64), batch_dims=1)
+    gradcheck(lambda y: al.solvers.cgls(A, y, tol=1e-13).x, y)
+
+
+def test_a_backward_pass_solves_once() -> None:
+    calls = {"forward": 0, "adjoint": 0}
+    matrix = torch.randn(8, 5, dtype=torch.float64)
+
+    def counted(name: str, m: Tensor) -> Callable[[Tensor], Tensor]:
+        def apply(x: Tensor) -> Tensor:
+            calls[name] += 1
+            return m @ x
+
+        return apply
+
+    A = al.LinearOperator(
+        counted("forward", matrix), counted("adjoint", matrix.T), *(al.Space.of(torch.zeros(n).double()) for n in (5, 8))
+    )
+    y = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    x = al.solvers.cgls(A, y).x
+    before = dict(calls)
+    x.sum().backward()
+    assert calls["forward"] - before["forward"] <= 8
+    assert y.grad is not None
+
+
+def test_gradient_of_a_singular_problem_warns_for_parameters() -> None:
+    w = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+    A = al.linear_operator(lambda x: w @ x, torch.zeros(3, dtype=torch.float64))
+    y = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    x = al.solvers.cgls(A, y).x
+    v = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="many solutions"):
+        (found,) = torch.autograd.grad(x @ v, y)
+    assert norm(found - torch.linalg.pinv(w.detach()).T @ v) <= 1e-6
+
+
+def test_second_derivatives_are_refused() -> None:
+    A, _ = dense(5, 4)
+    y = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(al.solvers.cgls(A, y).x.square().sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        first.sum().backward()
+
+
+def test_nothing_is_differentiated_without_need() -> None:
+    A, _ = dense(5, 4)
+    y = torch.randn(5, dtype=torch.float64)
+    assert not al.solvers.cgls(A, y).x.requires_grad
+    with torch.no_grad():
+        assert not al.solvers.cgls(A, y.requires_grad_()).x.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------------- memory
+
+
+class Peak(TorchDispatchMode):
+    """The largest number of vectors of each length that were alive at once, counted by their storages."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.now, self.most = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
+        self.seen: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        size = storage.nbytes() // 8
+        key = storage._cdata
+        if size in self.now and key not in self.seen:
+            self.now[size] += 1
+            self.most[size] = max(self.most[size], self.now[size])
+            self.seen[key] = weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        del self.seen[key]
+        self.now[size] -= 1
+
+
+@pytest.mark.parametrize("options", [{}, {"damp": 0.5}, {"weight": True}, {"x0": True}, {"x0": True, "damp": 0.5}], ids=str)
+@pytest.mark.parametrize("name", ["cgls", "lsmr"])
+def test_memory_of_least_squares(name: str, options: dict[str, Any]) -> None:
+    m, n = 7000, 5000
+    A = al.LinearOperator(
+        lambda x: torch.cat([x, x[:2000]]), lambda y: y[:n] + 0, *(al.Space.of(torch.zeros(k).double()) for k in (n, m))
+    )
+    y = torch.randn(m, dtype=torch.float64)
+    if "weight" in options:
+        options = {**options, "weight": torch.rand(m, dtype=torch.float64)}
+    if "x0" in options:
+        options = {**options, "x0": torch.randn(n, dtype=torch.float64)}
+    with torch.no_grad(), Peak(m, n) as peak:
+        getattr(al.solvers, name)(A, y, maxiter=4, **options)
+    assert 2 <= peak.most[n] <= 6
+    assert 1 <= peak.most[m] <= 3
+
+
+def test_memory_of_cg() -> None:
+    space = al.Space.of(torch.zeros(5000).double())
+    A = al.LinearOperator(lambda x: 2 * x, lambda x: 2 * x, space, space)
+    with torch.no_grad(), Peak(5000) as peak:
+        al.solvers.cg(A, torch.randn(5000, dtype=torch.float64), maxiter=4)
+    assert 3 <= peak.most[5000] <= 5
