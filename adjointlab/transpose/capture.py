@@ -162,7 +162,7 @@ class _Walk:
         for path, part in module.named_modules(prefix=name):
             self._seen[id(part)] = part
             for tensors in (part._parameters, part._buffers):
-                self.namespaces.append(tensors)  # type: ignore[arg-type]
+                self.namespaces.append(tensors)
                 for key, tensor in tensors.items():
                     if tensor is not None:
                         self.visit(tensor, tensors, key, f"{path}.{key}".lstrip("."))

@@ -125,7 +125,8 @@ def spectrum(weight: Tensor, site: Site) -> Tensor:
         transform = torch.fft.fftn(placed if site.transposed else placed.conj(), dim=axes)
     else:
         transform = torch.fft.rfftn(placed, dim=axes)
-    return transform if site.transposed else transform.conj().resolve_conj()
+    result: Tensor = transform if site.transposed else transform.conj().resolve_conj()
+    return result
 
 
 def fft(x: Tensor, transform: Tensor, bias: Tensor | None, site: Site) -> Tensor:
@@ -143,7 +144,7 @@ def fft(x: Tensor, transform: Tensor, bias: Tensor | None, site: Site) -> Tensor
         product = source.reshape(batch, g, 1, *frequencies) * transform[:, :, 0]
     else:
         product = (source.reshape(batch, g, 1, -1, *frequencies) * transform).sum(3)
-    y = backward(product.reshape(batch, -1, *frequencies), s=size, dim=dims)
+    y: Tensor = backward(product.reshape(batch, -1, *frequencies), s=size, dim=dims)
     steps = [1] * len(dims) if site.transposed else site.stride
     wanted = [slice(0, (n - 1) * s + 1, s) for n, s in zip(site.output_shape[1:], steps, strict=True)]
     inside: Any = (..., *wanted)

@@ -141,7 +141,7 @@ def _demanded(graph: Graph) -> set[fx.Node]:
         skipped = _shape_only(node)
         values = [arg for position, arg in enumerate(node.args) if position not in skipped]
         read: list[fx.Node] = []
-        fx.map_arg((values, node.kwargs), read.append)  # type: ignore[arg-type]
+        fx.map_arg((values, node.kwargs), read.append)
         pending.extend(read)
     return found
 

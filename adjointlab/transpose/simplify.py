@@ -208,7 +208,7 @@ def _slice(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
     bounds = _bounds(start, stop, step, shape[dim])
     if bounds is None:
         return None
-    return tuple(p.move(dim, -bounds[0]) for p in _map(sums[x], lambda p: p.restrict(dim, *bounds)))
+    return tuple(p.move(dim, -bounds[0]) for p in _within(sums[x], dim, *bounds))
 
 
 def _select(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
@@ -229,6 +229,11 @@ def _select_backward(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
     v, shape, dim, index = _arguments(node)
     dim = _dimension(dim, len(shape))
     return tuple(p.insert(dim, index % shape[dim]) for p in sums[v])
+
+
+def _within(pieces: Sum, dim: int, start: int, stop: int) -> Sum:
+    """Return what is left of pieces inside ``start:stop``."""
+    return _map(pieces, lambda p: p.restrict(dim, start, stop))
 
 
 def _cut(pieces: Sum, dim: int, start: int, stop: int) -> Sum:
@@ -269,7 +274,7 @@ def _pad(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
         dim, before = rank - 1 - i, pads[2 * i]
         size = node.meta["val"].shape[dim]
         moved = tuple(p.move(dim, before) for p in pieces)
-        pieces = _map(moved, lambda p, d=dim, n=size: p.restrict(d, 0, n))
+        pieces = _within(moved, dim, 0, size)
     return pieces
 
 
@@ -295,8 +300,8 @@ def _roll(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
         dim = _dimension(axis, x.meta["val"].ndim)
         n = x.meta["val"].shape[dim]
         by = shift % n
-        low = tuple(p.move(dim, by) for p in _map(pieces, lambda p, d=dim, e=n - by: p.restrict(d, 0, e)))
-        high = tuple(p.move(dim, by - n) for p in _map(pieces, lambda p, d=dim, s=n - by, e=n: p.restrict(d, s, e)))
+        low = tuple(p.move(dim, by) for p in _within(pieces, dim, 0, n - by))
+        high = tuple(p.move(dim, by - n) for p in _within(pieces, dim, n - by, n))
         pieces = (*low, *high)
     return pieces
 

@@ -59,7 +59,7 @@ class Graph:
     @property
     def outputs(self) -> list[fx.Node]:
         """Return the output values, as nodes."""
-        return list(next(iter(reversed(self.module.graph.nodes))).args[0])  # type: ignore[arg-type]
+        return list(next(iter(reversed(self.module.graph.nodes))).args[0])
 
 
 class _Values(TorchDispatchMode):
@@ -118,9 +118,7 @@ class _Values(TorchDispatchMode):
             return values[node]
         if is_mutable(node.target):
             raise UntraceableError(f"a number is read from a tensor that {op_name(node.target)} changed in place")
-        args, kwargs = fx.map_arg(  # type: ignore[misc]
-            (node.args, node.kwargs), lambda arg: self._evaluate(arg, tracer, values, reader)
-        )
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: self._evaluate(arg, tracer, values, reader))
         with _disable_current_modes(), torch.no_grad():
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return values[node]
@@ -346,7 +344,7 @@ def _normalise(module: fx.GraphModule) -> None:
 
 def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     node = graph.call_function(target, args, kwargs)
-    values, options = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])  # type: ignore[misc]
+    values, options = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
     with next(v for v in values if isinstance(v, Tensor)).fake_mode:  # type: ignore[attr-defined]
         node.meta["val"] = target(*values, **options)
     return node

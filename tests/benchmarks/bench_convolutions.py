@@ -1,0 +1,123 @@
+"""Convolutions: every row of the table in DESIGN §6, and sweeps over sizes, against native kernels and other libraries."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from contenders import Convolution, Setup, adjoint_ways, assert_equal, forward_ways
+
+import adjointlab as al
+
+ROWS = [
+    Convolution(1, 1, 1, (256,) * 2, 3),
+    Convolution(1, 1, 1, (512,) * 2, 11),
+    Convolution(1, 1, 1, (512,) * 2, 31),
+    Convolution(1, 3, 64, (128,) * 2, 3),
+    Convolution(1, 64, 64, (64,) * 2, 3),
+    Convolution(1, 1, 8, (48,) * 3, 3),
+    Convolution(1, 1, 1, (64,) * 3, 7),
+    Convolution(4, 1, 1, (65536,), 9),
+]
+
+
+def _sweep() -> list[Convolution]:
+    cases = [Convolution(1, 1, 1, (n,), k) for k in (3, 9, 31) for n in (1024, 16384, 262144)]
+    cases += [
+        Convolution(1, 1, 1, (n,) * 2, k) for k in (3, 5, 7, 11, 15, 31, 63) for n in (64, 128, 256, 512, 1024, 2048)
+    ]
+    cases += [Convolution(1, 1, 1, (n,) * 3, k) for k in (3, 5, 7, 11, 15) for n in (16, 32, 64, 96, 128, 192)]
+    for c_in, c_out in ((3, 3), (1, 8), (8, 8), (3, 64), (64, 64)):
+        cases += [Convolution(1, c_in, c_out, (n,) * 2, k) for k in (3, 7) for n in (64, 128, 256)]
+    cases += [Convolution(8, 1, 1, (n,) * 2, k) for k in (3, 11) for n in (64, 256)]
+    cases += [Convolution(1, c, 8, (n,) * 3, k) for c in (1, 8) for k in (3, 5) for n in (16, 32, 48)]
+    return cases
+
+
+def _tiny(case: Convolution) -> Convolution:
+    shape = tuple(min(n, {1: 256, 2: 32, 3: 12}[case.ndim]) for n in case.shape)
+    return Convolution(case.batch, min(case.c_in, 8), min(case.c_out, 8), shape, min(case.width, 7))
+
+
+@functools.cache
+def _setup(case: Convolution, device: torch.device) -> Setup:
+    return Setup(case, device)
+
+
+@pytest.fixture
+def setup(case: Convolution, quick: bool, device: torch.device) -> Setup:
+    return _setup(_tiny(case) if quick else case, device)
+
+
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_adjoint(setup: Setup, compare: Any) -> None:
+    ways, skipped = adjoint_ways(setup)
+    assert_equal(ways, "conv_transpose")
+    compare(ways, skipped=skipped, section="rows", map="adjoint", **setup.case.facts)
+
+
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_forward(setup: Setup, compare: Any) -> None:
+    ways, skipped = forward_ways(setup)
+    assert_equal(ways, "conv")
+    compare(ways, skipped=skipped, section="rows", map="forward", **setup.case.facts)
+
+
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_gradient(setup: Setup, compare: Any) -> None:
+    A, x, v = setup.operator, setup.x, setup.v
+    objective = al.LeastSquares(A, v)
+    ways = {"gradient": lambda: objective.gradient(x), "forward": lambda: A(x), "adjoint": lambda: A.H(v)}
+    compare(ways, section="gradient", most=51, **setup.case.facts)
+
+
+# -- sweeps: ours against native ---------------------------------------------------------------------------------------
+
+LIMIT = 3.0  # seconds that one native run may take
+BUILD_LIMIT = 6.0  # ... where our operator is still built, since its self-check runs the native kernels, too
+
+# Seconds a multiplication of the native kernel, (forward, adjoint), by dimension, channels and width: from the largest
+# size so far. Sizes ascend, so that what would take too long is known before it is run.
+_RATES: dict[tuple[Any, ...], tuple[float, float]] = {}
+
+
+def _predicted(case: Convolution) -> tuple[float, float]:
+    key = (case.ndim, case.batch, case.c_in, case.c_out, case.width)
+    forward, adjoint = _RATES.get(key, (0.0, 0.0))
+    return forward * case.macs, adjoint * case.macs
+
+
+def _learn(case: Convolution, forward: float | None, adjoint: float | None) -> None:
+    key = (case.ndim, case.batch, case.c_in, case.c_out, case.width)
+    old = _RATES.get(key, (0.0, 0.0))
+    _RATES[key] = (
+        forward / case.macs if forward else old[0],
+        adjoint / case.macs if adjoint else old[1],
+    )
+
+
+@pytest.mark.parametrize("case", _sweep(), ids=str)
+@pytest.mark.parametrize("which", ["adjoint", "forward"], scope="function")
+def test_sweep(case: Convolution, which: str, quick: bool, device: torch.device, compare: Any) -> None:
+    case = _tiny(case) if quick else case
+    facts = {"section": "sweep", "map": which, **case.facts}
+    forward, adjoint = _predicted(case)
+    native = adjoint if which == "adjoint" else forward
+    skipped = {"native": f"about {native:.0f} s, predicted"} if native > LIMIT else {}
+    if forward + adjoint > BUILD_LIMIT:
+        skipped |= {"adjointlab": "not built: its self-check would run the native kernels"}
+        compare({"nothing": lambda: None}, skipped=skipped, **facts)
+        return
+    s = _setup(case, device)
+    A, x, v = s.operator, s.x, s.v
+    if which == "adjoint":
+        ways = {"adjointlab": lambda: A.H(v), "native": s.native_adjoint}
+    else:
+        ways = {"adjointlab": lambda: A(x), "native": s.native_forward}
+    if skipped:
+        del ways["native"]
+    medians = compare(ways, share=0.15, most=21, skipped=skipped, **facts)
+    if "native" in ways:
+        _learn(case, *((None, medians["native"]) if which == "adjoint" else (medians["native"], None)))

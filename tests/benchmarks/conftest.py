@@ -1,0 +1,55 @@
+"""Options and fixtures of the benchmarks; `make bench` runs them and renders the results."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any
+
+import pytest
+import torch
+from interleave import Comparison
+
+PACKAGES = ("adjointlab", "torch", "numpy", "scipy", "pylops", "jax", "jaxlib", "deepinv", "pytest-benchmark")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("adjointlab benchmarks")
+    group.addoption("--quick", action="store_true", help="tiny sizes and few rounds: does everything run?")
+    group.addoption("--on", default="cuda" if torch.cuda.is_available() else "cpu", help="the torch device")
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    device = torch.device(config.getoption("--on"))
+    machine_info.pop("node", None)  # the name of the host is nobody's business
+    machine_info["adjointlab"] = {
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "quick": config.getoption("--quick"),
+    }
+
+
+@pytest.fixture(scope="session")
+def quick(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--quick", default=False)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--on", default="cpu"))
+
+
+@pytest.fixture
+def compare(benchmark: Any, quick: bool, device: torch.device) -> Iterator[Callable[..., dict[str, float]]]:
+    """Time ways in turns: `compare(ways, share=seconds for each, **facts)`, the first one being ours."""
+    comparison = Comparison(benchmark, device, quick=quick)
+    with torch.no_grad():
+        yield comparison

@@ -1,0 +1,249 @@
+"""Every way at hand to compute a convolution and its adjoint: by torch, by hand, by JAX, PyLops, SciPy and deepinv.
+
+All kernels have an odd width and are padded with zeros to keep the size. What a way may prepare (a flipped kernel, a
+kernel's transform, a compiled function) is ready before it is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import adjointlab as al
+
+aten = torch.ops.aten
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+MODULE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+Ways = dict[str, Callable[[], Any]]
+Skipped = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution with a kernel of odd width in every dimension, padded with zeros to keep the size."""
+
+    batch: int
+    c_in: int
+    c_out: int
+    shape: tuple[int, ...]
+    width: int
+
+    def __str__(self) -> str:
+        n, ndim = self.shape[0], len(self.shape)
+        power = {1: "", 2: "²", 3: "³"}[ndim]
+        batch = f"{self.batch} × " if self.batch > 1 else ""
+        return f"{batch}{self.c_in}→{self.c_out}, {n}{power}, {self.width}{power}"
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def macs(self) -> int:
+        """Number of multiplications of the direct sum."""
+        return self.batch * self.c_in * self.c_out * math.prod(self.shape) * self.width**self.ndim
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "case": str(self), "ndim": self.ndim, "size": self.shape[0], "width": self.width,
+            "channels": f"{self.c_in}→{self.c_out}", "batch": self.batch,
+        }  # fmt: skip
+
+
+class Setup:
+    """A convolution with its module, operator and random arguments."""
+
+    def __init__(self, case: Convolution, device: torch.device) -> None:
+        self.case, self.device = case, device
+        draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+        self.module = MODULE[case.ndim](case.c_in, case.c_out, case.width, padding=case.width // 2, bias=False)
+        weight = draw(case.c_out, case.c_in, *[case.width] * case.ndim) / math.sqrt(case.c_in * case.width**case.ndim)
+        self.module.weight = nn.Parameter(weight)
+        self.module.to(device)
+        self.weight = self.module.weight.detach()
+        self.x = draw(case.batch, case.c_in, *case.shape).to(device)
+        self.v = draw(case.batch, case.c_out, *case.shape).to(device)
+        self.half = case.width // 2
+
+    @functools.cached_property
+    def operator(self) -> al.LinearOperator:
+        return al.linear_operator(self.module, self.x)
+
+    def native_forward(self) -> Tensor:
+        return CONV[self.case.ndim](self.x, self.weight, padding=self.half)
+
+    def native_adjoint(self) -> Tensor:
+        return TRANSPOSED[self.case.ndim](self.v, self.weight, padding=self.half)
+
+
+def adjoint_ways(s: Setup) -> tuple[Ways, Skipped]:
+    """Return what computes the adjoint of a convolution at v."""
+    n = s.case.ndim
+    ones, zeros, half = [1] * n, [0] * n, [s.half] * n
+    kernel = s.weight.transpose(0, 1).flip(tuple(range(2, 2 + n))).contiguous()
+    A = s.operator
+    ways: Ways = {
+        "adjointlab": lambda: A.H(s.v),
+        "eager vjp": lambda: torch.func.vjp(s.module, s.x)[1](s.v)[0],
+        "convolution_backward": lambda: aten.convolution_backward(
+            s.v, s.x, s.weight, None, ones, half, ones, False, zeros, 1, [True, False, False]
+        )[0],
+        "conv_transpose": s.native_adjoint,
+        "flipped conv": lambda: CONV[n](s.v, kernel, padding=s.half),
+        "FFT": by_fft(s, adjoint=True),
+    }
+    return _with_libraries(s, ways, adjoint=True)
+
+
+def forward_ways(s: Setup) -> tuple[Ways, Skipped]:
+    """Return what computes a convolution at x."""
+    A = s.operator
+    ways: Ways = {"adjointlab": lambda: A(s.x), "conv": s.native_forward, "FFT": by_fft(s, adjoint=False)}
+    return _with_libraries(s, ways, adjoint=False)
+
+
+def by_fft(s: Setup, *, adjoint: bool) -> Callable[[], Tensor]:
+    """Return the convolution as a product of transforms, of a fast length, with that of the kernel ready."""
+    dims = tuple(range(2, 2 + s.case.ndim))
+    size = [fast_length(n + s.case.width - 1) for n in s.case.shape]
+    rows = (..., *[slice(s.half, s.half + n) for n in s.case.shape])
+    if adjoint:
+        transform = torch.fft.rfftn(s.weight.transpose(0, 1).contiguous(), s=size, dim=dims)
+    else:
+        transform = torch.fft.rfftn(s.weight.flip(dims), s=size, dim=dims)
+    u = s.v if adjoint else s.x
+    few = s.case.c_in * s.case.c_out <= 16
+
+    def run() -> Tensor:
+        source = torch.fft.rfftn(u, s=size, dim=dims)
+        if few:
+            product = (source[:, None] * transform).sum(2) if transform.shape[1] > 1 else source * transform[:, 0]
+        else:
+            flat = torch.einsum("bif,oif->bof", source.flatten(2), transform.flatten(2))
+            product = flat.unflatten(2, source.shape[2:])
+        return torch.fft.irfftn(product, s=size, dim=dims)[rows].contiguous()
+
+    return run
+
+
+def fast_length(n: int) -> int:
+    """Return the smallest length of at least n without prime factors above 5."""
+    while True:
+        rest = n
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return n
+        n += 1
+
+
+def _with_libraries(s: Setup, ways: Ways, *, adjoint: bool) -> tuple[Ways, Skipped]:
+    skipped: Skipped = {}
+    for name, module, make in (
+        ("JAX", "jax", _jax), ("PyLops", "pylops", _pylops), ("SciPy", "scipy.signal", _scipy),
+        ("deepinv", "deepinv", _deepinv),
+    ):  # fmt: skip
+        library = _library(module)
+        if library is None:
+            skipped[name] = "not installed"
+        elif name != "deepinv" and s.device.type != "cpu":
+            skipped[name] = "on the CPU only"
+        elif name in {"PyLops", "SciPy"} and s.case.c_in * s.case.c_out > 1:
+            skipped[name] = "one channel only"
+        else:
+            found = make(library, s, adjoint)
+            if found is not None:
+                ways[name] = found
+    return ways, skipped
+
+
+@functools.cache
+def _library(name: str) -> ModuleType | None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries say when they are imported
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            return None
+
+
+def _jax(jax: Any, s: Setup, adjoint: bool) -> Callable[[], Any]:
+    weight = jax.numpy.asarray(s.weight.numpy())
+    padding = [(s.half, s.half)] * s.case.ndim
+    precision = jax.lax.Precision.HIGHEST
+
+    def forward(x: Any) -> Any:
+        return jax.lax.conv_general_dilated(x, weight, [1] * s.case.ndim, padding, precision=precision)
+
+    argument = jax.numpy.asarray((s.v if adjoint else s.x).numpy())
+    if adjoint:
+        transpose = jax.linear_transpose(forward, jax.ShapeDtypeStruct(tuple(s.x.shape), argument.dtype))
+        run = jax.jit(lambda v: transpose(v)[0])
+    else:
+        run = jax.jit(forward)
+    return lambda: run(argument).block_until_ready()
+
+
+def _pylops(pylops: Any, s: Setup, adjoint: bool) -> Callable[[], Any]:
+    h = np.ascontiguousarray(s.weight[0, 0].numpy()[(slice(None, None, -1),) * s.case.ndim])
+    axes = tuple(range(1, 1 + s.case.ndim)) if s.case.batch > 1 else tuple(range(s.case.ndim))
+    dims = (s.case.batch, *s.case.shape) if s.case.batch > 1 else s.case.shape
+    A = pylops.signalprocessing.ConvolveND(dims, h, offset=(s.half,) * s.case.ndim, axes=axes, dtype="float32")
+    u = (s.v if adjoint else s.x).numpy().reshape(-1)
+    run = A.rmatvec if adjoint else A.matvec
+    return lambda: run(u)
+
+
+def _scipy(signal: Any, s: Setup, adjoint: bool) -> Callable[[], Any]:
+    from scipy import fft
+
+    kernel = s.weight.numpy()  # a batch and one channel before the kernel's dimensions, like the argument
+    if not adjoint:
+        kernel = np.ascontiguousarray(kernel[(..., *[slice(None, None, -1)] * s.case.ndim)])
+    u = (s.v if adjoint else s.x).numpy()
+    axes = tuple(range(2, 2 + s.case.ndim))
+
+    def run() -> Any:
+        with fft.set_workers(torch.get_num_threads()):
+            return signal.fftconvolve(u, kernel, mode="same", axes=axes)
+
+    return run
+
+
+def _deepinv(deepinv: Any, s: Setup, adjoint: bool) -> Callable[[], Any] | None:
+    if not adjoint:
+        return None
+    from deepinv.physics.forward import adjoint_function
+
+    module = s.module.requires_grad_(False)
+    transposed = adjoint_function(module, tuple(s.x.shape), device=s.device)
+    return lambda: transposed(s.v)
+
+
+def assert_equal(ways: Ways, reference: str, tolerance: float = 1e-5) -> None:
+    """Check that all ways compute the same, to a part of the norm that single precision explains."""
+    expected = _tensor(ways[reference]()).double().reshape(-1)
+    for name, way in ways.items():
+        gap = float((_tensor(way()).double().reshape(-1) - expected).norm() / expected.norm())
+        assert gap < tolerance, f"{name} differs from {reference} by {gap:.1e} of its norm"
+
+
+def _tensor(value: Any) -> Tensor:
+    return value.cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
