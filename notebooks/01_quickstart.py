@@ -88,8 +88,8 @@ plt.show()
 #
 # ## Every padding mode, in one, two and three dimensions
 #
-# For each case: `ConvTranspose` as one would write it without thinking, and the derived adjoint, each under the
-# same dot test.
+# For each case: `ConvTranspose` with the same settings, as one would write it without thinking, and the derived adjoint,
+# which must pass the dot test.
 
 # %%
 MODES = ("zeros", "circular", "reflect", "replicate")
@@ -97,31 +97,32 @@ CASES = {
     "stride 1": {},
     "stride 2": {"stride": 2},
     "stride 3": {"stride": 3},
-    "dilation 2": {"dilation": 2, "padding": 2},
-    "groups 2": {"groups": 2, "channels": 4},
 }
 
 
 def pair(dims, mode, settings):
-    settings = {"padding": 1, **settings}
-    channels = settings.pop("channels", 2)
-    forward = getattr(nn, f"Conv{dims}d")(channels, channels, 3, padding_mode=mode, bias=False, **settings)
-    back = getattr(nn, f"ConvTranspose{dims}d")(channels, channels, 3, bias=False, **settings)
+    forward = getattr(nn, f"Conv{dims}d")(1, 2, 3, padding=1, padding_mode=mode, bias=False, **settings)
+    back = getattr(nn, f"ConvTranspose{dims}d")(2, 1, 3, padding=1, bias=False, **settings)
     back.weight = forward.weight
-    return forward.requires_grad_(False), back, channels
+    return forward.requires_grad_(False), back.requires_grad_(False)
+
+
+def verdict(B, back):
+    v = B.codomain.randn()
+    found, expected = back(v), B.H(v)
+    if found.shape != expected.shape:
+        return "shape"
+    return "right" if torch.allclose(found, expected, atol=1e-5) else "values"
 
 
 derived, guessed = {}, {}
-for dims, size in ((1, 14), (2, 14), (3, 8)):
+for dims, size in ((1, 12), (2, 12), (3, 6)):
     for mode in MODES:
         for name, settings in CASES.items():
-            forward, back, channels = pair(dims, mode, settings)
-            B = al.linear_operator(forward, (1, channels, *[size] * dims))
-            derived[dims, mode, name] = al.check_adjoint(B).passed
-            if back(B.codomain.zeros()).shape != B.domain.zeros().shape:
-                guessed[dims, mode, name] = "shape"
-            else:
-                guessed[dims, mode, name] = "right" if al.check_adjoint(B, adjoint=back).passed else "values"
+            forward, back = pair(dims, mode, settings)
+            B = al.linear_operator(forward, (1, 1, *[size] * dims))
+            derived[dims, mode, name] = al.check_adjoint(B, trials=2).passed
+            guessed[dims, mode, name] = verdict(B, back)
 
 # %%
 COLOURS = {"right": "#3d9950", "values": "#d9622b", "shape": "#c23b5a"}
@@ -129,10 +130,11 @@ fig, panels = plt.subplots(1, 4, figsize=(10, 2.9), sharey=True, width_ratios=[1
 for axes, dims in zip(panels, (1, 2, 3, None), strict=True):
     for i, mode in enumerate(MODES):
         for j, name in enumerate(CASES):
-            verdict = guessed[dims, mode, name] if dims else "right"
-            if dims is None and not all(derived[d, mode, name] for d in (1, 2, 3)):
-                verdict = "values"
-            axes.add_patch(plt.Rectangle((j - 0.45, i - 0.45), 0.9, 0.9, color=COLOURS[verdict]))
+            if dims:
+                found = guessed[dims, mode, name]
+            else:
+                found = "right" if all(derived[d, mode, name] for d in (1, 2, 3)) else "values"
+            axes.add_patch(plt.Rectangle((j - 0.45, i - 0.45), 0.9, 0.9, color=COLOURS[found]))
     axes.set(
         xlim=(-0.6, len(CASES) - 0.4),
         ylim=(len(MODES) - 0.4, -0.6),
@@ -212,7 +214,7 @@ assert (gradient - by_autograd).norm() <= 16 * eps * by_autograd.norm()
 assert al.check_adjoint(A).passed
 assert not al.check_adjoint(A, adjoint=guess).passed
 assert all(derived.values())
-assert {mode for (_, mode, _), verdict in guessed.items() if verdict == "right"} == {"zeros"}
+assert {mode for (_, mode, _), found in guessed.items() if found == "right"} == {"zeros"}
 assert al.check_adjoint(U).passed
 assert al.check_adjoint(B).passed
 assert A.engine == "traced"

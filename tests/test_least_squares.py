@@ -9,7 +9,6 @@ import torch
 from laws import (
     assert_acts_as,
     assert_close,
-    cases,
     coordinates,
     draw,
     forward_matrix,
@@ -20,13 +19,14 @@ from laws import (
     norm,
     operator,
     tree_map,
+    widest,
 )
 from operator_zoo import LINEAR, Entry
 from torch import nn
 
 import adjointlab as al
 
-every_operator = pytest.mark.parametrize(("entry", "dtype"), cases(LINEAR, (torch.float64, torch.complex128)))
+every_operator = pytest.mark.parametrize(("entry", "dtype"), widest(LINEAR))
 
 
 def problem(dtype: torch.dtype = torch.float64) -> tuple[nn.Conv1d, al.LinearOperator, torch.Tensor, torch.Tensor]:

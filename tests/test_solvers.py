@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -47,7 +47,10 @@ def close(found: Tensor, expected: Tensor, matrix: Tensor, tol: float = 1e-12, p
 
 
 def minimiser(matrix: Tensor, y: Tensor, damp: float = 0.0, weight: Tensor | None = None) -> Tensor:
-    matrix, y = matrix.to(torch.promote_types(matrix.dtype, torch.float64)), y.to(torch.promote_types(y.dtype, torch.float64))
+    matrix, y = (
+        matrix.to(torch.promote_types(matrix.dtype, torch.float64)),
+        y.to(torch.promote_types(y.dtype, torch.float64)),
+    )
     w = torch.ones(len(y), dtype=torch.float64) if weight is None else weight
     normal = matrix.mH @ (w[:, None] * matrix) + damp**2 * torch.eye(matrix.shape[1], dtype=torch.float64)
     return torch.linalg.solve(normal, matrix.mH @ (w * y))
@@ -157,7 +160,9 @@ def test_cg_is_the_one_of_scipy() -> None:
     b = torch.randn(20, dtype=torch.float64)
     for steps in (1, 3, 7):
         theirs, _ = sp.cg(to_scipy(A), b.numpy(), maxiter=steps, rtol=0)
-        assert norm(al.solvers.cg(A, b, maxiter=steps, tol=0).x - torch.from_numpy(theirs)) <= 1e3 * A.domain.eps * norm(b)
+        assert norm(
+            al.solvers.cg(A, b, maxiter=steps, tol=0).x - torch.from_numpy(theirs)
+        ) <= 1e3 * A.domain.eps * norm(b)
 
 
 @every_solver
@@ -198,7 +203,9 @@ def test_every_problem_of_a_batch_stops_by_itself(solve: Any) -> None:
     together = solve(A, y, tol=1e-8)
     assert together.converged.tolist() == [True] * 4
     for i, matrix in enumerate(matrices):
-        alone = solve(al.linear_operator(lambda x, m=matrix: m @ x, torch.zeros(6, dtype=torch.float64)), y[i], tol=1e-8)
+        alone = solve(
+            al.linear_operator(lambda x, m=matrix: m @ x, torch.zeros(6, dtype=torch.float64)), y[i], tol=1e-8
+        )
         assert int(together.iterations[i]) == alone.iterations
         assert norm(together.x[i] - alone.x) <= 1e4 * A.domain.eps * norm(alone.x)
         own = together.residual_norms[:, i]
@@ -402,14 +409,14 @@ def test_gradients_of_least_squares(solve: Any, dtype: torch.dtype, shape: tuple
 
 @every_solver
 def test_gradients_of_weights_and_offsets(solve: Any) -> None:
-    layer = nn.Linear(3, 6, dtype=torch.float64)
-    f = al.affine_operator(layer, torch.zeros(3, dtype=torch.float64))
+    kernel = Kernel(torch.randn(6, 3, dtype=torch.float64))
+    kernel.bias = torch.randn(6, dtype=torch.float64)
+    f = al.affine_operator(lambda x: kernel(x) + kernel.bias, torch.zeros(3, dtype=torch.float64))
     y, w = torch.randn(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64) + 0.5
-    bias = layer.bias.detach().clone()
+    bias = torch.randn(6, dtype=torch.float64)
 
     def solution(y: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-        del layer.bias
-        layer.bias = bias
+        kernel.bias = bias
         return solve(f, y, weight=w, maxiter=100).x
 
     gradcheck(solution, y, w, bias)
@@ -446,7 +453,9 @@ def test_a_backward_pass_solves_once() -> None:
         return apply
 
     A = al.LinearOperator(
-        counted("forward", matrix), counted("adjoint", matrix.T), *(al.Space.of(torch.zeros(n).double()) for n in (5, 8))
+        counted("forward", matrix),
+        counted("adjoint", matrix.T),
+        *(al.Space.of(torch.zeros(n).double()) for n in (5, 8)),
     )
     y = torch.randn(8, dtype=torch.float64, requires_grad=True)
     x = al.solvers.cgls(A, y).x
@@ -489,10 +498,11 @@ def test_nothing_is_differentiated_without_need() -> None:
 class Peak(TorchDispatchMode):
     """The largest number of vectors of each length that were alive at once, counted by their storages."""
 
-    def __init__(self, *sizes: int) -> None:
+    def __init__(self, *sizes: int, given: Sequence[Any] = ()) -> None:
         super().__init__()
         self.now, self.most = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
-        self.seen: dict[int, Any] = {}
+        # What the caller holds, views of it included, is not the solver's.
+        self.seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in given if isinstance(t, Tensor)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -515,7 +525,9 @@ class Peak(TorchDispatchMode):
         self.now[size] -= 1
 
 
-@pytest.mark.parametrize("options", [{}, {"damp": 0.5}, {"weight": True}, {"x0": True}, {"x0": True, "damp": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"damp": 0.5}, {"weight": True}, {"x0": True}, {"x0": True, "damp": 0.5}], ids=str
+)
 @pytest.mark.parametrize("name", ["cgls", "lsmr"])
 def test_memory_of_least_squares(name: str, options: dict[str, Any]) -> None:
     m, n = 7000, 5000
@@ -527,15 +539,17 @@ def test_memory_of_least_squares(name: str, options: dict[str, Any]) -> None:
         options = {**options, "weight": torch.rand(m, dtype=torch.float64)}
     if "x0" in options:
         options = {**options, "x0": torch.randn(n, dtype=torch.float64)}
-    with torch.no_grad(), Peak(m, n) as peak:
+    with torch.no_grad(), Peak(m, n, given=(y, *options.values())) as peak:
         getattr(al.solvers, name)(A, y, maxiter=4, **options)
-    assert 2 <= peak.most[n] <= 6
+    # To damp another start than zero, LSMR needs the damping as equations: vectors of more elements of the domain.
+    assert 2 <= peak.most[n] <= (10 if name == "lsmr" and {"x0", "damp"} <= options.keys() else 6)
     assert 1 <= peak.most[m] <= 3
 
 
 def test_memory_of_cg() -> None:
     space = al.Space.of(torch.zeros(5000).double())
     A = al.LinearOperator(lambda x: 2 * x, lambda x: 2 * x, space, space)
-    with torch.no_grad(), Peak(5000) as peak:
-        al.solvers.cg(A, torch.randn(5000, dtype=torch.float64), maxiter=4)
-    assert 3 <= peak.most[5000] <= 5
+    b = torch.randn(5000, dtype=torch.float64)
+    with torch.no_grad(), Peak(5000, given=(b,)) as peak:
+        al.solvers.cg(A, b, maxiter=4)
+    assert 3 <= peak.most[5000] <= 4

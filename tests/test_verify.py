@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from laws import ENGINES, cases, draw, no_side_effects, operator, tree_map
+from laws import ENGINES, draw, no_side_effects, operator, tree_map, widest
 from operator_zoo import LINEAR, Entry
 from torch import Tensor, nn
 
 import adjointlab as al
 
-every_operator = pytest.mark.parametrize(("entry", "dtype"), cases(LINEAR))
+every_operator = pytest.mark.parametrize(("entry", "dtype"), widest(LINEAR))
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 each_way = pytest.mark.parametrize("entry", LINEAR, ids=lambda entry: entry.name)
 

@@ -333,8 +333,8 @@ By operator, above rounding:
 
 Missed above rounding: {missed}.
 
-{named} of the bugs in float64 and complex64 got a diagnosis that names a mistake; the others are reported as unrecognised,
-with the place of the largest difference.
+{named} of the bugs in float64 and complex64 got a diagnosis that names a mistake; the others are reported as
+unrecognised, with the place of the largest difference.
 
 ## False alarms
 

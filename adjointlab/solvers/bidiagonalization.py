@@ -88,7 +88,8 @@ def lsmr(
     Notes
     -----
     x is differentiable as in :func:`cgls`. Beside x and y, memory for four elements of the domain and two of the
-    codomain is used (one more of the codomain with weights, one more of the domain with ``x0`` and damping together).
+    codomain is used (one more of the codomain with weights). With ``x0`` and damping together, the damping becomes
+    further equations, whose vectors are elements of the domain: nine of these are used then.
 
     References
     ----------
@@ -138,8 +139,12 @@ def _lsmr(problem: Problem, x: Vector, started: bool, damp: float, rules: _Rules
     h, hbar = domain.copy(v), domain.zeros()
     state = _Recurrence.start(alpha, beta, damp)
     rules.at_start(alpha, beta, size, max(domain.space.eps, codomain.space.eps))
-    going = monitor.start(beta)
+    going, some = monitor.start(beta)
     while going:
+        if some:
+            for vector in (hbar, h, v):
+                domain.clear(vector, ~monitor.running)
+            codomain.clear(u, ~monitor.running)
         q = problem.apply(v)
         codomain.update(u, q, -alpha * _inverse(beta))
         del q
@@ -159,10 +164,6 @@ def _lsmr(problem: Problem, x: Vector, started: bool, damp: float, rules: _Rules
         domain.update(h, v, torch.where(moved, to_h, 0))
         rules(state, domain.norm(x))
         going, some = monitor.step(x, state.residual, moved)
-        if some:
-            for vector in (hbar, h, v):
-                domain.clear(vector, ~monitor.running)
-            codomain.clear(u, ~monitor.running)
 
 
 def _inverse(value: Tensor) -> Tensor:

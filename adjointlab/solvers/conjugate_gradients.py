@@ -114,8 +114,10 @@ def _cg(problem: Problem, x: Vector, started: bool, tol: float, monitor: Monitor
     p = space.copy(r)
     rho = space.dot(r, r)
     _judge_residual(monitor, rho.sqrt(), size, tol, problem.domain.space.eps)
-    going = monitor.start(rho.sqrt())
+    going, some = monitor.start(rho.sqrt())
     while going:
+        if some:
+            space.clear(p, ~monitor.running)
         q = problem.apply(p)
         curvature = space.dot(p, q)
         step = rho / curvature
@@ -131,8 +133,6 @@ def _cg(problem: Problem, x: Vector, started: bool, tol: float, monitor: Monitor
         _judge_residual(monitor, rho.sqrt(), size, tol, problem.domain.space.eps)
         going, some = monitor.step(x, rho.sqrt(), moved)
         space.update(p, r, rho / previous)
-        if some:
-            space.clear(p, ~monitor.running)
 
 
 def _judge_residual(monitor: Monitor, norm: Tensor, size: Tensor, tol: float, eps: float) -> None:
@@ -244,8 +244,10 @@ def _cgls(problem: Problem, x: Vector, started: bool, damp: float, tol: float, m
     del s
     norm = _damped_norm(problem, rr, square, x)
     judge(gamma.sqrt(), rr.sqrt(), norm)
-    going = monitor.start(norm)
+    going, some = monitor.start(norm)
     while going:
+        if some:
+            domain.clear(p, ~monitor.running)
         q = problem.apply(p)
         curvature = problem.weighted(q)[1]
         if square:
@@ -266,8 +268,6 @@ def _cgls(problem: Problem, x: Vector, started: bool, damp: float, tol: float, m
         going, some = monitor.step(x, norm, moved)
         domain.update(p, s, gamma / previous)
         del s
-        if some:
-            domain.clear(p, ~monitor.running)
 
 
 def _damped_norm(problem: Problem, rr: Tensor, square: float, x: Vector) -> Tensor:

@@ -90,10 +90,11 @@ class Monitor:
         """Stop the running problems ``where``, for the reason ``why``."""
         self.status = torch.where(where & (self.status == RUNNING), why, self.status)
 
-    def start(self, norm: Tensor) -> bool:
-        """Record the residuals of the start; return whether there is anything to do."""
+    def start(self, norm: Tensor) -> tuple[bool, bool]:
+        """Record the residuals of the start; return whether there is anything to do, and whether only for some."""
         self.norms.append(norm)
-        return self._count() > 0 and self.maxiter > 0
+        count = self._count()
+        return count > 0 and self.maxiter > 0, count < self.total
 
     def step(self, x: Vector, norm: Tensor, moved: Tensor) -> tuple[bool, bool]:
         """Record a step that moved the problems ``moved``; return whether to go on, and whether only with some."""

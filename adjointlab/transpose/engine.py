@@ -398,7 +398,8 @@ class Transposition:
                 try:
                     found = fast(_copies(argument))
                 except torch._dynamo.exc.TorchDynamoException as error:
-                    return f"torch.compile failed ({vjp.first_line(error)})"
+                    lines = [line for line in str(error).splitlines() if line.strip()]
+                    return f"torch.compile failed ({' '.join(lines[:2])[:300]})"  # where it failed, and what was said
                 gap, allowed = _gap(expected, found), 32 * _eps(expected)
                 if gap > allowed:  # cancellation inside? then the result moves as much when the argument does
                     allowed += 32 * _gap(expected, reference(_nudged(argument)))

@@ -121,10 +121,7 @@ def spectrum(weight: Tensor, site: Site) -> Tensor:
     axes = tuple(range(3, 3 + len(size)))
     # Moved by the padding, so that the first wanted output is the first entry of the result.
     placed = placed.roll([-p for p in site.padding], axes)
-    if weight.is_complex():
-        transform = torch.fft.fftn(placed if site.transposed else placed.conj(), dim=axes)
-    else:
-        transform = torch.fft.rfftn(placed, dim=axes)
+    transform = torch.fft.rfftn(placed, dim=axes)
     result: Tensor = transform if site.transposed else transform.conj().resolve_conj()
     return result
 
@@ -137,14 +134,13 @@ def fft(x: Tensor, transform: Tensor, bias: Tensor | None, site: Site) -> Tensor
         where: Any = (..., *[slice(None, None, s) for s in site.stride])
         spread[where] = x
         x = spread
-    forward, backward = (torch.fft.fftn, torch.fft.ifftn) if x.is_complex() else (torch.fft.rfftn, torch.fft.irfftn)
-    source = forward(x, s=size, dim=dims)
+    source = torch.fft.rfftn(x, s=size, dim=dims)
     batch, frequencies = x.shape[0], source.shape[2:]
     if transform.shape[2] == 1:
         product = source.reshape(batch, g, 1, *frequencies) * transform[:, :, 0]
     else:
         product = (source.reshape(batch, g, 1, -1, *frequencies) * transform).sum(3)
-    y: Tensor = backward(product.reshape(batch, -1, *frequencies), s=size, dim=dims)
+    y: Tensor = torch.fft.irfftn(product.reshape(batch, -1, *frequencies), s=size, dim=dims)
     steps = [1] * len(dims) if site.transposed else site.stride
     wanted = [slice(0, (n - 1) * s + 1, s) for n, s in zip(site.output_shape[1:], steps, strict=True)]
     inside: Any = (..., *wanted)
@@ -186,7 +182,7 @@ def available(site: Site) -> list[str]:
     plain = not site.transposed or (reaches and all(s == 1 for s in site.stride) and not any(site.output_padding))
     if site.transposed and plain:
         names.append("flipped")
-    wide = site.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128)
+    wide = site.dtype in (torch.float32, torch.float64)  # complex convolutions reach here as three real ones
     if plain and wide and site.input_shape[0] == site.output_shape[0] == site.groups:
         names.append("tapped")
     # Rounding errors of the direct sum grow like √terms · eps / 7, those of the transform like √log₂(points) · eps / 2:
@@ -239,7 +235,7 @@ def _direct_rate(site: Site) -> float:
         rate = min(8e9 if narrow else 3e10, 4e8 * (c_in * c_out) ** 0.85)
     else:
         rate = min(2e10, 2e9 * (c_in * c_out) ** 0.6)
-    return rate / 4 if site.dtype.is_complex else rate
+    return rate
 
 
 _NEAR = 6.0  # predictions closer than this factor do not decide

@@ -26,7 +26,12 @@ def relative(a: Any, b: Any) -> float:
     return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
 
 
-@pytest.mark.parametrize(("entry", "dtype"), [case for case in cases(ZOO) if "float32" not in case.id])
+SOME = ("conv2d-reflect-", "conv1d-unbatched", "conv2d-complex-kernel-on-real", "fft", "conj", "tuple", "dict")
+
+
+@pytest.mark.parametrize(
+    ("entry", "dtype"), [case for case in cases(ZOO) if case.id.startswith(SOME) and "float32" not in case.id]
+)
 def test_the_dot_test_of_pylops_passes(entry: Entry, dtype: torch.dtype) -> None:
     A = operator(entry, dtype, "traced")
     P = bridge.to_pylops(A)

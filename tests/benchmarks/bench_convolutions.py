@@ -41,31 +41,36 @@ def _tiny(case: Convolution) -> Convolution:
     return Convolution(case.batch, min(case.c_in, 8), min(case.c_out, 8), shape, min(case.width, 7))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def _setup(case: Convolution, device: torch.device) -> Setup:
     return Setup(case, device)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = _sweep() if metafunc.function is test_sweep else ROWS
+        if metafunc.config.getoption("--quick", default=False):
+            cases = list(dict.fromkeys(map(_tiny, cases)))
+        metafunc.parametrize("case", cases, ids=str)
+
+
 @pytest.fixture
-def setup(case: Convolution, quick: bool, device: torch.device) -> Setup:
-    return _setup(_tiny(case) if quick else case, device)
+def setup(case: Convolution, device: torch.device) -> Setup:
+    return _setup(case, device)
 
 
-@pytest.mark.parametrize("case", ROWS, ids=str)
 def test_adjoint(setup: Setup, compare: Any) -> None:
     ways, skipped = adjoint_ways(setup)
     assert_equal(ways, "conv_transpose")
     compare(ways, skipped=skipped, section="rows", map="adjoint", **setup.case.facts)
 
 
-@pytest.mark.parametrize("case", ROWS, ids=str)
 def test_forward(setup: Setup, compare: Any) -> None:
     ways, skipped = forward_ways(setup)
     assert_equal(ways, "conv")
     compare(ways, skipped=skipped, section="rows", map="forward", **setup.case.facts)
 
 
-@pytest.mark.parametrize("case", ROWS, ids=str)
 def test_gradient(setup: Setup, compare: Any) -> None:
     A, x, v = setup.operator, setup.x, setup.v
     objective = al.LeastSquares(A, v)
@@ -98,17 +103,15 @@ def _learn(case: Convolution, forward: float | None, adjoint: float | None) -> N
     )
 
 
-@pytest.mark.parametrize("case", _sweep(), ids=str)
-@pytest.mark.parametrize("which", ["adjoint", "forward"], scope="function")
-def test_sweep(case: Convolution, which: str, quick: bool, device: torch.device, compare: Any) -> None:
-    case = _tiny(case) if quick else case
+@pytest.mark.parametrize("which", ["adjoint", "forward"])  # of one case in turn, so that it is built once
+def test_sweep(case: Convolution, which: str, device: torch.device, compare: Any) -> None:
     facts = {"section": "sweep", "map": which, **case.facts}
     forward, adjoint = _predicted(case)
     native = adjoint if which == "adjoint" else forward
     skipped = {"native": f"about {native:.0f} s, predicted"} if native > LIMIT else {}
     if forward + adjoint > BUILD_LIMIT:
         skipped |= {"adjointlab": "not built: its self-check would run the native kernels"}
-        compare({"nothing": lambda: None}, skipped=skipped, **facts)
+        compare.skip(skipped, **facts)
         return
     s = _setup(case, device)
     A, x, v = s.operator, s.x, s.v

@@ -246,4 +246,5 @@ def assert_equal(ways: Ways, reference: str, tolerance: float = 1e-5) -> None:
 
 
 def _tensor(value: Any) -> Tensor:
-    return value.cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    tensor = value.cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

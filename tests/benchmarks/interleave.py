@@ -66,6 +66,11 @@ class Comparison:
         self.benchmark.extra_info.update(facts, seconds=medians, runs=counts, skipped=dict(skipped or {}))
         return medians
 
+    def skip(self, skipped: Mapping[str, str], **facts: Any) -> None:
+        """Record why nothing is timed."""
+        self.benchmark.pedantic(lambda: None, rounds=1, iterations=1)
+        self.benchmark.extra_info.update(facts, seconds={}, runs={}, skipped=dict(skipped))
+
     def _wait(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)

@@ -144,16 +144,12 @@ CASES: dict[str, tuple[Make, Any]] = {
         IMAGE,
     ),
     "BlurFFTMultiScaler": (
-        lambda: p.BlurFFTMultiScaler(
-            p.BlurFFT(img_size=(1, 8, 8), filter=filter_()), img_size=(1, 8, 8), factors=(2,)
-        ),
+        lambda: p.BlurFFTMultiScaler(p.BlurFFT(img_size=(1, 8, 8), filter=filter_()), img_size=(1, 8, 8), factors=(2,)),
         IMAGE,
     ),
     "BlurMultiScaler": (lambda: p.BlurMultiScaler(blur(), img_size=(1, 8, 8), factors=(2,)), IMAGE),
     "InpaintingMultiScaler": (
-        lambda: p.InpaintingMultiScaler(
-            p.Inpainting(img_size=(1, 8, 8), mask=0.5), img_size=(1, 8, 8), factors=(2,)
-        ),
+        lambda: p.InpaintingMultiScaler(p.Inpainting(img_size=(1, 8, 8), mask=0.5), img_size=(1, 8, 8), factors=(2,)),
         IMAGE,
     ),
     "PhysicsCropper": (lambda: p.PhysicsCropper(blur("valid"), (1, 2)), IMAGE),

@@ -1,0 +1,89 @@
+"""What has to be measured in a fresh process: `python probes.py import|build|memory [size]` prints numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+
+def imports() -> dict[str, float]:
+    """Return the seconds of `import torch`, of `import adjointlab` after it, and of first using every name in it."""
+    marks = [time.perf_counter()]
+    import torch  # noqa: F401
+
+    marks.append(time.perf_counter())
+    import adjointlab
+
+    marks.append(time.perf_counter())
+    for name in adjointlab.__all__:
+        getattr(adjointlab, name)
+    marks.append(time.perf_counter())
+    torch_time, package, names = (b - a for a, b in zip(marks, marks[1:], strict=False))
+    return {"torch": torch_time, "adjointlab": package, "all names": names}
+
+
+def build() -> dict[str, float]:
+    """Return the seconds until the first adjoint of a convolution, of the first operator in a process and of others."""
+    import torch
+
+    import adjointlab as al
+
+    def once(size: int, width: int) -> float:
+        module = torch.nn.Conv2d(1, 1, width, padding=width // 2, bias=False)
+        v = torch.randn(1, 1, size, size)
+        start = time.perf_counter()
+        al.linear_operator(module, v).H(v)
+        return time.perf_counter() - start
+
+    first = once(128, 5)
+    return {
+        "first": first,
+        "after, 128²·5²": statistics.median(once(128 + i, 5) for i in range(5)),
+        "after, 256²·3²": statistics.median(once(256 + i, 3) for i in range(5)),
+        "after, 512²·11²": statistics.median(once(512 + i, 11) for i in range(3)),
+    }
+
+
+def memory(size: int = 1024) -> dict[str, float]:
+    """Return the peak bytes that torch's allocator holds above baseline, for 12 convolutions of 8 channels."""
+    import torch
+    from torch import nn
+    from torch.profiler import ProfilerActivity, profile
+
+    import adjointlab as al
+
+    torch.manual_seed(0)
+    chain = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(12)])
+    x = torch.randn(1, 8, size, size)
+    A = al.linear_operator(chain, x)
+    plain = al.linear_operator(chain, x, lowering=False)
+
+    def peak(function: Callable[[], object]) -> int:
+        function()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            function()
+        events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = most = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            most = max(most, held)
+        return most
+
+    ways = {
+        "image": lambda: torch.empty_like(x),
+        "forward": lambda: chain(x),
+        "A(x)": lambda: A(x),
+        "eager vjp": lambda: torch.func.vjp(chain, x)[1](x),
+        "A.H(v)": lambda: A.H(x),
+        "A.H(v), lowering=False": lambda: plain.H(x),
+    }
+    with torch.no_grad():
+        return {name: peak(way) for name, way in ways.items()}
+
+
+if __name__ == "__main__":
+    kind, *rest = sys.argv[1:]
+    print(json.dumps({"import": imports, "build": build, "memory": memory}[kind](*map(int, rest))))

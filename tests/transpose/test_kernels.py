@@ -1,0 +1,138 @@
+"""Every kernel computes the same convolution, about as accurately as the native one."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adjointlab.transpose import kernels
+from adjointlab.transpose.kernels import KERNELS, PREPARE, Site, available, choose, fast_length, sized
+
+
+@st.composite
+def sites(draw: st.DrawFn) -> Site:
+    """Draw a convolution of any kind that PyTorch takes."""
+    dims = draw(st.integers(1, 3))
+    transposed = draw(st.booleans())
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+    groups = draw(st.integers(1, 3))
+    c_in, c_out = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+    kernel, stride, dilation, padding = each(1, 4), each(1, 3), each(1, 2), each(0, 4)
+    extra = tuple(
+        draw(st.integers(0, max(s, d) - 1)) if transposed else 0 for s, d in zip(stride, dilation, strict=True)
+    )
+    size = each(7, 10)
+    out = [
+        (n - 1) * s - 2 * p + d * (k - 1) + e + 1 if transposed else (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, s, p, d, k, e in zip(size, stride, padding, dilation, kernel, extra, strict=True)
+    ]
+    if min(out) < 1:
+        padding = (0,) * dims
+        out = [
+            (n - 1) * s + d * (k - 1) + e + 1 if transposed else (n - d * (k - 1) - 1) // s + 1
+            for n, s, d, k, e in zip(size, stride, dilation, kernel, extra, strict=True)
+        ]
+    return sized(
+        Site(2, (c_in, *size), (c_out, *out), kernel, stride, padding, dilation, transposed, extra, groups, torch.float64,
+             torch.device("cpu"))
+    )  # fmt: skip
+
+
+def problem(site: Site, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    c_in, c_out = site.input_shape[0], site.output_shape[0]
+    first, second = (c_in, c_out // site.groups) if site.transposed else (c_out, c_in // site.groups)
+    shapes = [(site.batch, *site.input_shape), (first, second, *site.kernel), (c_out,)]
+    x, weight, bias = (torch.randn(s, generator=draw, dtype=dtype or site.dtype) for s in shapes)
+    return x, weight, bias
+
+
+def run(name: str, site: Site, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    prepared = PREPARE[name](weight, site) if name in PREPARE else weight
+    return KERNELS[name](x, prepared, bias, site)
+
+
+@given(sites())
+@settings(max_examples=80, deadline=None)
+def test_kernels_agree(site: Site) -> None:
+    x, weight, bias = problem(site)
+    expected = run("native", site, x, weight, bias)
+    assert expected.shape[1:] == site.output_shape
+    terms = math.prod(site.kernel) * site.input_shape[0]
+    for name in {*available(site), "fft"} - {"native"}:
+        found = run(name, site, x, weight, bias)
+        assert found.shape == expected.shape
+        assert found.is_contiguous()
+        scale = float(x.norm() * weight.norm())
+        assert float((found - expected).abs().max()) <= 4 * math.sqrt(terms) * torch.finfo(torch.float64).eps * scale
+
+
+def square(n: int, k: int, dims: int, *, transposed: bool, dtype: torch.dtype = torch.float32) -> Site:
+    shape = (1, *[n] * dims)
+    one, zero = (1,) * dims, (0,) * dims
+    return sized(
+        Site(1, shape, shape, (k,) * dims, one, (k // 2,) * dims, one, transposed, zero, 1, dtype, torch.device("cpu"))
+    )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("n", "k", "dims"), [(512, 9, 1), (64, 3, 2), (64, 7, 2), (128, 11, 2), (16, 3, 3), (24, 5, 3)])
+def test_lowered_kernels_are_at_most_four_times_less_accurate(n: int, k: int, dims: int, transposed: bool) -> None:
+    site = square(n, k, dims, transposed=transposed)
+    x, weight, _ = problem(site)
+    exact = run("native", site._replace(dtype=torch.float64), x.double(), weight.double(), None)
+    errors = {name: float((run(name, site, x, weight, None) - exact).norm()) for name in available(site)}
+    assert max(errors.values()) <= 4 * errors["native"]
+
+
+def test_few_terms_are_no_work_for_a_transform() -> None:
+    assert "fft" not in available(square(512, 3, 2, transposed=True))
+    assert "fft" in available(square(512, 11, 2, transposed=True))
+
+
+def test_half_precision_stays_native() -> None:
+    assert available(square(64, 11, 2, transposed=False, dtype=torch.bfloat16)) == ["native"]
+
+
+def test_large_kernels_go_to_the_transform_without_measuring() -> None:
+    assert choose(square(512, 31, 2, transposed=True), measure=False) == "fft"
+
+
+def test_many_channels_stay_native_without_measuring() -> None:
+    site = sized(square(64, 3, 2, transposed=False)._replace(input_shape=(64, 64, 64), output_shape=(64, 64, 64)))
+    assert choose(site, measure=False) == "native"
+
+
+def test_thorough_choice_is_the_measured_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = square(64, 7, 2, transposed=True)
+    seen: list[tuple[str, ...]] = []
+
+    def measure(site: Site, names: tuple[str, ...], rounds: int) -> dict[str, float]:
+        seen.append(names)
+        return {name: float(name != "tapped") + 1 for name in names}
+
+    monkeypatch.setattr(kernels, "_measure", measure)
+    assert choose(site, measure=True, thorough=True) == "tapped"
+    assert "native" in seen[0]
+
+
+def test_a_tie_stays_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_measure", lambda site, names, rounds: dict.fromkeys(names, 1.0))
+    assert choose(square(64, 7, 2, transposed=True), measure=True, thorough=True) == "native"
+
+
+@given(st.integers(1, 5000))
+def test_fast_lengths_are_the_next_smooth_numbers(n: int) -> None:
+    length = fast_length(n)
+    assert length >= n
+    rest = length
+    for prime in (2, 3, 5):
+        while rest % prime == 0:
+            rest //= prime
+    assert rest == 1
