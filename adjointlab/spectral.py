@@ -168,10 +168,8 @@ _BASIS, _KEPT = 48, 16
 
 
 def _lanczos(gram: Callable[[Tensor], Tensor], start: Tensor, maxiter: int, tol: float) -> Tensor:
-    """Return ``√λ_max`` of a self-adjoint positive map of real vectors by thick-restart Lanczos.
-
-    ``projected = VᵀGV`` is made from the products themselves, so that a restart needs no bookkeeping.
-    """
+    """Return ``√λ_max`` of a self-adjoint positive map of real vectors by thick-restart Lanczos."""
+    # VᵀGV is made from the products themselves, so that a restart needs no bookkeeping.
     most = min(_BASIS, start.numel())
     basis = start.new_zeros(most, start.numel())
     projected = torch.zeros(most, most, dtype=torch.float64)
@@ -250,7 +248,8 @@ def condition_number(A: LinearOperator) -> Tensor:
     values = torch.linalg.svdvals(dense.to(torch.promote_types(dense.dtype, torch.float64)))
     if dense.shape[0] < dense.shape[1]:
         return torch.full((), torch.inf, dtype=torch.float64, device=dense.device)
-    return values[0] / values[-1]
+    ratio: Tensor = values[0] / values[-1]
+    return ratio
 
 
 # -- estimates ---------------------------------------------------------------------------------------------------------

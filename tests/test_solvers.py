@@ -56,7 +56,7 @@ def minimiser(matrix: Tensor, y: Tensor, damp: float = 0.0, weight: Tensor | Non
     return torch.linalg.solve(normal, matrix.mH @ (w * y))
 
 
-# ------------------------------------------------------------------------------------------------------ right solutions
+# ----------------------------------------------------------------------------------------------------- right solutions
 
 
 @every_dtype
@@ -186,7 +186,7 @@ def test_residual_norms_are_those_of_the_iterates(solve: Any, damp: float) -> No
         assert abs(expected - float(found)) <= 1e3 * A.domain.eps * norm(y)
 
 
-# --------------------------------------------------------------------------------------------------------------- batches
+# -------------------------------------------------------------------------------------------------------------- batches
 
 
 def batch(n: int = 6) -> tuple[al.LinearOperator, Tensor]:
@@ -235,7 +235,7 @@ def test_one_bad_problem_leaves_the_others_alone(solve: Any) -> None:
     assert "1 of 4 problems: NaN" in solution.reason
 
 
-# ------------------------------------------------------------------------------------------------------- what goes wrong
+# ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
 def test_cg_reports_an_indefinite_operator() -> None:
@@ -374,7 +374,7 @@ def test_what_is_refused() -> None:
         al.solvers.cgls(B, torch.ones(4, 6).double(), x0=torch.ones(3, 6).double())
 
 
-# ----------------------------------------------------------------------------------------------------------- derivatives
+# ---------------------------------------------------------------------------------------------------------- derivatives
 
 
 def gradcheck(function: Callable[..., Tensor], *inputs: Tensor) -> None:
@@ -492,7 +492,7 @@ def test_nothing_is_differentiated_without_need() -> None:
         assert not al.solvers.cgls(A, y.requires_grad_()).x.requires_grad
 
 
-# ---------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 class Peak(TorchDispatchMode):

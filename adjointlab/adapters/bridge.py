@@ -18,13 +18,7 @@ ArrayMap = Callable[[Array], Array]
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """Return the NumPy dtype of the same numbers.
-
-    Raises
-    ------
-    SpaceMismatchError
-        If NumPy has none, as for bfloat16.
-    """
+    """Return the NumPy dtype of the same numbers."""
     try:
         return torch.empty(0, dtype=dtype).numpy().dtype
     except TypeError:
@@ -154,10 +148,10 @@ def from_arrays(forward: ArrayMap, adjoint: ArrayMap, domain: Space, codomain: S
     run, back = wrapped(forward, domain, codomain), wrapped(adjoint, codomain, domain)
 
     def linked(x: Tensor) -> Tensor:
-        return _Linked.apply(x, run, back)  # type: ignore[no-any-return]
+        return _link(x, run, back)  # type: ignore[no-any-return]
 
     def linked_adjoint(y: Tensor) -> Tensor:
-        return _Linked.apply(y, back, run)  # type: ignore[no-any-return]
+        return _link(y, back, run)  # type: ignore[no-any-return]
 
     return LinearOperator(linked, linked_adjoint, domain, codomain)
 
@@ -172,4 +166,7 @@ class _Linked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        return _Linked.apply(cotangents[0], ctx.back, ctx.run), None, None
+        return _link(cotangents[0], ctx.back, ctx.run), None, None
+
+
+_link: Any = _Linked.apply

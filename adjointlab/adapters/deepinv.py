@@ -1,4 +1,4 @@
-"""deepinv: ``A`` as a ``deepinv.physics.LinearPhysics`` whose adjoint is derived, and every linear physics as an ``A``."""
+"""deepinv: ``A`` as a ``LinearPhysics`` whose adjoint is derived, and every linear physics as an ``A``."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class _Physics(LinearPhysics):  # type: ignore[misc]
         source = self.operator._body.source
         if source is None or self.operator._side:
             raise SpaceMismatchError(
-                f"expected an operator made by al.linear_operator for the parameters {sorted(parameters)}, got one that "
-                "is built from others: their forwards take no parameters"
+                f"expected an operator made by al.linear_operator for the parameters {sorted(parameters)}, got one "
+                "that is built from others: their forwards take no parameters"
             )
         operator = linear_operator(
             source.callable,

@@ -117,13 +117,14 @@ class Vectors:
 def _dot(u: Tensor, v: Tensor, k: int) -> Tensor:
     size = u.shape[-1]
     if u.dtype == torch.float64:
-        return torch.linalg.vecdot(u, v)
+        exact: Tensor = torch.linalg.vecdot(u, v)
+        return exact
     if torch.finfo(u.dtype).bits < 32 or size <= _BLOCK:
         return _wide_dot(u, v, k)
     whole = size - size % _BLOCK
     blocks = (..., slice(whole))
     heads = [t[blocks].unflatten(-1, (-1, _BLOCK)) for t in (u, v)]
-    total = torch.linalg.vecdot(*heads).sum(-1, dtype=torch.float64)
+    total: Tensor = torch.linalg.vecdot(*heads).sum(-1, dtype=torch.float64)
     if whole < size:
         total = total + _wide_dot(u[..., whole:], v[..., whole:], k)
     return total

@@ -179,7 +179,7 @@ def _rotation(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class _Recurrence:
-    """The scalars of LSMR, in the notation of the paper, with estimates of ``‖r‖``, ``‖Aᴴr‖``, ``‖A‖`` and ``cond(A)``."""
+    """The scalars of LSMR, in the paper's notation, with estimates of ``‖r‖``, ``‖Aᴴr‖``, ``‖A‖`` and ``cond(A)``."""
 
     alphabar: Tensor
     zetabar: Tensor
@@ -225,7 +225,7 @@ class _Recurrence:
         self.cbar, self.sbar, self.rhobar = _rotation(rhotemp, thetanew)
         self.zeta = self.cbar * self.zetabar
         self.zetabar = -self.sbar * self.zetabar
-        self._estimate_residual(chat * self.betadd, -shat * self.betadd, c, s, thetabar, zetaold)
+        self._estimate_residual(chat * self.betadd, -shat * self.betadd, (c, s), thetabar, zetaold)
         self.square = self.square + beta.square()
         self.norm = self.square.sqrt()
         self.square = self.square + alpha.square()
@@ -240,8 +240,9 @@ class _Recurrence:
         )
 
     def _estimate_residual(
-        self, acute: Tensor, check: Tensor, c: Tensor, s: Tensor, thetabar: Tensor, zetaold: Tensor
+        self, acute: Tensor, check: Tensor, rotation: tuple[Tensor, Tensor], thetabar: Tensor, zetaold: Tensor
     ) -> None:
+        c, s = rotation
         hat = c * acute
         self.betadd = -s * acute
         thetatildeold = self.thetatilde

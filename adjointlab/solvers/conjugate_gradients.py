@@ -220,12 +220,12 @@ def cgls(
     with torch.no_grad():
         monitor = Monitor(problem.domain, problem.steps(maxiter), callback, progress, "cgls")
         x = problem.start(x0)
-        _cgls(problem, x, x0 is not None, damp, tol, monitor)
+        _cgls(problem, x, damp, tol, monitor=monitor, started=x0 is not None)
         solution = monitor.solution(x)
     return implicit.of_least_squares(problem, solution, damp, tol, monitor.maxiter, started=x0 is not None)
 
 
-def _cgls(problem: Problem, x: Vector, started: bool, damp: float, tol: float, monitor: Monitor) -> None:
+def _cgls(problem: Problem, x: Vector, damp: float, tol: float, *, monitor: Monitor, started: bool) -> None:
     """Run CGLS on x in place."""
     domain, codomain = problem.domain, problem.codomain
     square = damp**2

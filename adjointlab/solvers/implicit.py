@@ -1,13 +1,13 @@
 r"""Derivatives of solutions, by the equation they solve: no step of the solver is differentiated.
 
-Let x solve ``Mx = AᴴWy`` with ``M = AᴴWA + damp²``, and let v be the cotangent of x. With ``Mw = v``, ``z = Aw`` and the
-weighted residual ``ω = W(y − Ax)``,
+Let x solve ``Mx = AᴴWy`` with ``M = AᴴWA + damp²``, and let v be the cotangent of x. With ``Mw = v``, ``z = Aw`` and
+the weighted residual ``ω = W(y − Ax)``,
 
 ``Re⟨v, dx⟩ = Re⟨z, dω⟩ + Re⟨w, (dAᴴ) ω⟩,``
 
-where ``dω`` is taken at fixed x. So the solution is tied to two tensors that autograd can follow to y, to the weight and
-to whatever A depends on, ``ω`` and ``η = Aᴴω`` (ω held fixed here), and one solve with M makes their cotangents. Where A
-has more unknowns than equations, ``Mw = v`` can be solved in the sense of least squares only, with a remainder
+where ``dω`` is taken at fixed x. So the solution is tied to two tensors that autograd can follow to y, to the weight
+and to whatever A depends on, ``ω`` and ``η = Aᴴω`` (ω held fixed here), and one solve with M makes their cotangents.
+Where A has more unknowns than equations, ``Mw = v`` can be solved in the sense of least squares only, with a remainder
 ``v − Mw`` in the kernel of A, and ``dx`` has one more term, ``Re⟨v − Mw, (dAᴴ) t⟩`` with ``Aᴴt = x``.
 
 References
@@ -53,7 +53,7 @@ def of_least_squares(
     residual = _residual(problem, solution)
     if residual is None:
         return solution
-    A, domain, codomain = problem.A, problem.domain, problem.codomain
+    domain, codomain = problem.domain, problem.codomain
     if problem.weight is not None:
         residual = codomain.space.leaves(problem.weight(codomain.space.unflatten(residual)))
     ties = [residual]
@@ -112,7 +112,7 @@ def _tied(
     domain: Vectors, solution: Solution, ties: list[tuple[Tensor, ...]], cotangents: Callable[[Vector], list[Vector]]
 ) -> Solution:
     """Return the solution with x as a function of ``ties``, whose cotangents are made from that of x."""
-    x = _Tie.apply(cotangents, domain.space.leaves(solution.x), *[leaf for tie in ties for leaf in tie])
+    x = _tie(cotangents, domain.space.leaves(solution.x), *[leaf for tie in ties for leaf in tie])
     return replace(solution, x=domain.space.unflatten(x))
 
 
@@ -134,7 +134,7 @@ class _Tie(torch.autograd.Function):
                 for part, is_complex in zip(parts, ctx.complex, strict=True)
             ]
         if torch.is_grad_enabled():
-            found = list(_Once.apply(torch.zeros((), requires_grad=True), *found))
+            found = list(_once(torch.zeros((), requires_grad=True), *found))
         return None, None, *found
 
 
@@ -153,6 +153,10 @@ class _Once(torch.autograd.Function):
         )
 
 
+_tie: Any = _Tie.apply
+_once: Any = _Once.apply
+
+
 @dataclass(frozen=True)
 class _Found:
     x: Vector
@@ -160,11 +164,9 @@ class _Found:
 
 
 def _solve(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _Found:
-    """Return w with least ``‖v − Mw‖``, M being self-adjoint and positive semi-definite, by conjugate residuals.
-
-    The method (E. Stiefel, *Relaxationsmethoden bester Strategie*, Comment. Math. Helv. 29 (1955) 157–179) needs no
-    solution to exist: where v has a part in the kernel of M, that part is the remainder.
-    """
+    """Return w with least ``‖v − Mw‖``, M being self-adjoint and positive semi-definite, by conjugate residuals."""
+    # E. Stiefel, Relaxationsmethoden bester Strategie, Comment. Math. Helv. 29 (1955) 157-179. The method needs no
+    # solution to exist: where v has a part in the kernel of M, that part is the remainder.
     tol = max(tol, 4 * space.space.eps)
     r, p, w = space.copy(v), space.copy(v), space.zeros()
     size = space.norm(r)
@@ -192,7 +194,7 @@ def _solve(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _
         steps += 1
     if not bool(finished.all()):
         warnings.warn(
-            f"the solve for the gradient did not converge in maxiter={maxiter} steps: raise maxiter or tol, or use damp",
+            f"the solve for the gradient did not converge in maxiter={maxiter} steps: raise it or tol, or use damp",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -35,13 +35,7 @@ class Problem:
 
     @staticmethod
     def of(A: LinearOperator | AffineOperator, y: Any, weight: Any = None) -> Problem:
-        """Return the problem, with the offset of an affine operator taken off the data.
-
-        Raises
-        ------
-        SpaceMismatchError
-            If A is no operator, or y or the weight does not live on its codomain.
-        """
+        """Return the problem, with the offset of an affine operator taken off the data."""
         if not isinstance(A, (LinearOperator, AffineOperator)):
             raise SpaceMismatchError(
                 f"expected a LinearOperator or AffineOperator, got {type(A).__name__}: wrap it with al.linear_operator"
@@ -57,13 +51,7 @@ class Problem:
         return Problem(A, y, operator, domain, codomain)
 
     def start(self, x0: Any) -> Vector:
-        """Return the first iterate, ours to write to.
-
-        Raises
-        ------
-        SpaceMismatchError
-            If ``x0`` is not an element of the domain, or of another batch size than the data.
-        """
+        """Return the first iterate, ours to write to."""
         if x0 is None:
             return self.domain.zeros()
         found = tuple(self.domain.space.leaves(x0, "x0")[0].shape[: len(self.domain.batch)])
@@ -74,13 +62,7 @@ class Problem:
         return self.domain.copy(detached(self.domain, x0))
 
     def steps(self, maxiter: int | None) -> int:
-        """Return the most steps to take: ten for each unknown if none is given, which rounding never needs.
-
-        Raises
-        ------
-        ValueError
-            If ``maxiter`` is no integer of 0 or more.
-        """
+        """Return the most steps to take: ten for each unknown if none is given, which rounding never needs."""
         if maxiter is None:
             each = 10 * min(self.domain.space.size, self.codomain.space.size) // max(1, math.prod(self.domain.batch))
             return min(_MOST_STEPS, max(10, 2 * each if self.domain.space.is_complex else each))
@@ -132,13 +114,7 @@ def plus(s: Vector, factor: float, x: Vector) -> Vector:
 
 
 def require(name: str, value: float) -> float:
-    """Return a tolerance or a damping as a float.
-
-    Raises
-    ------
-    ValueError
-        If it is not a finite number of 0 or more.
-    """
+    """Return a tolerance or a damping as a float."""
     if isinstance(value, (bool, complex, str)) or not 0 <= float(value) < math.inf:
         raise ValueError(f"expected {name} to be a finite number of 0 or more, got {value!r}")
     return float(value)

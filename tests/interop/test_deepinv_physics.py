@@ -60,10 +60,10 @@ CASES: dict[str, tuple[Make, Any]] = {
         (1, 3, 7, 7),
     ),
     "CompressiveSpectralImaging-even": (lambda: p.CompressiveSpectralImaging(img_size=(3, 8, 8)), (1, 3, 8, 8)),
-    "Decolorize": (lambda: p.Decolorize(), (1, 3, 6, 6)),
+    "Decolorize": (p.Decolorize, (1, 3, 6, 6)),
     "DecomposablePhysics": (lambda: p.DecomposablePhysics(img_size=(1, 8, 8), mask=torch.rand(8, 8)), IMAGE),
     "Demosaicing": (lambda: p.Demosaicing(img_size=(3, 8, 8)), (1, 3, 8, 8)),
-    "Denoising": (lambda: p.Denoising(), (1, 1, 6, 6)),
+    "Denoising": (p.Denoising, (1, 1, 6, 6)),
     **{
         f"Downsampling-{pad}": (
             lambda pad=pad: p.Downsampling(img_size=(1, 8, 8), filter=filter_(), factor=2, padding=pad),

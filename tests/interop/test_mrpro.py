@@ -103,7 +103,7 @@ CASES: dict[str, tuple[Make, Tensor]] = {
         for mode in ("bilinear", "nearest", "bicubic")
         for pad in ("zeros", "border", "reflection")
     },
-    "IdentityOp": (lambda: o.IdentityOp(), c(3, 4)),
+    "IdentityOp": (o.IdentityOp, c(3, 4)),
     "Jacobian": (lambda: o.Jacobian(o.MagnitudeOp(), torch.randn(3, 4)), torch.randn(3, 4)),
     "PCACompressionOp": (lambda: o.PCACompressionOp(c(5, 4), n_components=2), c(3, 4)),
     "PatchOp": (lambda: o.PatchOp(dim=(-1, -2), patch_size=3, stride=2, domain_size=(7, 5)), c(5, 7)),

@@ -1,0 +1,222 @@
+"""Render pytest-benchmark's JSON: `python render.py results.json docs` writes docs/benchmarks.md and its figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from targets import Row, fastest, select, targets, whole_to_parts
+
+ABOUT = """\
+# Benchmarks
+
+`make bench` measures what is on this page and writes it. What counts are **ratios**: all times of a row come from one
+run, in which the ways take turns, so that a machine whose speed drifts slows all of them alike. Each is the median of
+its runs, after two untimed ones; before a short run the same way runs once untimed, since every library keeps its own
+threads and they spin for a while. Kernels that are flipped, transforms of kernels, plans and compiled functions are
+ready before the clock starts, for every way alike. All ways of a row are first checked to compute the same.
+"""
+
+
+def main(source: str, folder: str) -> None:
+    """Render the results in `source` into `folder`."""
+    results = json.loads(Path(source).read_text())
+    rows = [b["extra_info"] for b in results["benchmarks"] if b.get("extra_info", {}).get("section")]
+    for row in rows:
+        row.setdefault("seconds", {})
+    target = Path(folder)
+    (target / "figures").mkdir(parents=True, exist_ok=True)
+    decided = targets(rows)
+    from figures import draw
+
+    drawn = draw(rows, target / "figures")
+    parts = [ABOUT, _setting(results), _targets(decided), *_sections(rows, drawn)]
+    (target / "benchmarks.md").write_text("\n".join(parts))
+    for _, group in decided:
+        for t in group:
+            verdict = "met" if t.met else "NOT MET"
+            print(f"{verdict:8} {t.shown(t.measured):>10} (limit {t.shown(t.limit)})  {t.text}: {t.case}")
+
+
+def _setting(results: dict[str, Any]) -> str:
+    machine = results["machine_info"]
+    own, cpu = machine["adjointlab"], machine["cpu"]
+    versions = ", ".join(f"{name} {version}" for name, version in own["versions"].items())
+    lines = [
+        f"- Machine: {cpu.get('brand_raw', 'unknown CPU')}, {cpu.get('count', '?')} cores, "
+        f"{own['threads']} threads; {machine['system']} on {machine['machine']}. Device: {own['device']}.",
+        f"- Versions: {versions}.",
+        f"- Date: {results['datetime'][:10]}.",
+        "- Single precision; batch 1 unless a row says otherwise; kernels padded with zeros to keep the size.",
+    ]
+    if own["quick"]:
+        lines.insert(0, "- **A quick run, with tiny sizes: it says that everything runs, and nothing about speed.**")
+    return "\n".join(lines) + "\n"
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table, numbers to the right."""
+    lines = [head, [":--", *["--:"] * (len(head) - 1)], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _targets(decided: list[tuple[str, Any]]) -> str:
+    body = []
+    for theme, group in decided:
+        body += [
+            (theme, t.text, f"{'≥' if t.least else '≤'} {t.shown(t.limit)}", t.shown(t.measured),
+             "met" if t.met else "**not met**", t.case)
+            for t in group
+        ]  # fmt: skip
+    met = sum(line[4] == "met" for line in body)
+    head = ("", "target", "limit", "measured", "", "decided by")
+    return f"## Targets: {met} of {len(body)} met\n\n{table(head, body)}"
+
+
+def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
+    yield from _contenders(rows, "adjoint", "A.H(v)", drawn)
+    yield from _contenders(rows, "forward", "A(x)", drawn)
+    if found := select(rows, "gradient"):
+        yield "## The gradient of least squares\n"
+        body = [
+            (r["case"], *(_ms(r["seconds"][w]) for w in ("gradient", "forward", "adjoint")), f"{whole_to_parts(r):.2f}")
+            for r in found
+        ]
+        yield table(("case", "gradient(x), ms", "A(x), ms", "A.H(v), ms", "gradient / (A(x) + A.H(v))"), body)
+    yield from _sweep(rows, drawn)
+    yield from _graphs(rows)
+    yield from _costs(rows)
+
+
+def _contenders(rows: list[Row], which: str, label: str, drawn: dict[str, str]) -> Iterable[str]:
+    found = select(rows, "rows", map=which)
+    if not found:
+        return
+    title = "The adjoint of a convolution" if which == "adjoint" else "The convolution itself"
+    yield f"## {title}\n"
+    yield (
+        f"Milliseconds of `{label}`, then every other way in multiples of that: above 1 it is slower than `{label}`. "
+        "The fastest is bold. Of columns that no row has, a library is not installed here.\n"
+    )
+    names = list(dict.fromkeys(name for r in found for name in r["seconds"] if name != "adjointlab"))
+    body = []
+    for r in found:
+        own = r["seconds"]["adjointlab"]
+        best = fastest(r)[0]
+        cells = []
+        for name in names:
+            t = r["seconds"].get(name)
+            cell = "–" if t is None else f"{t / own:.{2 if t / own < 10 else 0}f}"
+            cells.append(f"**{cell}**" if name == best else cell)
+        body.append((r["case"], _ms(own), *cells))
+    yield table((f"{'batch × '}channels, size, kernel", f"{label}, ms", *names), body)
+    if which in drawn:
+        yield f"![{title}: every way, in multiples of ours]({drawn[which]})\n"
+
+
+def _sweep(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
+    found = [r for r in rows if r["section"] == "sweep"]
+    if not found:
+        return
+    yield "## Cost against size\n"
+    yield (
+        "The default engine against torch's own kernel (`conv_transpose` for the adjoint, `conv` for the forward): times "
+        "of native in multiples of ours. A native run that would take more than 3 s, predicted from the next smaller size, "
+        "is left out (`> 3 s`); where native forward and adjoint would take more than 6 s, so would the self-check when "
+        "our operator is built, and the point is left out altogether (`–`).\n"
+    )
+    for key in ("sweep2", "sweep3"):
+        if key in drawn:
+            yield f"![Time against size]({drawn[key]})\n"
+    groups = dict.fromkeys((r["ndim"], r["batch"], r["channels"]) for r in found)
+    for which, label in (("adjoint", "A.H(v)"), ("forward", "A(x)")):
+        for ndim, batch, channels in groups:
+            part = [r for r in found if (r["ndim"], r["batch"], r["channels"]) == (ndim, batch, channels)]
+            part = [r for r in part if r["map"] == which]
+            power = {1: "", 2: "²", 3: "³"}[ndim]
+            widths = list(dict.fromkeys(r["width"] for r in part))
+            at = {(r["size"], r["width"]): r for r in part}
+            sizes = sorted({r["size"] for r in part})
+            body = [(f"{n}{power}", *(_speedup(at.get((n, w))) for w in widths)) for n in sizes]
+            batched = f", batch {batch}" if batch > 1 else ""
+            head = (f"`{label}`, {ndim}-D, {channels}{batched}", *(f"{w}{power}" for w in widths))
+            yield table(head, body)
+
+
+def _speedup(row: Row | None) -> str:
+    if row is None:
+        return ""
+    seconds = row["seconds"]
+    if "native" in seconds:
+        value = seconds["native"] / seconds["adjointlab"]
+        return f"{value:.{2 if value < 10 else 0}f}"
+    return "> 3 s" if seconds else "–"
+
+
+def _graphs(rows: list[Row]) -> Iterable[str]:
+    if found := select(rows, "bare"):
+        yield "## Traced adjoints against the bare kernel\n"
+        yield "Nothing is lowered here; the question is what the derived graph adds to the one kernel that it needs.\n"
+        body = []
+        for r in found:
+            other = "bare kernel" if "bare kernel" in r["seconds"] else "kept pull-back"
+            t = r["seconds"]
+            body.append((
+                r["case"], _ms(t["traced"]), f"{other}, {_ms(t[other])}", f"{t['traced'] / t[other]:.2f}",
+                f"{t['traced'] / t['eager vjp']:.2f}",
+            ))  # fmt: skip
+        yield table(("case", "A.H(v), ms", "bare kernel or kept pull-back, ms", "ratio", "ratio to eager vjp"), body)
+    if found := select(rows, "differences"):
+        yield "## Finite differences\n"
+        yield (
+            "The adjoint of `x ↦ (x[i+1] − x[i], x[:, j+1] − x[:, j])`, the forward written with pads or into a buffer. "
+            "The copy moves as many bytes as the adjoint has to read and write: the limit that memory sets.\n"
+        )
+        names = list(found[0]["seconds"])
+        body = [
+            (r["case"], *(_ms(r["seconds"][n]) for n in names),
+             f"{r['seconds']['traced'] / r['seconds']['by hand']:.2f}",
+             f"{r['seconds']['compiled'] / r['seconds']['by hand, compiled']:.2f}",
+             f"{r['seconds']['compiled'] / r['seconds']['copy']:.1f}")
+            for r in found
+        ]  # fmt: skip
+        head = ("case", *(f"{n}, ms" for n in names), "traced / by hand", "compiled / compiled by hand", "compiled / copy")
+        yield table(head, body)
+
+
+def _costs(rows: list[Row]) -> Iterable[str]:
+    if found := select(rows, "overhead"):
+        yield "## A call\n"
+        yield table(
+            ("7×7 image, 3² kernel", "µs", "in multiples of `A.H(v)`"),
+            [
+                ("A.H(v)" if name == "adjointlab" else name, f"{1e6 * t:.1f}", f"{t / r['seconds']['adjointlab']:.2f}")
+                for r in found
+                for name, t in r["seconds"].items()
+            ],
+        )
+    if held := [r["bytes"] for r in rows if r["section"] == "memory"]:
+        yield "## Memory\n"
+        yield (
+            "Twelve convolutions in a row, 8 channels of 1024²: the most that torch's allocator holds above baseline "
+            "during one call.\n"
+        )
+        body = [(name, f"{b / 2**20:.0f}", f"{b / held[0]['forward']:.2f}") for name, b in held[0].items()]
+        yield table(("", "MiB", "in multiples of the forward"), body)
+    starts = [*select(rows, "import"), *select(rows, "build")]
+    if starts:
+        yield "## To begin with\n"
+        label = {"import": "import", "build": "build an operator and call `A.H(v)`"}
+        body = [(f"{label[r['section']]}: {name}", f"{t:.3f}") for r in starts for name, t in r["seconds"].items()]
+        yield table(("in a process of its own", "seconds"), body)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

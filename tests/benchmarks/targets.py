@@ -1,0 +1,170 @@
+"""What has to hold, and whether it does: each target as a number measured, a limit, and the case that decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that must not be above its limit, or not below where `least`."""
+
+    text: str
+    limit: float
+    measured: float
+    case: str = ""
+    unit: str = "×"
+    least: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.limit if self.least else self.measured <= self.limit
+
+    def shown(self, value: float) -> str:
+        if self.unit == "s":
+            return f"{value:.2f} s"
+        if self.unit == "µs":
+            return f"{1e6 * value:.0f} µs"
+        return f"{value:.2f} ×" if value < 9.995 else f"{value:.1f} ×"
+
+
+def select(rows: Iterable[Row], section: str, **facts: Any) -> list[Row]:
+    """Return the rows of a section that were timed and have these facts."""
+    return [r for r in rows if r["section"] == section and r["seconds"] and all(r[k] == v for k, v in facts.items())]
+
+
+def ratio(row: Row, a: str, b: str) -> float:
+    """Return the time of a way in multiples of that of another."""
+    return float(row["seconds"][a] / row["seconds"][b])
+
+
+def fastest(row: Row) -> tuple[str, float]:
+    """Return the fastest way other than ours, and its seconds."""
+    others = {name: t for name, t in row["seconds"].items() if name != "adjointlab"}
+    name = min(others, key=others.__getitem__)
+    return name, others[name]
+
+
+def targets(rows: list[Row]) -> list[tuple[str, list[Target]]]:
+    """Return the targets by theme, as far as there are measurements to decide them."""
+    return [
+        ("Kernels", [*_rows(rows), *_sweep(rows), *_gradient(rows)]),
+        ("Graphs", [*_bare(rows), *_differences(rows)]),
+        ("Costs", [*_overhead(rows), *_memory(rows), *_start(rows)]),
+    ]
+
+
+def _worst(found: list[Row], value: Callable[[Row], float], *, least: bool = False) -> tuple[float, str]:
+    row = (min if least else max)(found, key=value)
+    return value(row), row["case"]
+
+
+def _rows(rows: list[Row]) -> list[Target]:
+    result = []
+    for name, label in (("adjoint", "`A.H(v)`"), ("forward", "`A(x)`")):
+        found = select(rows, "rows", map=name)
+        if found:
+            measured, case = _worst(found, lambda r: r["seconds"]["adjointlab"] / fastest(r)[1])
+            result.append(Target(f"{label} against the fastest other way, worst row", 1.25, measured, case))
+    adjoint = select(rows, "rows", map="adjoint")
+    for case, limit in (
+        ("1→1, 256², 3²", 3), ("1→1, 512², 11²", 10), ("1→1, 512², 31²", 10), ("1→1, 64³, 7³", 10),
+    ):  # fmt: skip
+        for row in adjoint:
+            if row["case"] == case:
+                measured = ratio(row, "conv_transpose", "adjointlab")
+                result.append(Target("faster than `conv_transpose`", limit, measured, case, least=True))
+    with_jax = [ratio(r, "JAX", "adjointlab") for r in adjoint if "JAX" in r["seconds"]]
+    if with_jax:
+        mean = math.exp(sum(map(math.log, with_jax)) / len(with_jax))
+        text = "faster than `jax.jit(jax.linear_transpose)`, geometric mean"
+        result.append(Target(text, 8, mean, f"{len(with_jax)} rows", least=True))
+    return result
+
+
+def _sweep(rows: list[Row]) -> list[Target]:
+    found = [r for r in select(rows, "sweep") if "native" in r["seconds"]]
+    if not found:
+        return []
+    measured, case = _worst(found, lambda r: ratio(r, "adjointlab", "native"))
+    above = sum(ratio(r, "adjointlab", "native") > 1.1 for r in found)
+    which = {r["case"]: r["map"] for r in found if ratio(r, "adjointlab", "native") == measured}[case]
+    text = "against native over the sweep, worst point"
+    return [Target(text, 1.1, measured, f"{which}, {case}; {above} of {len(found)} points above")]
+
+
+def _gradient(rows: list[Row]) -> list[Target]:
+    found = select(rows, "gradient")
+    if not found:
+        return []
+    measured, case = _worst(found, whole_to_parts)
+    return [Target("`gradient(x)` against `A(x)` and `A.H(v)` together, worst row", 1.1, measured, case)]
+
+
+def whole_to_parts(row: Row) -> float:
+    """Return the time of the gradient in multiples of a forward and an adjoint."""
+    seconds = row["seconds"]
+    return float(seconds["gradient"] / (seconds["forward"] + seconds["adjoint"]))
+
+
+def _bare(rows: list[Row]) -> list[Target]:
+    result = []
+    for start, other, text in (
+        ("convolution", "bare kernel", "traced adjoint of a convolution (no lowering) against its bare kernel"),
+        ("mask", "bare kernel", "traced adjoint of FFT and mask against its bare kernel"),
+        ("Radon", "kept pull-back", "traced adjoint of Radon against a kept pull-back"),
+    ):
+        found = [r for r in select(rows, "bare") if r["case"].startswith(start)]
+        if found:
+            measured, case = _worst(found, lambda r, other=other: ratio(r, "traced", other))  # type: ignore[misc]
+            result.append(Target(text, 1.1, measured, case))
+    return result
+
+
+def _differences(rows: list[Row]) -> list[Target]:
+    result = []
+    found = select(rows, "differences", size=512)
+    if found:
+        measured, case = _worst(found, lambda r: ratio(r, "traced", "by hand"))
+        result.append(Target("traced adjoint of finite differences against one by hand", 1.4, measured, case))
+    for size in (512, 2048):
+        found = select(rows, "differences", size=size)
+        if found:
+            measured, case = _worst(found, lambda r: ratio(r, "compiled", "by hand, compiled"))
+            text = "compiled adjoint of finite differences against one by hand, compiled (5 % is noise)"
+            result.append(Target(text, 1.05, measured, case))
+    return result
+
+
+def _overhead(rows: list[Row]) -> list[Target]:
+    return [
+        Target("call of `A.H(v)` on a 7×7 image", 30e-6, r["seconds"]["adjointlab"],
+               f"eager vjp {1e6 * r['seconds']['eager vjp']:.0f} µs", "µs")
+        for r in select(rows, "overhead")
+    ]  # fmt: skip
+
+
+def _memory(rows: list[Row]) -> list[Target]:
+    found = [r["bytes"] for r in rows if r["section"] == "memory"]
+    text = "peak memory of the adjoint of 12 convolutions against that of the forward"
+    return [Target(text, 1.0, b["A.H(v)"] / b["forward"], "lowered, as by default") for b in found]
+
+
+def _start(rows: list[Row]) -> list[Target]:
+    result = []
+    for row in select(rows, "build"):
+        seconds = dict(row["seconds"])
+        result.append(Target("first operator of a process, built and called", 2, seconds.pop("first"), unit="s"))
+        case = max(seconds, key=seconds.__getitem__)
+        text = "an operator after that, built and called, worst of three"
+        result.append(Target(text, 0.1, seconds[case], case.removeprefix("after, "), unit="s"))
+    for row in select(rows, "import"):
+        seconds = row["seconds"]["adjointlab"] + row["seconds"]["all names"]
+        text = "`import adjointlab` and every name in it, after `import torch`"
+        result.append(Target(text, 0.2, seconds, f"torch itself {row['seconds']['torch']:.1f} s", "s"))
+    return result
