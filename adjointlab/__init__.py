@@ -1,26 +1,17 @@
 """The adjoint of any linear PyTorch module, exactly, without writing it: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adjointlab import solvers
     from adjointlab.affine import AffineOperator, affine_operator
+    from adjointlab.blocks import block_diag, diagonal, hstack, identity, vstack
+    from adjointlab.derive import linear_adjoint, linear_operator
     from adjointlab.errors import AdjointMismatchError, NotDifferentiableError, NotLinearError, SpaceMismatchError
     from adjointlab.least_squares import LeastSquares, least_squares_gradient
-    from adjointlab.linear_operator import (
-        LinearOperator,
-        block_diag,
-        diagonal,
-        hstack,
-        identity,
-        linear_adjoint,
-        linear_operator,
-        vstack,
-    )
     from adjointlab.linearity import LinearityReport, check_linearity
+    from adjointlab.operators import LinearOperator
     from adjointlab.space import Space, TensorSpec
     from adjointlab.spectral import operator_norm, to_dense
     from adjointlab.verify import AdjointReport, assert_adjoint, check_adjoint
@@ -32,7 +23,7 @@ _HOME = {
     "AdjointReport": "adjointlab.verify",
     "AffineOperator": "adjointlab.affine",
     "LeastSquares": "adjointlab.least_squares",
-    "LinearOperator": "adjointlab.linear_operator",
+    "LinearOperator": "adjointlab.operators",
     "LinearityReport": "adjointlab.linearity",
     "NotDifferentiableError": "adjointlab.errors",
     "NotLinearError": "adjointlab.errors",
@@ -41,18 +32,18 @@ _HOME = {
     "TensorSpec": "adjointlab.space",
     "affine_operator": "adjointlab.affine",
     "assert_adjoint": "adjointlab.verify",
-    "block_diag": "adjointlab.linear_operator",
+    "block_diag": "adjointlab.blocks",
     "check_adjoint": "adjointlab.verify",
     "check_linearity": "adjointlab.linearity",
-    "diagonal": "adjointlab.linear_operator",
-    "hstack": "adjointlab.linear_operator",
-    "identity": "adjointlab.linear_operator",
+    "diagonal": "adjointlab.blocks",
+    "hstack": "adjointlab.blocks",
+    "identity": "adjointlab.blocks",
     "least_squares_gradient": "adjointlab.least_squares",
-    "linear_adjoint": "adjointlab.linear_operator",
-    "linear_operator": "adjointlab.linear_operator",
+    "linear_adjoint": "adjointlab.derive",
+    "linear_operator": "adjointlab.derive",
     "operator_norm": "adjointlab.spectral",
     "to_dense": "adjointlab.spectral",
-    "vstack": "adjointlab.linear_operator",
+    "vstack": "adjointlab.blocks",
 }
 _SUBMODULES = ("solvers",)
 
@@ -66,17 +57,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'adjointlab' has no attribute {name!r}")
     globals()[name] = value
     return value
-
-
-class _Package(ModuleType):
-    """The package, whose ``linear_operator`` stays the function when the submodule of that name is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

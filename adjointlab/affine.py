@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from adjointlab.derive import from_source, require_linear
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.linear_operator import LinearOperator, from_source, require_linear
 from adjointlab.linearity import assess, like_parameters
+from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 from adjointlab.transpose import Transposition
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from adjointlab.affine import AffineOperator, residual_and_gradient
+from adjointlab.blocks import diagonal, diagonal_entries
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.linear_operator import LinearOperator, diagonal, diagonal_entries
-from adjointlab.space import tree_flatten
+from adjointlab.operators import LinearOperator
+from adjointlab.tree import tree_flatten
 
 
 class LeastSquares(nn.Module):

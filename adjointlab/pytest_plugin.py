@@ -75,7 +75,7 @@ class AdjointCheck:
 
 def _derived(function: Any, domain: Any) -> Any:
     __tracebackhide__ = True
-    from adjointlab.linear_operator import linear_operator
+    from adjointlab.derive import linear_operator
 
     return linear_operator(function, domain)
 

@@ -7,9 +7,8 @@ complex-linear between complex spaces, that is exactly the Hermitian adjoint for
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.tree import SINGLE, Structure, has_tensor, tree_flatten
 
 _DOUBLE = {True: torch.complex128, False: torch.float64}
 
@@ -87,70 +87,6 @@ class TensorSpec:
         return f"TensorSpec({self.shape}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
 
 
-@dataclass(frozen=True)
-class _Structure:
-    """How leaves hang together: a pytree, whose leaves may be objects that hold tensors as attributes.
-
-    The second part is for containers that no one registered with pytree (deepinv's ``TensorList``): such an object is
-    flattened by its attributes and rebuilt from a copy that is stripped of its tensors.
-    """
-
-    spec: pytree.TreeSpec
-    holders: tuple[tuple[int, Any, tuple[str, ...], _Structure], ...] = ()
-
-    def unflatten(self, leaves: Iterable[Any]) -> Any:
-        rest = list(leaves)
-        for position, shell, names, inner in self.holders:
-            count = inner.num_leaves
-            attributes = inner.unflatten(rest[position : position + count])
-            rebuilt = copy.copy(shell)
-            vars(rebuilt).update(zip(names, attributes, strict=True))
-            rest[position : position + count] = [rebuilt]
-        return pytree.tree_unflatten(rest, self.spec)
-
-    @property
-    def num_leaves(self) -> int:
-        return int(self.spec.num_leaves) + sum(inner.num_leaves - 1 for *_, inner in self.holders)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Structure):
-            return NotImplemented
-        mine = [(position, type(shell), names, inner) for position, shell, names, inner in self.holders]
-        theirs = [(position, type(shell), names, inner) for position, shell, names, inner in other.holders]
-        return bool(self.spec == other.spec) and mine == theirs
-
-    def __hash__(self) -> int:
-        return hash((str(self.spec), len(self.holders)))
-
-
-_SINGLE = _Structure(pytree.tree_flatten(torch.empty(0))[1])
-
-
-def _has_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
-
-
-def tree_flatten(tree: Any) -> tuple[list[Any], _Structure]:
-    """Flatten a pytree, or an object that holds tensors as attributes, into leaves and structure."""
-    if isinstance(tree, Tensor):
-        return [tree], _SINGLE
-    raw, spec = pytree.tree_flatten(tree)
-    leaves: list[Any] = []
-    holders = []
-    for leaf in raw:
-        attributes = {} if isinstance(leaf, (Tensor, type, torch.nn.Module)) else getattr(leaf, "__dict__", {})
-        names = tuple(sorted(name for name, value in attributes.items() if _has_tensor(value)))
-        if not names:
-            leaves.append(leaf)
-            continue
-        shell = copy.copy(leaf)
-        vars(shell).update(dict.fromkeys(names))
-        inner_leaves, inner = tree_flatten([attributes[name] for name in names])
-        holders.append((len(leaves), shell, names, inner))
-        leaves.extend(inner_leaves)
-    return leaves, _Structure(spec, tuple(holders)) if holders else _Structure(spec)
-
-
 def _is_shape(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and bool(value) and all(type(size) is int for size in value)
 
@@ -187,7 +123,7 @@ class Space:
     """
 
     specs: tuple[TensorSpec, ...]
-    structure: _Structure = field(default=_SINGLE, repr=False)
+    structure: Structure = field(default=SINGLE, repr=False)
     batch_dims: int = 0
 
     def __post_init__(self) -> None:
@@ -268,7 +204,7 @@ class Space:
                     "expected a domain given as an example tensor, a shape such as (1, 1, 64, 64), a TensorSpec, a "
                     f"Space or a pytree of these, got {_describe(leaf)}"
                 )
-        return cls(tuple(specs), _SINGLE if structure == _SINGLE else structure, batch_dims)
+        return cls(tuple(specs), SINGLE if structure == SINGLE else structure, batch_dims)
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
@@ -342,7 +278,7 @@ class Space:
             If ``x`` is not an element of this space.
         """
         if isinstance(x, Tensor):
-            found, structure = (x,), _SINGLE
+            found, structure = (x,), SINGLE
         else:
             flat, structure = tree_flatten(x)
             found = tuple(flat)
@@ -368,7 +304,7 @@ class Space:
 
     def _mismatch(self, name: str, x: Any, leaf: Any = None, spec: TensorSpec | None = None) -> SpaceMismatchError:
         if spec is None or not isinstance(leaf, Tensor):
-            came = _describe(x) if not _has_tensor(x) or isinstance(x, Tensor) else f"the pytree {_outline(x)}"
+            came = _describe(x) if not has_tensor(x) or isinstance(x, Tensor) else f"the pytree {_outline(x)}"
             remedy = "pass an element with the structure of the space"
         else:
             came = _describe(leaf)
@@ -384,7 +320,7 @@ class Space:
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """Return the element with the given leaves: the inverse of :meth:`leaves`."""
-        return leaves[0] if self.structure is _SINGLE else self.structure.unflatten(leaves)
+        return leaves[0] if self.structure is SINGLE else self.structure.unflatten(leaves)
 
     def zeros(self) -> Any:
         """Return the zero element."""

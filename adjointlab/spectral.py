@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.linear_operator import LinearOperator
+from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 
 _CHUNK = 1 << 22  # entries of basis vectors and images that are held at a time

@@ -10,9 +10,11 @@ from deepinv.physics import LinearPhysics
 from deepinv.utils import TensorList
 from torch import Tensor
 
+from adjointlab.derive import linear_operator
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.linear_operator import LinearOperator, linear_operator
-from adjointlab.space import Space, tree_flatten
+from adjointlab.operators import LinearOperator
+from adjointlab.space import Space
+from adjointlab.tree import tree_flatten
 
 
 class _Physics(LinearPhysics):  # type: ignore[misc]

@@ -9,7 +9,7 @@ import torch
 from pylops import LinearOperator as PyLopsOperator
 
 from adjointlab.adapters.bridge import Array, common_dtype, from_arrays, on_arrays, torch_dtype
-from adjointlab.linear_operator import LinearOperator
+from adjointlab.operators import LinearOperator
 from adjointlab.space import Space, TensorSpec
 
 

@@ -10,7 +10,7 @@ from scipy.sparse.linalg import LinearOperator as SciPyOperator
 from scipy.sparse.linalg import aslinearoperator
 
 from adjointlab.adapters.bridge import Array, ArrayMap, common_dtype, from_arrays, on_arrays, real_size, torch_dtype
-from adjointlab.linear_operator import LinearOperator
+from adjointlab.operators import LinearOperator
 from adjointlab.space import Space, TensorSpec
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adjointlab.affine import AffineOperator
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.linear_operator import LinearOperator
+from adjointlab.operators import LinearOperator
 from adjointlab.solvers import implicit
 from adjointlab.solvers.arithmetic import Vector
 from adjointlab.solvers.problem import Problem, plus, require

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from adjointlab.affine import AffineOperator
+from adjointlab.blocks import block_diag, identity, vstack
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.least_squares import LeastSquares
-from adjointlab.linear_operator import LinearOperator, block_diag, identity, vstack
+from adjointlab.operators import LinearOperator
 from adjointlab.solvers.arithmetic import Vector, Vectors
 
 _MOST_STEPS = 10_000

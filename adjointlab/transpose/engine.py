@@ -7,27 +7,28 @@ compared with it once on random data. It is made again when what it depends on h
 from __future__ import annotations
 
 import functools
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.space import Space, TensorSpec, tree_flatten
+from adjointlab.space import Space, TensorSpec
 from adjointlab.transpose import kernels, pair, vjp
 from adjointlab.transpose.account import Account, listing
 from adjointlab.transpose.capture import Capture, capture
-from adjointlab.transpose.fuse import residual_and_gradient
+from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.lower import lower
 from adjointlab.transpose.program import Program, differentiated, plain
 from adjointlab.transpose.prune import Pruned, prune
+from adjointlab.transpose.sample import Sample, copies, eps, gap, nudged
 from adjointlab.transpose.simplify import simplify
-from adjointlab.transpose.trace import Graph, UntraceableError, clean, op_name, own_outputs, trace_forward, trace_vjp
+from adjointlab.transpose.trace import Graph, UntraceableError, own_outputs, trace_forward, trace_vjp
+from adjointlab.tree import tree_flatten
 
 aten = torch.ops.aten
 Tensors = tuple[Tensor, ...]
@@ -255,7 +256,7 @@ class Transposition:
 
         n = len(forward.state)
         function, adjoint = program(forward), program(pruned.graph)
-        linear = program(_without_offset(forward)) if self.affine else function
+        linear = program(without_offset(forward)) if self.affine else function
         if mode == "compiled":
             self._compile(function, linear, adjoint, n)
         run_linear, run_adjoint = pair.pair(linear, adjoint, n)
@@ -383,7 +384,7 @@ class Transposition:
         generator = torch.Generator().manual_seed(20)
         domain, codomain = self.domain.with_batch(batch), self.codomain.with_batch(batch)
         x, v = (space.leaves(space.randn(generator)) for space in (domain, codomain))
-        return Sample(x, self.flat(_copies(x)), v, self.reference_adjoint(_copies(v)))
+        return Sample(x, self.flat(copies(x)), v, self.reference_adjoint(copies(v)))
 
     def _disagreement(self, derived: Derived, sample: Sample) -> str:
         """Return how derived functions differ from the eager reference, or nothing where they agree."""
@@ -396,55 +397,19 @@ class Transposition:
             warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
             for name, reference, fast, argument, expected in trials:
                 try:
-                    found = fast(_copies(argument))
+                    found = fast(copies(argument))
                 except torch._dynamo.exc.TorchDynamoException as error:
                     lines = [line for line in str(error).splitlines() if line.strip()]
                     return f"torch.compile failed ({' '.join(lines[:2])[:300]})"  # where it failed, and what was said
-                gap, allowed = _gap(expected, found), 32 * _eps(expected)
-                if gap > allowed:  # cancellation inside? then the result moves as much when the argument does
-                    allowed += 32 * _gap(expected, reference(_nudged(argument)))
-                if not gap <= allowed:
+                distance, allowed = gap(expected, found), 32 * eps(expected)
+                if distance > allowed:  # cancellation inside? then the result moves as much when the argument does
+                    allowed += 32 * gap(expected, reference(nudged(argument)))
+                if not distance <= allowed:
                     return (
-                        f"the derived {name} differs from the eager one by {gap:.1e} of its norm, where rounding "
+                        f"the derived {name} differs from the eager one by {distance:.1e} of its norm, where rounding "
                         f"explains {allowed:.1e}"
                     )
         return ""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What the eager reference makes of random x and v: ``f(x)`` and ``f'ᴴv``."""
-
-    x: Tensors
-    at_x: Tensors
-    v: Tensors
-    at_v: Tensors
-
-
-def _copies(leaves: Tensors) -> Tensors:
-    return tuple(t.clone() for t in leaves)
-
-
-def _eps(leaves: Tensors) -> float:
-    return max(float(torch.finfo(t.dtype).eps) for t in leaves)
-
-
-def _nudged(leaves: Tensors) -> Tensors:
-    """Return the leaves changed at random by one unit of rounding."""
-    draw = torch.Generator().manual_seed(1)
-    return tuple(t * (1 + _eps(leaves) * torch.randn(t.shape, generator=draw).to(t)) for t in leaves)
-
-
-def _gap(expected: Tensors, found: Tensors) -> float:
-    """Return ``‖expected − found‖ / ‖expected‖``, infinite where only the first is zero."""
-    difference = _norm([a - b for a, b in zip(expected, found, strict=True)])
-    scale = _norm(expected)
-    return difference / scale if scale else math.inf if difference else 0.0
-
-
-def _norm(leaves: Sequence[Tensor]) -> float:
-    wide = {True: torch.complex128, False: torch.float64}
-    return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=wide[t.is_complex()])) for t in leaves))
 
 
 def _canonical(tensor: Tensor) -> Tensor:
@@ -454,39 +419,4 @@ def _canonical(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
-def _without_offset(forward: Graph) -> Graph:
-    """Return the graph of ``x ↦ f(x) − f(0)``; ``f(0)`` depends on the state alone, and is kept while that is."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    zeros: dict[fx.Node, fx.Node] = {}
-    inputs = set(forward.inputs)
-    for node in forward.placeholders:
-        copies[node] = zeros[node] = graph.node_copy(node)
-    for node in forward.inputs:
-        value = node.meta["val"]
-        zeros[node] = graph.call_function(
-            aten.zeros.default, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
-        )
-        zeros[node].meta["val"] = value
-    dependent = set(inputs)
-    for node in forward.module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        zeros[node] = copies[node]
-        if any(operand in dependent for operand in node.all_input_nodes):
-            dependent.add(node)
-            zeros[node] = graph.node_copy(node, zeros.__getitem__)
-    outputs = []
-    for node in forward.outputs:
-        difference = graph.call_function(aten.sub.Tensor, (copies[node], zeros[node]))
-        difference.meta["val"] = node.meta["val"]
-        outputs.append(difference)
-    graph.output(tuple(outputs))
-    module = fx.GraphModule(forward.module, graph)
-    clean(module)
-    module.recompile()
-    return Graph(module, forward.state, forward.baked)
-
-
-__all__ = ["ENGINES", "Derived", "Transposition", "op_name"]
+__all__ = ["ENGINES", "Derived", "Transposition"]

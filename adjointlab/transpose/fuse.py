@@ -1,11 +1,11 @@
-"""One graph for the gradient of a least-squares objective: ``(x, y, w) ↦ (f(x) − y, f'ᴴ w ⊙ (f(x) − y))``."""
+"""Graphs made of graphs: the gradient of a least-squares objective, and a map without its offset."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
-from adjointlab.transpose.trace import Graph
+from adjointlab.transpose.trace import Graph, clean
 
 aten = torch.ops.aten
 
@@ -47,3 +47,38 @@ def residual_and_gradient(forward: Graph, adjoint: Graph, *, weighted: bool) -> 
             back[node] = graph.node_copy(node, back.__getitem__)
     graph.output((*residual, *[back[out] for out in adjoint.outputs]))
     return Graph(fx.GraphModule(forward.module, graph), forward.state, forward.baked)
+
+
+def without_offset(forward: Graph) -> Graph:
+    """Return the graph of ``x ↦ f(x) − f(0)``; ``f(0)`` depends on the state alone, and is kept while that is."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    zeros: dict[fx.Node, fx.Node] = {}
+    inputs = set(forward.inputs)
+    for node in forward.placeholders:
+        copies[node] = zeros[node] = graph.node_copy(node)
+    for node in forward.inputs:
+        value = node.meta["val"]
+        zeros[node] = graph.call_function(
+            aten.zeros.default, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
+        )
+        zeros[node].meta["val"] = value
+    dependent = set(inputs)
+    for node in forward.module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        zeros[node] = copies[node]
+        if any(operand in dependent for operand in node.all_input_nodes):
+            dependent.add(node)
+            zeros[node] = graph.node_copy(node, zeros.__getitem__)
+    outputs = []
+    for node in forward.outputs:
+        difference = graph.call_function(aten.sub.Tensor, (copies[node], zeros[node]))
+        difference.meta["val"] = node.meta["val"]
+        outputs.append(difference)
+    graph.output(tuple(outputs))
+    module = fx.GraphModule(forward.module, graph)
+    clean(module)
+    module.recompile()
+    return Graph(module, forward.state, forward.baked)

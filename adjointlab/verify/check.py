@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from adjointlab.affine import AffineOperator
+from adjointlab.derive import linear_operator
 from adjointlab.errors import AdjointMismatchError, SpaceMismatchError
-from adjointlab.linear_operator import LinearOperator, linear_operator
 from adjointlab.linearity import like_parameters
-from adjointlab.space import Space, tree_flatten
+from adjointlab.operators import LinearOperator
+from adjointlab.space import Space
+from adjointlab.tree import tree_flatten
 from adjointlab.verify.diagnosis import Figure, diagnose
 from adjointlab.verify.dot_test import BrokenError, DotTest, Side, Tensors
 from adjointlab.verify.report import AdjointReport

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.rounding import DOT_UNITS, SIGMAS, dot_gap, norm, rounding_noise
-from adjointlab.space import Space, tree_flatten
+from adjointlab.space import Space
+from adjointlab.tree import tree_flatten
 
 Tensors = tuple[Tensor, ...]
 

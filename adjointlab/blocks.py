@@ -1,0 +1,233 @@
+"""Building blocks: stacks, block diagonals, the identity and diagonals of operators and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.operators import LinearOperator, added, common, derived
+from adjointlab.space import Space
+from adjointlab.tree import tree_flatten
+
+
+def _product(spaces: Sequence[Space]) -> Space:
+    free = {space.batch_dims for space in spaces}
+    if len(free) > 1:
+        raise SpaceMismatchError(f"expected operators with equal batch_dims, got {sorted(free)}: build them alike")
+    return Space.of(tuple(spaces), batch_dims=free.pop())
+
+
+def _operators(operators: Sequence[LinearOperator], name: str) -> list[LinearOperator]:
+    found = list(operators)
+    if not found or not all(isinstance(operator, LinearOperator) for operator in found):
+        raise SpaceMismatchError(
+            f"expected {name} of a non-empty list of linear operators, got {[type(o).__name__ for o in found]}: wrap "
+            "each with al.linear_operator"
+        )
+    return found
+
+
+def _summed(elements: Sequence[Any]) -> Any:
+    total = elements[0]
+    for element in elements[1:]:
+        total = added(total, element)
+    return total
+
+
+def vstack(operators: Sequence[LinearOperator]) -> LinearOperator:
+    """Return ``x ↦ (A₁x, …, Aₙx)``; its adjoint is ``(y₁, …, yₙ) ↦ Σ Aᵢᴴyᵢ``.
+
+    Parameters
+    ----------
+    operators : sequence of LinearOperator
+        Operators with one domain.
+
+    Returns
+    -------
+    LinearOperator
+        From that domain to the tuples of elements of the codomains.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If the domains differ or the list is empty.
+
+    Examples
+    --------
+    >>> A = identity((3,))
+    >>> len(vstack([A, 2 * A])(A.domain.zeros()))
+    2
+    """
+    parts = _operators(operators, "vstack")
+    for part in parts[1:]:
+        common(parts[0].domain, part.domain, "the operators of vstack to have one domain", "use block_diag otherwise")
+    return derived(
+        lambda x: tuple(part(x) for part in parts),
+        lambda y: _summed([part.H(piece) for part, piece in zip(parts, y, strict=True)]),
+        parts[0].domain, _product([part.codomain for part in parts]), (vstack, (parts,)), *parts,
+    )  # fmt: skip
+
+
+def hstack(operators: Sequence[LinearOperator]) -> LinearOperator:
+    """Return ``(x₁, …, xₙ) ↦ Σ Aᵢxᵢ``; its adjoint is ``y ↦ (A₁ᴴy, …, Aₙᴴy)``.
+
+    Parameters
+    ----------
+    operators : sequence of LinearOperator
+        Operators with one codomain.
+
+    Returns
+    -------
+    LinearOperator
+        From the tuples of elements of the domains to that codomain.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If the codomains differ or the list is empty.
+
+    Examples
+    --------
+    >>> A = identity((3,))
+    >>> hstack([A, A]).domain.size
+    6
+    """
+    parts = _operators(operators, "hstack")
+    for part in parts[1:]:
+        common(parts[0].codomain, part.codomain, "the operators of hstack to have one codomain", "use block_diag")
+    return derived(
+        lambda x: _summed([part(piece) for part, piece in zip(parts, x, strict=True)]),
+        lambda y: tuple(part.H(y) for part in parts),
+        _product([part.domain for part in parts]), parts[0].codomain, (hstack, (parts,)), *parts,
+    )  # fmt: skip
+
+
+def block_diag(operators: Sequence[LinearOperator]) -> LinearOperator:
+    """Return ``(x₁, …, xₙ) ↦ (A₁x₁, …, Aₙxₙ)``; its adjoint is ``(y₁, …, yₙ) ↦ (A₁ᴴy₁, …, Aₙᴴyₙ)``.
+
+    Parameters
+    ----------
+    operators : sequence of LinearOperator
+        The blocks.
+
+    Returns
+    -------
+    LinearOperator
+        From tuples to tuples.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If the list is empty.
+
+    Examples
+    --------
+    >>> A = block_diag([identity((3,)), identity((2, 2))])
+    >>> A.domain == A.codomain
+    True
+    """
+    parts = _operators(operators, "block_diag")
+    return derived(
+        lambda x: tuple(part(piece) for part, piece in zip(parts, x, strict=True)),
+        lambda y: tuple(part.H(piece) for part, piece in zip(parts, y, strict=True)),
+        _product([part.domain for part in parts]), _product([part.codomain for part in parts]),
+        (block_diag, (parts,)), *parts,
+    )  # fmt: skip
+
+
+def identity(space: Any) -> LinearOperator:
+    """Return ``x ↦ x``, its own adjoint.
+
+    Parameters
+    ----------
+    space : Space or what :meth:`Space.of` takes
+        Where x lives.
+
+    Returns
+    -------
+    LinearOperator
+        The identity.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If ``space`` describes no space.
+
+    Examples
+    --------
+    >>> I = identity((2, 2))
+    >>> I.H is I
+    True
+    """
+    where = Space.of(space)
+    operator = derived(_itself, _itself, where, where, (identity, (where,)))
+    operator._body.views[1] = operator
+    return operator
+
+
+def _itself(x: Any) -> Any:
+    return x
+
+
+class _Entries(nn.Module):
+    """The entries of a diagonal, as parameters where they are and as buffers elsewhere."""
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.count = len(leaves)
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, nn.Parameter):
+                self.register_parameter(f"entries_{index}", leaf)
+            else:
+                self.register_buffer(f"entries_{index}", leaf)
+
+    def leaves(self) -> list[Tensor]:
+        return [getattr(self, f"entries_{index}") for index in range(self.count)]
+
+
+def diagonal(d: Any) -> LinearOperator:
+    """Return ``x ↦ d ⊙ x``; its adjoint is ``y ↦ conj(d) ⊙ y``.
+
+    Parameters
+    ----------
+    d : Tensor or pytree of tensors
+        The diagonal, of the shape and dtype of x; parameters stay parameters.
+
+    Returns
+    -------
+    LinearOperator
+        On the space of ``d``.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If ``d`` holds anything else than floating-point or complex tensors.
+
+    Examples
+    --------
+    >>> import torch
+    >>> diagonal(torch.tensor([1.0, 2.0]))(torch.tensor([3.0, 4.0]))
+    tensor([3., 8.])
+    """
+    space = Space.of(d)
+    entries = _Entries(space.leaves(d))
+
+    def times(x: Any) -> Any:
+        return space.unflatten([a * b for a, b in zip(entries.leaves(), tree_flatten(x)[0], strict=True)])
+
+    def times_conjugate(y: Any) -> Any:
+        return space.unflatten([a.conj() * b for a, b in zip(entries.leaves(), tree_flatten(y)[0], strict=True)])
+
+    return derived(times, times_conjugate, space, space, (diagonal, (d,)), entries)
+
+
+def diagonal_entries(operator: LinearOperator) -> Any:
+    """Return the diagonal of an operator made by :func:`diagonal`, or None for any other."""
+    entries = getattr(operator, "operator_0", None)
+    return operator.domain.unflatten(entries.leaves()) if isinstance(entries, _Entries) else None
+
+
+__all__ = ["block_diag", "diagonal", "diagonal_entries", "hstack", "identity", "vstack"]

@@ -1,0 +1,176 @@
+"""From a module or function to a linear operator with its derived adjoint: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMismatchError
+from adjointlab.linearity import LinearityReport, assess, like_parameters
+from adjointlab.operators import LinearOperator, Map, Recipe
+from adjointlab.space import Space
+from adjointlab.transpose import Transposition
+
+
+def linear_operator(
+    module_or_function: Callable[..., Any],
+    domain: Any,
+    *,
+    batch_dims: int = 0,
+    kwargs: dict[str, Any] | None = None,
+    engine: str = "auto",
+    check: bool = True,
+    lowering: bool = True,
+    autotune: bool = False,
+) -> LinearOperator:
+    r"""Return the linear operator A of a module or function, with its derived adjoint: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``.
+
+    The adjoint is the vector-Jacobian product of the forward, which for a linear map does not depend on where it is
+    taken. Where the forward can be traced, it runs without the forward in it.
+
+    Parameters
+    ----------
+    module_or_function : nn.Module or callable
+        A linear map. It takes an element of the domain: a *tuple* is spread over its positional arguments, any other
+        pytree is passed as it is. It may return any pytree of tensors.
+    domain : Tensor, tuple of int, TensorSpec, Space or pytree of these
+        An example (values are ignored), or a shape: dtype and device are then those of the module's parameters, else
+        torch's defaults.
+    batch_dims : int
+        The first ``batch_dims`` dimensions of every leaf may change size from call to call.
+    kwargs : dict, optional
+        Fixed keyword arguments of the forward.
+    engine : {"auto", "eager", "traced", "compiled"}
+        ``"eager"`` is the plain VJP at every call, the reference; ``"traced"`` the graph without a forward;
+        ``"compiled"`` that graph through ``torch.compile``; ``"auto"`` traces, and falls back to eager with a reason.
+    check : bool
+        Whether to check linearity, and the derived adjoint against the eager one, now. Without it the second is done
+        at the first call.
+    lowering : bool
+        Whether convolutions may run on the fastest equal kernel.
+    autotune : bool
+        Whether to choose that kernel by a thorough measurement.
+
+    Returns
+    -------
+    LinearOperator
+        The operator; ``A.H`` is its adjoint.
+
+    Raises
+    ------
+    NotLinearError
+        If the map is not linear; the message says what was seen and what to do.
+    NotDifferentiableError
+        If autograd's derivative is not the map's own, as for a detached forward.
+    SpaceMismatchError
+        If the domain is none, or does not fit the map.
+
+    Examples
+    --------
+    >>> import torch
+    >>> c = torch.nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect", bias=False)
+    >>> A = linear_operator(c, (1, 1, 8, 8))
+    >>> x, y = torch.randn(1, 1, 8, 8), torch.randn(1, 1, 8, 8)
+    >>> A.H(A(x) - y).shape
+    torch.Size([1, 1, 8, 8])
+    """
+    if not callable(module_or_function):
+        raise SpaceMismatchError(
+            f"expected an nn.Module or a function, got {type(module_or_function).__name__}: pass the map itself"
+        )
+    space = like_parameters(module_or_function, domain, batch_dims)
+    source = Transposition(module_or_function, space, kwargs, engine, lowering=lowering, autotune=autotune)
+    if check:
+        require_linear(assess(source), source)
+    options = {
+        "batch_dims": batch_dims,
+        "kwargs": kwargs,
+        "engine": engine,
+        "lowering": lowering,
+        "autotune": autotune,
+    }
+    recipe = (_rebuild, (module_or_function, source.domain, options))
+    return from_source(source, recipe)
+
+
+def from_source(source: Transposition, recipe: Recipe) -> LinearOperator:
+    """Return the linear operator, or the linear part, of a map that is already derived."""
+    modules = source.captured.modules
+    single = len(modules) == 1 and modules[0] is source.callable
+    names = ["module"] if single else [f"module_{index}" for index in range(len(modules))]
+    return LinearOperator.of_source(source, recipe, dict(zip(names, modules, strict=True)))
+
+
+def _rebuild(function: Callable[..., Any], domain: Space, options: dict[str, Any]) -> LinearOperator:
+    return linear_operator(function, domain, check=False, **options)
+
+
+def require_linear(report: LinearityReport, source: Transposition, *, offset_allowed: bool = False) -> None:
+    """Raise unless the report is of a linear map that autograd can differentiate, with what to do about it.
+
+    Raises
+    ------
+    NotLinearError
+        If the map is not linear.
+    NotDifferentiableError
+        If its derivative by autograd is not the map.
+    """
+    kind = "an affine" if offset_allowed else "a linear"
+    name = type(source.callable).__name__ if isinstance(source.callable, nn.Module) else "the function"
+    seen = report.counterexample
+    if not report.is_affine:
+        detail = "; ".join(report.evidence)
+        if seen is not None and seen.law.endswith("finite"):
+            advice = "it returned NaN or infinity for finite input: check its parameters"
+        elif not report.deterministic:
+            advice = "its result is random or changes its state: call .eval() on dropout, batch-norm and the like"
+        elif report.reads_input:
+            advice = f"its derivative depends on the input through {', '.join(report.reads_input)}: take that out"
+        else:
+            advice = "take out the part that is not linear"
+        raise NotLinearError(f"expected {kind} map, but {name} is not: {seen or detail}; {advice} [{detail}]")
+    if report.verdict == "refuted" and not offset_allowed:
+        raise NotLinearError(
+            f"expected a linear map, but {name} has an offset, ‖f(0)‖ = {report.offset:.3g}: set bias=False, or use "
+            "al.affine_operator, whose .linear is the linear part"
+        )
+    if not report.differentiable:
+        raise NotDifferentiableError(
+            f"expected autograd's derivative of {name} to be the map itself, but the dot test fails: something hides "
+            "the input from autograd (.detach(), .data, torch.no_grad(), a custom backward that is wrong); take it out"
+        )
+
+
+def linear_adjoint(f: Callable[..., Any], *example: Any) -> Map:
+    """Return ``v ↦ Aᴴv`` for the linear function f: the Hermitian twin of ``jax.linear_transpose``.
+
+    Parameters
+    ----------
+    f : callable
+        A linear function.
+    *example : pytree of tensors, shapes or TensorSpec
+        Examples of its arguments; values are ignored.
+
+    Returns
+    -------
+    callable
+        From the space of ``f(*example)`` to that of the argument, or of the tuple of arguments where there are several.
+
+    Raises
+    ------
+    NotLinearError, NotDifferentiableError, SpaceMismatchError
+        As :func:`linear_operator` does.
+
+    Examples
+    --------
+    >>> import torch
+    >>> back = linear_adjoint(lambda x: x[1:] - x[:-1], torch.zeros(4))
+    >>> back(torch.tensor([1.0, 0.0, 0.0]))
+    tensor([-1.,  1.,  0.,  0.])
+    """
+    return linear_operator(f, example[0] if len(example) == 1 else example).H
+
+
+__all__ = ["from_source", "linear_adjoint", "linear_operator", "require_linear"]

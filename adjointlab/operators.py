@@ -1,0 +1,348 @@
+"""Linear operators and their algebra: ``(AB)ᴴ = BᴴAᴴ``, ``(A + B)ᴴ = Aᴴ + Bᴴ``, ``(cA)ᴴ = c̄Aᴴ``."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.space import Space, TensorSpec
+from adjointlab.transpose import Transposition
+
+Map = Callable[[Any], Any]
+Recipe = tuple[Callable[..., Any], tuple[Any, ...]]  # what makes the operator again, for copies and pickles
+
+
+@dataclass
+class _Body:
+    """What A and Aᴴ share: two functions, two spaces, where they come from, and the operators made of them."""
+
+    functions: tuple[Map, Map]
+    spaces: tuple[Space, Space]
+    source: Transposition | None = None
+    views: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
+    transposes: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
+
+
+class LinearOperator(nn.Module):
+    r"""A linear map A between two spaces together with its adjoint: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``.
+
+    Made by :func:`adjointlab.linear_operator` from a module or function, by the algebra of operators, or from a pair
+    of functions that are known to be adjoint to each other, which nothing here checks
+    (:func:`adjointlab.check_adjoint` does).
+
+    Parameters
+    ----------
+    function, adjoint_function : callable
+        ``x ↦ Ax`` and ``y ↦ Aᴴy`` on elements of the spaces.
+    domain, codomain : Space
+        Where x and y live.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from adjointlab import linear_operator
+    >>> A = linear_operator(torch.nn.Conv1d(1, 1, 3, bias=False), (1, 1, 8))
+    >>> x, y = A.domain.randn(), A.codomain.randn()
+    >>> bool(abs(A.codomain.inner(A(x), y) - A.domain.inner(x, A.H(y))) < 1e-5)
+    True
+    """
+
+    _body: _Body
+    _side: int
+    _recipe: Recipe
+
+    def __init__(self, function: Map, adjoint_function: Map, domain: Space, codomain: Space) -> None:
+        super().__init__()
+        recipe = (LinearOperator, (function, adjoint_function, domain, codomain))
+        self._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
+
+    def _set(self, body: _Body, side: int, recipe: Recipe, parts: dict[str, nn.Module]) -> None:
+        # The body is no submodule: A and Aᴴ know each other through it, and a module tree has no cycles.
+        self._body = body
+        self._side = side
+        self._recipe = recipe
+        body.views[side] = self
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    @classmethod
+    def of_source(cls, source: Transposition, recipe: Recipe, parts: dict[str, nn.Module]) -> LinearOperator:
+        """Return the operator of a map that is already derived; of an affine one, the linear part."""
+        operator = cls.__new__(cls)
+        nn.Module.__init__(operator)
+        function = source.linear if source.affine else source.function
+        body = _Body((function, source.adjoint), (source.domain, source.codomain), source)
+        operator._set(body, 0, recipe, parts)
+        return operator
+
+    # -- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def domain(self) -> Space:
+        """The space of x in ``Ax``."""
+        return self._body.spaces[self._side]
+
+    @property
+    def codomain(self) -> Space:
+        """The space of ``Ax``."""
+        return self._body.spaces[1 - self._side]
+
+    def forward(self, x: Any) -> Any:
+        """Return ``Ax``.
+
+        Returns
+        -------
+        pytree of tensors
+            An element of the codomain.
+
+        Raises
+        ------
+        SpaceMismatchError
+            If x is not an element of the domain; nothing is cast or broadcast.
+        """
+        if self._body.source is None:
+            self.domain.check(x)
+        return self._body.functions[self._side](x)
+
+    @property
+    def H(self) -> LinearOperator:
+        """The adjoint ``Aᴴ``: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩`` (for the real part, where A is only real-linear)."""
+        twin = self._body.views[1 - self._side]
+        if twin is None:
+            twin = LinearOperator.__new__(LinearOperator)
+            nn.Module.__init__(twin)
+            twin._set(self._body, 1 - self._side, (_adjoint_of, (self,)), dict(self.named_children()))
+        return twin
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose ``conj ∘ Aᴴ ∘ conj``: ``Σ (Ax)ᵢ yᵢ = Σ xᵢ (Aᵀy)ᵢ``."""
+        twin = self._body.transposes[self._side]
+        if twin is None:
+            twin = self._body.transposes[self._side] = _transpose(self)
+            twin._body.transposes[0] = self
+        return twin
+
+    @property
+    def gram(self) -> LinearOperator:
+        """The self-adjoint, positive semi-definite ``AᴴA``."""
+        return _compose(self.H, self)
+
+    @property
+    def is_complex_linear(self) -> bool:
+        """Whether ``A(ix) = iA(x)``; trivially so between real spaces, never between a real and a complex one."""
+        specs = (*self.domain.specs, *self.codomain.specs)
+        if not any(spec.is_complex for spec in specs):
+            return True
+        if not all(spec.is_complex for spec in specs):
+            return False
+        with torch.no_grad():
+            x = self.domain.randn(torch.Generator().manual_seed(0))
+            left, right = self(_scaled(1j, x)), _scaled(1j, self(x))
+            gap = self.codomain.norm(added(left, _scaled(-1, right)))
+            return bool(gap <= 1e-2 * self.codomain.norm(left))  # a map that is only real-linear differs by order one
+
+    @property
+    def engine(self) -> str:
+        """Which engine is in force: ``"eager"``, ``"traced"`` or ``"compiled"``; for a sum or product, its slowest."""
+        if self._body.source is not None:
+            return self._body.source.account.engine
+        engines = {part.engine for part in self.children() if isinstance(part, LinearOperator)}
+        return next((name for name in ("eager", "traced", "compiled") if name in engines), "eager")
+
+    def compile(self, *, autotune: bool = False, **options: Any) -> LinearOperator:  # type: ignore[override]
+        """Switch A and ``A.H`` to the compiled engine in place, and return A.
+
+        Parameters
+        ----------
+        autotune : bool
+            Whether to choose convolution kernels by a thorough measurement.
+        **options
+            For ``torch.compile``.
+
+        Returns
+        -------
+        LinearOperator
+            A itself; where compilation is not possible, ``A.explain()`` says why, and the engine stays as it was.
+        """
+        if self._body.source is not None:
+            self._body.source.switch("compiled", autotune=autotune, options=options)
+        for part in self.children():
+            if isinstance(part, LinearOperator):
+                part.compile(autotune=autotune, **options)
+        return self
+
+    def explain(self) -> str:
+        """Return a readable account: the derived adjoint as a program, what was removed, kernels, evidence, reasons."""
+        head = f"LinearOperator: {self.domain} → {self.codomain}"
+        if self._body.source is not None:
+            return f"{head}\n{self._body.source.account}"
+        parts = [part for part in self.children() if isinstance(part, LinearOperator)]
+        if not parts:
+            return f"{head}\ngiven as a pair of functions"
+        inner = "\n".join(f"[{index}] {part.explain()}" for index, part in enumerate(parts))
+        return f"{head}\nbuilt from {len(parts)} operators:\n{inner}"
+
+    def extra_repr(self) -> str:
+        """Return what ``print(A)`` says besides the submodules."""
+        return f"{self.domain} → {self.codomain}"
+
+    # -- algebra -----------------------------------------------------------------------------------------------------
+
+    def __matmul__(self, other: Any) -> Any:
+        return _compose(self, other) if isinstance(other, LinearOperator) else self(other)
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        return _add(self, other) if isinstance(other, LinearOperator) else NotImplemented
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        return _add(self, -other) if isinstance(other, LinearOperator) else NotImplemented
+
+    def __neg__(self) -> LinearOperator:
+        return _scale_output(-1, self)
+
+    def __rmul__(self, scalar: Any) -> LinearOperator:
+        return _scale_output(scalar, self) if _is_scalar(scalar) else NotImplemented
+
+    def __mul__(self, scalar: Any) -> LinearOperator:
+        return _scale_input(self, scalar) if _is_scalar(scalar) else NotImplemented
+
+    def __truediv__(self, scalar: Any) -> LinearOperator:
+        return _scale_output(1 / scalar, self) if _is_scalar(scalar) else NotImplemented
+
+    # -- being a module ----------------------------------------------------------------------------------------------
+
+    def residual_and_gradient(self, x: Any, y: Any, weight: Any) -> tuple[Any, Any] | None:
+        """Return ``Ax − y`` and ``Aᴴ w ⊙ (Ax − y)`` from one graph, where A itself is derived; else None."""
+        source = self._body.source
+        return None if source is None or self._side else source.residual_and_gradient(x, y, weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearOperator:
+        """Move parameters, buffers and spaces together: what ``.to``, ``.double`` and ``.cuda`` call."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        body = self._body
+        if body.source is not None:
+            domain = _moved(body.source.domain, fn)
+            if domain.specs != body.source.domain.specs:
+                body.source.rebase(domain)
+            body.spaces = (body.source.domain, body.source.codomain)
+        else:
+            body.spaces = tuple(_moved(space, fn) for space in body.spaces)  # type: ignore[assignment]
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._recipe
+
+
+def _moved(space: Space, fn: Callable[[Tensor], Tensor]) -> Space:
+    def move(spec: TensorSpec) -> TensorSpec:
+        probe = fn(torch.empty(0, dtype=spec.dtype, device=spec.device))
+        return TensorSpec(spec.shape, probe.dtype, probe.device)
+
+    return Space(tuple(map(move, space.specs)), space.structure, space.batch_dims)
+
+
+# -- the algebra: pairs of closures, late-bound so that a part may move -----------------------------------------------
+
+
+def derived(
+    function: Map, adjoint_function: Map, domain: Space, codomain: Space, recipe: Any, *parts: nn.Module
+) -> LinearOperator:
+    operator = LinearOperator.__new__(LinearOperator)
+    nn.Module.__init__(operator)
+    named = {f"operator_{index}": part for index, part in enumerate(parts)}
+    operator._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, named)
+    return operator
+
+
+def _adjoint_of(operator: LinearOperator) -> LinearOperator:
+    return operator.H
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, numbers.Number) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _scaled(scalar: Any, x: Any) -> Any:
+    return scalar * x if isinstance(x, Tensor) else pytree.tree_map(lambda leaf: scalar * leaf, x)
+
+
+def added(x: Any, z: Any) -> Any:
+    return x + z if isinstance(x, Tensor) else pytree.tree_map(torch.add, x, z)
+
+
+def _conjugated(x: Any) -> Any:
+    return x.conj().resolve_conj() if isinstance(x, Tensor) else pytree.tree_map(lambda t: t.conj().resolve_conj(), x)
+
+
+def common(left: Space, right: Space, what: str, remedy: str) -> Space:
+    """Return the space that both are, with the fewer free dimensions."""
+    free = min(left.batch_dims, right.batch_dims)
+    left, right = left.with_batch_dims(free), right.with_batch_dims(free)
+    if left != right:
+        raise SpaceMismatchError(f"expected {what}, got {left} and {right}; {remedy}")
+    return left
+
+
+def _compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
+    common(a.domain, b.codomain, "the domain of A to be the codomain of B in A @ B", "swap them, or reshape between")
+    free = min(a.domain.batch_dims, b.domain.batch_dims)
+    operator = derived(
+        lambda x: a(b(x)), lambda y: b.H(a.H(y)), b.domain.with_batch_dims(free), a.codomain.with_batch_dims(free),
+        (_compose, (a, b)), a, b,
+    )  # fmt: skip
+    if a._body is b._body and a._side != b._side:  # AAᴴ and AᴴA are their own adjoints
+        operator._body.views[1] = operator
+    return operator
+
+
+def _add(a: LinearOperator, b: LinearOperator) -> LinearOperator:
+    domain = common(a.domain, b.domain, "A and B of A + B to have one domain", "bring them to the same space")
+    codomain = common(a.codomain, b.codomain, "A and B of A + B to have one codomain", "bring them to the same space")
+    return derived(lambda x: added(a(x), b(x)), lambda y: added(a.H(y), b.H(y)), domain, codomain, (_add, (a, b)), a, b)
+
+
+def _require_scalar(scalar: Any, space: Space) -> None:
+    is_complex = scalar.is_complex() if isinstance(scalar, Tensor) else isinstance(scalar, complex)
+    if is_complex and not all(spec.is_complex for spec in space.specs):
+        raise SpaceMismatchError(
+            f"expected a real scalar for the real space {space}, got {scalar}: a complex multiple of a real element "
+            "is not in it; use a real scalar, or a complex domain"
+        )
+
+
+def _conjugate(scalar: Any) -> Any:
+    return scalar.conj() if isinstance(scalar, Tensor) else scalar.conjugate()
+
+
+def _scale_output(scalar: Any, a: LinearOperator) -> LinearOperator:
+    _require_scalar(scalar, a.codomain)
+    return derived(
+        lambda x: _scaled(scalar, a(x)), lambda y: a.H(_scaled(_conjugate(scalar), y)), a.domain, a.codomain,
+        (_scale_output, (scalar, a)), a,
+    )  # fmt: skip
+
+
+def _scale_input(a: LinearOperator, scalar: Any) -> LinearOperator:
+    _require_scalar(scalar, a.domain)
+    return derived(
+        lambda x: a(_scaled(scalar, x)), lambda y: _scaled(_conjugate(scalar), a.H(y)), a.domain, a.codomain,
+        (_scale_input, (a, scalar)), a,
+    )  # fmt: skip
+
+
+def _transpose(a: LinearOperator) -> LinearOperator:
+    return derived(
+        lambda y: _conjugated(a.H(_conjugated(y))), lambda x: _conjugated(a(_conjugated(x))), a.codomain, a.domain,
+        (_transpose, (a,)), a,
+    )  # fmt: skip
+
+
+__all__ = ["LinearOperator", "Map", "Recipe"]

@@ -1,0 +1,79 @@
+"""Pytrees, and objects that hold tensors as attributes, as leaves and structure."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How leaves hang together: a pytree, whose leaves may be objects that hold tensors as attributes.
+
+    The second part is for containers that no one registered with pytree (deepinv's ``TensorList``): such an object is
+    flattened by its attributes and rebuilt from a copy that is stripped of its tensors.
+    """
+
+    spec: pytree.TreeSpec
+    holders: tuple[tuple[int, Any, tuple[str, ...], Structure], ...] = ()
+
+    def unflatten(self, leaves: Iterable[Any]) -> Any:
+        """Return the tree with the given leaves."""
+        rest = list(leaves)
+        for position, shell, names, inner in self.holders:
+            count = inner.num_leaves
+            attributes = inner.unflatten(rest[position : position + count])
+            rebuilt = copy.copy(shell)
+            vars(rebuilt).update(zip(names, attributes, strict=True))
+            rest[position : position + count] = [rebuilt]
+        return pytree.tree_unflatten(rest, self.spec)
+
+    @property
+    def num_leaves(self) -> int:
+        """Number of leaves, those inside of holders included."""
+        return int(self.spec.num_leaves) + sum(inner.num_leaves - 1 for *_, inner in self.holders)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Structure):
+            return NotImplemented
+        mine = [(position, type(shell), names, inner) for position, shell, names, inner in self.holders]
+        theirs = [(position, type(shell), names, inner) for position, shell, names, inner in other.holders]
+        return bool(self.spec == other.spec) and mine == theirs
+
+    def __hash__(self) -> int:
+        return hash((str(self.spec), len(self.holders)))
+
+
+SINGLE = Structure(pytree.tree_flatten(torch.empty(0))[1])
+
+
+def has_tensor(value: Any) -> bool:
+    """Return whether a pytree has a leaf that is a tensor."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], Structure]:
+    """Flatten a pytree, or an object that holds tensors as attributes, into leaves and structure."""
+    if isinstance(tree, Tensor):
+        return [tree], SINGLE
+    raw, spec = pytree.tree_flatten(tree)
+    leaves: list[Any] = []
+    holders = []
+    for leaf in raw:
+        attributes = {} if isinstance(leaf, (Tensor, type, torch.nn.Module)) else getattr(leaf, "__dict__", {})
+        names = tuple(sorted(name for name, value in attributes.items() if has_tensor(value)))
+        if not names:
+            leaves.append(leaf)
+            continue
+        shell = copy.copy(leaf)
+        vars(shell).update(dict.fromkeys(names))
+        inner_leaves, inner = tree_flatten([attributes[name] for name in names])
+        holders.append((len(leaves), shell, names, inner))
+        leaves.extend(inner_leaves)
+    return leaves, Structure(spec, tuple(holders)) if holders else Structure(spec)
