@@ -20,6 +20,9 @@ INTEROP_BIN := $(INTEROP)/bin
 INTEROP_STAMP := $(INTEROP)/.stamp
 INTEROP_CONSTRAINTS := .ci/constraints-interop.txt
 
+BENCH := .benchmarks
+BENCH_STAMP := $(VENV)/.stamp-bench
+
 # One thread per process: test workers run side by side, and threads that compete for cores are slower than none.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
@@ -55,8 +58,19 @@ $(INTEROP_STAMP): pyproject.toml $(INTEROP_CONSTRAINTS)
 interop: $(INTEROP_STAMP) ## Run all tests beside deepinv and mrpro, on the second supported torch, in .venv-interop
 	$(ONE_THREAD) $(INTEROP_BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal -m "not packaging" $(ARGS)
 
-bench: $(STAMP) ## Run the benchmarks, one after the other
-	$(BIN)/python -W error -m pytest tests/benchmarks --benchmark-enable --benchmark-only $(ARGS)
+# What only the benchmarks need: JAX, and all that they compare with.
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]'
+	@touch $@
+
+# Without pytest's capture of logs, which has torch.compile write a great many. The results are rendered even if a
+# benchmark fails; a quick or partial run leaves docs/ alone.
+bench: $(BENCH_STAMP) ## Run the benchmarks and render docs/benchmarks.md; a smoke test with ARGS=--quick
+	@mkdir -p $(BENCH)
+	status=0; $(BIN)/python -W error -m pytest tests/benchmarks -p no:logging -o python_files='bench_*.py' \
+		--benchmark-enable --benchmark-json=$(BENCH)/latest.json --benchmark-disable-gc --benchmark-sort=fullname \
+		--benchmark-columns=median,iqr,rounds $(ARGS) || status=$$?; \
+	$(BIN)/python tests/benchmarks/render.py $(BENCH)/latest.json docs; exit $$status
 
 power: $(STAMP) ## Inject bugs into adjoints, and write what the check sees of them to docs/verification_power.md
 	$(ONE_THREAD) $(BIN)/python -m tests.verify_power $(ARGS)

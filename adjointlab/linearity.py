@@ -16,7 +16,7 @@ from torch import Tensor
 from adjointlab.reporting import aligned, html_table, strict_json
 from adjointlab.rounding import DOT_UNITS, SIGMAS, dot_gap, rounding_noise
 from adjointlab.space import Space
-from adjointlab.transpose import ReadsInputError, Sample, Transposition
+from adjointlab.transpose import ReadsInputError, Sample, Transposition, capture
 
 Tensors = tuple[Tensor, ...]
 
@@ -152,13 +152,15 @@ def check_linearity(
 
 
 def like_parameters(f: Any, domain: Any, batch_dims: int) -> Space:
-    """Return the space of ``domain``; where it gives a shape only, dtype and device are those of f's parameters."""
+    """Return the space of ``domain``; where it gives a shape only, dtype and device are those of f's parameters.
+
+    The modules that a function closes over, or whose method it is, are f's as well.
+    """
     dtype = device = None
-    if isinstance(f, torch.nn.Module):
-        for tensor in (*f.parameters(), *f.buffers()):
-            if tensor.is_floating_point() or tensor.is_complex():
+    for module in capture(f).modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if dtype is None and (tensor.is_floating_point() or tensor.is_complex()):
                 dtype, device = tensor.dtype, tensor.device
-                break
     return Space.of(domain, dtype=dtype, device=device, batch_dims=batch_dims)
 
 

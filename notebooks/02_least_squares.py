@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Least squares on a real photograph
 #
-# A photograph is out of focus, and the sensor adds noise: $y = c\,x + n$ with a `Conv2d`. We recover $x$ from $y$ by
+# A photograph is blurred by a shaking hand, and the sensor adds noise: $y = c\,x + n$ with a `Conv2d`. We recover $x$ from $y$ by
 # minimising $F(x) = \tfrac12\lVert c\,x - y\rVert^2$, and compare
 #
 # - gradient steps $x \leftarrow x - \tau\,c^H(c\,x - y)$, by hand and by `torch.optim`,
@@ -34,20 +34,22 @@ def error(x):
 # %% [markdown]
 # ## The forward model
 #
-# Out of focus means: each point becomes a disc. Nothing is known of the scene beyond the frame, so the border is
-# reflected; that is an honest model of a photograph, and no Fourier transform diagonalises it.
+# The camera moved along a short path while the shutter was open: the kernel is that path. Nothing is known of the scene
+# beyond the frame, so the border is reflected. That is an honest model of a photograph, and with a kernel that is not
+# symmetric no Fourier or cosine transform diagonalises it.
 
 # %%
 truth = torch.from_numpy(data.camera()[40:296, 120:376] / 255).float()[None, None]
 
-radius = 4.3
-axis = torch.arange(-5, 6)
-distance = torch.sqrt(axis[:, None] ** 2 + axis[None, :] ** 2.0)
-disc = (radius + 0.5 - distance).clamp(0, 1)
-disc /= disc.sum()
+time = torch.linspace(0, 1, 400)
+path = torch.stack([8 * time**2 - 3 + torch.sin(5 * time), 7 * time - 4 + 1.5 * torch.cos(4 * time)])
+axis = torch.arange(-7.0, 8.0)
+bells = torch.exp(-((axis[:, None] - path[:, None, :]) ** 2) / (2 * 0.6**2))  # rows and columns × axis × time
+kernel = torch.einsum("it,jt->ij", bells[0], bells[1])
+kernel /= kernel.sum()
 
-c = nn.Conv2d(1, 1, 11, padding=5, padding_mode="reflect", bias=False).requires_grad_(False)
-c.weight.copy_(disc)
+c = nn.Conv2d(1, 1, 15, padding=7, padding_mode="reflect", bias=False).requires_grad_(False)
+c.weight.copy_(kernel)
 A = al.linear_operator(c, truth)
 
 generator = torch.Generator().manual_seed(1)
@@ -56,7 +58,7 @@ y = A(truth) + noise * torch.randn(truth.shape, generator=generator)
 
 fig, panels = plt.subplots(1, 3, figsize=(9, 3), width_ratios=[1, 0.55, 1])
 show(panels[0], truth[0, 0], "photograph x")
-show(panels[1], disc, "kernel: a disc", vmax=None)
+show(panels[1], kernel, "kernel: a path", vmax=None, cmap="magma")
 show(panels[2], y[0, 0], f"data y, noise {noise:.0%}, error {error(y):.1%}")
 plt.show()
 
@@ -104,33 +106,38 @@ for name, make in {
 # ## Krylov solvers
 #
 # `cgls` and `lsmr` need one `A` and one `A.H` a step, as the gradient does, and choose all step lengths themselves. The
-# adjoint must be exact for that: see the notebook on tomography for what happens otherwise.
+# adjoint must be exact for that: see the notebook on tomography for what happens otherwise. `lsmr` always begins at zero; to
+# begin at the data as the others do, it solves for the correction $d$ in $x = y + d$.
 
 # %%
-for name, solve in {"cgls": al.solvers.cgls, "lsmr": al.solvers.lsmr}.items():
-    iterates = [A.domain.zeros()]
-    options = {"tol": 0.0} if name == "cgls" else {"atol": 0.0, "btol": 0.0}
-    solution = solve(A, y, maxiter=steps, callback=lambda x: iterates.append(x.clone()), **options)
-    record(name, iterates)
-    print(f"{name}: {solution.iterations} steps; {solution.reason}")
+iterates = [y]
+solution = al.solvers.cgls(A, y, x0=y, maxiter=steps, tol=0.0, callback=lambda x: iterates.append(x.clone()))
+record("cgls", iterates)
+print(f"cgls: {solution.iterations} steps; {solution.reason}")
+
+iterates = [y]
+solution = al.solvers.lsmr(
+    A, y - A(y), maxiter=steps, atol=0.0, btol=0.0, callback=lambda d: iterates.append(y + d)
+)
+record("lsmr", iterates)
+print(f"lsmr: {solution.iterations} steps; {solution.reason}")
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-best = min(min(h) for h in histories.values())
 for name in histories:
     style = "--" if name == "lsmr" else "-"
     left.semilogy(histories[name], style, label=name)
     right.plot(errors[name], style, label=name)
-left.set(title="objective F", xlabel="step = one A and one Aᴴ", ylabel="F(x) = ½‖c x − y‖²", ylim=(best * 0.8, None))
-right.set(title="error: down, then up again", xlabel="step", ylabel="‖x − truth‖ / ‖truth‖", ylim=(0.08, 0.22))
-right.legend()
+left.set(title="objective F", xlabel="step = one A and one Aᴴ", ylabel="F(x) = ½‖c x − y‖²")
+right.set(title="error: down, then up again", xlabel="step", ylabel="‖x − truth‖ / ‖truth‖", ylim=(0.05, 0.2))
+left.legend()
 plt.show()
 
 # %% [markdown]
-# Left, the Krylov solvers reach in 20 steps what gradient steps do not reach in 60. Right, the error falls and then *rises*:
-# late steps fit the noise. This is semi-convergence, and the number of steps is the regulariser. The discrepancy principle
-# says when to stop without knowing the truth: when the residual is as small as the noise, $\lVert c\,x - y\rVert \le
-# \sigma\sqrt n$. A callback that returns `True` stops a solver.
+# Left, the Krylov solvers are far ahead of gradient steps. Right, the error falls and then *rises*: late steps fit the noise.
+# This is semi-convergence, and the number of steps is the regulariser. A faster solver gets to the best image sooner, and past
+# it sooner. The discrepancy principle says when to stop without knowing the truth: when the residual is as small as the
+# noise, $\lVert c\,x - y\rVert \le \sigma\sqrt n$. A callback that returns `True` stops a solver.
 
 # %%
 
@@ -138,7 +145,7 @@ plt.show()
 def cgls_until_noise(A, y, sigma):
     """Run cgls until the residual is as small as the noise."""
     target = sigma * y.numel() ** 0.5
-    return al.solvers.cgls(A, y, maxiter=200, tol=0.0, callback=lambda x: bool((A(x) - y).norm() <= target))
+    return al.solvers.cgls(A, y, x0=y, maxiter=200, tol=0.0, callback=lambda x: bool((A(x) - y).norm() <= target))
 
 
 stopped = cgls_until_noise(A, y, noise)
@@ -152,15 +159,16 @@ print(f"{stopped.iterations} steps; {stopped.reason}; error {error(stopped.x):.1
 # $$\hat x_{\text{inverse}} = \frac{\hat y}{\hat k}, \qquad
 # \hat x_{\text{Wiener}} = \frac{\overline{\hat k}\,\hat y}{|\hat k|^2 + \lambda}.$$
 #
-# Wiener's $\lambda$ is given every help: the best of a grid, chosen by looking at the truth.
+# Wiener's $\lambda$ is given every help: the best of a grid, chosen by looking at the truth. A remedy for the border is to
+# mirror the data first, so that they do repeat periodically.
 
 # %%
 
 
 def spectrum(shape):
-    centred = torch.zeros(shape[-2:])
-    centred[:11, :11] = disc.flip(0, 1)  # a convolution layer correlates; the disc is symmetric anyway
-    return torch.fft.fft2(centred.roll((-5, -5), (0, 1)))
+    placed = torch.zeros(shape[-2:])
+    placed[:15, :15] = kernel.flip(0, 1)  # a convolution layer correlates: a true convolution has the flipped kernel
+    return torch.fft.fft2(placed.roll((-7, -7), (0, 1)))
 
 
 def inverse_filter(y):
@@ -172,11 +180,22 @@ def wiener(y, strength):
     return torch.fft.ifft2(k.conj() * torch.fft.fft2(y) / (k.abs() ** 2 + strength)).real
 
 
+def mirrored(y):
+    y = torch.cat([y, y.flip(-1)], -1)
+    return torch.cat([y, y.flip(-2)], -2)
+
+
 def best_wiener(y):
-    return min((wiener(y, s) for s in torch.logspace(-5, 0, 26)), key=error)
+    return min((wiener(y, s) for s in STRENGTHS), key=error)
 
 
-classics = {"inverse filter": inverse_filter(y), "Wiener, best λ": best_wiener(y)}
+def best_mirrored_wiener(y):
+    n, m = y.shape[-2:]
+    return min((wiener(mirrored(y), s)[..., :n, :m] for s in STRENGTHS), key=error)
+
+
+STRENGTHS = torch.logspace(-5, 0, 16)
+classics = {"inverse filter": inverse_filter(y), "Wiener": best_wiener(y), "Wiener, mirrored": best_mirrored_wiener(y)}
 for name, x in {**classics, "cgls until noise": stopped.x}.items():
     print(f"{name:18s} error {error(x):8.1%}")
 
@@ -188,7 +207,7 @@ def inner_error(x):
     return float((x[inner] - truth[inner]).norm() / truth[inner].norm())
 
 
-fig, panels = plt.subplots(2, 4, figsize=(10.5, 5.3))
+fig, panels = plt.subplots(2, 5, figsize=(12.5, 5.3))
 columns = {"data y": y, **classics, "cgls until noise": stopped.x}
 for (name, x), top, bottom in zip(columns.items(), *panels, strict=True):
     show(top, x[0, 0], f"{name}\nerror {error(x):.1%}, inside {inner_error(x):.1%}")
@@ -196,30 +215,30 @@ for (name, x), top, bottom in zip(columns.items(), *panels, strict=True):
 plt.show()
 
 # %% [markdown]
-# The inverse filter divides noise by almost nothing. Wiener's filter is good inside, and rings from the border, where its
-# periodic model is wrong: that is the price of a closed formula. The iterative solver uses the forward model as it is,
+# The inverse filter divides noise by almost nothing. Wiener's filter is good inside and rings from the border, where its
+# periodic model is wrong; mirroring helps, but mirrors the motion too. The iterative solver uses the forward model as it is,
 # needs only `A` and `A.H`, and would take a stride, a mask or a colour filter in the same way.
 #
 # ## Noise study
 #
-# The same comparison from a hundredth of a percent to ten percent noise.
+# The same comparison from a few hundredths of a percent to three percent noise.
 
 # %%
-levels = [0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]
-study = {"data y": [], "inverse filter": [], "Wiener, best λ": [], "cgls until noise": []}
+levels = [0.0003, 0.001, 0.003, 0.01, 0.03]
+study = {"data y": [], "Wiener": [], "Wiener, mirrored": [], "cgls until noise": []}
 steps_needed = []
 for sigma in levels:
     noisy = A(truth) + sigma * torch.randn(truth.shape, generator=generator)
     solution = cgls_until_noise(A, noisy, sigma)
     steps_needed.append(solution.iterations)
-    for name, x in zip(study, (noisy, inverse_filter(noisy), best_wiener(noisy), solution.x), strict=True):
+    for name, x in zip(study, (noisy, best_wiener(noisy), best_mirrored_wiener(noisy), solution.x), strict=True):
         study[name].append(error(x))
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
 for name, values in study.items():
     left.loglog(levels, values, "o-", label=name)
-left.set(xlabel="noise σ", ylabel="relative error", title="error against noise", ylim=(0.05, 1.2))
-left.legend(loc="upper left", ncols=2)
+left.set(xlabel="noise σ", ylabel="relative error", title="error against noise")
+left.legend(loc="upper left")
 right.semilogx(levels, steps_needed, "o-")
 right.set(xlabel="noise σ", ylabel="steps of cgls", title="the less noise, the more steps are worth taking")
 plt.show()
@@ -243,9 +262,9 @@ late = {name: values[-1] for name, values in histories.items()}
 assert al.check_adjoint(A).passed
 assert all(b < a for a, b in zip(histories["gradient steps"], histories["gradient steps"][1:], strict=False))
 assert late["cgls"] < late["SGD, momentum 0.9"] < late["gradient steps"]
-assert abs(late["cgls"] - late["lsmr"]) < 0.05 * late["cgls"]
+assert late["lsmr"] < late["gradient steps"]
 assert min(errors["cgls"]) < errors["cgls"][-1], "semi-convergence"
-assert error(stopped.x) < error(classics["Wiener, best λ"]) < error(y) < error(classics["inverse filter"])
-for cgls_error, wiener_error in zip(study["cgls until noise"], study["Wiener, best λ"], strict=True):
-    assert cgls_error < wiener_error
-assert all(solution.converged for solution in damped[1:])
+assert error(stopped.x) < min(error(x) for x in (y, *classics.values()))
+for cgls_error, *others in zip(study["cgls until noise"], study["Wiener"], study["Wiener, mirrored"], strict=True):
+    assert cgls_error < min(others)
+assert damped[-1].converged

@@ -19,6 +19,7 @@ from operator_zoo import ZOO, Entry
 from torch import Tensor, nn
 
 import adjointlab as al
+from adjointlab import spectral
 
 every_operator = pytest.mark.parametrize(("entry", "dtype"), widest(ZOO))
 every_engine = pytest.mark.parametrize("engine", ENGINES)
@@ -179,3 +180,69 @@ def test_norm_of_pytrees() -> None:
     A = al.linear_operator(lambda x, z: {"sum": x + z}, (torch.zeros(3), torch.zeros(3)))
     found = float(al.operator_norm(A))
     assert abs(found - 2**0.5) <= 16 * torch.finfo(torch.float32).eps ** 0.5 * 2**0.5
+
+
+@pytest.mark.parametrize("spread", [1e-1, 1e-3, 1e-6])
+def test_norm_of_a_clustered_spectrum(spread: float) -> None:
+    # Power iteration would need some 1/spread steps to tell the largest values apart.
+    d = torch.cat([1 - spread * torch.linspace(0, 1, 300), torch.linspace(0, 0.9, 300)]).double()
+    found = float(al.operator_norm(al.diagonal(d), tol=1e-6))
+    assert abs(found - 1) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32], ids=str)
+def test_norm_after_restarts(dtype: torch.dtype) -> None:
+    w = torch.randn(300, 200, dtype=dtype)
+    A = al.linear_operator(lambda x: w @ x, torch.zeros(200, dtype=dtype))
+    expected = float(torch.linalg.matrix_norm(w, 2))
+    tol = 1e-4 if dtype == torch.float32 else 1e-8
+    found = float(al.operator_norm(A, tol=tol, maxiter=2000))
+    assert abs(found - expected) <= 2 * tol * expected
+
+
+def test_matrix_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    A = al.linear_operator(nn.Conv2d(2, 1, 3, bias=False, dtype=torch.complex128), (1, 2, 4, 5))
+    whole = al.to_dense(A, real=True)
+    monkeypatch.setattr("adjointlab.spectral._CHUNK", 7 * (A.domain.size + A.codomain.size))
+    assert_close(al.to_dense(A, real=True), whole, A.domain.eps)
+
+
+def test_columns_are_made_together() -> None:
+    calls = []
+
+    def forward(x: Tensor) -> Tensor:
+        calls.append(1)
+        return 2 * x
+
+    space = al.Space.of((50,))
+    al.to_dense(al.LinearOperator(forward, forward, space, space))
+    assert len(calls) <= 3
+
+
+def test_condition_number() -> None:
+    d = torch.tensor([1.0, 4.0, -2.0], dtype=torch.float64)
+    assert float(spectral.condition_number(al.diagonal(d))) == 4
+    wide = al.linear_operator(lambda x: x[:2], (3,))
+    assert float(spectral.condition_number(wide)) == float("inf")
+    assert float(spectral.condition_number(wide.H)) == 1
+    antilinear = al.linear_operator(torch.conj, torch.zeros(2, dtype=torch.complex128))
+    assert float(spectral.condition_number(antilinear)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
+def test_trace_and_diagonal_are_estimated_without_bias(dtype: torch.dtype) -> None:
+    w = torch.randn(20, 20, dtype=dtype)
+    A = al.linear_operator(lambda x: w @ x, torch.zeros(20, dtype=dtype))
+    samples = 2000
+    off = norm(w - torch.diag(w.diagonal()))
+    # The standard error of either is at most √2 ‖off-diagonal‖_F / √samples; five of them is beyond chance.
+    bound = 5 * 2**0.5 * off / samples**0.5
+    assert abs(complex(spectral.estimate_trace(A, samples=samples)) - complex(w.trace())) <= bound
+    assert norm(spectral.estimate_diagonal(A, samples=samples) - w.diagonal()) <= bound
+
+
+def test_estimates_need_a_space_to_itself() -> None:
+    A = al.linear_operator(lambda x: x[:2], (3,))
+    for estimate in (spectral.estimate_trace, spectral.estimate_diagonal):
+        with pytest.raises(al.SpaceMismatchError, match="from a space to itself"):
+            estimate(A)

@@ -1,4 +1,4 @@
-"""Convolutions: every row of the table in DESIGN §6, and sweeps over sizes, against native kernels and other libraries."""
+"""Convolutions: the rows of DESIGN §6, and sweeps over sizes, against native kernels and other libraries."""
 
 from __future__ import annotations
 

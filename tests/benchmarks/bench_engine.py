@@ -1,4 +1,4 @@
-"""The engine itself: traced adjoints against the bare kernels they stand for, overhead, memory, time to build and import."""
+"""The engine itself: traced adjoints against the bare kernels in them, overhead, memory, time to build and import."""
 
 from __future__ import annotations
 
@@ -125,6 +125,8 @@ def by_hand(v: Tensor) -> Tensor:
     return out
 
 
+# torch's own code, when torch.compile first loads its parts
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("forward", [padded, in_place], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("size", [512, 2048])
 def test_finite_differences(
@@ -193,5 +195,3 @@ def test_memory(quick: bool, benchmark: Any) -> None:
     found = _probe("memory", 64 if quick else 1024)
     benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(section="memory", case="12 convolutions", bytes=found)
-
-

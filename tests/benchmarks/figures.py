@@ -31,7 +31,7 @@ def draw(rows: list[Row], folder: Path) -> dict[str, str]:
             if found := select(rows, "rows", map=which):
                 drawn[which] = _save(_ratios(found, which), folder, which)
         for ndim in (2, 3):
-            found = [r for r in select(rows, "sweep", ndim=ndim, batch=1, channels="1→1")]
+            found = select(rows, "sweep", ndim=ndim, batch=1, channels="1→1")
             if found:
                 drawn[f"sweep{ndim}"] = _save(_costs(found, ndim), folder, f"sweep-{ndim}d")
     return drawn

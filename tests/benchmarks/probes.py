@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -21,7 +22,7 @@ def imports() -> dict[str, float]:
     for name in adjointlab.__all__:
         getattr(adjointlab, name)
     marks.append(time.perf_counter())
-    torch_time, package, names = (b - a for a, b in zip(marks, marks[1:], strict=False))
+    torch_time, package, names = (b - a for a, b in itertools.pairwise(marks))
     return {"torch": torch_time, "adjointlab": package, "all names": names}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from targets import Row, fastest, select, targets, whole_to_parts
 
+SECTIONS = {"rows", "gradient", "sweep", "bare", "differences", "overhead", "memory", "import", "build"}
 ABOUT = """\
 # Benchmarks
 
@@ -22,12 +23,13 @@ ready before the clock starts, for every way alike. All ways of a row are first 
 
 
 def main(source: str, folder: str) -> None:
-    """Render the results in `source` into `folder`."""
+    """Render the results in `source` into `folder`; those of a quick or partial run beside their source."""
     results = json.loads(Path(source).read_text())
     rows = [b["extra_info"] for b in results["benchmarks"] if b.get("extra_info", {}).get("section")]
     for row in rows:
         row.setdefault("seconds", {})
-    target = Path(folder)
+    complete = {row["section"] for row in rows} == SECTIONS and not results["machine_info"]["adjointlab"]["quick"]
+    target = Path(folder) if complete else Path(source).with_suffix("")
     (target / "figures").mkdir(parents=True, exist_ok=True)
     decided = targets(rows)
     from figures import draw
@@ -35,6 +37,7 @@ def main(source: str, folder: str) -> None:
     drawn = draw(rows, target / "figures")
     parts = [ABOUT, _setting(results), _targets(decided), *_sections(rows, drawn)]
     (target / "benchmarks.md").write_text("\n".join(parts))
+    print(f"Rendered into {target}/benchmarks.md")
     for _, group in decided:
         for t in group:
             verdict = "met" if t.met else "NOT MET"
@@ -57,9 +60,10 @@ def _setting(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table, numbers to the right."""
-    lines = [head, [":--", *["--:"] * (len(head) - 1)], *body]
+def table(head: Sequence[str], body: Iterable[Sequence[str]], align: str = "") -> str:
+    """Return a Markdown table: each column to the left or right (`l`, `r`), all but the first to the right."""
+    sides = align or "l" + "r" * (len(head) - 1)
+    lines = [head, [{"l": ":--", "r": "--:"}[side] for side in sides], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -73,7 +77,7 @@ def _targets(decided: list[tuple[str, Any]]) -> str:
         ]  # fmt: skip
     met = sum(line[4] == "met" for line in body)
     head = ("", "target", "limit", "measured", "", "decided by")
-    return f"## Targets: {met} of {len(body)} met\n\n{table(head, body)}"
+    return f"## Targets: {met} of {len(body)} met\n\n{table(head, body, 'llrrll')}"
 
 
 def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
@@ -112,7 +116,7 @@ def _contenders(rows: list[Row], which: str, label: str, drawn: dict[str, str]) 
             cell = "–" if t is None else f"{t / own:.{2 if t / own < 10 else 0}f}"
             cells.append(f"**{cell}**" if name == best else cell)
         body.append((r["case"], _ms(own), *cells))
-    yield table((f"{'batch × '}channels, size, kernel", f"{label}, ms", *names), body)
+    yield table(("channels, size, kernel", f"{label}, ms", *names), body)
     if which in drawn:
         yield f"![{title}: every way, in multiples of ours]({drawn[which]})\n"
 
@@ -123,10 +127,11 @@ def _sweep(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
         return
     yield "## Cost against size\n"
     yield (
-        "The default engine against torch's own kernel (`conv_transpose` for the adjoint, `conv` for the forward): times "
-        "of native in multiples of ours. A native run that would take more than 3 s, predicted from the next smaller size, "
-        "is left out (`> 3 s`); where native forward and adjoint would take more than 6 s, so would the self-check when "
-        "our operator is built, and the point is left out altogether (`–`).\n"
+        "The default engine against torch's own kernel (`conv_transpose` for the adjoint, `conv` for the forward): "
+        "times of native in multiples of ours, so that above 1 we are faster. A native run that would take more than "
+        "3 s, predicted from the next smaller size, is left out (`> 3 s`); where native forward and adjoint together "
+        "would take more than 6 s, so would the self-check when our operator is built, and the point is left out "
+        "altogether (`–`).\n"
     )
     for key in ("sweep2", "sweep3"):
         if key in drawn:
@@ -172,8 +177,8 @@ def _graphs(rows: list[Row]) -> Iterable[str]:
     if found := select(rows, "differences"):
         yield "## Finite differences\n"
         yield (
-            "The adjoint of `x ↦ (x[i+1] − x[i], x[:, j+1] − x[:, j])`, the forward written with pads or into a buffer. "
-            "The copy moves as many bytes as the adjoint has to read and write: the limit that memory sets.\n"
+            "The adjoint of `x ↦ (x[i+1] − x[i], x[:, j+1] − x[:, j])`, the forward written with pads or into a "
+            "buffer. The copy moves as many bytes as the adjoint has to read and write: the limit that memory sets.\n"
         )
         names = list(found[0]["seconds"])
         body = [
@@ -183,7 +188,13 @@ def _graphs(rows: list[Row]) -> Iterable[str]:
              f"{r['seconds']['compiled'] / r['seconds']['copy']:.1f}")
             for r in found
         ]  # fmt: skip
-        head = ("case", *(f"{n}, ms" for n in names), "traced / by hand", "compiled / compiled by hand", "compiled / copy")
+        head = (
+            "case",
+            *(f"{n}, ms" for n in names),
+            "traced / by hand",
+            "compiled / compiled by hand",
+            "compiled / copy",
+        )
         yield table(head, body)
 
 

@@ -1,0 +1,216 @@
+# %% [markdown]
+# # Performance: no forward, the right kernel, one compiled region
+#
+# Three things make a derived adjoint fast:
+#
+# 1. the vector-Jacobian product is traced *once*, and the forward pass in it is dropped;
+# 2. convolutions are *lowered* to the fastest equal kernel: native, flipped, tap by tap, or by FFT;
+# 3. what is left can go through `torch.compile` as one region.
+#
+# Times below are ratios measured when this notebook was run, and will differ elsewhere; what is asserted at the end are op
+# counts and accuracies, which do not. The benchmark page of the documentation has the careful measurements (`make bench`).
+
+# %%
+import time
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import adjointlab as al
+
+plt.style.use("adjointlab.mplstyle")
+torch.manual_seed(0)
+
+
+def measure(functions, rounds=15):
+    """Median times in milliseconds, measured in turns so that all see the same machine."""
+    times = {name: [] for name in functions}
+    for _ in range(2):
+        for f in functions.values():
+            f()
+    for _ in range(rounds):
+        for name, f in functions.items():
+            begin = time.perf_counter()
+            f()
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+print("torch", torch.__version__, "with", torch.get_num_threads(), "thread(s)")
+
+# %% [markdown]
+# ## No forward in the adjoint
+#
+# A chain of twelve convolutions. Its vector-Jacobian product by autograd runs the forward first and keeps its
+# intermediate results. None of that is needed: the derivative of a convolution reads the input for its shape only.
+
+# %%
+chain = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(12)]).requires_grad_(False)
+A = al.linear_operator(chain, (1, 4, 96, 96))
+E = al.linear_operator(chain, (1, 4, 96, 96), engine="eager")
+account = A.explain()
+print("\n".join(account.splitlines()[1:8]))
+
+# %%
+v = A.codomain.randn()
+with torch.no_grad():
+    times = measure({"eager vector-Jacobian product": lambda: E.H(v), "derived": lambda: A.H(v), "forward": lambda: A(v)})
+print(f"eager / derived: {times['eager vector-Jacobian product'] / times['derived']:.1f}")
+
+# %% [markdown]
+# Building it costs nothing of the size of the data: the trace runs on fake tensors. This operator acts on vectors of
+# eight billion numbers, which do not fit here; its adjoint is derived all the same.
+
+# %%
+begin = time.perf_counter()
+program = al.linear_operator(chain, (512, 4, 2048, 2048), check=False)
+print(f"{program.domain.size / 1e9:.1f} billion numbers; derived in {time.perf_counter() - begin:.2f} s; {program.engine}")
+
+# %% [markdown]
+# ## The right kernel
+#
+# `conv_transpose2d` *is* the adjoint of a convolution with zero padding, and for images of one channel it is among the slowest
+# ways to compute it. A plain convolution with the flipped kernel, a sum of shifted images, or a product of Fourier
+# transforms is equal. Which is fastest depends on the sizes; a cost model decides, and a short measurement settles what is
+# close.
+
+# %%
+size, kernels = 192, (3, 5, 9, 15, 25, 41)
+rows, chosen, accuracy = {"conv_transpose2d": [], "derived, not lowered": [], "derived": []}, [], []
+for k in kernels:
+    c = nn.Conv2d(1, 1, k, padding=k // 2, bias=False).requires_grad_(False)
+    B = al.linear_operator(c, (1, 1, size, size))
+    plain = al.linear_operator(c, (1, 1, size, size), lowering=False)
+    u = B.codomain.randn()
+    with torch.no_grad():
+        found = measure(
+            {
+                "conv_transpose2d": lambda: F.conv_transpose2d(u, c.weight, padding=k // 2),
+                "derived, not lowered": lambda: plain.H(u),
+                "derived": lambda: B.H(u),
+            },
+            rounds=7,
+        )
+        exact = F.conv_transpose2d(u.double(), c.weight.double(), padding=k // 2)
+        gap = {name: float((f(u) - exact).norm() / exact.norm()) for name, f in (("native", plain.H), ("derived", B.H))}
+    for name in rows:
+        rows[name].append(found[name])
+    accuracy.append(gap)
+    line = [line for line in B.explain().splitlines() if "transposed" in line][0]
+    chosen.append(line.split("kernel: ")[1].split(",")[0])
+    print(f"{k:2d} × {k:<2d}: {chosen[-1]:24s} conv_transpose2d / derived: {found['conv_transpose2d'] / found['derived']:6.1f}")
+
+# %%
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
+for name, values in rows.items():
+    left.loglog(kernels, values, "o-", label=name)
+left.set(title=f"adjoint of a convolution of {size} × {size}", xlabel="width of the kernel", ylabel="ms")
+left.set_xticks(kernels, kernels)
+left.minorticks_off()
+left.legend()
+eps = torch.finfo(torch.float32).eps
+for name, marker in (("native", "s-"), ("derived", "o-")):
+    right.semilogx(kernels, [gap[name] / eps for gap in accuracy], marker, label=name)
+right.set(title="error against float64", xlabel="width of the kernel", ylabel="eps", ylim=(0, None))
+right.set_xticks(kernels, kernels)
+right.minorticks_off()
+right.legend()
+plt.show()
+
+# %% [markdown]
+# The derived adjoint stays accurate: a kernel that loses more than a factor of four against the native one is not
+# used, and every lowered program is compared with the plain vector-Jacobian product before it runs.
+#
+# What depends on the weights alone, such as their Fourier transform, is kept between calls and made again when they change.
+# That a training step changes them in place is seen:
+
+# %%
+c = nn.Conv2d(1, 1, 15, padding=7, bias=False).requires_grad_(False)
+B = al.linear_operator(c, (1, 1, size, size))
+u = B.codomain.randn()
+before = B.H(u)
+c.weight.mul_(2)
+print("doubled weights are seen:", torch.allclose(B.H(u), 2 * before, rtol=1e-4, atol=1e-5))
+
+# %% [markdown]
+# ## The forward, too
+#
+# The same choice is made for the forward convolution, so a wrapped module can be faster than the module.
+
+# %%
+c = nn.Conv2d(1, 1, 25, padding=12, padding_mode="circular", bias=False).requires_grad_(False)
+B = al.linear_operator(c, (1, 1, size, size))
+x = B.domain.randn()
+leaf = x.clone().requires_grad_()
+objective = al.LeastSquares(B, B.codomain.randn())
+
+
+def by_autograd():
+    (gradient,) = torch.autograd.grad(0.5 * (c(leaf) - objective.y).square().sum(), leaf)
+    return gradient
+
+
+with torch.no_grad():
+    times = measure({"c(x)": lambda: c(x), "A(x)": lambda: B(x), "gradient": lambda: objective.gradient(x)}, rounds=7)
+times |= measure({"autograd": by_autograd}, rounds=7)
+print(f"c(x) / A(x): {times['c(x)'] / times['A(x)']:.1f}; gradient by autograd / by adjointlab: "
+      f"{times['autograd'] / times['gradient']:.1f}")  # fmt: skip
+
+# %% [markdown]
+# ## Compiled
+#
+# For chains of cheap elementwise ops, calls and passes over memory are what costs. `A.compile()` puts `A` and `A.H` through
+# `torch.compile`, compares the result with eager on random data, and falls back with a reason where it does not agree.
+
+# %%
+
+
+def differences(x):
+    return x[1:] - x[:-1], x[:, 1:] - x[:, :-1]
+
+
+D = al.linear_operator(differences, (384, 384))
+D_compiled = al.linear_operator(differences, (384, 384)).compile()
+p = D.codomain.randn()
+
+
+def by_hand(p):
+    rows, columns = p
+    x = torch.zeros(384, 384)
+    x[1:] += rows
+    x[:-1] -= rows
+    x[:, 1:] += columns
+    x[:, :-1] -= columns
+    return x
+
+
+with torch.no_grad():
+    times = measure(
+        {"by hand": lambda: by_hand(p), "derived": lambda: D.H(p), "compiled": lambda: D_compiled.H(p)}, rounds=31
+    )
+fig, axes = plt.subplots(figsize=(6, 1.8))
+axes.barh(list(times), [t / times["by hand"] for t in times.values()], color=["#7a7a7a", "#2f6db3", "#3d9950"])
+axes.axvline(1, color="black", lw=1)
+axes.set(title="adjoint of finite differences: time relative to the one by hand")
+axes.invert_yaxis()
+axes.grid(visible=False, axis="y")
+plt.show()
+print("engine:", D_compiled.engine)
+
+# %% [markdown]
+# ## What this notebook claims
+
+# %%
+adjoint_ops = [line for line in account.splitlines() if line.startswith("    t")]
+assert len(adjoint_ops) <= 12 + 24, "twelve convolutions, each with at most a preparation of its kernel"
+assert sum("= convolution" in line or "flipped(" in line or "fft(" in line for line in adjoint_ops) == 12
+assert "the derivative does not read the input" in account
+assert program.engine == "traced"
+assert all(gap["derived"] <= 4 * gap["native"] + 4 * eps for gap in accuracy)
+assert any(choice != "native" for choice in chosen)
+assert torch.allclose(B.H(u), torch.func.vjp(c, x)[1](u)[0], atol=1e-4)
+assert torch.allclose(D.H(p), by_hand(p), atol=1e-5)
+assert torch.allclose(D_compiled.H(p), by_hand(p), atol=1e-5)
+assert D_compiled.engine in ("compiled", "traced")

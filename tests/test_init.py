@@ -1,0 +1,45 @@
+"""The public names, whatever is imported first."""
+
+import subprocess
+import sys
+
+import pytest
+
+import adjointlab as al
+
+
+def python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_every_public_name_exists() -> None:
+    assert all(hasattr(al, name) for name in al.__all__)
+    assert al.__all__ == sorted(al.__all__)
+    assert set(al.__all__) <= set(dir(al))
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'linear_transpose'"):
+        al.linear_transpose  # noqa: B018
+
+
+@pytest.mark.parametrize("first", ["adjointlab.derive", "adjointlab.solvers", "adjointlab.verify", "adjointlab.affine"])
+def test_functions_are_not_hidden_by_modules(first: str) -> None:
+    code = f"import {first}, adjointlab as al; print(all(callable(getattr(al, n)) or n == 'solvers' for n in al.__all__))"
+    assert python(code) == "True"
+
+
+def test_import_is_light() -> None:
+    code = """
+import sys, adjointlab.errors
+assert "torch" not in sys.modules
+import torch
+before = set(sys.modules)
+import adjointlab as al
+al.linear_operator, al.solvers
+heavy = {"scipy", "pylops", "deepinv", "matplotlib", "pytest", "hypothesis", "typer", "torch._dynamo", "torch._inductor"}
+print(sorted(heavy & (set(sys.modules) - before)))
+"""
+    assert python(code) == "[]"
