@@ -251,7 +251,7 @@ class _Numbers:
         def violated(law: str, left: Tensors, right: Tensors, size: float, *arguments: Any) -> Counterexample | None:
             gap, bound = self.norm(_minus(left, right)), UNITS * self.codomain.eps * size
             if gap > bound:  # cancellation inside? then the result moves as much when x moves by rounding
-                bound += UNITS * size / scale * self.norm(_minus(self.f(nudged), at_x))
+                bound += 4 * UNITS * size / scale * self.norm(_minus(self.f(nudged), at_x))
             return None if gap <= bound else Counterexample(law, gap, bound, arguments)
 
         a, b = 0.75, -0.5  # exact in every dtype

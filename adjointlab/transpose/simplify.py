@@ -326,14 +326,32 @@ def _neg(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
     return tuple(replace(p, factor=-p.factor) for p in sums[_arguments(node)[0]])
 
 
+def _unsqueeze(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
+    x, dim = _arguments(node)
+    dim = _dimension(dim, node.meta["val"].ndim)
+    return tuple(p.insert(dim, 0) for p in sums[x])
+
+
+def _squeeze(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
+    x, dim = _arguments(node)
+    shape = x.meta["val"].shape
+    dim = _dimension(dim, len(shape))
+    return _map(sums[x], lambda p: p.select(dim, 0)) if shape[dim] == 1 else sums[x]
+
+
 def _zeros(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
     return ()
 
 
-_READS = {aten.slice.Tensor, aten.select.int, aten.neg.default, aten.add.Tensor, aten.sub.Tensor}
+_READS = {
+    aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.neg.default, aten.add.Tensor,
+    aten.sub.Tensor,
+}  # fmt: skip
 _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, Sum]], Sum | None]] = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.squeeze.dim: _squeeze,
     aten.slice_backward.default: _slice_backward,
     aten.select_backward.default: _select_backward,
     aten.slice_scatter.default: _slice_scatter,

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from adjointlab.space import TensorSpec
 from adjointlab.transpose.capture import Capture, Source
@@ -335,6 +336,8 @@ def _normalise(module: fx.GraphModule) -> None:
                 if value.meta["val"].shape != target.shape:
                     value = _call(graph, aten.expand.default, value, list(target.shape))
             node.replace_all_uses_with(value)
+        elif node.target in _SCATTERS and node.meta["val"].is_complex():
+            _scatter_as_cat(graph, node)
         elif node.target is aten.lift_fresh_copy.default or (
             node.target is aten.clone.default and not node.kwargs and node.args[0].op == "placeholder"
         ):
@@ -342,10 +345,36 @@ def _normalise(module: fx.GraphModule) -> None:
     clean(module)
 
 
+_SCATTERS = {aten.slice_scatter.default, aten.select_scatter.default}
+
+
+def _scatter_as_cat(graph: fx.Graph, node: fx.Node) -> None:
+    """Write a scatter of complex numbers, which autograd does not differentiate, as base before, source, base after."""
+    base, source, dim, *window = [*node.args, *[None] * 5][:6]
+    shape = node.meta["val"].shape
+    dim = (dim or 0) % len(shape)  # type: ignore[operator]
+    with graph.inserting_before(node):
+        if node.target is aten.select_scatter.default:
+            start = window[0] % shape[dim]
+            stop = start + 1
+            source = _call(graph, aten.unsqueeze.default, source, dim)
+        else:
+            if window[2] not in (None, 1):
+                return  # left as it is: the trace of its derivative will say so
+            start, stop, _ = slice(window[0], window[1]).indices(shape[dim])
+        parts = [source]
+        if start > 0:
+            parts.insert(0, _call(graph, aten.slice.Tensor, base, dim, 0, start))
+        if stop < shape[dim]:
+            parts.append(_call(graph, aten.slice.Tensor, base, dim, stop, shape[dim]))
+        whole = _call(graph, aten.cat.default, parts, dim)
+    node.replace_all_uses_with(whole)
+
+
 def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     node = graph.call_function(target, args, kwargs)
     values, options = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-    with next(v for v in values if isinstance(v, Tensor)).fake_mode:  # type: ignore[attr-defined]
+    with next(v for v in tree_leaves(values) if isinstance(v, Tensor)).fake_mode:  # type: ignore[attr-defined]
         node.meta["val"] = target(*values, **options)
     return node
 
