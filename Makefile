@@ -14,6 +14,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 CONSTRAINTS := .ci/constraints.txt
 
+# What notebooks and documentation need besides, in the same environment.
+DOCS_STAMP := $(VENV)/.docs-stamp
+
 # The second environment: the newest torch that we support, with libraries that do not run beside the first one's torch.
 INTEROP := .venv-interop
 INTEROP_BIN := $(INTEROP)/bin
@@ -26,10 +29,10 @@ BENCH_STAMP := $(VENV)/.stamp-bench
 # One thread per process: test workers run side by side, and threads that compete for cores are slower than none.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help env demo test interop bench lint format types layers check wheel clean
+.PHONY: help env demo test interop bench notebooks docs lint format types layers check wheel clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(STAMP) ## Make the virtual environment .venv, unless it is up to date
 
@@ -70,10 +73,23 @@ bench: $(BENCH_STAMP) ## Run the benchmarks and render docs/benchmarks.md; a smo
 	status=0; $(BIN)/python -W error -m pytest tests/benchmarks -p no:logging -o python_files='bench_*.py' \
 		--benchmark-enable --benchmark-json=$(BENCH)/latest.json --benchmark-disable-gc --benchmark-sort=fullname \
 		--benchmark-columns=median,iqr,rounds $(ARGS) || status=$$?; \
-	$(BIN)/python tests/benchmarks/render.py $(BENCH)/latest.json docs; exit $$status
+	$(BIN)/python tests/benchmarks/render.py $(BENCH)/latest.json docs; \
+	$(BIN)/python docs/headline.py; exit $$status
 
 power: $(STAMP) ## Inject bugs into adjoints, and write what the check sees of them to docs/verification_power.md
 	$(ONE_THREAD) $(BIN)/python -m tests.verify_power $(ARGS)
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,demo,notebooks,docs]'
+	@touch $@
+
+notebooks: $(DOCS_STAMP) ## Run the notebooks and keep their outputs; ARGS=--check leaves the files as they are
+	$(ONE_THREAD) $(BIN)/python notebooks/execute.py $(ARGS)
+
+docs: $(DOCS_STAMP) ## Build the documentation into docs/_build/html; warnings are errors
+	$(BIN)/python docs/headline.py
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html $(ARGS)
+	@echo "built: docs/_build/html/index.html"
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check .
@@ -95,5 +111,5 @@ wheel: $(STAMP) ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 
 clean: ## Remove everything that was made, .venv included
-	rm -rf $(VENV) $(INTEROP) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks .coverage htmlcov
+	rm -rf $(VENV) $(INTEROP) dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks .coverage htmlcov
 	find adjointlab tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -45,4 +45,8 @@ napoleon_google_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = [("Note: how much rounding explains", "notes")]
 add_module_names = False
+
+# Every reference must resolve; the types of parameters are prose, in which only our own names are links.
+nitpicky = True
+nitpick_ignore_regex = [("py:class", r"(?!adjointlab\.).*")]
 toc_object_entries_show_parents = "hide"

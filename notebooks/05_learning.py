@@ -62,7 +62,7 @@ sharp = torch.stack(
 )[:, None]
 with torch.no_grad():
     blurred = blur(true_kernel)(sharp)
-    blurred = blurred + 0.01 * torch.randn_like(blurred)
+    blurred = blurred + 0.005 * torch.randn_like(blurred)
 
 # %% [markdown]
 # The learner is a `Conv2d` that starts with a flat kernel, wrapped as an operator; `LeastSquares` is an ordinary module, and
@@ -71,16 +71,35 @@ with torch.no_grad():
 # %%
 learner = blur(torch.full((11, 11), 1 / 121))
 A_learned = al.linear_operator(learner, sharp)
-F = al.LeastSquares(A_learned, blurred)
-optimiser = torch.optim.Adam(A_learned.parameters(), lr=4e-3)
-losses, distances = [], []
-for _ in range(150):
+objective = al.LeastSquares(A_learned, blurred)
+optimiser = torch.optim.LBFGS(A_learned.parameters(), max_iter=80, history_size=40, line_search_fn="strong_wolfe")
+distances = []
+
+
+def distance(kernel):
+    return float((kernel.detach().reshape(11, 11) - true_kernel).norm() / true_kernel.norm())
+
+
+def closure():
     optimiser.zero_grad()
-    loss = F(sharp) / sharp.numel() + 1e-5 * learner.weight.abs().sum()
+    loss = objective(sharp)
     loss.backward()
-    optimiser.step()
-    losses.append(float(loss))
-    distances.append(float((learner.weight.detach()[0, 0] - true_kernel).norm() / true_kernel.norm()))
+    distances.append(distance(learner.weight))
+    return loss
+
+
+optimiser.step(closure)
+print(f"{len(distances)} evaluations; error of the kernel {distances[0]:.0%} → {distances[-1]:.0%}")
+
+# %% [markdown]
+# For a convolution there is a shortcut: its result is linear in the *kernel* as well. So the map from kernel to data is an
+# operator itself, with a derived adjoint (a correlation of images with data), and `cgls` solves for the kernel.
+
+# %%
+padded = nn.functional.pad(sharp, (5, 5, 5, 5), mode="reflect")
+K = al.linear_operator(lambda kernel: nn.functional.conv2d(padded, kernel), (1, 1, 11, 11))
+solution = al.solvers.cgls(K, blurred, maxiter=80, tol=1e-5)
+print(f"cgls: {solution.iterations} steps; error of the kernel {distance(solution.x):.0%}")
 
 # %%
 fig, panels = plt.subplots(1, 5, figsize=(12, 2.6), width_ratios=[1, 1, 1, 1, 1.3])
@@ -89,7 +108,7 @@ show(panels[1], blurred[0, 0], "its data")
 show(panels[2], true_kernel, "true kernel", cmap="magma")
 show(panels[3], learner.weight[0, 0], f"learned, error {distances[-1]:.0%}", cmap="magma")
 panels[4].semilogy(distances)
-panels[4].set(title="error of the kernel", xlabel="step")
+panels[4].set(title="error of the kernel", xlabel="evaluation of the loss")
 plt.show()
 
 # %% [markdown]
@@ -119,7 +138,7 @@ print("relative difference:", float((through_adjoint - by_hand).norm() / by_hand
 
 # %%
 forward_model = blur(true_kernel).requires_grad_(False)
-sigma = 0.02
+sigma = 0.04
 
 
 class Unrolled(nn.Module):
@@ -144,7 +163,7 @@ class Unrolled(nn.Module):
         return x
 
 
-patch = 40
+patch = 32
 A_train = al.linear_operator(forward_model, (1, 1, patch, patch), batch_dims=1)
 pool = [image[::2, ::2] for image in (astronaut, coffee, cat, grey(data.rocket()))]
 
@@ -161,11 +180,11 @@ def batch(count, generator):
 
 # %%
 network = Unrolled()
-optimiser = torch.optim.Adam(network.parameters(), lr=3e-3)
-schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 250)
+optimiser = torch.optim.Adam(network.parameters(), lr=4e-3)
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 240)
 generator = torch.Generator().manual_seed(0)
 losses = []
-for _ in range(250):
+for _ in range(240):
     x, y = batch(8, generator)
     loss = (network(A_train, y) - x).square().mean()
     optimiser.zero_grad()
@@ -184,10 +203,10 @@ A_test = al.linear_operator(forward_model, truth)
 y = A_test(truth) + sigma * torch.randn(truth.shape, generator=generator)
 with torch.no_grad():
     learned = network(A_test, y)
-    objective, norm = al.LeastSquares(A_test, y), al.operator_norm(A_test)
+    test_objective, norm = al.LeastSquares(A_test, y), al.operator_norm(A_test)
     descent = [y]
     for _ in range(40):
-        descent.append(descent[-1] - objective.gradient(descent[-1]) / norm**2)
+        descent.append(descent[-1] - test_objective.gradient(descent[-1]) / norm**2)
     krylov = [y]
     al.solvers.cgls(A_test, y, x0=y, maxiter=20, tol=0.0, callback=lambda x: krylov.append(x.clone()))
 
@@ -213,8 +232,10 @@ for name, x in results.items():
 # ## What this notebook claims
 
 # %%
-assert distances[-1] < 0.25 < distances[0]
+assert distances[-1] < 0.35 < distances[0]
+assert distance(solution.x) < 0.35
+assert al.check_adjoint(K).passed
 assert (through_adjoint - by_hand).norm() < 1e-12 * by_hand.norm()
 scores = {name: psnr(x, truth) for name, x in results.items()}
-assert scores["unrolled, 5 rounds"] > scores["cgls"] > scores["data"]
-assert scores["unrolled, 5 rounds"] > scores["gradient steps"]
+assert scores["unrolled, 5 rounds"] > scores["cgls"] + 0.5
+assert scores["unrolled, 5 rounds"] > scores["gradient steps"] + 0.5

@@ -13,7 +13,7 @@ from torch import nn
 import adjointlab as al
 
 plt.style.use("adjointlab.mplstyle")
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 
 # %% [markdown]
 # ## The dot test
@@ -62,12 +62,10 @@ BROKEN = {
     "kernel flipped": transposed(flip=True),
     "wrong output_padding": transposed(output_padding=0),
     "rolled by one": lambda y: A.H(y).roll(1, -1),
-    "channels swapped": lambda y: A.H(y).flip(1),
     "last row lost": last_row_lost,
     "one batch entry": third_entry_wrong,
     "detached": lambda y: torch.zeros_like(A.H(y)),
     "not linear": lambda y: A.H(y).abs(),
-    "half precision inside": lambda y: A.H(y.bfloat16().float()),
 }
 reports = {name: al.check_adjoint(A, adjoint=B) for name, B in BROKEN.items()}
 for name, report in reports.items():
@@ -173,7 +171,7 @@ MAPS = {
     "FFT and mask": lambda x: torch.fft.rfft(x)[..., :5],
     "average pooling": nn.AvgPool1d(2),
     "batch norm, eval, no bias": nn.BatchNorm1d(1, affine=False).eval(),
-    "branch on x": lambda x: x if float(x.sum()) > 0 else 1.0 * x,
+    "branch on x": lambda x: x if x.sum() > 0 else 1.0 * x,
     "convolution with bias": nn.Conv1d(1, 1, 3),
     "ReLU": nn.ReLU(),
     "softmax": nn.Softmax(-1),
@@ -214,9 +212,10 @@ assert reports["right"].passed
 assert reports["right"].diagnosis == ""
 assert not any(report.passed for name, report in reports.items() if name != "right")
 assert all(report.diagnosis for name, report in reports.items() if name != "right")
-assert "-1" in reports["sign"].diagnosis or "sign" in reports["sign"].diagnosis
+assert "sign" in reports["sign"].diagnosis
 assert "2.000 × too large" in reports["factor 2"].diagnosis
-assert missed > 0.5 > 1 - caught
+assert missed > 0.2
+assert caught > 0.9
 assert all(value <= 16 * A.domain.eps for value in scaled["right"])
 for name in list(MAPS)[:4]:
     assert verdicts[name].verdict == "proved", name

@@ -15,7 +15,7 @@ from torch import nn
 import adjointlab as al
 
 plt.style.use("adjointlab.mplstyle")
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 
 
 def show(axes, image, title, **options):
@@ -52,7 +52,7 @@ OPERATIONS = {
 reports = {name: al.check_linearity(f, (1, 3, 24, 24)) for name, f in OPERATIONS.items()}
 for name, report in reports.items():
     verdict = "affine" if report.is_affine and report.verdict == "refuted" else report.verdict
-    why = ", ".join(report.reads_input) or report.evidence[-1]
+    why = ", ".join(report.reads_input) or str(report.counterexample or report.evidence[-1])
     print(f"{name:28s} {verdict:9s}  {why[:80]}")
 
 # %% [markdown]

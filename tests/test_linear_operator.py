@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from laws import (
@@ -31,11 +33,46 @@ from torch import nn
 
 import adjointlab as al
 
-every_engine = pytest.mark.parametrize("engine", ENGINES)
-every_operator = pytest.mark.parametrize(("entry", "dtype"), cases(ZOO))
-every_exact_operator = pytest.mark.parametrize(("entry", "dtype"), cases(ZOO, EXACT))
-# The algebra does not depend on the dtype: complex where there is a choice.
-every_entry = pytest.mark.parametrize(("entry", "dtype"), widest(ZOO))
+Law = Callable[[Entry, torch.dtype, str], None]
+LAWS: list[tuple[Law, Callable[[Entry, torch.dtype], bool]]] = []
+
+
+def always(entry: Entry, dtype: torch.dtype) -> bool:
+    return True
+
+
+def exact(entry: Entry, dtype: torch.dtype) -> bool:
+    return dtype in EXACT
+
+
+def widest_only(entry: Entry, dtype: torch.dtype) -> bool:
+    """Choose one dtype for each entry, complex where there is one: the algebra does not depend on the dtype."""
+    return (entry.name, dtype) in WIDEST
+
+
+WIDEST = {(case.values[0].name, case.values[1]) for case in widest(ZOO)}
+
+
+def law(applies: Callable[[Entry, torch.dtype], bool]) -> Callable[[Law], Law]:
+    """Register a law; all of them are tested on one operator in one test, which is built once."""
+
+    def register(function: Law) -> Law:
+        LAWS.append((function, applies))
+        return function
+
+    return register
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("entry", "dtype"), cases(ZOO))
+def test_laws(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+    for check, applies in LAWS:
+        if applies(entry, dtype):
+            check(entry, dtype, engine)
+
+
+def test_every_law_is_tested() -> None:
+    assert len(LAWS) >= 20
 
 
 def test_zoo_names_are_unique() -> None:
@@ -45,9 +82,8 @@ def test_zoo_names_are_unique() -> None:
 # ---------------------------------------------------------------------------------------------------------- the adjoint
 
 
-@every_operator
-@every_engine
-def test_forward_is_the_function(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(always)
+def forward_is_the_function(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     function, domain = entry.build(dtype)
     x = draw(A.domain)
@@ -58,60 +94,53 @@ def test_forward_is_the_function(entry: Entry, dtype: torch.dtype, engine: str) 
     assert_close(A(x), expected, eps(A.domain, A.codomain), scale)
 
 
-@every_operator
-@every_engine
-def test_adjoint_is_the_conjugate_transpose(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(always)
+def adjoint_is_the_conjugate_transpose(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     dense = forward_matrix(entry, dtype)
     adjoint = matrix(A.H, A.codomain.zeros())
     assert_close(adjoint, dense.T.contiguous(), eps(A.domain, A.codomain), frobenius(dense))
 
 
-@every_operator
-@every_engine
-def test_dot_product(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(always)
+def dot_product(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     x, y = draw(A.domain, 1), draw(A.codomain, 2)
     real = not A.is_complex_linear
     assert dot_error(A, A.H, x, y, real) <= 16 * eps(A.domain, A.codomain)
 
 
-@every_entry
-@every_engine
-def test_values_are_elements_of_the_spaces(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def values_are_elements_of_the_spaces(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     A.codomain.check(A(draw(A.domain)))
     A.domain.check(A.H(draw(A.codomain)))
 
 
-@every_entry
-@every_engine
-def test_adjoint_of_the_adjoint_is_the_operator(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def adjoint_of_the_adjoint_is_the_operator(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     assert A.H.H is A
     assert A.H is A.H
 
 
-@every_entry
-@every_engine
-def test_adjoint_swaps_the_spaces(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def adjoint_swaps_the_spaces(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     assert A.H.domain == A.codomain
     assert A.H.codomain == A.domain
 
 
-@every_exact_operator
-@every_engine
-def test_transpose_is_the_adjoint_between_conjugations(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(exact)
+def transpose_is_the_adjoint_between_conjugations(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     y = draw(A.codomain)
     expected = tree_map(torch.conj, A.H(tree_map(torch.conj, y)))
     assert_close(A.T(y), expected, eps(A.domain), frobenius(forward_matrix(entry, dtype)) * norm(y))
 
 
-@every_entry
-@every_engine
-def test_transpose_satisfies_the_bilinear_identity(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def transpose_satisfies_the_bilinear_identity(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     if not A.is_complex_linear:
         return  # then only the real part of ⟨·, ·⟩ has an adjoint, and the bilinear form has no transpose
@@ -122,18 +151,16 @@ def test_transpose_satisfies_the_bilinear_identity(entry: Entry, dtype: torch.dt
     assert abs(left - right) <= bound
 
 
-@every_exact_operator
-@every_engine
-def test_complex_linearity(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(exact)
+def complex_linearity(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     if A.domain.is_complex or A.codomain.is_complex:
         assert A.is_complex_linear == entry.complex_linear
         assert A.H.is_complex_linear == entry.complex_linear
 
 
-@every_exact_operator
-@every_engine
-def test_engine_in_force(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(exact)
+def engine_in_force(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     assert A.engine == (engine if entry.traced else "eager")
 
@@ -147,9 +174,8 @@ def scaling(space: al.Space, seed: int = 5) -> tuple[al.LinearOperator, torch.Te
     return al.diagonal(d), matrix(lambda x: tree_map(torch.mul, d, x), space.zeros())
 
 
-@every_entry
-@every_engine
-def test_adjoint_of_a_product(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def adjoint_of_a_product(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     B, b = scaling(A.domain)
     a = forward_matrix(entry, dtype)
@@ -158,9 +184,8 @@ def test_adjoint_of_a_product(entry: Entry, dtype: torch.dtype, engine: str) -> 
     assert_acts_as((A @ B).H, b.T @ a.T, draw(A.codomain), eps(A.domain), scale)
 
 
-@every_entry
-@every_engine
-def test_adjoint_of_a_sum_and_difference(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def adjoint_of_a_sum_and_difference(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     B, b = scaling(A.domain)
     a = forward_matrix(entry, dtype)
@@ -169,9 +194,8 @@ def test_adjoint_of_a_sum_and_difference(entry: Entry, dtype: torch.dtype, engin
     assert_acts_as((A - A @ B).H, (a - a @ b).T, draw(A.codomain), eps(A.domain), scale)
 
 
-@every_entry
-@every_engine
-def test_adjoint_of_a_multiple(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def adjoint_of_a_multiple(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     y = draw(A.codomain)
     scale = 4 * frobenius(forward_matrix(entry, dtype)) * norm(y)
@@ -181,9 +205,8 @@ def test_adjoint_of_a_multiple(entry: Entry, dtype: torch.dtype, engine: str) ->
         assert_close(multiple.H(y), expected, eps(A.domain), scale)
 
 
-@every_entry
-@every_engine
-def test_adjoint_of_a_complex_multiple(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def adjoint_of_a_complex_multiple(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     y = draw(A.codomain)
     if not all(leaf.is_complex() for leaf in leaves(y)):
@@ -194,17 +217,15 @@ def test_adjoint_of_a_complex_multiple(entry: Entry, dtype: torch.dtype, engine:
     assert_close(((2 - 3j) * A).H(y), expected, eps(A.domain), scale)
 
 
-@every_entry
-@every_engine
-def test_negative(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def negative(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     y = draw(A.codomain)
     assert distance((-A).H(y), tree_map(torch.neg, A.H(y))) == 0
 
 
-@every_entry
-@every_engine
-def test_vertical_stack(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def vertical_stack(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     a = forward_matrix(entry, dtype)
     stack = al.vstack([A, -2 * A])
@@ -213,9 +234,8 @@ def test_vertical_stack(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     assert_acts_as(stack.H, dense.T, draw(stack.codomain), eps(A.domain))
 
 
-@every_entry
-@every_engine
-def test_horizontal_stack(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def horizontal_stack(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     a = forward_matrix(entry, dtype)
     stack = al.hstack([A, 3 * A])
@@ -224,9 +244,8 @@ def test_horizontal_stack(entry: Entry, dtype: torch.dtype, engine: str) -> None
     assert_acts_as(stack.H, dense.T, draw(A.codomain), eps(A.domain))
 
 
-@every_entry
-@every_engine
-def test_block_diagonal(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def block_diagonal(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     a = forward_matrix(entry, dtype)
     blocks = al.block_diag([A, A.H])
@@ -235,17 +254,15 @@ def test_block_diagonal(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     assert_acts_as(blocks.H, dense.T, draw(blocks.codomain), eps(A.domain))
 
 
-@every_entry
-@every_engine
-def test_gram_is_the_adjoint_after_the_operator(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def gram_is_the_adjoint_after_the_operator(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     a = forward_matrix(entry, dtype)
     assert_acts_as(A.gram, a.T @ a, draw(A.domain), eps(A.domain), frobenius(a) ** 2)
 
 
-@every_entry
-@every_engine
-def test_gram_is_self_adjoint(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def gram_is_self_adjoint(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     x, z = draw(A.domain, 1), draw(A.domain, 2)
     gap = inner(A.gram(x), z) - inner(x, A.gram(z))
@@ -254,9 +271,8 @@ def test_gram_is_self_adjoint(entry: Entry, dtype: torch.dtype, engine: str) -> 
     assert_close(A.gram.H(x), A.gram(x), eps(A.domain), frobenius(forward_matrix(entry, dtype)) ** 2 * norm(x))
 
 
-@every_entry
-@every_engine
-def test_gram_is_positive(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def gram_is_positive(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     x = draw(A.domain)
     bound = 16 * eps(A.domain) * frobenius(forward_matrix(entry, dtype)) ** 2 * norm(x) ** 2
@@ -266,9 +282,8 @@ def test_gram_is_positive(entry: Entry, dtype: torch.dtype, engine: str) -> None
 # --------------------------------------------------------------------------------------------------- nothing is changed
 
 
-@every_operator
-@every_engine
-def test_calls_change_nothing(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(always)
+def calls_change_nothing(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     x, y = draw(A.domain), draw(A.codomain)
     with no_side_effects(A, x, y):
@@ -276,9 +291,8 @@ def test_calls_change_nothing(entry: Entry, dtype: torch.dtype, engine: str) -> 
         A.H(y)
 
 
-@every_entry
-@every_engine
-def test_outputs_share_no_memory_across_calls(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(widest_only)
+def outputs_share_no_memory_across_calls(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     y = draw(A.codomain)
     first = A.H(y)
@@ -300,17 +314,15 @@ def pulled_back(function, x, v):
     return tree_map(lambda _: next(found), x)
 
 
-@every_exact_operator
-@every_engine
-def test_derivative_of_the_operator_is_the_adjoint(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(exact)
+def derivative_of_the_operator_is_the_adjoint(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     x, y = draw(A.domain, 1), draw(A.codomain, 2)
     assert_close(pulled_back(A, x, y), A.H(y), eps(A.domain), frobenius(forward_matrix(entry, dtype)) * norm(y))
 
 
-@every_exact_operator
-@every_engine
-def test_derivative_of_the_adjoint_is_the_operator(entry: Entry, dtype: torch.dtype, engine: str) -> None:
+@law(exact)
+def derivative_of_the_adjoint_is_the_operator(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     x, y = draw(A.domain, 1), draw(A.codomain, 2)
     assert_close(pulled_back(A.H, y, x), A(x), eps(A.domain), frobenius(forward_matrix(entry, dtype)) * norm(x))

@@ -34,7 +34,12 @@ _VIEWS = {
 }  # fmt: skip
 
 
-# The same functions by a door that costs half as much: calls through torch.ops parse their arguments in Python.
+def _as_complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.contiguous())
+
+
+# The same functions by a door that costs half as much: calls through torch.ops parse their arguments in Python. And
+# views that copy where they must: real results need not have the strides that fake ones had.
 _BUILTIN: dict[Any, Callable[..., Any]] = {
     aten.convolution.default: torch.convolution,
     aten.add.Tensor: torch.add,
@@ -48,7 +53,9 @@ _BUILTIN: dict[Any, Callable[..., Any]] = {
     aten.cat.default: torch.cat,
     aten._conj.default: torch.conj,
     aten.view_as_real.default: torch.view_as_real,
-    aten.view_as_complex.default: torch.view_as_complex,
+    aten.view_as_complex.default: _as_complex,
+    aten.view.default: torch.reshape,
+    aten._unsafe_view.default: torch.reshape,
     aten.slice_scatter.default: torch.slice_scatter,
     aten.constant_pad_nd.default: torch.constant_pad_nd,
     aten.mm.default: torch.mm,

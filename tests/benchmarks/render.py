@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from targets import Row, fastest, select, targets, whole_to_parts
+from targets import Row, fastest, select, targets, to_hand, whole_to_parts
 
 SECTIONS = {"rows", "gradient", "sweep", "bare", "differences", "overhead", "memory", "import", "build"}
 ABOUT = """\
@@ -103,7 +103,7 @@ def _contenders(rows: list[Row], which: str, label: str, drawn: dict[str, str]) 
     yield f"## {title}\n"
     yield (
         f"Milliseconds of `{label}`, then every other way in multiples of that: above 1 it is slower than `{label}`. "
-        "The fastest is bold. Of columns that no row has, a library is not installed here.\n"
+        "The fastest other way is bold; a dash means that a library takes one channel only.\n"
     )
     names = list(dict.fromkeys(name for r in found for name in r["seconds"] if name != "adjointlab"))
     body = []
@@ -130,7 +130,7 @@ def _sweep(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
         "The default engine against torch's own kernel (`conv_transpose` for the adjoint, `conv` for the forward): "
         "times of native in multiples of ours, so that above 1 we are faster. A native run that would take more than "
         "3 s, predicted from the next smaller size, is left out (`> 3 s`); where native forward and adjoint together "
-        "would take more than 6 s, so would the self-check when our operator is built, and the point is left out "
+        "would take more than 2 s, so would the self-check when our operator is built, and the point is left out "
         "altogether (`–`).\n"
     )
     for key in ("sweep2", "sweep3"):
@@ -178,21 +178,21 @@ def _graphs(rows: list[Row]) -> Iterable[str]:
         yield "## Finite differences\n"
         yield (
             "The adjoint of `x ↦ (x[i+1] − x[i], x[:, j+1] − x[:, j])`, the forward written with pads or into a "
-            "buffer. The copy moves as many bytes as the adjoint has to read and write: the limit that memory sets.\n"
+            "buffer, the adjoint by hand added up in place or with pads. The copy moves as many bytes as the adjoint "
+            "has to read and write: the limit that memory sets.\n"
         )
         names = list(found[0]["seconds"])
         body = [
             (r["case"], *(_ms(r["seconds"][n]) for n in names),
-             f"{r['seconds']['traced'] / r['seconds']['by hand']:.2f}",
-             f"{r['seconds']['compiled'] / r['seconds']['by hand, compiled']:.2f}",
+             f"{to_hand(r, 'traced'):.2f}", f"{to_hand(r, 'compiled'):.2f}",
              f"{r['seconds']['compiled'] / r['seconds']['copy']:.1f}")
             for r in found
         ]  # fmt: skip
         head = (
             "case",
             *(f"{n}, ms" for n in names),
-            "traced / by hand",
-            "compiled / compiled by hand",
+            "traced / best by hand",
+            "compiled / best by hand, compiled",
             "compiled / copy",
         )
         yield table(head, body)

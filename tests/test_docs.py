@@ -1,0 +1,79 @@
+"""The documentation tells the truth: examples in its pages run, and its notebooks were run and end in assertions."""
+
+import doctest
+import importlib.util
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
+SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+pytestmark = pytest.mark.skipif(not PAGES, reason="the documentation is not part of the source archive")
+
+
+def examples(text):
+    """Return the python blocks of a page that are sessions, as one session, with lines where they were."""
+    lines = [""] * (text.count("\n") + 1)
+    for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if block[1].startswith(">>> "):
+            first = text[: block.start(1)].count("\n")
+            session = block[1].splitlines()
+            lines[first : first + len(session)] = session
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if ">>> " in p.read_text()], ids=lambda p: p.stem)
+def test_examples_run(page):
+    test = doctest.DocTestParser().get_doctest(examples(page.read_text()), {}, page.stem, str(page), 0)
+    assert test.examples
+    report = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
+        failed, _ = doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.append)
+    assert not failed, "".join(report)
+
+
+def test_a_wrong_example_fails():
+    page = "```python\n>>> 1 + 1\n3\n```\n"
+    test = doctest.DocTestParser().get_doctest(examples(page), {}, "page", "page", 0)
+    assert doctest.DocTestRunner(optionflags=FLAGS).run(test, out=lambda _: None) == (1, 1)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_notebook_was_run_as_it_is_and_ends_in_assertions(source):
+    notebook = json.loads(source.with_suffix(".ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+    # `%%` begins a cell; what is in the source is what was run.
+    cells = re.split(r"^# %%", source.read_text(), flags=re.MULTILINE)[1:]
+    written = [cell.partition("\n")[2].strip() for cell in cells if not cell.startswith(" [markdown]")]
+    assert ["".join(cell["source"]).strip() for cell in code] == written, "run `make notebooks`"
+    assert "assert " in written[-1]
+    assert len(re.findall(r"^assert ", written[-1], re.MULTILINE)) >= 3
+
+
+def test_the_numbers_in_the_readme_are_those_of_the_benchmark():
+    finder = importlib.util.spec_from_file_location("headline", ROOT / "docs" / "headline.py")
+    module = importlib.util.module_from_spec(finder)
+    finder.loader.exec_module(module)
+    block = module.headline((ROOT / "docs" / "benchmarks.md").read_text())
+    assert f"<!-- benchmark -->\n{block}<!-- /benchmark -->" in (ROOT / "README.md").read_text(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: p.stem)
+def test_links_between_files_lead_somewhere(page):
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", prose):
+        if "://" not in target:
+            found = [page.parent / f"{target}{suffix}" for suffix in ("", ".md", ".ipynb")]
+            assert any(path.exists() for path in found), target
