@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from adjointlab.derive import from_source, require_linear
+from adjointlab.derive import from_source, options_of, require_linear
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.linearity import assess, like_parameters
 from adjointlab.operators import LinearOperator
@@ -24,11 +24,10 @@ class AffineOperator(nn.Module):
         ``A``, that is ``x ↦ f(x) − f(0)``, with the derived adjoint.
     """
 
-    def __init__(self, linear: LinearOperator, source: Transposition, arguments: tuple[Any, ...]) -> None:
+    def __init__(self, linear: LinearOperator, source: Transposition) -> None:
         super().__init__()
         self.linear = linear
         self._source = source
-        self._arguments = arguments
 
     @property
     def domain(self) -> Space:
@@ -78,7 +77,10 @@ class AffineOperator(nn.Module):
         return self(x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, self._arguments
+        return _rebuild, _arguments(self._source), self.training
+
+    def __setstate__(self, training: bool) -> None:
+        self.training = training
 
 
 def residual_and_gradient(A: LinearOperator | AffineOperator, x: Any, y: Any, weight: Any) -> tuple[Any, Any] | None:
@@ -136,15 +138,16 @@ def affine_operator(
     source = Transposition(module_or_function, space, kwargs, engine, affine=True)
     if check:
         require_linear(assess(source), source, offset_allowed=True)
-    arguments = (module_or_function, source.domain, batch_dims, kwargs, engine)
-    linear = from_source(source, (_rebuild_linear, arguments))
-    return AffineOperator(linear, source, arguments)
+    return AffineOperator(from_source(source, lambda: (_rebuild_linear, _arguments(source))), source)
 
 
-def _rebuild(
-    function: Callable[..., Any], domain: Space, batch_dims: int, kwargs: dict[str, Any] | None, engine: str
-) -> AffineOperator:
-    return affine_operator(function, domain, batch_dims=batch_dims, kwargs=kwargs, engine=engine, check=False)
+def _arguments(source: Transposition) -> tuple[Any, ...]:
+    options = {name: value for name, value in options_of(source).items() if name in ("batch_dims", "kwargs", "engine")}
+    return source.callable, source.domain, options
+
+
+def _rebuild(function: Callable[..., Any], domain: Space, options: dict[str, Any]) -> AffineOperator:
+    return affine_operator(function, domain, check=False, **options)
 
 
 def _rebuild_linear(*arguments: Any) -> LinearOperator:

@@ -21,11 +21,11 @@ def _product(spaces: Sequence[Space]) -> Space:
 
 
 def _operators(operators: Sequence[LinearOperator], name: str) -> list[LinearOperator]:
-    found = list(operators)
+    found = list(operators) if isinstance(operators, (list, tuple)) else []
     if not found or not all(isinstance(operator, LinearOperator) for operator in found):
+        kinds = [type(o).__name__ for o in found] or type(operators).__name__
         raise SpaceMismatchError(
-            f"expected {name} of a non-empty list of linear operators, got {[type(o).__name__ for o in found]}: wrap "
-            "each with al.linear_operator"
+            f"expected {name} of a non-empty list of linear operators, got {kinds}: wrap each with al.linear_operator"
         )
     return found
 
@@ -163,7 +163,7 @@ def identity(space: Any) -> LinearOperator:
     True
     """
     where = Space.of(space)
-    operator = derived(_itself, _itself, where, where, (identity, (where,)))
+    operator: LinearOperator = derived(_itself, _itself, where, where, lambda: (identity, (operator.domain,)))
     operator._body.views[1] = operator
     return operator
 
@@ -221,7 +221,9 @@ def diagonal(d: Any) -> LinearOperator:
     def times_conjugate(y: Any) -> Any:
         return space.unflatten([a.conj() * b for a, b in zip(entries.leaves(), tree_flatten(y)[0], strict=True)])
 
-    return derived(times, times_conjugate, space, space, (diagonal, (d,)), entries)
+    return derived(
+        times, times_conjugate, space, space, lambda: (diagonal, (space.unflatten(entries.leaves()),)), entries
+    )
 
 
 def diagonal_entries(operator: LinearOperator) -> Any:

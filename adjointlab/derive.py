@@ -84,15 +84,18 @@ def linear_operator(
     source = Transposition(module_or_function, space, kwargs, engine, lowering=lowering, autotune=autotune)
     if check:
         require_linear(assess(source), source)
-    options = {
-        "batch_dims": batch_dims,
-        "kwargs": kwargs,
-        "engine": engine,
-        "lowering": lowering,
-        "autotune": autotune,
+    return from_source(source, lambda: (_rebuild, (module_or_function, source.domain, options_of(source))))
+
+
+def options_of(source: Transposition) -> dict[str, Any]:
+    """Return the options that make the same operator again, as they are now."""
+    return {
+        "batch_dims": source.domain.batch_dims,
+        "kwargs": source.kwargs,
+        "engine": source.requested,
+        "lowering": source.lowering,
+        "autotune": source.autotune,
     }
-    recipe = (_rebuild, (module_or_function, source.domain, options))
-    return from_source(source, recipe)
 
 
 def from_source(source: Transposition, recipe: Recipe) -> LinearOperator:
@@ -173,4 +176,4 @@ def linear_adjoint(f: Callable[..., Any], *example: Any) -> Map:
     return linear_operator(f, example[0] if len(example) == 1 else example).H
 
 
-__all__ = ["from_source", "linear_adjoint", "linear_operator", "require_linear"]
+__all__ = ["from_source", "linear_adjoint", "linear_operator", "options_of", "require_linear"]

@@ -16,7 +16,8 @@ from adjointlab.space import Space, TensorSpec
 from adjointlab.transpose import Transposition
 
 Map = Callable[[Any], Any]
-Recipe = tuple[Callable[..., Any], tuple[Any, ...]]  # what makes the operator again, for copies and pickles
+# What makes the operator again, for copies and pickles: a function and its arguments, or what returns them.
+Recipe = tuple[Callable[..., Any], tuple[Any, ...]] | Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
 
 
 @dataclass
@@ -54,6 +55,7 @@ class LinearOperator(nn.Module):
     True
     """
 
+    derived_operator = True  # for the walk of what a function captures, which stops at operators
     _body: _Body
     _side: int
     _recipe: Recipe
@@ -81,6 +83,11 @@ class LinearOperator(nn.Module):
         body = _Body((function, source.adjoint), (source.domain, source.codomain), source)
         operator._set(body, 0, recipe, parts)
         return operator
+
+    @property
+    def source(self) -> Transposition | None:
+        """Where the functions come from; None for an operator made of others, or of a pair of functions."""
+        return self._body.source
 
     # -- what it is --------------------------------------------------------------------------------------------------
 
@@ -226,6 +233,7 @@ class LinearOperator(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearOperator:
         """Move parameters, buffers and spaces together: what ``.to``, ``.double`` and ``.cuda`` call."""
+        self._body.transposes = [None, None]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         body = self._body
         if body.source is not None:
@@ -238,7 +246,11 @@ class LinearOperator(nn.Module):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._recipe
+        function, arguments = self._recipe() if callable(self._recipe) else self._recipe
+        return function, arguments, self.training
+
+    def __setstate__(self, training: bool) -> None:
+        self.training = training  # of this module alone: parts bring their own
 
 
 def _moved(space: Space, fn: Callable[[Tensor], Tensor]) -> Space:
@@ -310,12 +322,16 @@ def _add(a: LinearOperator, b: LinearOperator) -> LinearOperator:
 
 
 def _require_scalar(scalar: Any, space: Space) -> None:
-    is_complex = scalar.is_complex() if isinstance(scalar, Tensor) else isinstance(scalar, complex)
+    is_complex = scalar.is_complex() if isinstance(scalar, Tensor) else _is_complex_number(scalar)
     if is_complex and not all(spec.is_complex for spec in space.specs):
         raise SpaceMismatchError(
             f"expected a real scalar for the real space {space}, got {scalar}: a complex multiple of a real element "
             "is not in it; use a real scalar, or a complex domain"
         )
+
+
+def _is_complex_number(scalar: Any) -> bool:
+    return isinstance(scalar, numbers.Complex) and not isinstance(scalar, numbers.Real)
 
 
 def _conjugate(scalar: Any) -> Any:

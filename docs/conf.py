@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "adjointlab"
 author = "the adjointlab authors"
-copyright = "the adjointlab authors, BSD-3-Clause"  # noqa: A001
+copyright = "the adjointlab authors, BSD-3-Clause"
 version = release = installed("adjointlab")
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb", "sphinx_copybutton", "mathml"]

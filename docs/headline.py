@@ -12,7 +12,9 @@ BLOCK = re.compile(r"(<!-- benchmark -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 
 def headline(page: str) -> str:
     """Return what README says about speed, from the benchmarks page; nothing but a pointer if it has no results."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")
+    ]
     rows = [(row[1], row[3], row[5]) for row in cells if len(row) == 6]
     machine = re.search(r"^- Machine: (.*)$", page, re.MULTILINE)
     date = re.search(r"^- Date: (.*)\.$", page, re.MULTILINE)
@@ -28,8 +30,8 @@ def headline(page: str) -> str:
     table = "\n".join(["| | against | faster by |", "|:--|:--|--:|", *lines])
     return (
         f"{table}\n\n"
-        f"Measured on {date[1]} ({machine[1].rstrip('.')}); `make bench` measures again. [All results](docs/benchmarks.md), with the\n"
-        "targets that are not met.\n"
+        f"Measured on {date[1]} ({machine[1].rstrip('.')}); `make bench` measures again.\n"
+        "[All results](docs/benchmarks.md), with the targets that are not met.\n"
     )
 
 

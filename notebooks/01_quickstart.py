@@ -3,11 +3,12 @@
 #
 # A question that is asked in every PyTorch forum, in many words:
 #
-# > My forward model is `c = nn.Conv2d(...)`. I minimise $F(x) = \tfrac12\lVert c\,x - y\rVert^2$, so I need the gradient
-# > $c^H(c\,x - y)$. Which `ConvTranspose2d` is $c^H$?
+# > My forward model is `c = nn.Conv2d(...)`. I minimise $F(x) = \tfrac12\lVert c\,x - y\rVert^2$, so I need the
+# > gradient $c^H(c\,x - y)$. Which `ConvTranspose2d` is $c^H$?
 #
-# Often there is none. `ConvTranspose` is the adjoint of a convolution with *zero* padding, if its `output_padding` is
-# right; with circular, reflecting or replicating borders it is something else. adjointlab derives $c^H$ from `c` itself.
+# Often there is none. `ConvTranspose` is the adjoint of a convolution with *zero* padding, if its `output_padding`
+# is right; with circular, reflecting or replicating borders it is something else. adjointlab derives $c^H$ from `c`
+# itself.
 
 # %%
 import matplotlib.pyplot as plt
@@ -18,7 +19,7 @@ from torch import nn
 import adjointlab as al
 
 plt.style.use("adjointlab.mplstyle")
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 
 
 def show(axes, image, title, **options):
@@ -46,8 +47,8 @@ y = A(photograph)
 A
 
 # %% [markdown]
-# `A(x)` is `c(x)`; `A.H(y)` is the adjoint; both are ordinary differentiable PyTorch. The gradient of the question is one
-# line, and it is what autograd finds for $F$:
+# `A(x)` is `c(x)`; `A.H(y)` is the adjoint; both are ordinary differentiable PyTorch. The gradient of the question
+# is one line, and it is what autograd finds for $F$:
 
 # %%
 x = torch.rand_like(photograph)
@@ -83,13 +84,13 @@ fig.colorbar(picture, ax=panels[3], shrink=0.8)
 plt.show()
 
 # %% [markdown]
-# The guess is right inside and wrong at the border: the reflected pixels were seen twice, so the adjoint must give back
-# twice. A gradient descent with it converges to something else.
+# The guess is right inside and wrong at the border: the reflected pixels were seen twice, so the adjoint must give
+# back twice. A gradient descent with it converges to something else.
 #
 # ## Every padding mode, in one, two and three dimensions
 #
-# For each case: `ConvTranspose` with the same settings, as one would write it without thinking, and the derived adjoint,
-# which must pass the dot test.
+# For each case: `ConvTranspose` with the same settings, as one would write it without thinking, and the derived
+# adjoint, which must pass the dot test.
 
 # %%
 MODES = ("zeros", "circular", "reflect", "replicate")
@@ -166,8 +167,9 @@ al.check_adjoint(U)
 # %% [markdown]
 # ## What was derived
 #
-# `explain()` shows the adjoint as a program. It was traced from the vector-Jacobian product of `c`; the forward pass is not
-# in it. That the program does not read `x` at all is also the *proof* that `c` is affine; with $c(0) = 0$, linear.
+# `explain()` shows the adjoint as a program. It was traced from the vector-Jacobian product of `c`; the forward
+# pass is not in it. That the program does not read `x` at all is also the *proof* that `c` is affine; with $c(0) =
+# 0$, linear.
 
 # %%
 print(A.explain())
@@ -191,8 +193,8 @@ print("f(z) = A z + b:", torch.allclose(f(z), f.linear(z) + f.offset, atol=1e-6)
 # %% [markdown]
 # ## Operators compose
 #
-# Sums, products, multiples, stacks: the adjoint follows by the rules of algebra, and spaces are compared when the operator
-# is made, not when it fails.
+# Sums, products, multiples, stacks: the adjoint follows by the rules of algebra, and spaces are compared when the
+# operator is made, not when it fails.
 
 # %%
 mask = (torch.rand(1, 1, 128, 128) < 0.5).float()

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Least squares on a real photograph
 #
-# A photograph is blurred by a shaking hand, and the sensor adds noise: $y = c\,x + n$ with a `Conv2d`. We recover $x$ from $y$ by
-# minimising $F(x) = \tfrac12\lVert c\,x - y\rVert^2$, and compare
+# A photograph is blurred by a shaking hand, and the sensor adds noise: $y = c\,x + n$ with a `Conv2d`. We recover
+# $x$ from $y$ by minimising $F(x) = \tfrac12\lVert c\,x - y\rVert^2$, and compare
 #
 # - gradient steps $x \leftarrow x - \tau\,c^H(c\,x - y)$, by hand and by `torch.optim`,
 # - the Krylov solvers `al.solvers.cgls` and `al.solvers.lsmr`,
@@ -34,9 +34,9 @@ def error(x):
 # %% [markdown]
 # ## The forward model
 #
-# The camera moved along a short path while the shutter was open: the kernel is that path. Nothing is known of the scene
-# beyond the frame, so the border is reflected. That is an honest model of a photograph, and with a kernel that is not
-# symmetric no Fourier or cosine transform diagonalises it.
+# The camera moved along a short path while the shutter was open: the kernel is that path. Nothing is known of the
+# scene beyond the frame, so the border is reflected. That is an honest model of a photograph, and with a kernel
+# that is not symmetric no Fourier or cosine transform diagonalises it.
 
 # %%
 truth = torch.from_numpy(data.camera()[40:296, 120:376] / 255).float()[None, None]
@@ -66,7 +66,8 @@ plt.show()
 # ## Gradient steps, by hand and with `torch.optim`
 #
 # `LeastSquares(A, y)` is a module: calling it gives $F(x)$, which autograd differentiates through `A.H`;
-# `.value_and_gradient(x)` gives both in one forward and one adjoint. The largest stable step is below $2/\lVert c\rVert^2$.
+# `.value_and_gradient(x)` gives both in one forward and one adjoint. The largest stable step is below $2/\lVert
+# c\rVert^2$.
 
 # %%
 F = al.LeastSquares(A, y)
@@ -105,9 +106,9 @@ for name, make in {
 # %% [markdown]
 # ## Krylov solvers
 #
-# `cgls` and `lsmr` need one `A` and one `A.H` a step, as the gradient does, and choose all step lengths themselves. The
-# adjoint must be exact for that: see the notebook on tomography for what happens otherwise. `lsmr` always begins at zero; to
-# begin at the data as the others do, it solves for the correction $d$ in $x = y + d$.
+# `cgls` and `lsmr` need one `A` and one `A.H` a step, as the gradient does, and choose all step lengths themselves.
+# The adjoint must be exact for that: see the notebook on tomography for what happens otherwise. `lsmr` always
+# begins at zero; to begin at the data as the others do, it solves for the correction $d$ in $x = y + d$.
 
 # %%
 iterates = [y]
@@ -116,17 +117,15 @@ record("cgls", iterates)
 print(f"cgls: {solution.iterations} steps; {solution.reason}")
 
 iterates = [y]
-solution = al.solvers.lsmr(
-    A, y - A(y), maxiter=steps, atol=0.0, btol=0.0, callback=lambda d: iterates.append(y + d)
-)
+solution = al.solvers.lsmr(A, y - A(y), maxiter=steps, atol=0.0, btol=0.0, callback=lambda d: iterates.append(y + d))
 record("lsmr", iterates)
 print(f"lsmr: {solution.iterations} steps; {solution.reason}")
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-for name in histories:
+for name, history in histories.items():
     style = "--" if name == "lsmr" else "-"
-    left.semilogy(histories[name], style, label=name)
+    left.semilogy(history, style, label=name)
     right.plot(errors[name], style, label=name)
 left.set(title="objective F", xlabel="step = one A and one Aᴴ", ylabel="F(x) = ½‖c x − y‖²")
 right.set(title="error: down, then up again", xlabel="step", ylabel="‖x − truth‖ / ‖truth‖", ylim=(0.05, 0.2))
@@ -134,10 +133,11 @@ left.legend()
 plt.show()
 
 # %% [markdown]
-# Left, the Krylov solvers are far ahead of gradient steps. Right, the error falls and then *rises*: late steps fit the noise.
-# This is semi-convergence, and the number of steps is the regulariser. A faster solver gets to the best image sooner, and past
-# it sooner. The discrepancy principle says when to stop without knowing the truth: when the residual is as small as the
-# noise, $\lVert c\,x - y\rVert \le \sigma\sqrt n$. A callback that returns `True` stops a solver.
+# Left, the Krylov solvers are far ahead of gradient steps. Right, the error falls and then *rises*: late steps fit
+# the noise. This is semi-convergence, and the number of steps is the regulariser. A faster solver gets to the best
+# image sooner, and past it sooner. The discrepancy principle says when to stop without knowing the truth: when the
+# residual is as small as the noise, $\lVert c\,x - y\rVert \le \sigma\sqrt n$. A callback that returns `True` stops
+# a solver.
 
 # %%
 
@@ -159,8 +159,8 @@ print(f"{stopped.iterations} steps; {stopped.reason}; error {error(stopped.x):.1
 # $$\hat x_{\text{inverse}} = \frac{\hat y}{\hat k}, \qquad
 # \hat x_{\text{Wiener}} = \frac{\overline{\hat k}\,\hat y}{|\hat k|^2 + \lambda}.$$
 #
-# Wiener's $\lambda$ is given every help: the best of a grid, chosen by looking at the truth. A remedy for the border is to
-# mirror the data first, so that they do repeat periodically.
+# Wiener's $\lambda$ is given every help: the best of a grid, chosen by looking at the truth. A remedy for the
+# border is to mirror the data first, so that they do repeat periodically.
 
 # %%
 
@@ -215,14 +215,15 @@ for (name, x), top, bottom in zip(columns.items(), *panels, strict=True):
 plt.show()
 
 # %% [markdown]
-# The inverse filter divides noise by almost nothing. Wiener's filter rings from the border, where its periodic model is
-# wrong. Mirroring cures that almost entirely: on this problem, Wiener's formula with a $\lambda$ chosen by the truth is as good as
-# the iteration, and it is one line. If your model *is* a convolution of a whole image, use it.
+# The inverse filter divides noise by almost nothing. Wiener's filter rings from the border, where its periodic
+# model is wrong. Mirroring cures that almost entirely: on this problem, Wiener's formula with a $\lambda$ chosen by
+# the truth is as good as the iteration, and it is one line. If your model *is* a convolution of a whole image, use
+# it.
 #
 # ## What no formula covers
 #
-# It stops there. Suppose that every second pixel of the sensor is read out in each direction, and a third of those are dead.
-# The model is `diagonal(mask) @ A2`; nothing else changes.
+# It stops there. Suppose that every second pixel of the sensor is read out in each direction, and a third of those
+# are dead. The model is `diagonal(mask) @ A2`; nothing else changes.
 
 # %%
 c2 = nn.Conv2d(1, 1, 15, stride=2, padding=7, padding_mode="reflect", bias=False).requires_grad_(False)
@@ -245,8 +246,8 @@ show(panels[3], recovered[0, 0], f"with a penalty on differences\nerror {error(r
 plt.show()
 
 # %% [markdown]
-# The penalty is one more operator in the stack: $\min \lVert Bx - y\rVert^2 + \lVert 0.1\,\nabla x\rVert^2$, with the adjoint of
-# $\nabla$ derived as well.
+# The penalty is one more operator in the stack: $\min \lVert Bx - y\rVert^2 + \lVert 0.1\,\nabla x\rVert^2$, with
+# the adjoint of $\nabla$ derived as well.
 #
 # ## Noise study
 #
@@ -275,7 +276,8 @@ plt.show()
 # %% [markdown]
 # ## Damping instead of stopping
 #
-# `damp` adds $\tfrac12\,\text{damp}^2\lVert x\rVert^2$ to the objective (Tikhonov): then the solver may run to the end.
+# `damp` adds $\tfrac12\,\text{damp}^2\lVert x\rVert^2$ to the objective (Tikhonov): then the solver may run to the
+# end.
 
 # %%
 damps = [0.01, 0.03, 0.1, 0.3]

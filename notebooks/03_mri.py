@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Complex operators: multi-coil MRI
 #
-# A scanner measures the Fourier transform of the body, seen through the sensitivities of several coils, and to save time
-# only some rows of it, here every fourth: $y = M F S x$. Here $x$ is a real MRI volume (the example that ships with nibabel), with a smooth
-# phase as scanners produce; the coils and the sampling are simulated.
+# A scanner measures the Fourier transform of the body, seen through the sensitivities of several coils, and to save
+# time only some rows of it, here every fourth: $y = M F S x$. Here $x$ is a real MRI volume (the example that ships
+# with nibabel), with a smooth phase as scanners produce; the coils and the sampling are simulated.
 #
 # All is complex. PyTorch's vector-Jacobian product gives the *Hermitian* adjoint $S^H F^H M^H$; nothing has to be
 # conjugated by hand.
@@ -90,9 +90,9 @@ plt.show()
 # %% [markdown]
 # ## The Hermitian adjoint
 #
-# Between complex spaces, $\langle a, b\rangle = \sum_i \overline{a_i}\,b_i$, and the dot test compares complex numbers, real
-# and imaginary part. The adjoint by hand needs the conjugate of the maps; without it, the phases of the coils add up
-# instead of cancelling, and the image is gone.
+# Between complex spaces, $\langle a, b\rangle = \sum_i \overline{a_i}\,b_i$, and the dot test compares complex
+# numbers, real and imaginary part. The adjoint by hand needs the conjugate of the maps; without it, the phases of
+# the coils add up instead of cancelling, and the image is gone.
 
 # %%
 
@@ -110,7 +110,8 @@ print("derived against by hand, relative:", float((A.H(z) - by_hand(z)).norm() /
 al.check_adjoint(A, adjoint=conjugate_forgotten)
 
 # %% [markdown]
-# The derived program, for the record: the mask, an inverse transform, conjugated maps, a sum over coils, and no forward.
+# The derived program, for the record: the mask, an inverse transform, conjugated maps, a sum over coils, and no
+# forward.
 
 # %%
 print(A.explain())
@@ -118,9 +119,9 @@ print(A.explain())
 # %% [markdown]
 # ## Reconstruction
 #
-# `A.H(y)` alone is the "zero-filled" image: rows that were not measured count as zeros, and the image folds over itself.
-# Least squares uses that each coil sees the folded parts differently. With `batch_dims=1`, each slice is a problem of its own
-# to the solver, with its own step lengths and its own end.
+# `A.H(y)` alone is the "zero-filled" image: rows that were not measured count as zeros, and the image folds over
+# itself. Least squares uses that each coil sees the folded parts differently. With `batch_dims=1`, each slice is a
+# problem of its own to the solver, with its own step lengths and its own end.
 
 # %%
 noise = 0.003
@@ -168,9 +169,9 @@ print(A(truth[:3]).shape, A.H(y[:1]).shape)
 # %% [markdown]
 # ## Pitfall 1: `rfft` is real-linear only
 #
-# `rfft` takes real $x$ to complex $y$. There $\langle A x, y\rangle$ is complex and $\langle x, A^H y\rangle$ real, so they
-# cannot be equal; what exists is the adjoint for $\operatorname{Re}\langle\cdot,\cdot\rangle$. That is what `A.H` is, what
-# a least-squares gradient needs, and what the test compares. It is not `irfft`:
+# `rfft` takes real $x$ to complex $y$. There $\langle A x, y\rangle$ is complex and $\langle x, A^H y\rangle$ real,
+# so they cannot be equal; what exists is the adjoint for $\operatorname{Re}\langle\cdot,\cdot\rangle$. That is what
+# `A.H` is, what a least-squares gradient needs, and what the test compares. It is not `irfft`:
 
 # %%
 R = al.linear_operator(torch.fft.rfft, torch.zeros(16))
@@ -186,8 +187,8 @@ report = al.check_adjoint(R, adjoint=scaled_inverse)
 print("16 · irfft passes:", report.passed, "–", report.diagnosis)
 
 # %% [markdown]
-# `irfft` counts each frequency between the first and the last twice, once for its mirror image; the adjoint of `rfft` counts
-# it once. The matrices show it:
+# `irfft` counts each frequency between the first and the last twice, once for its mirror image; the adjoint of
+# `rfft` counts it once. The matrices show it:
 
 # %%
 basis = torch.eye(9, dtype=torch.complex64)
@@ -205,8 +206,8 @@ plt.show()
 # %% [markdown]
 # ## Pitfall 2: `.real`, `.conj()` and casts
 #
-# The same holds wherever one side is real, and for the antilinear `conj`. `is_complex_linear` tells; the algebra refuses
-# what would be wrong, such as a complex multiple of a real operator.
+# The same holds wherever one side is real, and for the antilinear `conj`. `is_complex_linear` tells; the algebra
+# refuses what would be wrong, such as a complex multiple of a real operator.
 
 # %%
 example = torch.zeros(8, dtype=torch.complex64)
@@ -227,8 +228,8 @@ except al.SpaceMismatchError as refusal:
 # %% [markdown]
 # ## Pitfall 3: the transpose is not the adjoint
 #
-# `A.T` is $\operatorname{conj}\circ A^H\circ\operatorname{conj}$: right in $\sum_i (Ax)_i\,y_i$, without conjugates, and wrong
-# in a gradient.
+# `A.T` is $\operatorname{conj}\circ A^H\circ\operatorname{conj}$: right in $\sum_i (Ax)_i\,y_i$, without
+# conjugates, and wrong in a gradient.
 
 # %%
 al.check_adjoint(A, adjoint=A.T)

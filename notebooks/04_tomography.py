@@ -2,8 +2,8 @@
 # # Tomography: what an inexact adjoint costs
 #
 # A Radon transform in a few lines: rotate the image with `grid_sample`, sum along the rays. Its adjoint, the
-# *back-projection*, is usually written separately: smear each projection back over the image, rotate, add. Such a pair is
-# "almost" adjoint. Here we see what the difference does.
+# *back-projection*, is usually written separately: smear each projection back over the image, rotate, add. Such a
+# pair is "almost" adjoint. Here we see what the difference does.
 
 # %%
 import math
@@ -99,10 +99,10 @@ print({name: f"{value:.2%}" for name, value in distance.items()})
 #
 # ## Conjugate gradients
 #
-# Krylov solvers are fast because they rely on $A^H$ being the adjoint: successive directions are conjugate only then. A
-# pair that is *not* adjoint can be handed to a solver too, as `al.LinearOperator(function, adjoint, domain, codomain)`; that
-# constructor believes what it is told. We solve $\min \lVert A x - y\rVert^2 + \text{damp}^2\lVert x\rVert^2$ with each pair,
-# and look at the true gradient and at the error of the image.
+# Krylov solvers are fast because they rely on $A^H$ being the adjoint: successive directions are conjugate only
+# then. A pair that is *not* adjoint can be handed to a solver too, as `al.LinearOperator(function, adjoint, domain,
+# codomain)`; that constructor believes what it is told. We solve $\min \lVert A x - y\rVert^2 + \text{damp}^2\lVert
+# x\rVert^2$ with each pair, and look at the true gradient and at the error of the image.
 
 # %%
 noise = 0.01 * float(sinogram.abs().max())
@@ -110,7 +110,7 @@ y = sinogram + noise * torch.randn(sinogram.shape, generator=torch.Generator().m
 
 
 def run(back, damp, steps):
-    operator = al.LinearOperator(lambda x: A(x), back, A.domain, A.codomain)
+    operator = al.LinearOperator(A, back, A.domain, A.codomain)
     gradients, errors = [], []
 
     def look(x):
@@ -136,20 +136,23 @@ left.legend()
 plt.show()
 
 # %% [markdown]
-# Left: with the exact adjoint the gradient falls to rounding. With the others it stops near a hundredth: the iteration
-# stands still at a point that minimises nothing, and no tolerance below that is ever reached. Right: with the nearest-sample
-# pair, conjugate gradients *diverge*. No error message appears anywhere. The dot test sees both in a moment, before the
-# first step.
+# Left: with the exact adjoint the gradient falls to rounding. With the others it stops near a hundredth: the
+# iteration stands still at a point that minimises nothing, and no tolerance below that is ever reached. Right: with
+# the nearest-sample pair, conjugate gradients *diverge*. No error message appears anywhere. The dot test sees both
+# in a moment, before the first step.
 #
-# To be fair to the interpolated pair: its images are as good as the exact ones. Its back-projection is smoother, which
-# acts like a little regularisation. What is lost is the guarantee: there is no objective, and no stopping rule means anything.
+# To be fair to the interpolated pair: its images are as good as the exact ones. Its back-projection is smoother,
+# which acts like a little regularisation. What is lost is the guarantee: there is no objective, and no stopping
+# rule means anything.
 #
 # ## The images
 
 # %%
 ramp = torch.fft.rfftfreq(size, dtype=y.dtype) * 2
 filtered = A.H(torch.fft.irfft(torch.fft.rfft(y) * ramp, n=size))
-filtered = filtered * float((filtered * truth).sum() / filtered.square().sum())  # the best scale, by looking at the truth
+filtered = filtered * float(
+    (filtered * truth).sum() / filtered.square().sum()
+)  # the best scale, by looking at the truth
 
 
 def stop_at_noise(x):
@@ -175,8 +178,9 @@ plt.show()
 # %% [markdown]
 # ## No forward in the adjoint
 #
-# `grid_sample` is linear in the image, and its derivative reads the image for its shape only. The derived adjoint is
-# therefore one scatter per angle, without sampling anything; that the grids depend on neither input nor data is seen too.
+# `grid_sample` is linear in the image, and its derivative reads the image for its shape only. The derived adjoint
+# is therefore one scatter per angle, without sampling anything; that the grids depend on neither input nor data is
+# seen too.
 
 # %%
 print(A.explain())
@@ -190,7 +194,8 @@ assert reports["exact"].passed
 assert not reports[by_hand].passed
 assert not reports[nearest].passed
 assert distance[by_hand] < distance[nearest] < 0.1, "to the eye they are the same"
-assert damped["exact"][1][-1] < 1e-9 < 1e-4 < damped[by_hand][1][-1] < damped[nearest][1][-1]
+assert damped["exact"][1][-1] < 1e-9
+assert 1e-4 < damped[by_hand][1][-1] < damped[nearest][1][-1]
 assert plain[nearest][2][-1] > 3 * plain[nearest][2][9], "it diverges"
 assert plain[by_hand][2][-1] < 1, "it does not"
 assert errors["cgls until noise, exact"] < errors["filtered back-projection"]

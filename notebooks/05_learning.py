@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Learning through the adjoint
 #
-# `A` and `A.H` are differentiable in their argument *and* in the parameters of the wrapped module, to any order: each is
-# the derivative of the other. Two uses:
+# `A` and `A.H` are differentiable in their argument *and* in the parameters of the wrapped module, to any order:
+# each is the derivative of the other. Two uses:
 #
 # 1. **Calibration**: the kernel of a blur is learned from pairs of images.
-# 2. **Unrolling**: a few gradient steps $x \leftarrow x - \tau\,A^H(Ax - y)$ become a network with learned corrections in between.
+# 2. **Unrolling**: a few gradient steps $x \leftarrow x - \tau\,A^H(Ax - y)$ become a network with learned
+#    corrections in between.
 
 # %%
 import matplotlib.pyplot as plt
@@ -65,8 +66,8 @@ with torch.no_grad():
     blurred = blurred + 0.005 * torch.randn_like(blurred)
 
 # %% [markdown]
-# The learner is a `Conv2d` that starts with a flat kernel, wrapped as an operator; `LeastSquares` is an ordinary module, and
-# `backward()` reaches the weights.
+# The learner is a `Conv2d` that starts with a flat kernel, wrapped as an operator; `LeastSquares` is an ordinary
+# module, and `backward()` reaches the weights.
 
 # %%
 learner = blur(torch.full((11, 11), 1 / 121))
@@ -92,8 +93,9 @@ optimiser.step(closure)
 print(f"{len(distances)} evaluations; error of the kernel {distances[0]:.0%} → {distances[-1]:.0%}")
 
 # %% [markdown]
-# For a convolution there is a shortcut: its result is linear in the *kernel* as well. So the map from kernel to data is an
-# operator itself, with a derived adjoint (a correlation of images with data), and `cgls` solves for the kernel.
+# For a convolution there is a shortcut: its result is linear in the *kernel* as well. So the map from kernel to
+# data is an operator itself, with a derived adjoint (a correlation of images with data), and `cgls` solves for the
+# kernel.
 
 # %%
 padded = nn.functional.pad(sharp, (5, 5, 5, 5), mode="reflect")
@@ -114,8 +116,9 @@ plt.show()
 # %% [markdown]
 # ## The same gradient, through the adjoint
 #
-# A loss may use `A.H` as well: in an unrolled method it does, many times. The gradient with respect to the weights through
-# `A.H` equals the one that plain autograd finds with a second backward pass, and needs no stored activations.
+# A loss may use `A.H` as well: in an unrolled method it does, many times. The gradient with respect to the weights
+# through `A.H` equals the one that plain autograd finds with a second backward pass, and needs no stored
+# activations.
 
 # %%
 small = blur(true_kernel).double()
@@ -132,9 +135,9 @@ print("relative difference:", float((through_adjoint - by_hand).norm() / by_hand
 # %% [markdown]
 # ## An unrolled network
 #
-# Five rounds of one gradient step and one small convolutional correction. The operator is fixed; step lengths and corrections
-# are learned. `batch_dims=1` lets the batch size vary; the size of an image is part of the space, so the same module is
-# wrapped once for training patches and once for the test image, with shared weights.
+# Five rounds of one gradient step and one small convolutional correction. The operator is fixed; step lengths and
+# corrections are learned. `batch_dims=1` lets the batch size vary; the size of an image is part of the space, so
+# the same module is wrapped once for training patches and once for the test image, with shared weights.
 
 # %%
 forward_model = blur(true_kernel).requires_grad_(False)
@@ -194,8 +197,9 @@ for _ in range(240):
     losses.append(float(loss.detach()))
 
 # %% [markdown]
-# The test image is a photograph that no training patch came from. The rivals have the same operator and more steps: gradient
-# descent and `cgls`, each stopped where its image is *best*, which only someone who knows the truth can do.
+# The test image is a photograph that no training patch came from. The rivals have the same operator and more steps:
+# gradient descent and `cgls`, each stopped where its image is *best*, which only someone who knows the truth can
+# do.
 
 # %%
 truth = grey(data.camera())[::2, ::2][None, None]

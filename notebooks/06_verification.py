@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Verification: trust, but check
 #
-# Two questions can be asked of any pair of functions: is the one *linear*, and is the other its *adjoint*? adjointlab answers
-# both, in words, about its own operators and about yours.
+# Two questions can be asked of any pair of functions: is the one *linear*, and is the other its *adjoint*?
+# adjointlab answers both, in words, about its own operators and about yours.
 
 # %%
 import matplotlib.pyplot as plt
@@ -18,9 +18,9 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## The dot test
 #
-# $\langle A x, y\rangle = \langle x, B y\rangle$ must hold for all $x, y$; if $B \ne A^H$, it fails for almost all. The
-# question is only what rounding explains. `check_adjoint` scales the gap by the norms and derives the tolerance from the
-# dtype; there is no number to tune.
+# $\langle A x, y\rangle = \langle x, B y\rangle$ must hold for all $x, y$; if $B \ne A^H$, it fails for almost all.
+# The question is only what rounding explains. `check_adjoint` scales the gap by the norms and derives the tolerance
+# from the dtype; there is no number to tune.
 
 # %%
 c = nn.Conv2d(2, 3, (3, 5), stride=2, padding=(1, 2), bias=False).requires_grad_(False)
@@ -72,8 +72,8 @@ for name, report in reports.items():
     print(f"{name:22s} {'passed' if report.passed else 'FAILED'}  {report.diagnosis}")
 
 # %% [markdown]
-# A report is a frozen value: it prints, shows itself in a notebook with a picture of what differs, and serialises to JSON for
-# a log.
+# A report is a frozen value: it prints, shows itself in a notebook with a picture of what differs, and serialises
+# to JSON for a log.
 
 # %%
 reports["last row lost"]
@@ -114,9 +114,9 @@ for name, B in {"right": A.H, "one row": one_row}.items():
     for _ in range(200):
         x, y = A.domain.randn(generator), A.codomain.randn(generator)
         forward, backward = A(x), B(y)
-        l, r = A.codomain.inner(forward, y), A.domain.inner(x, backward)
-        left[name].append(float(abs(l - r) / max(abs(l), abs(r))))
-        scaled[name].append(float(abs(l - r) / (A.codomain.norm(forward) * A.codomain.norm(y))))
+        one, other = A.codomain.inner(forward, y), A.domain.inner(x, backward)
+        left[name].append(float(abs(one - other) / max(abs(one), abs(other))))
+        scaled[name].append(float(abs(one - other) / (A.codomain.norm(forward) * A.codomain.norm(y))))
 
 fig, panels = plt.subplots(1, 2, figsize=(10, 3), sharey=True)
 for axes, values, title, line in (
@@ -147,9 +147,10 @@ except al.AdjointMismatchError as error:
 # %% [markdown]
 # ## Linearity: proved, supported, refuted
 #
-# The derivative of a map is traced as a program. If the program does not read the input, the derivative is constant and the
-# map is affine: that is a *proof*, as far as autograd tells the truth about derivatives, and a dot test looks for what
-# autograd may hide. Where there is no such program the evidence is numerical: *supported*. A counterexample *refutes*.
+# The derivative of a map is traced as a program. If the program does not read the input, the derivative is constant
+# and the map is affine: that is a *proof*, as far as autograd tells the truth about derivatives, and a dot test
+# looks for what autograd may hide. Where there is no such program the evidence is numerical: *supported*. A
+# counterexample *refutes*.
 
 # %%
 
@@ -188,8 +189,8 @@ for name, f in MAPS.items():
     print(f"{name:26s} {verdicts[name].verdict:9s}  {str(reason)[:88]}")
 
 # %% [markdown]
-# Two of them are linear and *still* have no adjoint here: for the wrong backward and the detached map, autograd's derivative is
-# not the map. `linear_operator` refuses them, rather than hand out a wrong adjoint:
+# Two of them are linear and *still* have no adjoint here: for the wrong backward and the detached map, autograd's
+# derivative is not the map. `linear_operator` refuses them, rather than hand out a wrong adjoint:
 
 # %%
 for name in ("wrong custom backward", "detached", "ReLU", "dropout, train"):

@@ -7,8 +7,9 @@
 # 2. convolutions are *lowered* to the fastest equal kernel: native, flipped, tap by tap, or by FFT;
 # 3. what is left can go through `torch.compile` as one region.
 #
-# Times below are ratios measured when this notebook was run, and will differ elsewhere; what is asserted at the end are op
-# counts and accuracies, which do not. The benchmark page of the documentation has the careful measurements (`make bench`).
+# Times below are ratios measured when this notebook was run, and will differ elsewhere; what is asserted at the end
+# are op counts and accuracies, which do not. The benchmark page of the documentation has the careful measurements
+# (`make bench`).
 
 # %%
 import time
@@ -56,7 +57,9 @@ print("\n".join(account.splitlines()[1:8]))
 # %%
 v = A.codomain.randn()
 with torch.no_grad():
-    times = measure({"eager vector-Jacobian product": lambda: E.H(v), "derived": lambda: A.H(v), "forward": lambda: A(v)})
+    times = measure(
+        {"eager vector-Jacobian product": lambda: E.H(v), "derived": lambda: A.H(v), "forward": lambda: A(v)}
+    )
 print(f"eager / derived: {times['eager vector-Jacobian product'] / times['derived']:.1f}")
 
 # %% [markdown]
@@ -66,53 +69,57 @@ print(f"eager / derived: {times['eager vector-Jacobian product'] / times['derive
 # %%
 begin = time.perf_counter()
 program = al.linear_operator(chain, (512, 4, 2048, 2048), check=False)
-print(f"{program.domain.size / 1e9:.1f} billion numbers; derived in {time.perf_counter() - begin:.2f} s; {program.engine}")
+print(
+    f"{program.domain.size / 1e9:.1f} billion numbers; derived in {time.perf_counter() - begin:.2f} s; {program.engine}"
+)
 
 # %% [markdown]
 # ## The right kernel
 #
-# `conv_transpose2d` *is* the adjoint of a convolution with zero padding, and for images of one channel it is among the slowest
-# ways to compute it. A plain convolution with the flipped kernel, a sum of shifted images, or a product of Fourier
-# transforms is equal. Which is fastest depends on the sizes; a cost model decides, and a short measurement settles what is
-# close.
+# `conv_transpose2d` *is* the adjoint of a convolution with zero padding, and for images of one channel it is among
+# the slowest ways to compute it. A plain convolution with the flipped kernel, a sum of shifted images, or a product
+# of Fourier transforms is equal. Which is fastest depends on the sizes; a cost model decides, and a short
+# measurement settles what is close.
 
 # %%
 size, kernels = 112, (3, 5, 9, 15, 23)
-rows, chosen, accuracy = {"conv_transpose2d": [], "derived, not lowered": [], "derived": []}, [], []
-for k in kernels:
+
+
+def compare(k):
+    """Times, errors against float64 and the kernel chosen, for the adjoint of a k × k convolution."""
     c = nn.Conv2d(1, 1, k, padding=k // 2, bias=False).requires_grad_(False)
     B = al.linear_operator(c, (1, 1, size, size))
     plain = al.linear_operator(c, (1, 1, size, size), lowering=False)
     u = B.codomain.randn()
+    ways = {
+        "conv_transpose2d": lambda: F.conv_transpose2d(u, c.weight, padding=k // 2),
+        "derived, not lowered": lambda: plain.H(u),
+        "derived": lambda: B.H(u),
+    }
     with torch.no_grad():
-        found = measure(
-            {
-                "conv_transpose2d": lambda: F.conv_transpose2d(u, c.weight, padding=k // 2),
-                "derived, not lowered": lambda: plain.H(u),
-                "derived": lambda: B.H(u),
-            },
-            rounds=5,
-        )
+        times = measure(ways, rounds=5)
         exact = F.conv_transpose2d(u.double(), c.weight.double(), padding=k // 2)
-        gap = {name: float((f(u) - exact).norm() / exact.norm()) for name, f in (("native", plain.H), ("derived", B.H))}
-    for name in rows:
-        rows[name].append(found[name])
-    accuracy.append(gap)
-    line = [line for line in B.explain().splitlines() if "transposed" in line][0]
-    chosen.append(line.split("kernel: ")[1].split(",")[0])
-    print(f"{k:2d} × {k:<2d}: {chosen[-1]:24s} conv_transpose2d / derived: {found['conv_transpose2d'] / found['derived']:6.1f}")
+        gaps = {name: float((ways[name]() - exact).norm() / exact.norm()) for name in ways}
+    (line,) = [line for line in B.explain().splitlines() if line.startswith("kernel: ") and "transposed" in line]
+    return times, gaps, line.removeprefix("kernel: ").split(",")[0]
+
+
+results = [compare(k) for k in kernels]
+for k, (times, _, chosen) in zip(kernels, results, strict=True):
+    ratio = times["conv_transpose2d"] / times["derived"]
+    print(f"{k:2d} × {k:<2d}: {chosen:24s} conv_transpose2d / derived: {ratio:6.1f}")
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
-for name, values in rows.items():
-    left.loglog(kernels, values, "o-", label=name)
+for name in results[0][0]:
+    left.loglog(kernels, [times[name] for times, _, _ in results], "o-", label=name)
 left.set(title=f"adjoint of a convolution of {size} × {size}", xlabel="width of the kernel", ylabel="ms")
 left.set_xticks(kernels, kernels)
 left.minorticks_off()
 left.legend()
 eps = torch.finfo(torch.float32).eps
-for name, marker in (("native", "s-"), ("derived", "o-")):
-    right.semilogx(kernels, [gap[name] / eps for gap in accuracy], marker, label=name)
+for name, marker in (("conv_transpose2d", "s-"), ("derived", "o-")):
+    right.semilogx(kernels, [gaps[name] / eps for _, gaps, _ in results], marker, label=name)
 right.set(title="error against float64", xlabel="width of the kernel", ylabel="eps", ylim=(0, None))
 right.set_xticks(kernels, kernels)
 right.minorticks_off()
@@ -123,8 +130,8 @@ plt.show()
 # The derived adjoint stays accurate: a kernel that loses more than a factor of four against the native one is not
 # used, and every lowered program is compared with the plain vector-Jacobian product before it runs.
 #
-# What depends on the weights alone, such as their Fourier transform, is kept between calls and made again when they change.
-# That a training step changes them in place is seen:
+# What depends on the weights alone, such as their Fourier transform, is kept between calls and made again when they
+# change. That a training step changes them in place is seen:
 
 # %%
 c = nn.Conv2d(1, 1, 15, padding=7, bias=False).requires_grad_(False)
@@ -161,8 +168,9 @@ print(f"c(x) / A(x): {times['c(x)'] / times['A(x)']:.1f}; gradient by autograd /
 # %% [markdown]
 # ## Compiled
 #
-# For chains of cheap elementwise ops, calls and passes over memory are what costs. `A.compile()` puts `A` and `A.H` through
-# `torch.compile`, compares the result with eager on random data, and falls back with a reason where it does not agree.
+# For chains of cheap elementwise ops, calls and passes over memory are what costs. `A.compile()` puts `A` and `A.H`
+# through `torch.compile`, compares the result with eager on random data, and falls back with a reason where it does
+# not agree.
 
 # %%
 
@@ -208,8 +216,8 @@ assert len(adjoint_ops) <= 12 + 24, "twelve convolutions, each with at most a pr
 assert sum("= convolution" in line or "flipped(" in line or "fft(" in line for line in adjoint_ops) == 12
 assert "the derivative does not read the input" in account
 assert program.engine == "traced"
-assert all(gap["derived"] <= 4 * gap["native"] + 4 * eps for gap in accuracy)
-assert any(choice != "native" for choice in chosen)
+assert all(gaps["derived"] <= 4 * gaps["conv_transpose2d"] + 4 * eps for _, gaps, _ in results)
+assert any(chosen != "native" for _, _, chosen in results)
 assert torch.allclose(B.H(u), torch.func.vjp(c, x)[1](u)[0], atol=1e-4)
 assert torch.allclose(D.H(p), by_hand(p), atol=1e-5)
 assert torch.allclose(D_compiled.H(p), by_hand(p), atol=1e-5)

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Somebody else's code: kornia, wrapped as it is
 #
-# [kornia](https://kornia.org) has hundreds of differentiable image operations. It says of none of them that it is linear, and
-# offers an adjoint for none. Wrap them as they are: the linear ones are recognised, and the others refused with a
-# reason.
+# [kornia](https://kornia.org) has hundreds of differentiable image operations. It says of none of them that it is
+# linear, and offers an adjoint for none. Wrap them as they are: the linear ones are recognised, and the others
+# refused with a reason.
 
 # %%
 import kornia
@@ -56,8 +56,8 @@ for name, report in reports.items():
     print(f"{name:28s} {verdict:9s}  {why[:80]}")
 
 # %% [markdown]
-# `rgb_to_ycbcr` adds an offset to the colour differences; as an affine operator it has a linear part. The magnitude of a
-# gradient and a median are not linear, and are refuted.
+# `rgb_to_ycbcr` adds an offset to the colour differences; as an affine operator it has a linear part. The magnitude
+# of a gradient and a median are not linear, and are refuted.
 #
 # ## An inverse problem out of foreign parts
 #
@@ -87,8 +87,8 @@ A = al.vstack(cameras)
 al.check_adjoint(A)
 
 # %% [markdown]
-# Six shots at half the resolution know more than one. Stacked, they are one operator; `cgls` takes and returns the tuple
-# of shots as one element of its codomain.
+# Six shots at half the resolution know more than one. Stacked, they are one operator; `cgls` takes and returns the
+# tuple of shots as one element of its codomain.
 
 # %%
 generator = torch.Generator().manual_seed(0)

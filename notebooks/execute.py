@@ -48,6 +48,7 @@ def read(source: Path) -> nbformat.NotebookNode:
     notebook = jupytext.read(source, fmt="py:percent")
     for index, cell in enumerate(notebook.cells):
         cell.id = f"cell-{index:02d}"
+        cell.source = cell.source.strip("\n")
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

@@ -23,6 +23,7 @@ class Account:
     ops_before: Counter[str] = field(default_factory=Counter)
     ops_after: Counter[str] = field(default_factory=Counter)
     kernels: tuple[str, ...] = ()
+    cut: str = ""  # an op that hides the input from autograd
     program: str = ""
 
     @property

@@ -1,27 +1,29 @@
 """What a function depends on besides its argument: the tensors, modules and plain values that it can reach.
 
 A function may be a module, a bound method, a closure, a partial or any callable object. What it reaches is found by
-walking attributes, closure cells, defaults and the globals that its code names. Tensors become *sources*, read afresh
-before every call (so that updates and assignments are seen); plain values become *guards*: a traced program has them
-baked in, and is out of date once one differs.
+walking attributes, closure cells, defaults, classes and the globals that its code names. Tensors become *sources*, read
+afresh before every call (so that updates and assignments are seen). Everything else becomes *guards*: a traced program
+has it baked in, and is out of date once a plain value differs, an object is another one, or a container has another
+length.
 """
 
 from __future__ import annotations
 
 import functools
+import random
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-# What every nn.Module has: bookkeeping such as hooks, not the user's state.
-_MODULE_NAMES = frozenset(vars(nn.Module())) - {"training"}
-_LIBRARY = frozenset({"torch", "numpy", "builtins", "collections", "functools", "typing", "math"})
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device, torch.Size)
+_LIBRARY = frozenset({"torch", "numpy", "builtins", "collections", "functools", "typing", "math", "adjointlab"})
+_MOST = 100_000  # things that are looked at; a function that reaches more is not known any better for it
 
 
 class _Cell:
@@ -32,6 +34,16 @@ class _Cell:
 
     def __getitem__(self, key: Any) -> Any:
         return self.cell.cell_contents
+
+
+class _Slots:
+    """The slots of an object seen as a container."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self.owner, key)
 
 
 @dataclass(frozen=True)
@@ -53,50 +65,77 @@ class Capture:
 
     modules: tuple[nn.Module, ...]
     sources: tuple[Source, ...]
-    guards: tuple[tuple[Any, Any, Any], ...]
-    namespaces: tuple[dict[str, Any], ...]
+    guards: tuple[tuple[Any, Any, Any], ...]  # container, key, and the value that was there
+    lengths: tuple[tuple[Any, int], ...]
+    copies: tuple[tuple[Any, Any], ...]  # arrays and sets, with what was in them
+    containers: tuple[Any, ...]
 
     def tensors(self) -> list[Tensor]:
         """Return the current tensors, one for each source."""
         return [source.container[source.key] for source in self.sources]
 
     def changed(self) -> bool:
-        """Return whether a plain value differs from when it was captured."""
+        """Return whether anything but the tensors differs from when it was captured."""
         try:
             for container, key, value in self.guards:
                 now = container[key]
-                if now is not value and (type(now) is not type(value) or now != value):
+                if now is not value and not (
+                    isinstance(value, _PLAIN) and type(now) is type(value) and bool(now == value)
+                ):
                     return True
-        except (KeyError, IndexError, ValueError):  # an attribute, item or cell was deleted
+        except (KeyError, IndexError, ValueError, AttributeError):  # an attribute, item or cell was deleted
             return True
-        return False
+        for container, length in self.lengths:
+            if len(container) != length:
+                return True
+        return any(not _equal(now, before) for now, before in self.copies)
 
     @contextmanager
     def preserved(self) -> Iterator[list[str]]:
-        """Run a block without lasting effect on tensors, attributes or random numbers; yield what it tried to change.
+        """Run a block without lasting effect on tensors, containers or random numbers; yield what it tried to change.
 
         Values of tensors are compared, since version counters miss the running statistics of batch normalisation.
         """
         tensors = self.tensors()
         values = [t.detach().clone() for t in tensors]
-        names = [dict(namespace) for namespace in self.namespaces]
-        random = torch.random.get_rng_state()
+        before = [container.copy() for container in self.containers]
+        states = torch.random.get_rng_state(), np.random.get_state(), random.getstate()  # not ours
         changes: list[str] = []
         try:
             yield changes
         finally:
-            for namespace, before in zip(self.namespaces, names, strict=True):
-                if namespace.keys() != before.keys() or any(namespace[k] is not before[k] for k in before):
-                    namespace.clear()
-                    namespace.update(before)
+            for container, old in zip(self.containers, before, strict=True):
+                _restore(container, old)
             for source, tensor, value in zip(self.sources, tensors, values, strict=True):
                 if not same(tensor, value):
                     changes.append(source.name)
                     with torch.no_grad():
                         tensor.copy_(value)
-            if not torch.equal(torch.random.get_rng_state(), random):
+            now = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
+            if not torch.equal(now[0], states[0]) or str(now[1:]) != str(states[1:]):
                 changes.append("the random number generator")
-                torch.random.set_rng_state(random)
+                torch.random.set_rng_state(states[0])
+                np.random.set_state(states[1])
+                random.setstate(states[2])
+
+
+def _restore(container: Any, old: Any) -> None:
+    if isinstance(container, dict):
+        if container.keys() != old.keys() or any(container[key] is not old[key] for key in old):
+            container.clear()
+            container.update(old)
+    elif isinstance(container, list):
+        if len(container) != len(old) or any(a is not b for a, b in zip(container, old, strict=True)):
+            container[:] = old
+    elif container != old:
+        container.clear()
+        container.update(old)
+
+
+def _equal(now: Any, before: Any) -> bool:
+    return (
+        np.array_equal(now, before, equal_nan=now.dtype.kind in "fc") if isinstance(now, np.ndarray) else now == before
+    )
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -111,7 +150,10 @@ def capture(function: Callable[..., Any], kwargs: Any = None) -> Capture:
     walk = _Walk()
     walk.visit(function, [function], 0, "")
     walk.visit(kwargs, [kwargs], 0, "kwargs")
-    return Capture(tuple(walk.modules), tuple(walk.sources), tuple(walk.guards), tuple(walk.namespaces))
+    return Capture(
+        tuple(walk.modules), tuple(walk.sources), tuple(walk.guards), tuple(walk.lengths), tuple(walk.copies),
+        tuple(walk.containers),
+    )  # fmt: skip
 
 
 class _Walk:
@@ -119,15 +161,20 @@ class _Walk:
         self.modules: list[nn.Module] = []
         self.sources: list[Source] = []
         self.guards: list[tuple[Any, Any, Any]] = []
-        self.namespaces: list[dict[str, Any]] = []
+        self.lengths: list[tuple[Any, int]] = []
+        self.copies: list[tuple[Any, Any]] = []
+        self.containers: list[Any] = []
         self._seen: dict[int, Any] = {}  # ids, with the objects kept alive so that ids stay theirs
-        self._depth = 0
 
     def visit(self, value: Any, container: Any, key: Any, name: str) -> None:
         if isinstance(value, _PLAIN):
             self.guards.append((container, key, value))
             return
-        if id(value) in self._seen or isinstance(value, (type, types.ModuleType)):
+        new = id(value) not in self._seen
+        # A tensor is read where it was found first; where it is found again, it must go on being that one.
+        if not (isinstance(value, Tensor) and new) and not isinstance(value, types.ModuleType):
+            self.guards.append((container, key, value))
+        if not new or isinstance(value, types.ModuleType) or len(self._seen) > _MOST:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
@@ -142,33 +189,89 @@ class _Walk:
             self.visit(value.__func__, [value.__func__], 0, name)
         elif isinstance(value, types.FunctionType):
             self._function(value, name)
+        elif isinstance(value, np.ndarray):
+            self.copies.append((value, value.copy()))
+        elif isinstance(value, (set, frozenset)):
+            self.copies.append((value, value.copy()))
+            if isinstance(value, set):
+                self.containers.append(value)
         elif isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                self.visit(item, value, index, f"{name}[{index}]")
+            self._items(value, list(enumerate(value)), name)
         elif isinstance(value, dict):
-            for item_key, item in list(value.items()):
-                self.visit(item, value, item_key, f"{name}[{item_key!r}]")
-        elif hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _LIBRARY:
-            self._namespace(vars(value), name)
+            self._items(value, list(value.items()), name)
+        elif not isinstance(value, type) and not _of_library(type(value)):
+            self._object(value, name)
 
-    def _namespace(self, namespace: dict[str, Any], name: str, skip: frozenset[str] = frozenset()) -> None:
-        self.namespaces.append(namespace)
+    def _items(self, container: Any, items: list[tuple[Any, Any]], name: str) -> None:
+        if not isinstance(container, tuple):
+            self.lengths.append((container, len(container)))
+            self.containers.append(container)
+        for key, item in items:
+            self.visit(item, container, key, f"{name}[{key!r}]")
+
+    def _object(self, value: Any, name: str) -> None:
+        self._class(type(value), name)
+        if hasattr(value, "__dict__"):
+            self._namespace(vars(value), name)
+        for cls in type(value).__mro__:
+            for slot in getattr(cls, "__slots__", ()):
+                if isinstance(slot, str) and hasattr(value, slot) and not slot.startswith("__"):
+                    self.visit(getattr(value, slot), _Slots(value), slot, f"{name}.{slot}")
+
+    def _class(self, cls: type, name: str) -> None:
+        """Visit what methods read besides the object: globals, and attributes of the class."""
+        for base in cls.__mro__:
+            if _of_library(base) or id(base) in self._seen:
+                continue
+            self._seen[id(base)] = base
+            self.lengths.append((vars(base), len(vars(base))))
+            for key, item in list(vars(base).items()):
+                if isinstance(item, (staticmethod, classmethod)):
+                    item = item.__func__  # noqa: PLW2901
+                elif isinstance(item, property):
+                    item = item.fget  # noqa: PLW2901
+                if isinstance(item, types.FunctionType):
+                    self._function(item, name)
+                elif not key.startswith("__") and isinstance(item, (*_PLAIN, Tensor, list, tuple, dict, np.ndarray)):
+                    self.visit(item, vars(base), key, f"{name}.{key}".lstrip("."))
+
+    def _namespace(self, namespace: dict[str, Any], name: str) -> None:
+        self.lengths.append((namespace, len(namespace)))
+        self.containers.append(namespace)
         for key, item in list(namespace.items()):
-            if key not in skip:
-                self.visit(item, namespace, key, f"{name}.{key}".lstrip("."))
+            self.visit(item, namespace, key, f"{name}.{key}".lstrip("."))
 
     def _module(self, module: nn.Module, name: str) -> None:
         self.modules.append(module)
         for path, part in module.named_modules(prefix=name):
             self._seen[id(part)] = part
             for tensors in (part._parameters, part._buffers):
-                self.namespaces.append(tensors)
-                for key, tensor in tensors.items():
-                    if tensor is not None:
-                        self.visit(tensor, tensors, key, f"{path}.{key}".lstrip("."))
-            # A linear operator reaches its own function through its registered parts: what else it holds is ours.
-            inner = frozenset(vars(part)) - {"training"} if hasattr(part, "codomain") else _MODULE_NAMES
-            self._namespace(vars(part), path, inner)
+                if isinstance(tensors, dict):  # a scripted module has something else
+                    self._namespace(tensors, path)
+            if getattr(type(part), "derived_operator", False):
+                self._operator(part)
+                continue
+            self._class(type(part), path)
+            for key, item in list(vars(part).items()):
+                if key == "_modules":
+                    self.lengths.append((item, len(item)))
+                    self.guards.extend((item, child, inner) for child, inner in item.items())
+                elif key not in ("_parameters", "_buffers"):
+                    self.visit(item, vars(part), key, f"{path}.{key}".lstrip("."))
+            self.lengths.append((vars(part), len(vars(part))))
+            self.containers.append(vars(part))
+
+    def _operator(self, part: Any) -> None:
+        """Take over what a linear operator captured; the rest of it is ours."""
+        source = part.source
+        if source is not None:
+            inner = source.captured
+            self.sources.extend(s for s in inner.sources if id(s.read()) not in self._seen)
+            self._seen.update({id(s.read()): s.read() for s in inner.sources})
+            self.guards.extend(inner.guards)
+            self.lengths.extend(inner.lengths)
+            self.copies.extend(inner.copies)
+            self.containers.extend(inner.containers)
 
     def _function(self, function: types.FunctionType, name: str) -> None:
         if function.__module__ and function.__module__.split(".")[0] in _LIBRARY:
@@ -178,16 +281,20 @@ class _Walk:
                 content = cell.cell_contents
             except ValueError:  # a cell that is not filled yet
                 continue
-            self.visit(content, _Cell(cell), None, variable)
+            if variable != "__class__":
+                self.visit(content, _Cell(cell), None, variable)
         self.visit(function.__defaults__, [function.__defaults__], 0, name)
         self.visit(function.__kwdefaults__, [function.__kwdefaults__], 0, name)
         for variable in _names(function.__code__):
             content = function.__globals__.get(variable)
-            # Other globals are other people's code; a function of the same file may be a part of this one.
-            if isinstance(content, (Tensor, nn.Module, bool, int, float, complex, list, tuple, dict)) or (
-                isinstance(content, types.FunctionType) and content.__globals__ is function.__globals__
-            ):
+            # Functions of other files are other people's code; one of the same file may be a part of this one.
+            foreign = isinstance(content, types.FunctionType) and content.__globals__ is not function.__globals__
+            if variable in function.__globals__ and not foreign and not isinstance(content, (type, types.ModuleType)):
                 self.visit(content, function.__globals__, variable, variable)
+
+
+def _of_library(cls: type) -> bool:
+    return cls.__module__.split(".")[0] in _LIBRARY
 
 
 def _names(code: types.CodeType) -> set[str]:

@@ -27,7 +27,7 @@ from adjointlab.transpose.program import Program, differentiated, plain
 from adjointlab.transpose.prune import Pruned, prune
 from adjointlab.transpose.sample import Sample, copies, eps, gap, nudged
 from adjointlab.transpose.simplify import simplify
-from adjointlab.transpose.trace import Graph, UntraceableError, own_outputs, trace_forward, trace_vjp
+from adjointlab.transpose.trace import Graph, UntraceableError, cut_off, own_outputs, trace_forward, trace_vjp
 from adjointlab.tree import tree_flatten
 
 aten = torch.ops.aten
@@ -87,7 +87,6 @@ class Transposition:
         self._derived: dict[tuple[int, ...], Derived] = {}
         self._verified: set[tuple[int, ...]] = set()
         self._vjp: tuple[vjp.VJP, str] | None = None
-        self._writes_to_input = False
         self._structure: Any = None
         self._dynamic: tuple[Any, ...] | None = None
         self.sample: Sample | None = None
@@ -109,8 +108,7 @@ class Transposition:
 
     def flat(self, leaves: Tensors) -> Tensors:
         """Return the leaves of ``f(x)``, calling the user's function itself."""
-        if self._writes_to_input:
-            leaves = tuple(leaf.clone() for leaf in leaves)
+        leaves = copies(leaves)  # a forward may write to its input; the caller's is not its to write to
         x = self.domain.unflatten(leaves)
         output = self.callable(*x, **self.kwargs) if type(x) is tuple else self.callable(x, **self.kwargs)
         if isinstance(output, Tensor):
@@ -182,9 +180,9 @@ class Transposition:
         if torch.compiler.is_compiling():
             return self._eager("torch.compile met a size that was not seen before") if derived is None else derived
         if not plain():
-            if derived is None:
-                derived = self._derived[batch] = self._derive(batch)
-            return derived
+            if derived is not None and batch in self._verified and not self.captured.changed():
+                return derived
+            return self._eager("it is first met, or has changed, inside of a transform")
         if derived is not None and self._stale(derived):
             self._rebuilds += 1
             self.captured = capture(self.callable, self.kwargs)
@@ -194,9 +192,20 @@ class Transposition:
         if derived is None or batch not in self._verified:
             if derived is None:
                 self._derived[batch] = self._derive(batch)
+                self._require_codomain(self._derived[batch])
             self._verify(batch)
             derived = self._derived[batch]
         return derived
+
+    def _require_codomain(self, derived: Derived) -> None:
+        if derived.graphs is not None:
+            k = self.domain.batch_dims
+            for node, spec in zip(derived.graphs[0].outputs, self.codomain.specs, strict=True):
+                if tuple(node.meta["val"].shape[k:]) != spec.shape[k:] or node.meta["val"].dtype != spec.dtype:
+                    raise SpaceMismatchError(
+                        f"expected outputs in {self.codomain}, but the function has changed, and returns "
+                        f"{tuple(node.meta['val'].shape)}, {node.meta['val'].dtype}: build the operator anew"
+                    )
 
     def _stale(self, derived: Derived) -> bool:
         if derived.account.engine == "eager":
@@ -274,6 +283,7 @@ class Transposition:
             "compiled" if mode == "compiled" else "traced", self.requested, reason, readers=pruned.readers,
             ops_before=pruned.ops_before, ops_after=pruned.ops_after, kernels=tuple(lines),
             program=listing(adjoint.graph),
+            cut=cut_off(forward),
         )  # fmt: skip
         state = forward.state
         metadata = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (source.read() for source in state))
@@ -281,6 +291,9 @@ class Transposition:
         def bound(program: Program, linked: pair.Run) -> Function:
             def call(leaves: Tensors) -> Tensors:
                 tensors = (*[source.container[source.key] for source in state], *[_canonical(t) for t in leaves])
+                if torch.is_autocast_enabled(tensors[-1].device.type):  # spaces have dtypes, and keep them
+                    with torch.autocast(tensors[-1].device.type, enabled=False):
+                        return linked(*tensors)
                 if differentiated(tensors) or not plain():
                     return linked(*tensors)
                 return program.run(*tensors)
@@ -352,20 +365,21 @@ class Transposition:
         return Space(specs, batch_dims=k) if self._structure is None else Space(specs, self._structure, k)
 
     def _run_once(self) -> Tensors:
-        leaves = self.domain.leaves(self.domain.zeros())
         with self.captured.preserved(), torch.no_grad():
-            try:
-                outputs = self.flat(leaves)
-            except SpaceMismatchError:
-                raise
-            # Whatever a third-party forward raises on an element of its claimed domain is a mismatch of the two.
-            except Exception as error:
-                raise SpaceMismatchError(
-                    f"expected the forward to take an element of {self.domain}, but it raised {type(error).__name__}: "
-                    f"{vjp.first_line(error)}; check the shape and dtype of the domain"
-                ) from error
-        self._writes_to_input = any(leaf._version > 0 for leaf in leaves)
+            outputs = self._called(self.domain.leaves(self.domain.zeros()))
         return outputs
+
+    def _called(self, leaves: Tensors) -> Tensors:
+        """Return what the user's function returns; what it raises on an element of its claimed domain is a mismatch."""
+        try:
+            return self.flat(leaves)
+        except SpaceMismatchError:
+            raise
+        except Exception as error:  # a third-party forward may raise anything
+            raise SpaceMismatchError(
+                f"expected the forward to take an element of {self.domain}, but it raised {type(error).__name__}: "
+                f"{vjp.first_line(error)}; check the shape and dtype of the domain"
+            ) from error
 
     def _verify(self, batch: tuple[int, ...]) -> None:
         """Choose the fastest way to run the graphs that agrees with the eager reference on random data."""
@@ -393,7 +407,7 @@ class Transposition:
         generator = torch.Generator().manual_seed(20)
         domain, codomain = self.domain.with_batch(batch), self.codomain.with_batch(batch)
         x, v = (space.leaves(space.randn(generator)) for space in (domain, codomain))
-        return Sample(x, self.flat(copies(x)), v, self.reference_adjoint(copies(v)))
+        return Sample(x, self._called(x), v, self.reference_adjoint(copies(v)))
 
     def _disagreement(self, derived: Derived, sample: Sample) -> str:
         """Return how derived functions differ from the eager reference, or nothing where they agree."""
@@ -419,6 +433,37 @@ class Transposition:
                         f"the derived {name} differs from the eager one by {distance:.1e} of its norm, where rounding "
                         f"explains {allowed:.1e}"
                     )
+        return self._state_disagreement(derived, sample)
+
+    def _state_disagreement(self, derived: Derived, sample: Sample) -> str:
+        """Return how gradients in the parameters differ from plain autograd's, or nothing where they agree.
+
+        A straight-through estimator or a block under no_grad gives parameters a derivative that is not the function's.
+        """
+        wanted = [(s.name, s.read()) for s in derived.state if s.read().requires_grad]
+        if not wanted:
+            return ""
+
+        def gradients(function: Function, x: Tensors) -> Tensors:
+            with torch.enable_grad():
+                pairs = [(o, v) for o, v in zip(function(x), sample.v, strict=True) if o.requires_grad]
+                tensors = [tensor for _, tensor in wanted]
+                if not pairs:
+                    return tuple(torch.zeros_like(tensor) for tensor in tensors)
+                outputs, cotangents = zip(*pairs, strict=True)
+                found = torch.autograd.grad(outputs, tensors, cotangents, allow_unused=True)
+            return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True))
+
+        with self.captured.preserved():
+            try:
+                expected, found = gradients(self.flat, sample.x), gradients(derived.function, sample.x)
+                moved = gradients(self.flat, nudged(sample.x))
+            except RuntimeError as error:
+                return f"the gradient in the parameters failed ({vjp.first_line(error)})"
+        for (name, _), a, b, c in zip(wanted, expected, found, moved, strict=True):
+            distance, allowed = gap((a,), (b,)), 64 * eps((a,)) + 64 * gap((a,), (c,))
+            if not distance <= allowed:
+                return f"the gradient in {name} differs from autograd's by {distance:.1e} of its norm"
         return ""
 
 

@@ -234,7 +234,7 @@ def _direct_rate(site: Site) -> float:
     elif site.transposed:
         rate = min(8e9 if narrow else 3e10, 4e8 * (c_in * c_out) ** 0.85)
     else:
-        rate = min(2e10, 2e9 * (c_in * c_out) ** 0.6)
+        rate = min(2e10, 1e9 * (c_in * c_out) ** 0.75)
     return rate
 
 

@@ -86,6 +86,7 @@ def _link(
     There are three, since none serves everywhere: old-style Functions cost a quarter of what functorch's need,
     functorch takes only the new style, and torch.compile takes neither objects nor Functions in a backward.
     """
+    whole = program.whole
     compiled = _plain(program.whole, _backward(derivative_whole, gradient, n_state))
     eager = _plain(program.run, _backward(derivative, gradient, n_state))
     # Past the checks that Function.apply makes for functorch, which is known not to be at work.
@@ -94,6 +95,8 @@ def _link(
     def apply(*tensors: Tensor) -> Tensors:
         if torch.compiler.is_compiling():
             return compiled.apply(*tensors)  # type: ignore[no-any-return]
+        if _nested_forward_mode():
+            return tuple(whole(*tensors))  # the jvp of a Function is not itself differentiated forward
         if plain() and forward_ad._current_level < 0:
             return apply_eagerly(*tensors)  # type: ignore[no-any-return]
         return transformable.apply(*tensors)  # type: ignore[no-any-return]
@@ -102,6 +105,13 @@ def _link(
         program, _backward(derivative, gradient, n_state), _jvp(linear or apply, gradient, n_state)
     )
     return apply
+
+
+def _nested_forward_mode() -> bool:
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
 
 
 def _plain(run: Run, pull_back: Callable[..., Any]) -> Any:

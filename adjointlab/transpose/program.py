@@ -140,7 +140,11 @@ def _split(graph: Graph) -> Split:
     placeholders = graph.placeholders
     n_state = len(graph.state)
     level = _levels(graph)
-    keep = [n for n in graph.module.graph.nodes if n.op == "call_function" and level[n] < 2 and not _stays(n)]
+    results = set(graph.outputs)  # never kept: the caller may write to them
+    keep = [
+        n for n in graph.module.graph.nodes
+        if n.op == "call_function" and level[n] < 2 and n not in results and not _stays(n)
+    ]  # fmt: skip
     roots = {n: frozenset(_roots(n, placeholders)) for n in keep}
     small = {
         n for n in keep
@@ -232,4 +236,6 @@ def whole(module: fx.GraphModule) -> Callable[..., Any]:
     def run(*tensors: Tensor) -> Any:
         return function(None, *tensors)
 
+    # A code object of its own: torch.compile counts recompilations by code, over all programs of the process.
+    run.__code__ = run.__code__.replace(co_name="program")
     return run

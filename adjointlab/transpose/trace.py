@@ -386,19 +386,44 @@ def _skip(module: fx.GraphModule, targets: set[Any]) -> None:
     clean(module)
 
 
+_VIEWS = {
+    aten.view, aten.transpose, aten.permute, aten.t, aten.expand, aten.squeeze, aten.unsqueeze, aten.slice, aten.select,
+    aten._conj, aten.alias, aten.detach, aten.as_strided, aten.view_as_real, aten.view_as_complex, aten.unfold,
+    aten.diagonal, aten._unsafe_view, aten.reshape, aten._neg_view,
+}  # fmt: skip
+
+
 def own_outputs(graph: Graph) -> None:
-    """Copy inputs that are outputs as they are: a result must be free to be written to."""
+    """Copy outputs that share memory with an input, or depend on none: a result must be free to be written to."""
+    free: set[fx.Node] = set()  # what depends on an input
+    shared: set[fx.Node] = set(graph.placeholders)
+    for node in graph.module.graph.nodes:
+        if node in graph.inputs or any(operand in free for operand in node.all_input_nodes):
+            free.add(node)
+        if getattr(node.target, "overloadpacket", None) in _VIEWS and node.args[0] in shared:
+            shared.add(node)
     nodes = graph.module.graph
     end = next(iter(reversed(nodes.nodes)))
     outputs = []
     for node in graph.outputs:
-        if node.op == "placeholder":
+        if node in shared or node not in free or node in outputs:
             with nodes.inserting_before(end):
                 outputs.append(_call(nodes, aten.clone.default, node))
         else:
             outputs.append(node)
     end.args = (tuple(outputs),)
     graph.module.recompile()
+
+
+def cut_off(graph: Graph) -> str:
+    """Return the name of an op that cuts the input off from autograd, if there is one."""
+    seen = set(graph.inputs)
+    for node in graph.module.graph.nodes:
+        if any(operand in seen for operand in node.all_input_nodes):
+            if node.target is aten.detach.default:
+                return "detach"
+            seen.add(node)
+    return ""
 
 
 def clean(module: fx.GraphModule) -> None:
@@ -414,6 +439,7 @@ __all__ = [
     "ReadsInputError",
     "UntraceableError",
     "clean",
+    "cut_off",
     "is_mutable",
     "op_name",
     "own_outputs",

@@ -82,7 +82,9 @@ def square(n: int, k: int, dims: int, *, transposed: bool, dtype: torch.dtype = 
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("n", "k", "dims"), [(512, 9, 1), (64, 3, 2), (64, 7, 2), (128, 11, 2), (16, 3, 3), (24, 5, 3)])
+@pytest.mark.parametrize(
+    ("n", "k", "dims"), [(512, 9, 1), (64, 3, 2), (64, 7, 2), (128, 11, 2), (16, 3, 3), (24, 5, 3)]
+)
 def test_lowered_kernels_are_at_most_four_times_less_accurate(n: int, k: int, dims: int, transposed: bool) -> None:
     site = square(n, k, dims, transposed=transposed)
     x, weight, _ = problem(site)

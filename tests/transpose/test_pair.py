@@ -367,7 +367,7 @@ def test_training_through_the_adjoint_lowers_the_loss(engine: str) -> None:
         value = (A.H(y) - target).square().sum()
         value.backward()
         optimizer.step()
-        losses.append(float(value))
+        losses.append(float(value.detach()))
     assert all(after < before for before, after in itertools.pairwise(losses))
 
 

@@ -1,0 +1,308 @@
+"""Faults found by trying to break the engine, each with the law that it broke."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adjointlab as al
+
+X = torch.randn(1, 1, 12, generator=torch.Generator().manual_seed(0))
+SCALE = 2.0
+
+
+def conv() -> nn.Conv1d:
+    return nn.Conv1d(1, 1, 3, padding=1, bias=False).requires_grad_(False)
+
+
+def follows(operator: al.LinearOperator, function: object) -> bool:
+    """Return whether A and Aᴴ are those of the function as it is now."""
+    expected, pull_back = torch.func.vjp(function, X)
+    return torch.allclose(operator(X), expected) and torch.allclose(operator.H(X), pull_back(X)[0])
+
+
+class Held(nn.Module):
+    """A forward that reads one attribute in one of many ways."""
+
+    factor = 2.0
+
+    def __init__(self, held: object = None) -> None:
+        super().__init__()
+        self.held = held
+        self.register_buffer("mask", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self.held
+        if isinstance(held, dict):
+            x = x * held["mask"]
+        elif isinstance(held, list):
+            for item in held:
+                x = item * x
+        elif held is not None:
+            x = x * held.value
+        return x * self.factor * SCALE if self.mask is None else x * self.mask
+
+
+class Value:
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+def replace_submodule(m: nn.Module) -> None:
+    m[0] = conv()
+
+
+def append_submodule(m: nn.Module) -> None:
+    m.append(conv())
+
+
+CHANGES = {
+    "submodule": (lambda: nn.Sequential(conv(), conv()), replace_submodule),
+    "submodule added": (lambda: nn.Sequential(conv(), conv()), append_submodule),
+    "dict": (lambda: Held({"mask": torch.ones(12)}), lambda m: setattr(m, "held", {"mask": torch.full((12,), 3.0)})),
+    "object": (lambda: Held(Value(2.0)), lambda m: setattr(m, "held", Value(3.0))),
+    "list": (lambda: Held([2.0, 3.0]), lambda m: setattr(m, "held", [2.0])),
+    "list appended": (lambda: Held([2.0, 3.0]), lambda m: m.held.append(5.0)),
+    "attribute appears": (Held, lambda m: setattr(m, "factor", 7.0)),
+    "buffer appears": (Held, lambda m: setattr(m, "mask", torch.full((12,), 3.0))),
+    "hook": (conv, lambda m: m.register_forward_hook(lambda module, inputs, output: 2 * output)),
+    "forward": (conv, lambda m: setattr(m, "forward", lambda x: 3 * x)),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_changes_of_structure_are_seen(case: str) -> None:
+    make, change = CHANGES[case]
+    module = make()
+    operator = al.linear_operator(module, X)
+    assert operator.engine == "traced"
+    assert follows(operator, module)
+    change(module)
+    assert follows(operator, module)
+
+
+def test_changes_of_globals_and_classes_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Held()
+    operator = al.linear_operator(module, X)
+    monkeypatch.setitem(globals(), "SCALE", 5.0)
+    assert follows(operator, module)
+    monkeypatch.setattr(Held, "factor", 3.0)
+    assert follows(operator, module)
+
+
+def test_tied_tensors_may_part() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = self.b = torch.full((12,), 2.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a * self.b * x
+
+    module = Tied()
+    operator = al.linear_operator(module, X)
+    module.b = torch.full((12,), 5.0)
+    assert follows(operator, module)
+
+
+def test_changes_are_seen_under_transforms() -> None:
+    module = Held(Value(2.0))
+    operator = al.linear_operator(module, X)
+    operator(X)
+    module.held.value = 3.0
+    assert torch.allclose(torch.vmap(operator)(X[None])[0], module(X))
+    assert torch.allclose(torch.vmap(operator.H)(X[None])[0], module(X))
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, w: Tensor) -> Tensor:
+        return w.sign()
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        return g
+
+
+class Binary(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return StraightThrough.apply(w)
+
+
+def test_parameters_get_the_gradient_that_autograd_gives_them() -> None:
+    module = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+    nn.utils.parametrize.register_parametrization(module, "weight", Binary())
+    operator = al.linear_operator(module, X)
+    weight = module.parametrizations.weight.original
+    expected = torch.autograd.grad(module(X).sum(), weight)[0]
+    assert torch.allclose(torch.autograd.grad(operator(X).sum(), weight)[0], expected)
+    assert operator.engine == "eager"
+    assert "gradient in" in operator.explain()
+
+
+def test_forward_mode_twice() -> None:
+    class Exponential(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.linspace(-1, 1, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w.exp() * x
+
+    z = torch.ones(6)
+    operator = al.linear_operator(Exponential(), z)
+    w = operator.module.w.detach()
+
+    def f(w: Tensor) -> Tensor:
+        return torch.func.functional_call(operator, {"module.w": w}, (z,)).sum()
+
+    assert torch.allclose(torch.func.jacfwd(torch.func.jacfwd(f))(w), torch.diag(w.exp()))
+
+
+def test_results_may_be_written_to() -> None:
+    operator = al.linear_operator(lambda a, s: 2 * a, (torch.ones(4), torch.ones(1)))
+    operator.H(torch.ones(4))[1].add_(5)
+    assert float(operator.H(torch.ones(4))[1]) == 0
+    matrix = torch.arange(4.0).reshape(2, 2)
+    affine = al.affine_operator(lambda a: (2 * a, matrix.t(), matrix @ matrix), torch.ones(4))
+    for index in (1, 2):
+        affine(torch.ones(4))[index].zero_()
+    assert torch.equal(matrix, torch.arange(4.0).reshape(2, 2))
+    assert torch.equal(affine(torch.ones(4))[2], matrix @ matrix)
+    reshaped = al.linear_operator(lambda x: x.reshape(3, 4), (12,))
+    v = torch.ones(3, 4)
+    reshaped.H(v).zero_()
+    assert torch.equal(v, torch.ones(3, 4))
+
+
+def test_autocast_changes_nothing() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(5, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.a @ self.b)
+
+    operator = al.linear_operator(Product(), (5, 5))
+    x = torch.randn(5, 5)
+    with torch.no_grad():
+        operator.module.a.mul_(1.5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = operator(x)
+        assert inside.dtype == torch.float32
+        assert torch.equal(inside, operator(x))
+
+
+HIDDEN = {
+    "saturates far away": lambda x: x + (x.clamp(-10, 10) - x).detach(),
+    "bends far away": lambda x: x + (x * (x.abs() > 50)).detach(),
+    "jumps": lambda x: x + (x.abs() > 8).detach().float(),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_autograd_cannot_see_is_not_proved(name: str) -> None:
+    assert al.check_linearity(HIDDEN[name], (12,)).verdict != "proved"
+
+
+def test_a_map_that_alternates_is_not_proved() -> None:
+    class Alternating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flag = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.flag = not self.flag
+            return x if self.flag else 2 * x
+
+    module = Alternating()
+    assert al.check_linearity(module, (12,)).verdict != "proved"
+    assert module.flag is False
+
+
+def test_copies_have_the_current_values_and_spaces() -> None:
+    d = al.diagonal(torch.ones(3))
+    d.load_state_dict({"operator_0.entries_0": 2 * torch.ones(3)}, assign=True)
+    assert torch.equal(copy.deepcopy(d)(torch.ones(3)), 2 * torch.ones(3))
+    for operator in (al.identity(X), al.linear_operator(conv(), X), al.affine_operator(nn.Conv1d(1, 1, 3), X)):
+        moved = copy.deepcopy(operator.to(torch.float64).eval())
+        assert moved.domain == operator.domain
+        assert moved.domain.specs[0].dtype == torch.float64
+        assert moved.training is False
+        assert moved(X.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("engine", ["eager", "auto"])
+def test_arguments_are_not_written_to(engine: str) -> None:
+    def f(x: Tensor) -> Tensor:
+        x.data.mul_(2)
+        return x * 1
+
+    x = torch.ones(3)
+    al.linear_operator(f, x, engine=engine, check=False)(x)
+    assert torch.equal(x, torch.ones(3))
+
+
+def test_writing_to_the_input_in_place() -> None:
+    operator = al.linear_operator(lambda x: x.mul_(2), (3,))
+    assert torch.equal(operator(torch.ones(3)), 2 * torch.ones(3))
+    assert torch.equal(operator.H(torch.ones(3)), 2 * torch.ones(3))
+
+
+def test_forwards_with_a_cache_keep_it_clean() -> None:
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cache: dict[int, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[-1] not in self.cache:
+                self.cache[x.shape[-1]] = torch.linspace(0, 1, x.shape[-1])
+            return x * self.cache[x.shape[-1]]
+
+    module = Caching()
+    operator = al.linear_operator(module, (12,))
+    x = torch.ones(12)
+    for _ in range(2):
+        assert torch.equal(operator(x), torch.linspace(0, 1, 12))
+        assert type(module(x)) is Tensor
+
+
+def test_a_map_that_is_zero_nearby_is_reported() -> None:
+    assert al.check_linearity(nn.Hardshrink(30.0), (12,)).verdict == "refuted"
+
+
+def test_the_transpose_moves_with_the_operator() -> None:
+    operator = al.linear_operator(conv(), X)
+    assert operator.T.domain.specs[0].dtype == torch.float32
+    operator.to(torch.float64)
+    assert operator.T(X.double()).dtype == torch.float64
+
+
+def test_changed_output_shape_is_an_error() -> None:
+    module = conv()
+    operator = al.linear_operator(module, X)
+    module.stride = (2,)
+    with pytest.raises(al.SpaceMismatchError, match="build the operator anew"):
+        operator(X)
+
+
+def test_compiled_programs_do_not_share_a_recompile_limit() -> None:
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        return module.forward
+
+    for _ in range(6):
+        operator = al.linear_operator(conv(), X).compile(backend=backend, fullgraph=True)
+        assert operator.engine == "compiled"
+        operator(X)
+
+
+def test_partial_with_a_changed_keyword() -> None:
+    options = {"factor": 2.0}
+    function = functools.partial(lambda x, options: options["factor"] * x, options=options)
+    operator = al.linear_operator(function, X)
+    options["factor"] = 3.0
+    assert torch.equal(operator(X), 3 * X)
