@@ -38,10 +38,9 @@ def sites(draw: st.DrawFn) -> Site:
             (n - 1) * s + d * (k - 1) + e + 1 if transposed else (n - d * (k - 1) - 1) // s + 1
             for n, s, d, k, e in zip(size, stride, dilation, kernel, extra, strict=True)
         ]
-    return sized(
-        Site(2, (c_in, *size), (c_out, *out), kernel, stride, padding, dilation, transposed, extra, groups, torch.float64,
-             torch.device("cpu"))
-    )  # fmt: skip
+    shapes = (2, (c_in, *size), (c_out, *out), kernel)
+    kind = (torch.float64, torch.device("cpu"))
+    return sized(Site(*shapes, stride, padding, dilation, transposed, extra, groups, *kind))
 
 
 def problem(site: Site, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
