@@ -6,6 +6,7 @@ A *proof* is a derivative that does not read the input (the map is affine), no n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adjointlab.errors import SpaceMismatchError
 from adjointlab.reporting import aligned, html_table, strict_json
 from adjointlab.rounding import DOT_UNITS, SIGMAS, dot_gap, rounding_noise
 from adjointlab.space import Space
@@ -164,6 +166,11 @@ def like_parameters(f: Any, domain: Any, batch_dims: int) -> Space:
 
 def assess(map_: Transposition, seed: int = 0) -> LinearityReport:
     """Return the evidence for the linearity of a map that is already derived."""
+    if any(spec.device.type == "meta" for spec in map_.domain.specs):
+        raise SpaceMismatchError(
+            f"expected a domain on a device with values to test, got {map_.domain} on meta: choose a real device, or "
+            "build with check=False"
+        )
     map_.verify()
     account = map_.account
     evidence: list[str] = []
@@ -198,6 +205,8 @@ def assess(map_: Transposition, seed: int = 0) -> LinearityReport:
             evidence.append("additivity and homogeneity hold to rounding on random inputs")
     if counterexample is None:
         evidence.append("the dot test holds" if differentiable else "the dot test fails: autograd hides something")
+    if changes and counterexample is None:
+        counterexample = Counterexample(f"a call leaves {changes[0]} as it was, which", math.inf, 0.0)
     deterministic = not changes and (counterexample is None or counterexample.law != _DETERMINISM)
     if changes:
         evidence.append(f"a call changes {', '.join(changes)}")
@@ -266,7 +275,8 @@ class _Numbers:
         rest = 1 - a - b
         right = tuple(a * s + b * t + rest * u for s, t, u in zip(at_x, at_z, at_zero, strict=True))
         found = violated("f(αx + βz) = α f(x) + β f(z)" + self._offset(), combined, right, scale, x, z)
-        for s in (-1.0, 2.0**-6, 2.0**6):
+        wide = min(float(torch.finfo(t.dtype).max) for t in (*x, *at_x)) > 1e30
+        for s in (-1.0, 2.0**-6, 2.0**6, *((2.0**-20, 2.0**20) if wide else ())):
             if found is not None:
                 break
             left = self.f(tuple(s * t for t in x))

@@ -64,6 +64,7 @@ class LinearOperator(nn.Module):
         super().__init__()
         recipe = (LinearOperator, (function, adjoint_function, domain, codomain))
         self._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
+        self.H  # noqa: B018  # made now: torch.compile cannot make modules
 
     def _set(self, body: _Body, side: int, recipe: Recipe, parts: dict[str, nn.Module]) -> None:
         # The body is no submodule: A and Aᴴ know each other through it, and a module tree has no cycles.
@@ -82,6 +83,11 @@ class LinearOperator(nn.Module):
         function = source.linear if source.affine else source.function
         body = _Body((function, source.adjoint), (source.domain, source.codomain), source)
         operator._set(body, 0, recipe, parts)
+        inside = {id(parameter) for parameter in operator.parameters()}
+        for found in source.captured.tensors():  # parameters that a function closes over, outside of any module
+            if isinstance(found, nn.Parameter) and id(found) not in inside:
+                operator.register_parameter(f"parameter_{len(operator._parameters)}", found)
+        operator.H  # noqa: B018  # made now: torch.compile cannot make modules
         return operator
 
     @property
@@ -126,6 +132,7 @@ class LinearOperator(nn.Module):
             twin = LinearOperator.__new__(LinearOperator)
             nn.Module.__init__(twin)
             twin._set(self._body, 1 - self._side, (_adjoint_of, (self,)), dict(self.named_children()))
+            twin._parameters.update(self._parameters)
         return twin
 
     @property
@@ -271,6 +278,7 @@ def derived(
     nn.Module.__init__(operator)
     named = {f"operator_{index}": part for index, part in enumerate(parts)}
     operator._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, named)
+    operator.H  # noqa: B018  # made now: torch.compile cannot make modules
     return operator
 
 

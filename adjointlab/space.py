@@ -360,8 +360,8 @@ class Space:
 
         Examples
         --------
-        >>> Space.of((2,), dtype=torch.complex64).inner(torch.tensor([1j, 0]), torch.tensor([1.0 + 0j, 0]))
-        tensor(-1.j, dtype=torch.complex128)
+        >>> Space.of((2,), dtype=torch.complex64).inner(torch.tensor([1j, 0]), torch.tensor([1.0 + 0j, 0])).imag
+        tensor(-1., dtype=torch.float64)
         """
         total: Tensor | None = None
         for u, v in zip(self.leaves(a, "a"), self.leaves(b, "b"), strict=True):

@@ -349,7 +349,7 @@ def sparse(layout: str):
     return make
 
 
-add("sparse-coo", sparse("coo"))
+add("sparse-coo", sparse("coo"), traced=False, proved=False)
 add("sparse-csr", sparse("csr"), traced=False, proved=False)
 
 # --------------------------------------------------------------------------------------- modules, parametrized weights
@@ -717,7 +717,8 @@ add("callable-object", lambda dtype: (HoldsTensor(dtype), torch.zeros(2, 3, dtyp
 add("closure", _closure)
 add("closure-over-module", _closure_over_module)
 add("partial", _partial)
-add("no-grad-constants", _no_grad_inside)
+# Traced, its weight would get a gradient that autograd does not give it.
+add("no-grad-constants", _no_grad_inside, traced=False, proved=False)
 add("old-style-function", on(2, 3, to=lambda x: OldStyle.apply(x, 2.5)))
 add("new-style-function", on(2, 3, to=lambda x: NewStyle.apply(x, 2.5)))
 add("custom-op", on(2, 3, to=reverse))

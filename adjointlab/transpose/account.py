@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from adjointlab.transpose.kernels import Site
+from adjointlab.transpose.simplify import accumulate
 from adjointlab.transpose.trace import Graph, op_name
 
 
@@ -71,6 +72,10 @@ def listing(graph: Graph) -> str:
             names[node] = f"t{len(lines)}"
             if op_name(node.target) == "getitem":
                 lines.append(f"{names[node]} = {names[node.args[0]]}[{node.args[1]}]")
+                continue
+            if node.target is accumulate:
+                sources, pieces = _show(node.args[0], names), len(node.args[1])
+                lines.append(f"{names[node]} = accumulate({sources}, {pieces} pieces)  # {tuple(node.args[2])}")
                 continue
             options = [f"{name}={value}" for name, value in node.kwargs.items()]
             arguments = ", ".join([*(_show(a, names) for a in node.args), *options])

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adjointlab.errors import SpaceMismatchError
+from adjointlab.errors import NotLinearError, SpaceMismatchError
 from adjointlab.space import Space, TensorSpec
 from adjointlab.transpose import kernels, pair, vjp
 from adjointlab.transpose.account import Account, listing
@@ -24,10 +24,18 @@ from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.lower import lower
 from adjointlab.transpose.program import Program, differentiated, plain
-from adjointlab.transpose.prune import Pruned, prune
+from adjointlab.transpose.prune import Pruned, ops, prune
 from adjointlab.transpose.sample import Sample, copies, eps, gap, nudged
 from adjointlab.transpose.simplify import simplify
-from adjointlab.transpose.trace import Graph, UntraceableError, cut_off, own_outputs, trace_forward, trace_vjp
+from adjointlab.transpose.trace import (
+    Graph,
+    ReadsInputError,
+    UntraceableError,
+    cut_off,
+    own_outputs,
+    trace_forward,
+    trace_vjp,
+)
 from adjointlab.tree import tree_flatten
 
 aten = torch.ops.aten
@@ -168,7 +176,8 @@ class Transposition:
     @property
     def account(self) -> Account:
         """How the nominal size is served."""
-        return self._derived[self.domain.batch_shape].account
+        account = self._derived[self.domain.batch_shape].account
+        return replace(account, path=self._vjp[1]) if account.engine == "eager" and self._vjp else account
 
     def verify(self) -> None:
         """Compare the derived programs of the nominal size with the eager reference, once."""
@@ -176,7 +185,7 @@ class Transposition:
 
     def _current(self, leaves: Tensors) -> Derived:
         batch = tuple(leaves[0].shape[: self.domain.batch_dims])
-        derived = self._derived.get(batch)
+        derived, before = self._derived.get(batch), None
         if torch.compiler.is_compiling():
             return self._eager("torch.compile met a size that was not seen before") if derived is None else derived
         if not plain():
@@ -184,6 +193,7 @@ class Transposition:
                 return derived
             return self._eager("it is first met, or has changed, inside of a transform")
         if derived is not None and self._stale(derived):
+            before = derived.account
             self._rebuilds += 1
             self.captured = capture(self.callable, self.kwargs)
             self._derived.clear()
@@ -193,9 +203,22 @@ class Transposition:
             if derived is None:
                 self._derived[batch] = self._derive(batch)
                 self._require_codomain(self._derived[batch])
+                self._require_still_linear(before, self._derived[batch].account)
             self._verify(batch)
             derived = self._derived[batch]
         return derived
+
+    def _require_still_linear(self, before: Account | None, now: Account) -> None:
+        """Raise where a function that was affine by proof has changed into one that is not."""
+        if before is None or not before.independent:
+            return
+        why = str(self.untraceable) if self.untraceable is not None else ""
+        if now.readers or why.startswith(("random", "stateful")) or isinstance(self.untraceable, ReadsInputError):
+            why = why or f"its derivative reads the input in {', '.join(now.readers or ())}"
+            raise NotLinearError(
+                f"expected the map that was checked, but it has changed and is not linear any more: {why}; undo the "
+                "change (.eval()?)"
+            )
 
     def _require_codomain(self, derived: Derived) -> None:
         if derived.graphs is not None:
@@ -281,7 +304,7 @@ class Transposition:
         run = pair.affine(function, linear, adjoint, n) if self.affine else run_linear
         account = Account(
             "compiled" if mode == "compiled" else "traced", self.requested, reason, readers=pruned.readers,
-            ops_before=pruned.ops_before, ops_after=pruned.ops_after, kernels=tuple(lines),
+            ops_before=pruned.ops_before, ops_after=ops(adjoint.graph), kernels=tuple(lines),
             program=listing(adjoint.graph),
             cut=cut_off(forward),
         )  # fmt: skip

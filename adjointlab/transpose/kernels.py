@@ -252,7 +252,7 @@ def choose(site: Site, *, measure: bool, thorough: bool = False) -> str:
     near = [name for name, t in times.items() if t <= _NEAR * times[best]]
     if thorough:
         near = [name for name, t in times.items() if t <= 10 * _NEAR * times[best]]
-    elif not measure or 4 * sum(times[name] for name in near) > _BUDGET:
+    elif not measure or site.device.type == "meta" or 4 * sum(times[name] for name in near) > _BUDGET:
         return best if 2 * times[best] < times["native"] else "native"
     if len(near) == 1:
         return near[0]

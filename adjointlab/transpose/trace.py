@@ -360,7 +360,10 @@ def _scatter_as_cat(graph: fx.Graph, node: fx.Node) -> None:
             source = _call(graph, aten.unsqueeze.default, source, dim)
         else:
             if window[2] not in (None, 1):
-                return  # left as it is: the trace of its derivative will say so
+                pairs = [_call(graph, aten.view_as_real.default, part) for part in (base, source)]
+                scattered = _call(graph, aten.slice_scatter.default, *pairs, dim, *window)
+                node.replace_all_uses_with(_call(graph, aten.view_as_complex.default, scattered))
+                return
             start, stop, _ = slice(window[0], window[1]).indices(shape[dim])
         parts = [source]
         if start > 0:
