@@ -171,7 +171,7 @@ def assess(map_: Transposition, seed: int = 0) -> LinearityReport:
             f"expected a domain on a device with values to test, got {map_.domain} on meta: choose a real device, or "
             "build with check=False"
         )
-    map_.verify()
+    sample = map_.verify()
     account = map_.account
     evidence: list[str] = []
     reads: tuple[str, ...] = account.readers or ()
@@ -189,9 +189,9 @@ def assess(map_: Transposition, seed: int = 0) -> LinearityReport:
     quick = (
         account.independent
         and not account.cut
-        and map_.sample is not None
-        and numbers.sample_agrees(map_.sample)
-        and numbers.sample_scales(map_.sample)
+        and sample is not None
+        and numbers.sample_agrees(sample)
+        and numbers.sample_scales(sample)
     )
     if account.cut:
         evidence.append(f"autograd does not see all of it: {account.cut} cuts the input off")

@@ -97,7 +97,6 @@ class Transposition:
         self._vjp: tuple[vjp.VJP, str] | None = None
         self._structure: Any = None
         self._dynamic: tuple[Any, ...] | None = None
-        self.sample: Sample | None = None
         self.untraceable: UntraceableError | None = None
         derived = self._derive(domain.batch_shape)
         self._derived[domain.batch_shape] = derived
@@ -179,13 +178,13 @@ class Transposition:
         account = self._derived[self.domain.batch_shape].account
         return replace(account, path=self._vjp[1]) if account.engine == "eager" and self._vjp else account
 
-    def verify(self) -> None:
-        """Compare the derived programs of the nominal size with the eager reference, once."""
-        self._verify(self.domain.batch_shape)
+    def verify(self) -> Sample | None:
+        """Compare the programs of the nominal size with eager, and return the random data on which they agree."""
+        return self._verify(self.domain.batch_shape)
 
     def _current(self, leaves: Tensors) -> Derived:
         batch = tuple(leaves[0].shape[: self.domain.batch_dims])
-        derived, before = self._derived.get(batch), None
+        derived = self._derived.get(batch)
         if torch.compiler.is_compiling():
             return self._eager("torch.compile met a size that was not seen before") if derived is None else derived
         if not plain():
@@ -193,24 +192,32 @@ class Transposition:
                 return derived
             return self._eager("it is first met, or has changed, inside of a transform")
         if derived is not None and self._stale(derived):
-            before = derived.account
-            self._rebuilds += 1
-            self.captured = capture(self.callable, self.kwargs)
-            self._derived.clear()
-            self._verified.clear()
-            derived = None
-        if derived is None or batch not in self._verified:
-            if derived is None:
-                self._derived[batch] = self._derive(batch)
-                self._require_codomain(self._derived[batch])
-                self._require_still_linear(before, self._derived[batch].account)
+            derived = self._rederive(batch, derived.account)
+        if derived is None:
+            derived = self._derived[batch] = self._derive(batch)
+        if batch not in self._verified:
             self._verify(batch)
-            derived = self._derived[batch]
+        return self._derived[batch]
+
+    def _rederive(self, batch: tuple[int, ...], before: Account) -> Derived:
+        """Return what is derived from a function that has changed; where that is refused, it is refused again."""
+        outdated = self.captured
+        self.captured = capture(self.callable, self.kwargs)
+        try:
+            derived = self._derive(batch)
+            self._require_codomain(derived)
+            self._require_still_linear(before, derived.account)
+        except (NotLinearError, SpaceMismatchError):
+            self.captured = outdated
+            raise
+        self._rebuilds += 1
+        self._derived = {batch: derived}
+        self._verified.clear()
         return derived
 
-    def _require_still_linear(self, before: Account | None, now: Account) -> None:
+    def _require_still_linear(self, before: Account, now: Account) -> None:
         """Raise where a function that was affine by proof has changed into one that is not."""
-        if before is None or not before.independent:
+        if not before.independent:
             return
         why = str(self.untraceable) if self.untraceable is not None else ""
         if now.readers or why.startswith(("random", "stateful")) or isinstance(self.untraceable, ReadsInputError):
@@ -253,6 +260,7 @@ class Transposition:
     # -- how it is made ----------------------------------------------------------------------------------------------
 
     def _derive(self, batch: tuple[int, ...]) -> Derived:
+        self.untraceable = None
         if self.requested == "eager":
             return self._eager("it was asked for")
         if self._rebuilds > _MOST_REBUILDS:
@@ -404,12 +412,12 @@ class Transposition:
                 f"{vjp.first_line(error)}; check the shape and dtype of the domain"
             ) from error
 
-    def _verify(self, batch: tuple[int, ...]) -> None:
+    def _verify(self, batch: tuple[int, ...]) -> Sample | None:
         """Choose the fastest way to run the graphs that agrees with the eager reference on random data."""
         graphs = self._derived[batch].graphs
         self._verified.add(batch)
         if graphs is None:
-            return
+            return None
         reasons: list[str] = []
         with self.captured.preserved() as changes, torch.no_grad():
             sample = self._sample(batch)
@@ -420,10 +428,10 @@ class Transposition:
             disagreement = self._disagreement(derived, sample)
             if not disagreement:
                 self._derived[batch] = derived
-                self.sample = sample
-                return
+                return sample
             reasons.append(f"{mode}: {disagreement}")
         self._derived[batch] = self._eager("; ".join(reasons))
+        return None
 
     def _sample(self, batch: tuple[int, ...]) -> Sample:
         """Evaluate the eager reference at random x and v."""

@@ -286,8 +286,11 @@ def test_changed_output_shape_is_an_error() -> None:
     module = conv()
     operator = al.linear_operator(module, X)
     module.stride = (2,)
-    with pytest.raises(al.SpaceMismatchError, match="build the operator anew"):
-        operator(X)
+    for _ in range(10):  # refused as often as it is asked for
+        with pytest.raises(al.SpaceMismatchError, match="build the operator anew"):
+            operator(X)
+    module.stride = (1,)
+    assert follows(operator, module)
 
 
 def test_compiled_programs_do_not_share_a_recompile_limit() -> None:
@@ -306,3 +309,15 @@ def test_partial_with_a_changed_keyword() -> None:
     operator = al.linear_operator(function, X)
     options["factor"] = 3.0
     assert torch.equal(operator(X), 3 * X)
+
+
+def test_a_map_that_is_no_longer_linear_is_refused_until_it_is() -> None:
+    module = nn.Dropout().eval()
+    operator = al.linear_operator(module, X)
+    module.train()
+    for _ in range(10):
+        with pytest.raises(al.NotLinearError, match="not linear any more"):
+            operator.H(X)
+    module.eval()
+    assert follows(operator, module)
+    assert operator.engine == "traced"
