@@ -29,7 +29,7 @@ BENCH_STAMP := $(VENV)/.stamp-bench
 # One thread per process: test workers run side by side, and threads that compete for cores are slower than none.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help env demo test interop bench notebooks docs lint format types layers check wheel clean
+.PHONY: help env demo test interop bench power notebooks docs browse lint format types layers check wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ docs: $(DOCS_STAMP) ## Build the documentation into docs/_build/html; warnings a
 	$(BIN)/python docs/headline.py
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html $(ARGS)
 	@echo "built: docs/_build/html/index.html"
+
+browse: docs ## Look at the documentation in headless Chromium, at the width of a desktop and of a phone
+	$(BIN)/python docs/browse.py docs/_build/html $(ARGS)
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check .

@@ -188,23 +188,25 @@ class _Entries(nn.Module):
         return [getattr(self, f"entries_{index}") for index in range(self.count)]
 
 
-def diagonal(d: Any) -> LinearOperator:
+def diagonal(d: Any, space: Space | None = None) -> LinearOperator:
     """Return ``x ↦ d ⊙ x``; its adjoint is ``y ↦ conj(d) ⊙ y``.
 
     Parameters
     ----------
     d : Tensor or pytree of tensors
         The diagonal, of the shape and dtype of x; parameters stay parameters.
+    space : Space, optional
+        Where x lives; the space of ``d`` if not given. Needed where that is sharded, which ``d`` does not show.
 
     Returns
     -------
     LinearOperator
-        On the space of ``d``.
+        On that space.
 
     Raises
     ------
     SpaceMismatchError
-        If ``d`` holds anything else than floating-point or complex tensors.
+        If ``d`` holds anything else than floating-point or complex tensors, or is not in ``space``.
 
     Examples
     --------
@@ -212,18 +214,20 @@ def diagonal(d: Any) -> LinearOperator:
     >>> diagonal(torch.tensor([1.0, 2.0]))(torch.tensor([3.0, 4.0]))
     tensor([3., 8.])
     """
-    space = Space.of(d)
-    entries = _Entries(space.leaves(d))
+    where = Space.of(d) if space is None else space
+    entries = _Entries(where.leaves(d, "d"))
 
     def times(x: Any) -> Any:
-        return space.unflatten([a * b for a, b in zip(entries.leaves(), tree_flatten(x)[0], strict=True)])
+        return where.unflatten([a * b for a, b in zip(entries.leaves(), tree_flatten(x)[0], strict=True)])
 
     def times_conjugate(y: Any) -> Any:
-        return space.unflatten([a.conj() * b for a, b in zip(entries.leaves(), tree_flatten(y)[0], strict=True)])
+        return where.unflatten([a.conj() * b for a, b in zip(entries.leaves(), tree_flatten(y)[0], strict=True)])
 
-    return derived(
-        times, times_conjugate, space, space, lambda: (diagonal, (space.unflatten(entries.leaves()),)), entries
-    )
+    operator: LinearOperator = derived(
+        times, times_conjugate, where, where,
+        lambda: (diagonal, (where.unflatten(entries.leaves()), *([] if space is None else [operator.domain]))), entries,
+    )  # fmt: skip
+    return operator
 
 
 def diagonal_entries(operator: LinearOperator) -> Any:

@@ -53,7 +53,7 @@ class LeastSquares(nn.Module):
         for index, leaf in enumerate(leaves):
             self.register_buffer(f"_y_{index}", leaf)
         self._count = len(leaves)
-        self.weight = None if weight is None else _weight_operator(A, weight)
+        self.weight = None if weight is None else weight_operator(A, weight)
 
     @property
     def y(self) -> Any:
@@ -106,33 +106,37 @@ class LeastSquares(nn.Module):
         return A.gram if self.weight is None else A.H @ self.weight @ A
 
     def _value(self, residual: Any, weighted: Any) -> Tensor:
-        total: Tensor | None = None
-        for r, w in zip(self.A.codomain.leaves(residual), self.A.codomain.leaves(weighted), strict=True):
-            term = torch.linalg.vecdot(r.reshape(-1), w.reshape(-1)).real
-            total = term if total is None else total + term
-        assert total is not None
-        return total / 2
+        codomain = self.A.codomain
+        pairs = zip(codomain.leaves(residual), codomain.leaves(weighted), strict=True)
+        return codomain.total([torch.linalg.vecdot(r.reshape(-1), w.reshape(-1)).real for r, w in pairs]) / 2
 
 
-def _weight_operator(A: LinearOperator | AffineOperator, weight: Any) -> LinearOperator:
+def weight_operator(A: LinearOperator | AffineOperator, weight: Any) -> LinearOperator:
+    """Return W as an operator on the codomain of A, or raise."""
     if not isinstance(weight, LinearOperator):
-        given, expected = tree_flatten(weight)[0], A.codomain.specs
-        leaves = [
-            w.to(spec.dtype) if isinstance(w, Tensor) and spec.is_complex and not w.is_complex() else w
-            for w, spec in zip(given, expected, strict=len(given) == len(expected))
-        ]
-        for w in given:
-            if isinstance(w, Tensor) and not w.is_complex() and bool((w < 0).any()):
-                raise SpaceMismatchError("expected weights of 0 or more, got negative ones: F would have no minimum")
-        entries = A.codomain.unflatten(leaves)
-        A.codomain.check(entries, "weight")
-        return diagonal(entries)
+        return diagonal(weight_entries(A, weight), A.codomain if A.codomain.is_sharded else None)
     if weight.domain != A.codomain or weight.codomain != A.codomain:
         raise SpaceMismatchError(
             f"expected a weight that maps {A.codomain} to itself, got one from {weight.domain} to {weight.codomain}; "
             "build it on A.codomain"
         )
     return weight
+
+
+def weight_entries(A: LinearOperator | AffineOperator, weight: Any) -> Any:
+    """Return the entries of a diagonal W as an element of the codomain of A, or raise."""
+    given, expected = tree_flatten(weight)[0], A.codomain.specs
+    leaves = [
+        w.to(spec.dtype) if isinstance(w, Tensor) and spec.is_complex and not w.is_complex() else w
+        for w, spec in zip(given, expected, strict=len(given) == len(expected))
+    ]
+    for w in given:
+        negative = isinstance(w, Tensor) and not w.is_complex() and bool((w < 0).any())
+        if not A.codomain.every(not negative):
+            raise SpaceMismatchError("expected weights of 0 or more, got negative ones: F would have no minimum")
+    entries = A.codomain.unflatten(leaves)
+    A.codomain.check(entries, "weight")
+    return entries
 
 
 def least_squares_gradient(A: LinearOperator | AffineOperator, x: Any, y: Any) -> Any:

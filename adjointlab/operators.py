@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -263,7 +263,7 @@ class LinearOperator(nn.Module):
 def _moved(space: Space, fn: Callable[[Tensor], Tensor]) -> Space:
     def move(spec: TensorSpec) -> TensorSpec:
         probe = fn(torch.empty(0, dtype=spec.dtype, device=spec.device))
-        return TensorSpec(spec.shape, probe.dtype, probe.device)
+        return replace(spec, dtype=probe.dtype, device=probe.device)
 
     return Space(tuple(map(move, space.specs)), space.structure, space.batch_dims)
 

@@ -12,7 +12,7 @@ imports nothing but pytest until a test asks for the fixture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,6 +33,12 @@ class AdjointCheck:
     def __init__(self, case: Any, options: Mapping[str, Any]) -> None:
         self._case = case
         self._options = dict(options)
+        self._called = False
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether the marker gave an operator that was never tested."""
+        return self._case is not None and not self._called
 
     def __call__(self, A: Any = None, adjoint: Callable[[Any], Any] | None = None, **options: Any) -> AdjointReport:
         """Test an operator and its adjoint; without arguments, the one that the marker gave.
@@ -62,6 +68,7 @@ class AdjointCheck:
         from adjointlab.errors import AdjointMismatchError
         from adjointlab.verify import check_adjoint
 
+        self._called = True
         if A is None:
             A, adjoint, named = _operator(self._case, adjoint)
             options = {**named, **options}
@@ -111,9 +118,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a marked test once for each operator of its marker."""
     marker = metafunc.definition.get_closest_marker("adjoint")
-    if marker is None or not marker.args:
+    if marker is None or not (marker.args or "operators" in marker.kwargs):
         return
-    (operators,) = marker.args
+    operators = marker.args[0] if marker.args else marker.kwargs["operators"]
+    if len(marker.args) > 1 or not isinstance(operators, (Mapping, list, tuple)):
+        raise pytest.UsageError(
+            f"{metafunc.definition.nodeid}: expected one mapping or list of operators in the marker adjoint, got "
+            f"{', '.join(type(value).__name__ for value in marker.args or (operators,))}: write "
+            "@pytest.mark.adjoint({'name': A, ...}) or @pytest.mark.adjoint([A, ...])"
+        )
     if "adjoint_check" not in metafunc.fixturenames:
         raise pytest.UsageError(
             f"{metafunc.definition.nodeid} is marked with adjoint, but does not take the fixture adjoint_check: "
@@ -138,7 +151,17 @@ def _name(case: Any) -> str:
 def adjoint_check(request: pytest.FixtureRequest) -> AdjointCheck:
     """Return a function that tests an operator's adjoint: ``adjoint_check(A)``, ``adjoint_check(f, g, domain=…)``."""
     marker = request.node.get_closest_marker("adjoint")
-    return AdjointCheck(getattr(request, "param", None), marker.kwargs if marker else {})
+    options = {key: value for key, value in (marker.kwargs if marker else {}).items() if key != "operators"}
+    return AdjointCheck(getattr(request, "param", None), options)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Fail a marked test that passed without a call of its fixture: it tested nothing."""
+    yield
+    check = getattr(item, "funcargs", {}).get("adjoint_check")
+    if isinstance(check, AdjointCheck) and check.forgotten:
+        pytest.fail("adjoint_check was never called, so nothing was tested: call adjoint_check()", pytrace=False)
 
 
 __all__ = ["AdjointCheck", "adjoint_check"]

@@ -67,11 +67,13 @@ def heat_map(title: str, grid: Grid, side: int = 128) -> str:
     w, h = width * cell, height * cell
     label = html.escape(f"{title}, largest {top:.3g}")
     return (
-        '<figure style="display:inline-block;margin:4px 12px 4px 0"><svg xmlns="http://www.w3.org/2000/svg" role="img" '
+        '<figure style="display:inline-block;vertical-align:top;margin:4px 12px 4px 0">'
+        '<svg xmlns="http://www.w3.org/2000/svg" role="img" '
         f'aria-label="{label}" width="{w:.0f}" height="{h:.0f}" viewBox="0 0 {w:.2f} {h:.2f}" '
         f'shape-rendering="crispEdges">'
-        f'<rect width="{w:.2f}" height="{h:.2f}" fill="white" stroke="#999"/>{"".join(squares)}</svg>'
-        f'<figcaption style="font-size:smaller">{label}</figcaption></figure>'
+        f'<rect width="{w:.2f}" height="{h:.2f}" fill="white"/>{"".join(squares)}'
+        f'<rect x="0.5" y="0.5" width="{w - 1:.2f}" height="{h - 1:.2f}" fill="none" stroke="#999"/></svg>'
+        f'<figcaption style="font-size:smaller;max-width:16em">{label}</figcaption></figure>'
     )
 
 

@@ -64,7 +64,9 @@ def dot_gap(  # noqa: PLR0917  # two spaces and two pairs
     """
     difference = _inner(codomain, at_x, y) - _inner(domain, x, at_y)
     gap = abs(difference) if exact else abs(difference.real)
-    norm_x, norm_y, norm_ax, norm_by = map(norm, (x, y, at_x, at_y)) if norms is None else norms
+    if norms is None:
+        norms = (norm(x, domain), norm(y, codomain), norm(at_x, codomain), norm(at_y, domain))
+    norm_x, norm_y, norm_ax, norm_by = norms
     scale = max(norm_ax * norm_y, norm_x * norm_by)
     if scale == 0.0:
         return 0.0, DOT_UNITS * max(domain.eps, codomain.eps)
@@ -110,19 +112,23 @@ def rounding_noise(
     largest = 0.0
     for s, z in moved:
         differences = [t.to(w.dtype) - s * w for t, w in zip(function(z), wide, strict=True)]
-        largest = max(largest, norm(tuple(differences)))
+        largest = max(largest, norm(tuple(differences), codomain))
     return largest
 
 
-def norm(leaves: Tensors) -> float:
-    """Return ``‖a‖`` of the element with the given leaves, summed in double precision."""
-    return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=_WIDE[t.is_complex()])) for t in leaves))
+def norm(leaves: Tensors, space: Space | None = None) -> float:
+    """Return ``‖a‖`` of the element with the given leaves, summed in double precision, and over processes if any."""
+    lengths = [torch.linalg.vector_norm(t, dtype=_WIDE[t.is_complex()]) for t in leaves]
+    if space is not None and space.is_sharded:
+        return math.sqrt(float(space.total([length.square() for length in lengths])))
+    return math.hypot(*map(float, lengths))
 
 
 def _inner(space: Space, a: Tensors, b: Tensors) -> complex:
     """Return ``⟨a, b⟩`` in double precision, summed pairwise: float64 itself deserves sums better than its own."""
     wide = _WIDE[space.is_complex]
-    return complex(sum(complex((s.to(wide).conj() * t.to(wide)).sum()) for s, t in zip(a, b, strict=True)))
+    terms = [(s.to(wide).conj() * t.to(wide)).sum() for s, t in zip(a, b, strict=True)]
+    return complex(space.total(terms)) if space.is_sharded else complex(sum(map(complex, terms)))
 
 
 __all__ = ["DOT_UNITS", "SIGMAS", "dot_gap", "norm", "rounding_noise"]

@@ -8,9 +8,10 @@ complex-linear between complex spaces, that is exactly the Hermitian adjoint for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,31 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.tree import SINGLE, Structure, has_tensor, tree_flatten
 
 _DOUBLE = {True: torch.complex128, False: torch.float64}
+
+
+class Sharding(Protocol):
+    """How one tensor is spread over processes: what a space has to know of it, made by `adjointlab.distributed`."""
+
+    @property
+    def mesh(self) -> Any:
+        """The processes, one value for all leaves of a space."""
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the whole, each counted once."""
+
+    @property
+    def share(self) -> float:
+        """One over the number of processes that hold the same entries."""
+
+    def total(self, terms: Tensor, shares: tuple[float, ...]) -> Tensor:
+        """Return ``Σ shareᵢ termsᵢ`` summed over all processes: the same number on each."""
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor of this sharding over the processes that should hold the same entries."""
+
+    def generator(self, generator: torch.Generator | None) -> torch.Generator:
+        """Return a generator that is seeded alike where the same entries are, and differently elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +60,8 @@ class TensorSpec:
         A floating-point or complex dtype; torch's default dtype if not given.
     device : torch.device or str, optional
         Where the tensors live; torch's default device if not given.
+    sharding : Sharding, optional
+        Of what larger tensor this is the part that this process holds; made by :mod:`adjointlab.distributed`.
 
     Raises
     ------
@@ -49,6 +77,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype = None  # type: ignore[assignment]  # filled in below, so that it is read when called
     device: torch.device = None  # type: ignore[assignment]
+    sharding: Sharding | None = None
 
     def __post_init__(self) -> None:
         dtype = torch.get_default_dtype() if self.dtype is None else self.dtype
@@ -80,11 +109,28 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
-        """Number of (real or complex) entries."""
+        """Number of (real or complex) entries, on this process."""
         return math.prod(self.shape)
 
     def __repr__(self) -> str:
-        return f"TensorSpec({self.shape}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
+        of = f", {self.sharding!r}" if self.sharding is not None else ""
+        return f"TensorSpec({self.shape}, {str(self.dtype).removeprefix('torch.')}, {self.device}{of})"
+
+
+def _is_dtensor(value: Any) -> bool:
+    """Return whether a tensor is a DTensor; if that was never imported, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def _refuse_dtensor(value: Any) -> None:
+    """Raise on a DTensor: torch's own operators are silently wrong on some, such as a convolution of sharded images."""
+    if type(value) is not Tensor and _is_dtensor(value):
+        raise SpaceMismatchError(
+            f"expected a plain tensor, got {_describe(value)}: an element of a sharded space is the tensor that each "
+            "process holds, x.to_local(), in the space adjointlab.distributed.space(x.shape, x.device_mesh, "
+            "x.placements)"
+        )
 
 
 def _is_shape(value: Any) -> bool:
@@ -93,6 +139,8 @@ def _is_shape(value: Any) -> bool:
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
+        if _is_dtensor(value):
+            return f"a DTensor of shape {tuple(value.shape)}"
         return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
     if isinstance(value, (bool, int, float, complex)) or value is None:
         return repr(value)
@@ -141,6 +189,21 @@ class Space:
                     f"expected every leaf to begin with the same {self.batch_dims} batch dimensions, got shapes "
                     f"{[spec.shape for spec in self.specs]}: lower batch_dims, or give the leaves equal leading sizes"
                 )
+        if any(spec.sharding is not None for spec in self.specs):
+            self._require_one_mesh()
+
+    def _require_one_mesh(self) -> None:
+        meshes = [None if spec.sharding is None else spec.sharding.mesh for spec in self.specs]
+        if any(mesh != meshes[0] for mesh in meshes):
+            raise SpaceMismatchError(
+                f"expected every leaf of a sharded space on one mesh, got {meshes}: a leaf that is the same on all "
+                "processes is adjointlab.distributed.replicated(space, mesh)"
+            )
+        if self.batch_dims:
+            raise SpaceMismatchError(
+                f"expected batch_dims=0 for a sharded space, got {self.batch_dims}: its sizes are fixed, for all "
+                "processes have to agree on them"
+            )
 
     @classmethod
     def of(
@@ -180,6 +243,7 @@ class Space:
         if isinstance(domain, Space):
             return replace(domain, batch_dims=batch_dims) if batch_dims else domain
         if isinstance(domain, Tensor):
+            _refuse_dtensor(domain)
             return cls((TensorSpec.of(domain),), batch_dims=batch_dims)
         shapes_closed = pytree.tree_map(
             lambda leaf: TensorSpec(tuple(leaf), dtype, device) if _is_shape(leaf) else leaf,  # type: ignore[arg-type]
@@ -196,6 +260,7 @@ class Space:
         specs = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
+                _refuse_dtensor(leaf)
                 specs.append(TensorSpec.of(leaf))
             elif isinstance(leaf, TensorSpec):
                 specs.append(leaf)
@@ -212,7 +277,7 @@ class Space:
     def _key(self) -> tuple[Any, ...]:
         return (
             self.batch_dims,
-            tuple((spec.shape[self.batch_dims :], spec.dtype, spec.device) for spec in self.specs),
+            tuple((spec.shape[self.batch_dims :], spec.dtype, spec.device, spec.sharding) for spec in self.specs),
         )
 
     def __eq__(self, other: object) -> bool:
@@ -230,8 +295,13 @@ class Space:
 
     @property
     def size(self) -> int:
-        """Number of entries over all leaves."""
-        return sum(spec.numel for spec in self.specs)
+        """Number of entries over all leaves; of a sharded space, over all processes."""
+        return sum(spec.numel if spec.sharding is None else spec.sharding.size for spec in self.specs)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether an element is spread over several processes, each of which holds its part."""
+        return self.specs[0].sharding is not None
 
     @property
     def eps(self) -> float:
@@ -288,10 +358,11 @@ class Space:
         for leaf, spec in zip(found, self.specs, strict=True):
             if (
                 not isinstance(leaf, Tensor)
-                or leaf.shape[k:] != spec.shape[k:]
+                or (leaf.shape[k:] != spec.shape[k:] if k else leaf.shape != spec.shape)
                 or leaf.dtype != spec.dtype
                 or leaf.device != spec.device
                 or leaf.layout != torch.strided
+                or (type(leaf) is not Tensor and _is_dtensor(leaf))
             ):
                 raise self._mismatch(name, x, leaf, spec)
         if k and any(leaf.shape[:k] != found[0].shape[:k] or leaf.ndim < k for leaf in found):
@@ -308,7 +379,9 @@ class Space:
             remedy = "pass an element with the structure of the space"
         else:
             came = _describe(leaf)
-            if leaf.device != spec.device:
+            if _is_dtensor(leaf):
+                remedy = "pass what this process holds of it, .to_local()"
+            elif leaf.device != spec.device:
                 remedy = f"move it with .to({str(spec.device)!r}), or the operator with A.to({str(leaf.device)!r})"
             elif leaf.dtype != spec.dtype:
                 remedy = f"convert it with .to({spec.dtype}), or the operator with A.to({leaf.dtype})"
@@ -333,15 +406,24 @@ class Space:
         ----------
         generator : torch.Generator, optional
             A *CPU* generator; without one, torch's global generator is advanced. Numbers are drawn on the CPU, so that
-            they are the same for every device.
+            they are the same for every device. In a sharded space every process passes one in the same state; what is
+            replicated comes out alike on all.
 
         Returns
         -------
         pytree of tensors
             The random element.
         """
-        draws = (torch.randn(s.shape, dtype=_drawn(s.dtype), generator=generator) for s in self.specs)
+        draws = (
+            torch.randn(s.shape, dtype=_drawn(s.dtype), generator=source)
+            for s, source in zip(self.specs, self.sources(generator), strict=True)
+        )
         return self.unflatten([d.to(device=s.device, dtype=s.dtype) for d, s in zip(draws, self.specs, strict=True)])
+
+    def sources(self, generator: torch.Generator | None) -> Iterator[torch.Generator | None]:
+        """Yield what each leaf is drawn from: the generator itself or, where sharded, one for each shard."""
+        for spec in self.specs:
+            yield generator if spec.sharding is None else spec.sharding.generator(generator)
 
     # -- geometry ------------------------------------------------------------------------------------------------
 
@@ -363,25 +445,55 @@ class Space:
         >>> Space.of((2,), dtype=torch.complex64).inner(torch.tensor([1j, 0]), torch.tensor([1.0 + 0j, 0])).imag
         tensor(-1., dtype=torch.float64)
         """
-        total: Tensor | None = None
-        for u, v in zip(self.leaves(a, "a"), self.leaves(b, "b"), strict=True):
-            wide = _DOUBLE[self.is_complex]
-            term = torch.vdot(u.reshape(-1).to(wide), v.reshape(-1).to(wide))
-            total = term if total is None else total + term
-        assert total is not None
-        return total
+        wide = _DOUBLE[self.is_complex]
+        pairs = zip(self.leaves(a, "a"), self.leaves(b, "b"), strict=True)
+        return self.total([torch.vdot(u.reshape(-1).to(wide), v.reshape(-1).to(wide)) for u, v in pairs])
 
     def norm(self, a: Any) -> Tensor:
         """Return ``‖a‖ = √⟨a, a⟩`` as a zero-dimensional ``float64`` tensor."""
         squares = [torch.linalg.vector_norm(u, dtype=_DOUBLE[u.is_complex()]).square() for u in self.leaves(a, "a")]
-        return torch.stack(squares).sum().sqrt()
+        return self.total(squares).sqrt() if self.is_sharded else torch.stack(squares).sum().sqrt()
+
+    def total(self, terms: Sequence[Tensor]) -> Tensor:
+        """Return the sum of one term for each leaf; of a sharded space, over all processes as well.
+
+        All inner products and norms come from here, so that every process sees the same numbers and decides alike.
+
+        Parameters
+        ----------
+        terms : sequence of Tensor
+            What each leaf of this process contributes, of one shape.
+
+        Returns
+        -------
+        Tensor
+            The sum; what is replicated is counted once.
+        """
+        sharding = self.specs[0].sharding
+        if sharding is not None:
+            shares = tuple(spec.sharding.share for spec in self.specs if spec.sharding is not None)
+            return sharding.total(torch.stack(list(terms)), shares)
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total
+
+    def every(self, condition: bool) -> bool:
+        """Return whether a condition holds; of a sharded space, whether it holds on every process."""
+        if not self.is_sharded:
+            return condition
+        failed = torch.tensor(float(not condition), dtype=torch.float64, device=self.specs[0].device)
+        zero = torch.zeros_like(failed)
+        return float(self.total([failed, *[zero] * (len(self.specs) - 1)])) == 0.0
 
     def vector(self, a: Any) -> Tensor:
         """Return the coordinates of ``a`` as one vector of ``size`` entries, leaves one after the other."""
+        self._refuse_sharded()
         return torch.cat([leaf.reshape(-1) for leaf in self.leaves(a, "a")])
 
     def element(self, vector: Tensor) -> Any:
         """Return the element with the coordinates ``vector``: the inverse of :meth:`vector`."""
+        self._refuse_sharded()
         parts = torch.split(vector, [spec.numel for spec in self.specs])
         return self.unflatten(
             [
@@ -389,6 +501,13 @@ class Space:
                 for part, spec in zip(parts, self.specs, strict=True)
             ]
         )
+
+    def _refuse_sharded(self) -> None:
+        if self.is_sharded:
+            raise SpaceMismatchError(
+                f"expected a space of one process, got the sharded {self}: its elements are nowhere as a whole; use "
+                "inner products and solvers, or adjointlab.distributed.gather"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Space:
         return self  # a frozen value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,7 +37,14 @@ def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
     -------
     Tensor
         ``(m, n)``, in the order of ``Space.vector``; complex if A maps to or from a complex space and ``real`` is not
-        set. The adjoint has the conjugate transpose; in real coordinates, always the transpose.
+        set. The adjoint has the conjugate transpose of a complex-linear operator; in real coordinates, always the
+        transpose.
+
+    Notes
+    -----
+    The two sides of a map from a real space to a complex one differ: ``rfft`` of 16 numbers has a complex matrix, 9 ×
+    16, but its adjoint is only real-linear (it drops imaginary parts), and has the real one, 16 × 18. Ask for
+    ``real=True`` on both to compare them.
 
     Raises
     ------
@@ -51,6 +58,14 @@ def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
     >>> to_dense(linear_operator(lambda x: x[1:] - x[:-1], (3,)))
     tensor([[-1.,  1.,  0.],
             [ 0., -1.,  1.]])
+
+    A map from real to complex numbers, and its adjoint:
+
+    >>> F = linear_operator(torch.fft.rfft, (16,))
+    >>> to_dense(F).shape, to_dense(F.H).shape
+    (torch.Size([9, 16]), torch.Size([16, 18]))
+    >>> torch.equal(to_dense(F, real=True).T, to_dense(F.H))
+    True
     """
     only_real = A.domain.is_complex and not A.is_complex_linear
     if real is False and only_real:
@@ -161,35 +176,39 @@ def operator_norm(
     """
     with torch.no_grad():
         start = _flat(A.domain, A.domain.randn(generator or torch.Generator().manual_seed(0)))
-        return _lanczos(lambda x: _flat(A.domain, A.H(A(_element(A.domain, x)))), start, maxiter, tol)
+        return _lanczos(lambda x: _flat(A.domain, A.H(A(_element(A.domain, x)))), start, maxiter, tol, A.domain)
 
 
 _BASIS, _KEPT = 48, 16
 
 
-def _lanczos(gram: Callable[[Tensor], Tensor], start: Tensor, maxiter: int, tol: float) -> Tensor:
+def _lanczos(
+    gram: Callable[[Tensor], Tensor], start: Tensor, maxiter: int, tol: float, space: Space | None = None
+) -> Tensor:
     """Return ``√λ_max`` of a self-adjoint positive map of real vectors by thick-restart Lanczos."""
+    across = _across(space)
+    dimension = start.numel() if space is None else _real_size(space)
     # VᵀGV is made from the products themselves, so that a restart needs no bookkeeping.
-    most = min(_BASIS, start.numel())
+    most = min(_BASIS, dimension)
     basis = start.new_zeros(most, start.numel())
     projected = torch.zeros(most, most, dtype=torch.float64)
-    direction, k = start / torch.linalg.vector_norm(start), 0
+    direction, k = start / across(torch.linalg.vector_norm(start), 2), 0
     best = torch.zeros((), dtype=torch.float64, device=start.device)
     for _ in range(maxiter):
         basis[k] = direction
         product = gram(direction)
-        row = (basis[: k + 1] @ product).double().cpu()
+        row = across(basis[: k + 1] @ product).double().cpu()
         projected[k, : k + 1] = projected[: k + 1, k] = row
         k += 1
         values, vectors = torch.linalg.eigh(projected[:k, :k])
         best = torch.fmax(best, values[-1].clamp(min=0).sqrt().to(best.device))
         rest = product - row.to(product).matmul(basis[:k])
-        rest = rest - (basis[:k] @ rest) @ basis[:k]  # once more, against rounding
-        length = torch.linalg.vector_norm(rest)
+        rest = rest - across(basis[:k] @ rest) @ basis[:k]  # once more, against rounding
+        length = across(torch.linalg.vector_norm(rest), 2)
         # G V = V projected + rest eₖᵀ, also after a restart, since the kept vectors span a Krylov space with rest.
         gap = float(length.double().cpu() * vectors[-1, -1].abs())
         exhausted = float(length) <= torch.finfo(start.dtype).eps * float(values[-1].abs())
-        if gap <= 2 * tol * float(values[-1]) or exhausted or k == start.numel():
+        if gap <= 2 * tol * float(values[-1]) or exhausted or k == dimension:
             return best
         direction = rest / length
         if k == most:
@@ -201,8 +220,23 @@ def _lanczos(gram: Callable[[Tensor], Tensor], start: Tensor, maxiter: int, tol:
     return best
 
 
+def _across(space: Space | None) -> Callable[..., Tensor]:
+    """Return what makes an inner product of flat vectors, or a norm (of power 2), that of whole elements."""
+    sharding = None if space is None else space.specs[0].sharding
+    if sharding is None:
+        return lambda part, power=1: part
+    return lambda part, power=1: sharding.total(part[None] ** power, (1.0,)) ** (1 / power)
+
+
+def _real_size(space: Space) -> int:
+    return sum(
+        (spec.numel if spec.sharding is None else spec.sharding.size) * (2 if spec.is_complex else 1)
+        for spec in space.specs
+    )
+
+
 def _flat(space: Space, element: Any) -> Tensor:
-    """Return an element as one real vector whose dot product is ``Re⟨·, ·⟩``."""
+    """Return an element as one real vector whose dot product is ``Re⟨·, ·⟩``: summed over processes, if sharded."""
     leaves = space.leaves(element)
     parts = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
     dtype = parts[0].dtype
@@ -210,16 +244,21 @@ def _flat(space: Space, element: Any) -> Tensor:
         dtype = torch.promote_types(dtype, part.dtype)
     if torch.finfo(dtype).bits < 32:
         dtype = torch.float32
-    return torch.cat([part.reshape(-1).to(dtype) for part in parts])
+    flat = [part.reshape(-1).to(dtype) for part in parts]
+    if space.is_sharded:  # what is held n times over counts once
+        flat = [part * spec.sharding.share**0.5 for part, spec in zip(flat, space.specs, strict=True) if spec.sharding]
+    return torch.cat(flat)
 
 
 def _element(space: Space, vector: Tensor) -> Any:
-    sizes = [spec.numel * (2 if spec.is_complex else 1) for spec in space.specs]
+    parts = vector.split([spec.numel * (2 if spec.is_complex else 1) for spec in space.specs])
+    if space.is_sharded:
+        parts = tuple(p / spec.sharding.share**0.5 for p, spec in zip(parts, space.specs, strict=True) if spec.sharding)
     leaves = [
         torch.view_as_complex(part.reshape(*spec.shape, 2)).to(spec.dtype)
         if spec.is_complex
         else part.reshape(spec.shape).to(spec.dtype)
-        for part, spec in zip(vector.split(sizes), space.specs, strict=True)
+        for part, spec in zip(parts, space.specs, strict=True)
     ]
     return space.unflatten(leaves)
 
@@ -289,10 +328,8 @@ def estimate_trace(A: LinearOperator, *, samples: int = 64, generator: torch.Gen
     >>> estimate_trace(diagonal(torch.tensor([1.0, 4.0])))  # exact for a diagonal
     tensor(5., dtype=torch.float64)
     """
-    generator = generator or torch.Generator().manual_seed(0)
     with torch.no_grad():
-        draws = [_signs(A, generator) for _ in range(samples)]
-        return torch.stack([A.domain.inner(z, A(z)) for z in draws]).mean()
+        return torch.stack([A.domain.inner(z, image) for z, image in _probes(A, samples, generator)]).mean()
 
 
 def estimate_diagonal(A: LinearOperator, *, samples: int = 64, generator: torch.Generator | None = None) -> Any:
@@ -300,12 +337,8 @@ def estimate_diagonal(A: LinearOperator, *, samples: int = 64, generator: torch.
 
     Parameters
     ----------
-    A : LinearOperator
-        From a space to itself.
-    samples : int
-        Number of z; the error falls with its root.
-    generator : torch.Generator, optional
-        Of the signs, on the CPU; seeded with 0 if not given.
+    A, samples, generator
+        As in :func:`estimate_trace`.
 
     Returns
     -------
@@ -329,24 +362,28 @@ def estimate_diagonal(A: LinearOperator, *, samples: int = 64, generator: torch.
     >>> estimate_diagonal(diagonal(torch.tensor([1.0, 4.0])))
     tensor([1., 4.])
     """
-    generator = generator or torch.Generator().manual_seed(0)
-    total = [torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device) for spec in A.domain.specs]
+    leaves = A.domain.leaves
+    total = leaves(A.domain.zeros())
     with torch.no_grad():
-        for _ in range(samples):
-            z = _signs(A, generator)
-            for sum_, sign, image in zip(total, A.domain.leaves(z), A.domain.leaves(A(z)), strict=True):
-                sum_.addcmul_(sign, image, value=1 / samples)
+        for z, image in _probes(A, samples, generator):
+            for sum_, sign, entry in zip(total, leaves(z), leaves(image), strict=True):
+                sum_.addcmul_(sign, entry, value=1 / samples)
     return A.domain.unflatten(total)
 
 
-def _signs(A: LinearOperator, generator: torch.Generator) -> Any:
+def _probes(A: LinearOperator, samples: int, generator: torch.Generator | None) -> Iterator[tuple[Any, Any]]:
+    """Yield random signs z with Az."""
     if A.domain != A.codomain:
         raise SpaceMismatchError(
             f"expected an operator from a space to itself, got one from {A.domain} to {A.codomain}: a diagonal needs "
             "that; use A.gram, say"
         )
-    draws = [torch.randint(0, 2, s.shape, generator=generator).mul(2).sub(1) for s in A.domain.specs]
-    return A.domain.unflatten([d.to(s.device, s.dtype) for d, s in zip(draws, A.domain.specs, strict=True)])
+    generator = generator or torch.Generator().manual_seed(0)
+    for _ in range(samples):
+        pairs = zip(A.domain.specs, A.domain.sources(generator), strict=True)
+        draws = [torch.randint(0, 2, s.shape, generator=source).mul(2).sub(1) for s, source in pairs]
+        z = A.domain.unflatten([d.to(s.device, s.dtype) for d, s in zip(draws, A.domain.specs, strict=True)])
+        yield z, A(z)
 
 
 __all__ = ["condition_number", "estimate_diagonal", "estimate_trace", "operator_norm", "to_dense"]

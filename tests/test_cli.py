@@ -152,6 +152,16 @@ def test_html(tmp_path):
     assert "<b>" not in text
 
 
+def test_html_of_explanations(tmp_path):
+    page = tmp_path / "report.html"
+    assert invoke("explain", GOOD, "torch.nn:ReLU()", *SHAPE, "--html", str(page)).exit_code == 1
+    text = page.read_text(encoding="utf-8")
+    assert f"<h2><code>{GOOD}</code></h2>" in text
+    assert "<h2><code>torch.nn:ReLU()</code>: failed</h2>" in text
+    assert "<pre>" in text
+    assert "NotLinearError" in text
+
+
 def test_html_that_cannot_be_written(tmp_path):
     assert "cannot write" in unusable("check", GOOD, *SHAPE, "--html", str(tmp_path / "no" / "report.html"))
 
@@ -356,7 +366,8 @@ shapes = (
     st.text("0123456789,x-+.() eE٣", max_size=12) | st.lists(st.integers(-1, 10**30), max_size=5).map(str) | any_text
 )
 slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
-fuzz = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=slow)
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))  # `FUZZ_EXAMPLES=2000 make test ARGS="-k answered"`
+fuzz = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=slow)
 
 
 def holds_whatever_is_typed(*arguments):

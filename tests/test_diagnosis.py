@@ -77,8 +77,8 @@ mistake(
 )
 mistake("conjugate", M, lambda y: y @ w.mT, "conjugate missing")
 mistake("conjugate of the result", M, lambda y: M.H(y).conj(), "conjugate missing")
-mistake("real part", M, lambda y: M.H(y).real.to(C), "only the real part")
-mistake("imaginary part", M, lambda y: 1j * M.H(y).imag, "only the imaginary part")
+mistake("real part", M, lambda y: M.H(y).real.to(C), "only real part")
+mistake("imaginary part", M, lambda y: 1j * M.H(y).imag, "only imaginary part")
 mistake("phase", M, lambda y: 1j * M.H(y), "off by the complex factor 0.000+1.000j")
 mistake("offset", A, lambda y: A.H(y) + 1, "is not linear: it maps 0 to something")
 mistake("absolute value", A, lambda y: A.H(y).abs(), "is not linear: its image of -1 y")
@@ -90,7 +90,7 @@ mistake(
 mistake("larger", A, lambda y: F.pad(A.H(y), (1, 1)), "not cropped along dim 3")
 mistake("transposed shape", A, lambda y: A.H(y).mT, "dimensions transposed")
 mistake("dtype", A, lambda y: A.H(y).float(), "wrong dtype: float32 where float64 is expected")
-mistake("real dtype", M, lambda y: M.H(y).real, "only the real part")
+mistake("real dtype", M, lambda y: M.H(y).real, "only real part")
 mistake("NaN", A, lambda y: put(A.H(y), (0, 0, 0, 0), math.nan), "NaN or infinity")
 mistake("one entry", A, lambda y: put(A.H(y), (1, 0, 4, 3), 0.0), "along dim 2 only at 4")
 
@@ -261,9 +261,16 @@ def test_reports_serialise() -> None:
 
 
 def test_large_responses_are_thinned_in_the_figure() -> None:
+    big = al.linear_operator(torch.fft.fft2, torch.zeros(100, 50, dtype=C))
+    for _, rows in al.check_adjoint(big, lambda y: 2 * big.H(y)).figure:
+        assert (len(rows), len(rows[0])) == (32, 16)
+
+
+def test_small_responses_are_cut_out_in_the_figure() -> None:
     big = al.identity(torch.zeros(100, 70))
-    for _, rows in al.check_adjoint(big, lambda y: 2 * y).figure:
-        assert (len(rows), len(rows[0])) == (32, 32)
+    for name, rows in al.check_adjoint(big, lambda y: 2 * y).figure:
+        assert (len(rows), len(rows[0])) == (5, 5)
+        assert "rows 48–52 of 100, columns 33–37 of 70" in name
 
 
 def test_assertion_carries_the_report() -> None:

@@ -63,11 +63,43 @@ def test_notebook_was_run_as_it_is_and_ends_in_assertions(source):
 
 
 def test_the_numbers_in_the_readme_are_those_of_the_benchmark():
-    finder = importlib.util.spec_from_file_location("headline", ROOT / "docs" / "headline.py")
+    block = script("headline").headline((ROOT / "docs" / "benchmarks.md").read_text())
+    assert f"<!-- benchmark -->\n{block}<!-- /benchmark -->" in (ROOT / "README.md").read_text(), "run `make docs`"
+
+
+def script(name):
+    """Return a script of docs/ as a module."""
+    finder = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(finder)
     finder.loader.exec_module(module)
-    block = module.headline((ROOT / "docs" / "benchmarks.md").read_text())
-    assert f"<!-- benchmark -->\n{block}<!-- /benchmark -->" in (ROOT / "README.md").read_text(), "run `make docs`"
+    return module
+
+
+def test_what_is_wrong_with_a_page_is_seen_in_a_browser(tmp_path):
+    browse = script("browse")
+    executable = browse.browser()
+    if executable is None:
+        pytest.skip("needs Chromium")
+    head = "<!doctype html><html lang='en'><meta charset='utf-8'><link rel='icon' href='data:,'><title>page</title>"
+    (tmp_path / "good.html").write_text(f"{head}<p id='here'><a href='#here'>up</a> <math><mi>x</mi></math>")
+    assert browse.problems(tmp_path, executable) == []
+    body = (
+        "<a href='gone.html'>a</a><a href='good.html#gone'>b</a><img src='gone.png'><math></math>"
+        "<div style='width:600px'>wide</div><script>undefined_name()</script>"
+    )
+    (tmp_path / "bad.html").write_text(head + body)
+    found = "\n".join(browse.problems(tmp_path, executable))
+    for expected in (
+        "link to /gone.html leads nowhere",
+        "link to /good.html#gone leads nowhere",
+        "gone.png does not load",
+        "a formula has no size",
+        "/bad.html (phone): 6",
+        "undefined_name is not defined",
+    ):
+        assert expected in found
+    assert "good.html (" not in found
+    assert "/bad.html (desktop): 6" not in found
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: p.stem)

@@ -1,12 +1,15 @@
 """Whatever `linear_operator` is given, it works or raises one of its own errors."""
 
+import os
+
 import torch
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import adjointlab as al
 
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 FUNCTIONS = [
     None, 3, "conv", object(), [torch.relu], nn.Conv1d(1, 1, 3, bias=False), nn.Conv2d(1, 2, 2), nn.Identity(),
     nn.ReLU(), nn.BatchNorm1d(2), nn.Dropout(), nn.Linear(4, 3, dtype=torch.complex64), lambda: 1,
@@ -41,7 +44,7 @@ OWN = (al.SpaceMismatchError, al.NotLinearError, al.NotDifferentiableError)
     batch_dims=st.sampled_from([0, 0, 0, 1, 2, -1, "1", None]),
     kwargs=st.sampled_from([None, None, {}, {"dim": 0}]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_any_argument_gives_an_operator_or_one_clear_error(function, domain, batch_dims, kwargs) -> None:
     try:
         operator = al.linear_operator(function, domain, batch_dims=batch_dims, kwargs=kwargs)
@@ -50,3 +53,47 @@ def test_any_argument_gives_an_operator_or_one_clear_error(function, domain, bat
     x = operator.domain.randn(torch.Generator().manual_seed(0))
     operator.codomain.check(operator(x))
     operator.domain.check(operator.H(operator(x)))
+
+
+NUMBERS = st.sampled_from([torch.float32, torch.float64, torch.complex64, torch.bfloat16, torch.half])
+TENSORS = st.builds(
+    lambda shape, dtype: torch.zeros(shape, dtype=dtype), st.lists(st.integers(1, 4), max_size=4), NUMBERS
+)
+FITTING = st.one_of(TENSORS, st.tuples(TENSORS, TENSORS), st.dictionaries(st.text(max_size=2), TENSORS, max_size=2))
+LINEAR = [
+    lambda x: x, lambda x: 2 * x, lambda x: x.flip(0), lambda x: x.sum(), lambda x: x[0], lambda x: x.cumsum(-1),
+    lambda x: x.mT, lambda x: x.real, lambda x: [x, {"a": -x}], lambda x, z: x + z, lambda x, z: (z, x), torch.fft.fft,
+    nn.Conv1d(1, 1, 3, padding=1, bias=False), nn.Identity(), lambda x: x.double(), lambda x: x.conj(),
+]  # fmt: skip
+
+
+@given(
+    function=st.sampled_from(LINEAR),
+    domain=FITTING,
+    batch_dims=st.sampled_from([0, 0, 1]),
+    engine=st.sampled_from(["auto", "eager", "traced", "steam"]),
+    check=st.booleans(),
+)
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_linear_functions_on_any_domain_pass_the_check(function, domain, batch_dims, engine, check) -> None:
+    try:
+        operator = al.linear_operator(function, domain, batch_dims=batch_dims, engine=engine, check=check)
+    except (*OWN, ValueError):
+        return
+    report = al.check_adjoint(operator, trials=2)
+    event("an operator")
+    assert report.passed, report
+
+
+@given(function=st.sampled_from(LINEAR), adjoint=st.sampled_from([*FUNCTIONS, *LINEAR]), domain=FITTING)
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_any_adjoint_gives_a_report_or_one_clear_error(function, adjoint, domain) -> None:
+    try:
+        report = al.check_adjoint(function, adjoint, domain=domain, trials=2)
+    except OWN:
+        return
+    event("passed" if report.passed else "failed")
+    assert report.passed == (report.diagnosis == "")
+    assert str(report)
+    assert report._repr_html_()
+    assert report.to_json()

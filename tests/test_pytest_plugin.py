@@ -6,6 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch._dynamo
+
+import adjointlab as al
+
+# Pytester forgets what its tests import, and these must not be imported twice: run alone, this file would fail.
+IMPORTED = (torch._dynamo, al.linear_operator, al.affine_operator, al.check_adjoint)
 
 pytest_plugins = ["pytester"]
 
@@ -93,14 +99,30 @@ def test_trials(adjoint_check):
     done.assert_outcomes(passed=1)
 
 
+def test_operators_by_keyword_and_skips(project) -> None:
+    done = project("""
+@pytest.mark.adjoint(operators={"a": A, "b": A}, trials=2)
+def test_named(adjoint_check):
+    assert adjoint_check().trials == 2
+
+@pytest.mark.adjoint([A])
+def test_skipped(adjoint_check):
+    pytest.skip("not today")
+""")
+    done.assert_outcomes(passed=2, skipped=1)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("@pytest.mark.adjoint([A])\ndef test_x():\n    pass", "*does not take the fixture adjoint_check*"),
         ("@pytest.mark.adjoint([])\ndef test_x(adjoint_check):\n    adjoint_check()", "*marked with no operators*"),
         ("def test_x(adjoint_check):\n    adjoint_check()", "*needs an operator*"),
+        ("@pytest.mark.adjoint([A])\ndef test_x(adjoint_check):\n    pass", "*was never called*"),
+        ("@pytest.mark.adjoint(A)\ndef test_x(adjoint_check):\n    adjoint_check()", "*expected one mapping or list*"),
+        ("@pytest.mark.adjoint([A], [A])\ndef test_x(adjoint_check):\n    pass", "*expected one mapping or list*"),
     ],
-    ids=["without the fixture", "no operators", "nothing to test"],
+    ids=["without the fixture", "no operators", "nothing to test", "not called", "one operator", "two lists"],
 )
 def test_tests_that_would_test_nothing_are_errors(project, text: str, message: str) -> None:
     done = project(text)

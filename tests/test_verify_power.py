@@ -6,7 +6,7 @@ import pytest
 import torch
 from verify_power import BUGS, OPERATORS, ROUNDING, STUDIED, built, false_alarms, mutants, page
 
-FEW = ("circular convolution", "sensitivity maps", "two leaves", "cancellation inside")
+FEW = ("grouped dilated convolution", "circular convolution", "sensitivity maps", "two leaves", "cancellation inside")
 
 
 @pytest.mark.parametrize("dtype", STUDIED, ids=str)

@@ -176,11 +176,12 @@ def _explain(subject: Subject) -> Outcome:
         A, affine = subject.operator()
     except _FAILURES as failure:
         reason = {"error": type(failure).__name__, "message": str(failure)}
-        return Outcome("", FAILED, f"{type(failure).__name__}: {failure}", reason)
+        text = f"{type(failure).__name__}: {failure}"
+        return Outcome("", FAILED, text, reason, page(text))
     note = "" if affine is None else "The map has an offset (a bias): this is its linear part x ↦ f(x) − f(0).\n\n"
     explanation = str(A.explain())
     record = {"engine": A.engine, "affine": affine is not None, "explanation": explanation}
-    return Outcome("", PASSED, note + explanation, record)
+    return Outcome("", PASSED, note + explanation, record, page(note + explanation))
 
 
 def _answer(text: str, work: Callable[[Subject], Outcome], options: Options, debug: bool) -> Outcome:
@@ -302,6 +303,7 @@ _ENGINE = typer.Option("--engine", help="How the adjoint is computed.")
 _EVAL = typer.Option("--eval", help="Put the module into evaluation mode first (dropout, batch-norm).")
 _SEED = typer.Option("--seed", min=0, max=2**63 - 1, help="Of a module's initial weights and of the random draws.")
 _JSON = typer.Option("--json", help="Print one JSON object, or a list of them for several targets.")
+_HTML = typer.Option("--html", help="Write the reports to this HTML file.")
 _DEBUG = typer.Option("--debug", help="Show tracebacks.")
 
 
@@ -319,7 +321,7 @@ def check(
     seed: Annotated[int, _SEED] = 0,
     trials: Annotated[int | None, typer.Option("--trials", min=1, max=10**6, help="Number of random draws.")] = None,
     as_json: Annotated[bool, _JSON] = False,
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write the reports to this HTML file.")] = None,
+    html_file: Annotated[Path | None, _HTML] = None,
     debug: Annotated[bool, _DEBUG] = False,
 ) -> None:
     """Check that a map is linear and ⟨A x, y⟩ = ⟨x, Aᴴ y⟩; exit with 0 if so, 1 if not, 2 if it cannot be said."""
@@ -340,11 +342,12 @@ def explain(
     evaluation: Annotated[bool, _EVAL] = False,
     seed: Annotated[int, _SEED] = 0,
     as_json: Annotated[bool, _JSON] = False,
+    html_file: Annotated[Path | None, _HTML] = None,
     debug: Annotated[bool, _DEBUG] = False,
 ) -> None:
     """Show how Aᴴ is computed: the engine, the derived program, and the evidence that the map is linear."""
     options = _options(shape, dtype, device, batch_dims, kwargs, engine=engine, evaluation=evaluation, seed=seed)
-    _run(targets, _explain, options, as_json=as_json, debug=debug)
+    _run(targets, _explain, options, as_json=as_json, html_file=html_file, debug=debug)
 
 
 @app.command()

@@ -61,15 +61,20 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
+def _heading(outcome: Outcome) -> str:
+    name, colon, status = outcome.headline.rpartition(f": {_STATUS[outcome.code]}")
+    return f"<code>{html.escape(name or status)}</code>{colon}"
+
+
 def document(outcomes: Sequence[Outcome]) -> str:
     """Return one HTML page with all outcomes."""
     style = "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{white-space:pre-wrap}"
     sections = [
-        f"<section><h2><code>{html.escape(one_line(o.target))}</code>: {_STATUS[o.code]}</h2>\n"
+        f"<section><h2>{_heading(o)}</h2>\n"
         f"{o.html or '<p>' + html.escape(o.record.get('message', '')) + '</p>'}</section>"
         for o in outcomes
     ]
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>adjointlab check</title>'
-        f"<style>{style}</style></head>\n<body><h1>adjointlab check</h1>\n{''.join(sections)}\n</body></html>\n"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>adjointlab</title>'
+        f"<style>{style}</style></head>\n<body><h1>adjointlab</h1>\n{''.join(sections)}\n</body></html>\n"
     )

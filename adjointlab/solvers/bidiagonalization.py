@@ -2,7 +2,7 @@ r"""LSMR: ``min ‖Ax − y‖²_W + damp² ‖x‖²`` by Golub–Kahan bidiago
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,26 +52,12 @@ def lsmr(
 
     Parameters
     ----------
-    A : LinearOperator or AffineOperator
-        Any operator; the offset of an affine one is taken off y.
-    y : pytree of tensors
-        The data, an element of ``A.codomain``.
-    x0 : pytree of tensors, optional
-        Where to start; zero if not given.
-    damp : float
-        Weight of the penalty on x.
-    weight : LinearOperator, or pytree of real tensors, optional
-        ``W``, as in :class:`adjointlab.LeastSquares`: self-adjoint and positive, or the entries of a diagonal.
-    maxiter : int, optional
-        Most steps; ten for each unknown, at most 10000, if not given.
+    A, y, x0, damp, weight, maxiter, callback, progress
+        As in :func:`cgls`.
     atol, btol : float
         Relative errors of A and y that the solution may reflect.
     conlim : float
         Largest condition number; 0 for any.
-    callback : callable, optional
-        Called with a copy of x after each step; it stops the solver by returning True.
-    progress : bool
-        Whether to show a progress bar (needs tqdm).
 
     Returns
     -------
@@ -88,8 +74,8 @@ def lsmr(
     Notes
     -----
     x is differentiable as in :func:`cgls`. Beside x and y, memory for four elements of the domain and two of the
-    codomain is used (one more of the codomain with weights). With ``x0`` and damping together, the damping becomes
-    further equations, whose vectors are elements of the domain: nine of these are used then.
+    codomain is used (one more of the codomain with weights, one more of the domain with ``x0`` and damping together),
+    and whatever A takes for itself.
 
     References
     ----------
@@ -111,48 +97,35 @@ def lsmr(
     with torch.no_grad():
         monitor = Monitor(problem.domain, problem.steps(maxiter), callback, progress, "lsmr")
         x = problem.start(x0)
-        # The recurrences damp the correction to x0; damping x itself, from another start than zero, takes more rows.
-        stacked = x0 is not None and damp > 0
-        rules = _Rules(monitor, atol, btol, conlim)
-        _lsmr(problem.damped(damp) if stacked else problem, x, x0 is not None, 0.0 if stacked else damp, rules)
+        _lsmr(problem, x, damp, _Rules(monitor, atol, btol, conlim), started=x0 is not None)
         solution = monitor.solution(x)
     return implicit.of_least_squares(problem, solution, damp, min(atol, btol), monitor.maxiter, started=x0 is not None)
 
 
-def _lsmr(problem: Problem, x: Vector, started: bool, damp: float, rules: _Rules) -> None:
-    """Run LSMR on x in place. u is kept unnormalised, ``u = β u_true``, which saves a pass over it."""
+def _lsmr(problem: Problem, x: Vector, damp: float, rules: _Rules, *, started: bool) -> None:
+    """Run LSMR on x in place."""
     domain, codomain, monitor = problem.domain, problem.codomain, rules.monitor
-    y = problem.data()
-    u = codomain.copy(y)
-    codomain.choose_precision(codomain.norm(u))
-    size = problem.weighted(u)[1].sqrt()
+    left = _Left(problem, codomain.copy(problem.data()))
+    codomain.choose_precision(codomain.norm(left.u))
+    size = problem.weighted(left.u)[1].sqrt()
     if started:
-        codomain.add(u, codomain.scalar(-1), problem.apply(x))
-    s, square = problem.pull_back(u)
-    domain.choose_precision(domain.norm(s))
-    beta = square.sqrt()
-    v = domain.copy(s)
-    del s
-    domain.scale(v, _inverse(beta))
+        left.start(x, damp)
+    v = domain.zeros()
+    beta = left.pull_back(v)
     alpha = domain.norm(v)
+    domain.choose_precision(alpha * beta)
     domain.scale(v, _inverse(alpha))
     h, hbar = domain.copy(v), domain.zeros()
-    state = _Recurrence.start(alpha, beta, damp)
+    state = _Recurrence.start(alpha, beta, 0.0 if left.damp else damp)
     rules.at_start(alpha, beta, size, max(domain.space.eps, codomain.space.eps))
     going, some = monitor.start(beta)
     while going:
         if some:
+            left.clear(~monitor.running)
             for vector in (hbar, h, v):
                 domain.clear(vector, ~monitor.running)
-            codomain.clear(u, ~monitor.running)
-        q = problem.apply(v)
-        codomain.update(u, q, -alpha * _inverse(beta))
-        del q
-        s, square = problem.pull_back(u)
-        beta = square.sqrt()
-        domain.scale(v, -beta)
-        domain.add(v, _inverse(beta), s)
-        del s
+        left.push(v, -alpha * _inverse(beta))
+        beta = left.pull_back(v)
         alpha = domain.norm(v)
         domain.scale(v, _inverse(alpha))
         to_hbar, to_x, to_h = state.advance(alpha, beta)
@@ -164,6 +137,52 @@ def _lsmr(problem: Problem, x: Vector, started: bool, damp: float, rules: _Rules
         domain.update(h, v, torch.where(moved, to_h, 0))
         rules(state, domain.norm(x))
         going, some = monitor.step(x, state.residual, moved)
+
+
+@dataclass
+class _Left:
+    """The left vector ``βu`` of the bidiagonalisation, not normalised, which saves a pass over it.
+
+    The recurrences of LSMR damp the correction to the start. To damp x itself from another start than zero, A is
+    extended by the rows ``damp · x = 0``, in which the left vector is ``damp · below``.
+    """
+
+    problem: Problem
+    u: Vector
+    below: Vector = field(default_factory=list)
+    damp: float = 0.0
+
+    def start(self, x: Vector, damp: float) -> None:
+        """Take what x explains off the data."""
+        codomain, domain = self.problem.codomain, self.problem.domain
+        codomain.add(self.u, codomain.scalar(-1), self.problem.apply(x))
+        if damp:
+            self.damp, self.below = damp, domain.copy(x)
+            domain.scale(self.below, domain.scalar(-1))
+
+    def push(self, v: Vector, back: Tensor) -> None:
+        """Set ``u ← Av + back · u``."""
+        self.problem.codomain.update(self.u, self.problem.apply(v), back)
+        if self.damp:
+            self.problem.domain.update(self.below, v, back)
+
+    def pull_back(self, v: Vector) -> Tensor:
+        """Set ``v ← Aᴴu / β − βv``, and return ``β = ‖u‖``."""
+        domain = self.problem.domain
+        s, square = self.problem.pull_back(self.u)
+        if self.damp:
+            square = square + self.damp**2 * domain.dot(self.below, self.below)
+        beta = square.sqrt()
+        domain.scale(v, -beta)
+        domain.add(v, _inverse(beta), s)
+        if self.damp:
+            domain.add(v, self.damp**2 * _inverse(beta), self.below)
+        return beta
+
+    def clear(self, where: Tensor) -> None:
+        self.problem.codomain.clear(self.u, where)
+        if self.damp:
+            self.problem.domain.clear(self.below, where)
 
 
 def _inverse(value: Tensor) -> Tensor:

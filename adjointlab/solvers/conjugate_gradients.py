@@ -165,20 +165,14 @@ def cgls(
         Any operator; the offset of an affine one is taken off y.
     y : pytree of tensors
         The data, an element of ``A.codomain``.
-    x0 : pytree of tensors, optional
-        Where to start; zero if not given.
     damp : float
         Weight of the penalty on x.
     weight : LinearOperator, or pytree of real tensors, optional
         ``W``, as in :class:`adjointlab.LeastSquares`: self-adjoint and positive, or the entries of a diagonal.
-    maxiter : int, optional
-        Most steps; ten for each unknown, at most 10000, if not given.
     tol : float
         Relative tolerance of the gradient.
-    callback : callable, optional
-        Called with a copy of x after each step; it stops the solver by returning True.
-    progress : bool
-        Whether to show a progress bar (needs tqdm).
+    x0, maxiter, callback, progress
+        As in :func:`cg`.
 
     Returns
     -------

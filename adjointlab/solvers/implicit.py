@@ -29,6 +29,7 @@ from torch import Tensor
 from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector
 from adjointlab.solvers.problem import Problem
 from adjointlab.solvers.solution import Solution
+from adjointlab.space import Space
 
 Map = Callable[[Vector], Vector]
 
@@ -87,13 +88,18 @@ def _residual(problem: Problem, solution: Solution) -> tuple[Tensor, ...] | None
     codomain = problem.codomain.space
     pairs = zip(codomain.leaves(problem.y), codomain.leaves(problem.A(solution.x)), strict=True)
     residual = tuple(y - image for y, image in pairs)
-    return residual if any(leaf.requires_grad for leaf in residual) else None
+    return residual if _required(codomain, residual) else None
 
 
 def _pulled(problem: Problem, element: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """Return ``Aᴴ`` of a fixed element, if A is to be differentiated."""
     leaves = problem.domain.space.leaves(problem.A.H(problem.codomain.space.unflatten(element)))
-    return leaves if any(leaf.requires_grad for leaf in leaves) else None
+    return leaves if _required(problem.domain.space, leaves) else None
+
+
+def _required(space: Space, leaves: tuple[Tensor, ...]) -> bool:
+    """Return whether a gradient is asked for: on all processes, where it is on one."""
+    return not space.every(not any(leaf.requires_grad for leaf in leaves))
 
 
 def _preimage(problem: Problem, solution: Solution, tol: float, maxiter: int) -> tuple[Tensor, ...]:
@@ -122,6 +128,7 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cotangents: Callable[[Vector], list[Vector]], x: tuple[Tensor, ...], *ties: Tensor) -> Any:
         ctx.cotangents = cotangents
+        ctx.save_for_backward(*ties)
         ctx.complex = [tie.is_complex() for tie in ties]
         return tuple(leaf.view_as(leaf) for leaf in x)
 
@@ -134,16 +141,19 @@ class _Tie(torch.autograd.Function):
                 for part, is_complex in zip(parts, ctx.complex, strict=True)
             ]
         if torch.is_grad_enabled():
-            found = list(_once(torch.zeros((), requires_grad=True), *found))
+            found = list(_once(len(found), *found, *v, *ctx.saved_tensors))
         return None, None, *found
 
 
 class _Once(torch.autograd.Function):
-    """The identity, which refuses to be differentiated: where a second derivative would be wrong without a word."""
+    """The first ``count`` tensors, which refuse to be differentiated: a second derivative would be wrong.
+
+    The other tensors are what they depend on, so that whoever asks gets here, rather than a derivative of nothing.
+    """
 
     @staticmethod
-    def forward(ctx: Any, flag: Tensor, *tensors: Tensor) -> Any:
-        return tuple(t.view_as(t) for t in tensors)
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Any:
+        return tuple(t.view_as(t) for t in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
@@ -182,6 +192,7 @@ def _solve(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _
         step = torch.where(finished, 0, gamma / space.dot(mp, mp))
         space.add(w, step, p)
         space.add(r, -step, mp)
+        del mr
         mr = apply(r)
         previous, gamma = gamma, space.dot(r, mr)
         length, pulled = space.norm(r), space.norm(mr)

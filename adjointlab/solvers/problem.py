@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 
 from adjointlab.affine import AffineOperator
-from adjointlab.blocks import block_diag, identity, vstack
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.least_squares import LeastSquares
+from adjointlab.least_squares import weight_entries, weight_operator
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers.arithmetic import Vector, Vectors
+from adjointlab.tree import tree_flatten
 
 _MOST_STEPS = 10_000
 
@@ -30,7 +31,7 @@ class Problem:
 
     A: LinearOperator
     y: Any
-    weight: LinearOperator | None
+    weight: Callable[[Any], Any] | None
     domain: Vectors
     codomain: Vectors
 
@@ -43,13 +44,13 @@ class Problem:
             )
         leaves = A.codomain.leaves(y, "y")
         batch = tuple(leaves[0].shape[: A.codomain.batch_dims])
-        operator = None if weight is None else LeastSquares(A, y, weight).weight
+        weigh = None if weight is None else _weighting(A, y, weight)
         domain, codomain = Vectors(A.domain, batch), Vectors(A.codomain, batch)
         if isinstance(A, AffineOperator):
             offset = A.codomain.leaves(A(domain.space.zeros()))
             y = A.codomain.unflatten([a - b for a, b in zip(leaves, offset, strict=True)])
             A = A.linear
-        return Problem(A, y, operator, domain, codomain)
+        return Problem(A, y, weigh, domain, codomain)
 
     def start(self, x0: Any) -> Vector:
         """Return the first iterate, ours to write to."""
@@ -98,15 +99,29 @@ class Problem:
 
         return apply
 
-    def damped(self, damp: float) -> Problem:
-        """Return the same problem with the damping written as further equations, ``damp · x = 0``."""
-        below = damp * identity(self.A.domain)
-        A = vstack([self.A, below])
-        zero = self.domain.space.zeros()
-        weight = None
-        if self.weight is not None:
-            weight = block_diag([self.weight, identity(self.A.domain)])
-        return Problem(A, (self.y, zero), weight, self.domain, Vectors(A.codomain, self.codomain.batch))
+
+def _weighting(A: LinearOperator | AffineOperator, y: Any, weight: Any) -> Callable[[Any], Any]:
+    """Return ``r ↦ Wr``, without a complex copy of real entries of a diagonal."""
+    if isinstance(weight, LinearOperator):
+        return weight_operator(A, weight)
+    weight_entries(A, weight)  # raises
+    entries = tree_flatten(weight)[0]
+    if [w.shape for w in entries] != [leaf.shape for leaf in A.codomain.leaves(y)]:
+        raise SpaceMismatchError(
+            f"expected weights of the batch sizes of the data, got shapes {[tuple(w.shape) for w in entries]}: nothing "
+            "is broadcast"
+        )
+
+    def weigh(r: Any) -> Any:
+        return A.codomain.unflatten([_times(w, leaf) for w, leaf in zip(entries, A.codomain.leaves(r), strict=True)])
+
+    return weigh
+
+
+def _times(w: Tensor, r: Tensor) -> Tensor:
+    if w.is_complex() or not r.is_complex():
+        return w * r
+    return torch.view_as_complex(w[..., None] * torch.view_as_real(r.resolve_conj()))
 
 
 def plus(s: Vector, factor: float, x: Vector) -> Vector:

@@ -100,8 +100,10 @@ class Monitor:
         """Record a step that moved the problems ``moved``; return whether to go on, and whether only with some."""
         self.norms.append(torch.where(moved, norm, self.norms[-1]))
         self.steps = self.steps + moved
-        if self._callback is not None and self._callback(self.vectors.element(self.vectors.copy(x))) is True:
-            self.stop(torch.ones_like(moved), STOPPED)
+        if self._callback is not None:
+            onward = self._callback(self.vectors.element(self.vectors.copy(x))) is not True
+            if not self.vectors.space.every(onward):  # on any process, where there are several
+                self.stop(torch.ones_like(moved), STOPPED)
         if self._bar is not None:
             self._bar.set_postfix_str(f"residual {float(self.norms[-1].max()):.3e}", refresh=False)
             self._bar.update()

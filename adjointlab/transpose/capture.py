@@ -10,6 +10,7 @@ length.
 from __future__ import annotations
 
 import functools
+import operator
 import random
 import types
 from collections.abc import Callable, Iterator
@@ -69,6 +70,8 @@ class Capture:
     lengths: tuple[tuple[Any, int], ...]
     copies: tuple[tuple[Any, Any], ...]  # arrays and sets, with what was in them
     containers: tuple[Any, ...]
+    snapshots: tuple[tuple[dict[Any, Any], list[Any], list[Any]], ...]  # whole dicts, their keys and values
+    others: tuple[tuple[Any, Any, Any], ...]  # the guards outside of these
 
     def tensors(self) -> list[Tensor]:
         """Return the current tensors, one for each source."""
@@ -76,19 +79,15 @@ class Capture:
 
     def changed(self) -> bool:
         """Return whether anything but the tensors differs from when it was captured."""
-        try:
-            for container, key, value in self.guards:
-                now = container[key]
-                if now is not value and not (
-                    isinstance(value, _PLAIN) and type(now) is type(value) and bool(now == value)
-                ):
-                    return True
-        except (KeyError, IndexError, ValueError, AttributeError):  # an attribute, item or cell was deleted
-            return True
         for container, length in self.lengths:
             if len(container) != length:
                 return True
-        return any(not _equal(now, before) for now, before in self.copies)
+        guards = self.others
+        for container, keys, values in self.snapshots:  # most often, every value is the very object that it was
+            if not (list(container) == keys and all(map(operator.is_, container.values(), values))):
+                guards = self.guards
+                break
+        return any(map(_differs, guards)) or any(not _equal(now, before) for now, before in self.copies)
 
     @contextmanager
     def preserved(self) -> Iterator[list[str]]:
@@ -132,6 +131,15 @@ def _restore(container: Any, old: Any) -> None:
         container.update(old)
 
 
+def _differs(guard: tuple[Any, Any, Any]) -> bool:
+    container, key, value = guard
+    try:
+        now = container[key]
+    except (KeyError, IndexError, ValueError, AttributeError):  # an attribute, item or cell was deleted
+        return True
+    return now is not value and not (isinstance(value, _PLAIN) and type(now) is type(value) and bool(now == value))
+
+
 def _equal(now: Any, before: Any) -> bool:
     return (
         np.array_equal(now, before, equal_nan=now.dtype.kind in "fc") if isinstance(now, np.ndarray) else now == before
@@ -148,11 +156,15 @@ def same(a: Tensor, b: Tensor) -> bool:
 def capture(function: Callable[..., Any], kwargs: Any = None) -> Capture:
     """Return what ``function`` and its fixed ``kwargs`` depend on besides the argument."""
     walk = _Walk()
-    walk.visit(function, [function], 0, "")
-    walk.visit(kwargs, [kwargs], 0, "kwargs")
+    walk.visit(function, (function,), 0, "")
+    walk.visit(kwargs, (kwargs,), 0, "kwargs")
+    guards = [guard for guard in walk.guards if not isinstance(guard[0], tuple)]  # which cannot change
+    whole = {id(container): container for container, _ in walk.lengths if type(container) is dict}
     return Capture(
-        tuple(walk.modules), tuple(walk.sources), tuple(walk.guards), tuple(walk.lengths), tuple(walk.copies),
+        tuple(walk.modules), tuple(walk.sources), tuple(guards), tuple(walk.lengths), tuple(walk.copies),
         tuple(walk.containers),
+        tuple((container, list(container), list(container.values())) for container in whole.values() if container),
+        tuple(guard for guard in guards if id(guard[0]) not in whole),
     )  # fmt: skip
 
 
@@ -183,10 +195,10 @@ class _Walk:
             self._module(value, name)
         elif isinstance(value, functools.partial):
             for part in (value.func, value.args, value.keywords):
-                self.visit(part, [part], 0, name)
+                self.visit(part, (part,), 0, name)
         elif isinstance(value, types.MethodType):
-            self.visit(value.__self__, [value.__self__], 0, name)
-            self.visit(value.__func__, [value.__func__], 0, name)
+            self.visit(value.__self__, (value.__self__,), 0, name)
+            self.visit(value.__func__, (value.__func__,), 0, name)
         elif isinstance(value, types.FunctionType):
             self._function(value, name)
         elif isinstance(value, np.ndarray):

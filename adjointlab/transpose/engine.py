@@ -7,10 +7,10 @@ compared with it once on random data. It is made again when what it depends on h
 from __future__ import annotations
 
 import functools
-import warnings
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ from adjointlab.errors import NotLinearError, SpaceMismatchError
 from adjointlab.space import Space, TensorSpec
 from adjointlab.transpose import kernels, pair, vjp
 from adjointlab.transpose.account import Account, listing
+from adjointlab.transpose.agreement import Maps, composed, disagreement
 from adjointlab.transpose.capture import Capture, capture
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.lower import lower
 from adjointlab.transpose.program import Program, differentiated, plain
 from adjointlab.transpose.prune import Pruned, ops, prune
-from adjointlab.transpose.sample import Sample, copies, eps, gap, nudged
+from adjointlab.transpose.sample import Sample, copies
 from adjointlab.transpose.simplify import simplify
 from adjointlab.transpose.trace import (
     Graph,
@@ -41,9 +42,25 @@ from adjointlab.tree import tree_flatten
 aten = torch.ops.aten
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ENGINES = ("auto", "eager", "traced", "compiled")
 _MOST_REBUILDS = 8  # a function whose plain attributes change at every call is not worth tracing again and again
+
+
+_BUILDING = threading.RLock()
+
+
+def _alone(method: Callable[P, R]) -> Callable[P, R]:
+    """Return a method that one thread runs at a time: tracing replaces functions of torch for a while."""
+
+    @functools.wraps(method)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _BUILDING:
+            return method(*args, **kwargs)
+
+    return locked
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ class Derived:
     metadata: tuple[Any, ...] = ()
     baked: tuple[Any, ...] = ()
     graphs: tuple[Graph, Pruned] | None = None
-    fused: Callable[[bool], Function] | None = None
+    fused: Callable[[bool], Function | None] | None = None
 
 
 class Transposition:
@@ -75,6 +92,7 @@ class Transposition:
         lowering: bool = True,
         autotune: bool = False,
         options: dict[str, Any] | None = None,
+        codomain: Space | None = None,
     ) -> None:
         if engine not in ENGINES:
             raise ValueError(f"expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
@@ -85,9 +103,11 @@ class Transposition:
         self.lowering = lowering
         self.autotune = autotune
         self.options = dict(options or {})
+        self._target = codomain  # where results live, which the results of one of several processes do not show
         self._rebuilds = 0
         self.rebase(domain)
 
+    @_alone
     def rebase(self, domain: Space) -> None:
         """Derive afresh, on another domain."""
         self.domain = domain
@@ -102,6 +122,7 @@ class Transposition:
         self._derived[domain.batch_shape] = derived
         self.codomain = self._codomain(derived)
 
+    @_alone
     def switch(self, engine: str, *, autotune: bool = False, options: dict[str, Any] | None = None) -> None:
         """Change the engine in place, and check it now."""
         self.requested, self.autotune, self.options = engine, autotune, dict(options or {})
@@ -138,7 +159,10 @@ class Transposition:
         batch = cotangents[0].shape[:k]
         primals = tuple(torch.zeros((*batch, *s.shape[k:]), dtype=s.dtype, device=s.device) for s in self.domain.specs)
         if self._vjp is None:
-            self._vjp = vjp.choose_vjp(self.flat, primals, tuple(c.detach() for c in cotangents))
+            found, why, result = vjp.choose_vjp(self.flat, primals, tuple(c.detach() for c in cotangents))
+            self._vjp = found, why
+            if plain() and not torch.is_grad_enabled():
+                return result
         return self._vjp[0](self.flat, primals, cotangents)
 
     # -- what is called ----------------------------------------------------------------------------------------------
@@ -168,8 +192,10 @@ class Transposition:
         derived = self._current(given[0])
         if derived.fused is None or not plain() or differentiated((*leaves, *(s.read() for s in derived.state))):
             return None
-        outputs = derived.fused(weight is not None)(leaves)
-        n = len(self.codomain.specs)
+        fused = derived.fused(weight is not None)
+        if fused is None:
+            return None
+        outputs, n = fused(leaves), len(self.codomain.specs)
         return self.codomain.unflatten(outputs[:n]), self.domain.unflatten(outputs[n:])
 
     @property
@@ -185,22 +211,32 @@ class Transposition:
     def _current(self, leaves: Tensors) -> Derived:
         batch = tuple(leaves[0].shape[: self.domain.batch_dims])
         derived = self._derived.get(batch)
-        if torch.compiler.is_compiling():
-            return self._eager("torch.compile met a size that was not seen before") if derived is None else derived
         if not plain():
-            if derived is not None and batch in self._verified and not self.captured.changed():
-                return derived
+            if torch.compiler.is_compiling():
+                return self._eager("torch.compile met a size that was not seen before") if derived is None else derived
+            if derived is not None and batch in self._verified:
+                # Under a trace of other people's making, no value of a tensor can be asked for.
+                traced = torch._C._len_torch_dispatch_stack() > 0
+                if not (self.captured.changed() if traced else self._stale(derived)):
+                    return derived
             return self._eager("it is first met, or has changed, inside of a transform")
-        if derived is not None and self._stale(derived):
-            derived = self._rederive(batch, derived.account)
+        if derived is not None and batch in self._verified and not self._stale(derived):
+            return derived
+        return self._refreshed(batch)
+
+    @_alone
+    def _refreshed(self, batch: tuple[int, ...]) -> Derived:
+        derived = self._derived.get(batch)
         if derived is None:
-            derived = self._derived[batch] = self._derive(batch)
+            self._derived[batch] = self._derive(batch)
+        elif self._stale(derived):
+            self._rederive(batch, derived.account)
         if batch not in self._verified:
             self._verify(batch)
         return self._derived[batch]
 
-    def _rederive(self, batch: tuple[int, ...], before: Account) -> Derived:
-        """Return what is derived from a function that has changed; where that is refused, it is refused again."""
+    def _rederive(self, batch: tuple[int, ...], before: Account) -> None:
+        """Derive from a function that has changed; where that is refused, it is refused again at the next call."""
         outdated = self.captured
         self.captured = capture(self.callable, self.kwargs)
         try:
@@ -213,7 +249,6 @@ class Transposition:
         self._rebuilds += 1
         self._derived = {batch: derived}
         self._verified.clear()
-        return derived
 
     def _require_still_linear(self, before: Account, now: Account) -> None:
         """Raise where a function that was affine by proof has changed into one that is not."""
@@ -238,24 +273,18 @@ class Transposition:
                     )
 
     def _stale(self, derived: Derived) -> bool:
-        if derived.account.engine == "eager":
+        if derived.graphs is None:
             return False
         if self.captured.changed():
             return True
         try:
-            tensors = [source.container[source.key] for source in derived.state]
+            for source, metadata in zip(derived.state, derived.metadata, strict=True):
+                tensor = source.container[source.key]
+                if not isinstance(tensor, Tensor) or _metadata(tensor) != metadata:
+                    return True
         except (KeyError, IndexError):  # what held a tensor holds none any more
             return True
-        for tensor, (shape, stride, dtype, device) in zip(tensors, derived.metadata, strict=True):
-            if (
-                not isinstance(tensor, Tensor)
-                or tensor.shape != shape
-                or tensor.dtype != dtype
-                or tensor.device != device
-                or tensor.stride() != stride
-            ):
-                return True
-        return any(not torch.equal(source.read(), value) for source, value in derived.baked)
+        return any(_differs(source.read(), value) for source, value in derived.baked)
 
     # -- how it is made ----------------------------------------------------------------------------------------------
 
@@ -273,7 +302,9 @@ class Transposition:
                 own_outputs(graph)
         except UntraceableError as error:
             self.untraceable = error
-            return self._eager(f"the function cannot be traced: {error}")
+        if not self.domain.every(self.untraceable is None):
+            self.untraceable = self.untraceable or UntraceableError("it is so on another process")
+            return self._eager(f"the function cannot be traced: {self.untraceable}")
         return self._programs(forward, pruned, self._modes()[-1], "")
 
     def _modes(self) -> list[str]:
@@ -316,14 +347,14 @@ class Transposition:
             program=listing(adjoint.graph),
             cut=cut_off(forward),
         )  # fmt: skip
-        state = forward.state
-        metadata = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (source.read() for source in state))
+        state, kind = forward.state, self.domain.specs[-1].device.type
+        metadata = tuple(_metadata(source.read()) for source in state)
 
         def bound(program: Program, linked: pair.Run) -> Function:
             def call(leaves: Tensors) -> Tensors:
-                tensors = (*[source.container[source.key] for source in state], *[_canonical(t) for t in leaves])
-                if torch.is_autocast_enabled(tensors[-1].device.type):  # spaces have dtypes, and keep them
-                    with torch.autocast(tensors[-1].device.type, enabled=False):
+                tensors = (*[source.container[source.key] for source in state], *map(_canonical, leaves))
+                if torch.is_autocast_enabled(kind):  # spaces have dtypes, and keep them
+                    with torch.autocast(kind, enabled=False):
                         return linked(*tensors)
                 if differentiated(tensors) or not plain():
                     return linked(*tensors)
@@ -331,8 +362,10 @@ class Transposition:
 
             return call
 
+        calls = bound(function, run), bound(linear, run_linear), bound(adjoint, run_adjoint)
+
         @functools.cache
-        def fused(weighted: bool) -> Function:
+        def fused(weighted: bool) -> Function | None:
             whole = program(residual_and_gradient(forward, pruned.graph, weighted=weighted))
             if mode == "compiled" and not self.domain.batch_dims:
                 whole.compile(self.options)
@@ -340,12 +373,10 @@ class Transposition:
             def call(leaves: Tensors) -> Tensors:
                 return whole.run(*[s.container[s.key] for s in state], *[_canonical(t) for t in leaves])
 
-            return call
+            same = composed(call, calls[0], calls[2], forward, weighted=weighted)
+            return call if self.domain.every(same) else None
 
-        return Derived(
-            bound(function, run), bound(linear, run_linear), bound(adjoint, run_adjoint), account, state, metadata,
-            forward.baked, (forward, pruned), fused,
-        )  # fmt: skip
+        return Derived(*calls, account, state, metadata, forward.baked, (forward, pruned), fused)
 
     def _compile(self, function: Program, linear: Program, adjoint: Program, n_state: int) -> None:
         if not self.domain.batch_dims:
@@ -393,7 +424,25 @@ class Transposition:
                 f"expected every output to begin with the {k} batch dimensions {self.domain.batch_shape} of the input, "
                 f"got shapes {[spec.shape for spec in specs]}: lower batch_dims"
             )
-        return Space(specs, batch_dims=k) if self._structure is None else Space(specs, self._structure, k)
+        found = Space(specs, batch_dims=k) if self._structure is None else Space(specs, self._structure, k)
+        return self._sharded(found) if self.domain.is_sharded or self._target is not None else found
+
+    def _sharded(self, found: Space) -> Space:
+        """Return the space of outputs with the sharding of the codomain that was given."""
+        target = self._target
+        if target is None:
+            raise SpaceMismatchError(
+                f"expected a codomain beside the sharded domain {self.domain}: how outputs are spread cannot be seen "
+                "from one process; use adjointlab.distributed.linear_operator(f, domain, codomain)"
+            )
+        shapes = [[spec.shape for spec in space.specs] for space in (target, found)]
+        if not self.domain.every(shapes[0] == shapes[1] and target.structure == found.structure):
+            raise SpaceMismatchError(
+                f"expected outputs in the codomain {target}, got {found} (or it is another process whose outputs do "
+                "not fit): what each process returns has to be its part of the codomain"
+            )
+        pairs = zip(found.specs, target.specs, strict=True)
+        return replace(found, specs=tuple(replace(spec, sharding=given.sharding) for spec, given in pairs))
 
     def _run_once(self) -> Tensors:
         with self.captured.preserved(), torch.no_grad():
@@ -421,15 +470,18 @@ class Transposition:
         reasons: list[str] = []
         with self.captured.preserved() as changes, torch.no_grad():
             sample = self._sample(batch)
-        if changes:
-            reasons.append(f"stateful: the forward changes {', '.join(changes)}")
-        for mode in [] if changes else self._modes():
+        unchanged = self.domain.every(not changes)
+        if not unchanged:
+            reasons.append(f"stateful: the forward changes {', '.join(changes) or 'something on another process'}")
+        reference = Maps(self.flat, self.reference_adjoint, self.domain, self.codomain)
+        for mode in self._modes() if unchanged else []:
             derived = self._programs(*graphs, mode, "; ".join(reasons))
-            disagreement = self._disagreement(derived, sample)
-            if not disagreement:
+            candidate = Maps(derived.function, derived.adjoint, self.domain, self.codomain)
+            said = disagreement(reference, candidate, sample, self.captured, derived.state, compiled=mode == "compiled")
+            if not said:
                 self._derived[batch] = derived
                 return sample
-            reasons.append(f"{mode}: {disagreement}")
+            reasons.append(f"{mode}: {said}")
         self._derived[batch] = self._eager("; ".join(reasons))
         return None
 
@@ -440,62 +492,13 @@ class Transposition:
         x, v = (space.leaves(space.randn(generator)) for space in (domain, codomain))
         return Sample(x, self._called(x), v, self.reference_adjoint(copies(v)))
 
-    def _disagreement(self, derived: Derived, sample: Sample) -> str:
-        """Return how derived functions differ from the eager reference, or nothing where they agree."""
-        trials = [
-            ("forward", self.flat, derived.function, sample.x, sample.at_x),
-            ("adjoint", self.reference_adjoint, derived.adjoint, sample.v, sample.at_v),
-        ]
-        with self.captured.preserved(), torch.no_grad(), warnings.catch_warnings():
-            # torch.compile runs complex numbers op by op, and says so; the account has what we have to say.
-            warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
-            for name, reference, fast, argument, expected in trials:
-                try:
-                    found = fast(copies(argument))
-                except RuntimeError as error:  # of a compiler, or of an op that real strides do not suit
-                    lines = [line for line in str(error).splitlines() if line.strip()]
-                    what = "torch.compile" if derived.account.engine == "compiled" else f"the derived {name}"
-                    return f"{what} failed ({' '.join(lines[:2])[:300]})"  # where it failed, and what was said
-                distance, allowed = gap(expected, found), 32 * eps(expected)
-                if distance > allowed:  # cancellation inside? then the result moves as much when the argument does
-                    allowed += 32 * gap(expected, reference(nudged(argument)))
-                if not distance <= allowed:
-                    return (
-                        f"the derived {name} differs from the eager one by {distance:.1e} of its norm, where rounding "
-                        f"explains {allowed:.1e}"
-                    )
-        return self._state_disagreement(derived, sample)
 
-    def _state_disagreement(self, derived: Derived, sample: Sample) -> str:
-        """Return how gradients in the parameters differ from plain autograd's, or nothing where they agree.
+def _differs(tensor: Tensor, baked: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or not torch.equal(tensor, baked)
 
-        A straight-through estimator or a block under no_grad gives parameters a derivative that is not the function's.
-        """
-        wanted = [(s.name, s.read()) for s in derived.state if s.read().requires_grad]
-        if not wanted:
-            return ""
 
-        def gradients(function: Function, x: Tensors) -> Tensors:
-            with torch.enable_grad():
-                pairs = [(o, v) for o, v in zip(function(x), sample.v, strict=True) if o.requires_grad]
-                tensors = [tensor for _, tensor in wanted]
-                if not pairs:
-                    return tuple(torch.zeros_like(tensor) for tensor in tensors)
-                outputs, cotangents = zip(*pairs, strict=True)
-                found = torch.autograd.grad(outputs, tensors, cotangents, allow_unused=True)
-            return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True))
-
-        with self.captured.preserved():
-            try:
-                expected, found = gradients(self.flat, sample.x), gradients(derived.function, sample.x)
-                moved = gradients(self.flat, nudged(sample.x))
-            except RuntimeError as error:
-                return f"the gradient in the parameters failed ({vjp.first_line(error)})"
-        for (name, _), a, b, c in zip(wanted, expected, found, moved, strict=True):
-            distance, allowed = gap((a,), (b,)), 64 * eps((a,)) + 64 * gap((a,), (c,))
-            if not distance <= allowed:
-                return f"the gradient in {name} differs from autograd's by {distance:.1e} of its norm"
-        return ""
+def _metadata(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _canonical(tensor: Tensor) -> Tensor:

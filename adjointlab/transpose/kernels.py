@@ -75,15 +75,19 @@ def sized(site: Site) -> Site:
 
 
 def fast_length(n: int) -> int:
-    """Return the smallest length of at least n without prime factors above 5."""
-    while True:
-        rest = n
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return n
-        n += 1
+    """Return the smallest even length of at least n that suits a transform of real numbers."""
+    n += n % 2
+    while not smooth(n):
+        n += 2
+    return n
+
+
+def smooth(n: int) -> bool:
+    """Return whether a length has no prime factor above 11: those that libraries have code of their own for."""
+    for prime in (2, 3, 5, 7, 11):
+        while n % prime == 0:
+            n //= prime
+    return n == 1
 
 
 def native(x: Tensor, weight: Tensor, bias: Tensor | None, site: Site) -> Tensor:
@@ -140,12 +144,29 @@ def fft(x: Tensor, transform: Tensor, bias: Tensor | None, site: Site) -> Tensor
         product = source.reshape(batch, g, 1, *frequencies) * transform[:, :, 0]
     else:
         product = (source.reshape(batch, g, 1, -1, *frequencies) * transform).sum(3)
-    y: Tensor = torch.fft.irfftn(product.reshape(batch, -1, *frequencies), s=size, dim=dims)
+    product = product.reshape(batch, -1, *frequencies)
+    rows = torch.fft.ifftn(product, dim=dims[:-1]) if len(dims) > 1 else product
+    y: Tensor = torch.fft.irfft(_spread(rows), n=size[-1], dim=-1)
     steps = [1] * len(dims) if site.transposed else site.stride
     wanted = [slice(0, (n - 1) * s + 1, s) for n, s in zip(site.output_shape[1:], steps, strict=True)]
     inside: Any = (..., *wanted)
     y = y[inside]
     return y.contiguous() if bias is None else y + bias.reshape(-1, *[1] * len(dims))
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """Return rows whose entries do not lie a power of two apart in memory.
+
+    The first transforms leave the last dimension as the slowest. Where its entries are kilobytes apart, all of a row
+    compete for the same few lines of the cache, and the last transform takes twice as long: far more than a copy.
+    """
+    *inner, last = rows.shape[2:]
+    step = math.prod(inner)
+    if rows.device.type != "cpu" or rows.stride(-1) != step or step * rows.element_size() % 1024:
+        return rows
+    step += 8
+    strides = (rows.shape[1] * last * step, last * step, *rows.stride()[2:-1], step)
+    return torch.empty_strided(rows.shape, strides, dtype=rows.dtype).copy_(rows)
 
 
 def taps(weight: Tensor, site: Site) -> Tensor:
@@ -196,9 +217,9 @@ def available(site: Site) -> list[str]:
 # Rates of the cost model, in multiplications or FFT steps a second: measured on two cores of a current server for the
 # CPU (see docs/benchmarks.md), taken from published throughputs for CUDA. They need to be right to a factor of a few
 # only: what is closer than that is settled by a short measurement, or left native.
-_FFT_RATE = {"cpu": 4e9, "cuda": 4e11}
+_FFT_RATE = {"cpu": 8e9, "cuda": 4e11}
 _FFT_OVERHEAD = {"cpu": 2e-4, "cuda": 1e-4}
-_PRODUCT_RATE = {"cpu": 3e8, "cuda": 1e11}
+_PRODUCT_RATE = {"cpu": 6e8, "cuda": 1e11}
 _TAP_OVERHEAD = 1e-5
 _OVERHEAD = 2e-5
 
@@ -216,7 +237,7 @@ def predicted(name: str, site: Site) -> float:
         size = site.batch * math.prod(site.output_shape)
         count = math.prod(site.kernel)
         cached = size * site.dtype.itemsize < 1 << 23
-        rate = {"cpu": 8e9 if cached else 2e9, "cuda": 1e11}[kind]
+        rate = {"cpu": 1.6e10 if cached else 5e9, "cuda": 1e11}[kind]
         return count * (_TAP_OVERHEAD + size * site.dtype.itemsize / 4 / rate)
     if kind != "cpu":
         return _OVERHEAD + site.macs / 1e12
@@ -238,8 +259,12 @@ def _direct_rate(site: Site) -> float:
     return rate
 
 
-_NEAR = 6.0  # predictions closer than this factor do not decide
-_BUDGET = 0.04  # seconds of expected run time that a measurement at build may take
+_NEAR = 6.0  # expectations closer than this factor do not decide
+_BUDGET = 0.03  # seconds that a measurement at build may take, unless the fastest kernel alone takes longer
+_CHEAP = 1e-3  # what is expected to take less is run: the model is at its worst there
+_FAR = 20.0  # ... and closer than this one does not rule native out
+_COLD = {"fft": 8e-5, "tapped": 2e-5}  # what kernels of many ops lose between other work, and not in a row of runs
+_PROBE = 2e6  # multiplications that show a direct kernel's rate: a few milliseconds of the slowest
 
 
 def choose(site: Site, *, measure: bool, thorough: bool = False) -> str:
@@ -247,40 +272,98 @@ def choose(site: Site, *, measure: bool, thorough: bool = False) -> str:
 
     ``thorough`` measures every kernel that could be near, whatever it costs.
     """
-    times = {name: predicted(name, site) for name in available(site)}
+    names = available(site)
+    if len(names) > 1 and measure and site.device.type != "meta":
+        return _fastest(site, tuple(names), thorough)
+    times = {name: predicted(name, site) for name in names}
     best = min(times, key=times.__getitem__)
-    near = [name for name, t in times.items() if t <= _NEAR * times[best]]
-    if thorough:
-        near = [name for name, t in times.items() if t <= 10 * _NEAR * times[best]]
-    elif not measure or site.device.type == "meta" or 4 * sum(times[name] for name in near) > _BUDGET:
-        return best if 2 * times[best] < times["native"] else "native"
-    if len(near) == 1:
-        return near[0]
-    measured = _measure(site, tuple(near), 7 if thorough else 3)
-    fastest = min(measured, key=measured.__getitem__)
-    return "native" if measured.get("native", math.inf) <= 1.05 * measured[fastest] else fastest
+    return best if 2 * times[best] < times["native"] else "native"
 
 
 @functools.cache
-def _measure(site: Site, names: tuple[str, ...], rounds: int) -> dict[str, float]:
-    """Return the median times of kernels, run in turn; cached, as the machine does not change."""
+def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
+    """Return the kernel that is fastest as measured; cached, as the machine does not change.
+
+    Kernels run in the order of their expected times, so that one that is far behind what was seen need not run.
+    """
+    near, budget, rounds = (10 * _NEAR, math.inf, 7) if thorough else (_NEAR, _BUDGET, 3)
+    expected = {name: _expected(name, site) for name in names}
+    far = dict.fromkeys(names, near) | {"native": max(near, _FAR)}  # nothing may be slower than native unseen
+    least = min(expected.values())
+    order = [n for n in sorted(names, key=expected.__getitem__) if expected[n] <= max(far[n] * least, _CHEAP)]
+    if len(order) == 1:
+        return order[0]
+    run = _runner(site)
+    times: dict[str, float] = {}  # the least of each: what else runs on the machine only adds to it
+    spent = 0.0
+    for name in order:
+        best = min(times.values(), default=math.inf)
+        costly = name != "native" and spent + 2 * expected[name] > budget and expected[name] > 2 * best
+        if costly or expected[name] > max((far[name] if name == "native" else near / 2) * best, _CHEAP):
+            continue
+        first, second = run(name), run(name)
+        times[name] = min(first, second)
+        spent += first + second
+    best = min(times.values())
+    close = [name for name in times if times[name] <= 3 * best]
+    rounds = max(rounds, 12) if best < _CHEAP else rounds
+    for _ in range(rounds if len(close) > 1 and spent < budget else 0):
+        for name in close:
+            times[name] = min(times[name], run(name))
+    times = {name: t + _COLD.get(name, 0.0) for name, t in times.items()}
+    fastest = min(times, key=times.__getitem__)
+    native = times["native"] / 1.1 if "native" in times else expected["native"] / 1.5  # it is the more accurate
+    return "native" if native <= times[fastest] else fastest
+
+
+def _expected(name: str, site: Site) -> float:
+    """Return the expected time of a kernel, that of a direct one from its rate on a part of the image.
+
+    The rates of direct kernels differ a hundredfold with channels, size and processor, which no model knows.
+    """
+    if name not in {"native", "flipped"} or site.macs <= 4 * _PROBE:
+        return predicted(name, site)
+    part = _part(site, _PROBE / site.macs)
+    run = _runner(part)
+    return min(run(name), run(name)) * site.macs / part.macs
+
+
+def _part(site: Site, share: float) -> Site:
+    """Return the site on a part of the batch and image, as close to ``share`` of the work as sizes allow."""
+    batch = max(1, int(site.batch * share))
+    scale = (share * site.batch / batch) ** (1 / len(site.kernel))
+    source, target = [], []
+    for n, e, s, p, o in zip(
+        site.input_shape[1:], site.extent, site.stride, site.padding, site.output_padding, strict=True
+    ):
+        size = min(n, max(int(n * scale), e, 8 + 2 * p))  # some outputs are left, whatever the padding takes off
+        source.append(size)
+        target.append((size - 1) * s + e - 2 * p + o if site.transposed else (size + 2 * p - e) // s + 1)
+    return site._replace(
+        batch=batch, input_shape=(site.input_shape[0], *source), output_shape=(site.output_shape[0], *target)
+    )
+
+
+def _runner(site: Site) -> Callable[[str], float]:
+    """Return a function that runs the kernel of a name on random data, and returns the seconds that it took."""
     generator = torch.Generator().manual_seed(0)
     draw = functools.partial(torch.randn, generator=generator, dtype=site.dtype)
     c_in, c_out = site.input_shape[0], site.output_shape[0]
     first, second = (c_in, c_out // site.groups) if site.transposed else (c_out, c_in // site.groups)
     x = draw(site.batch, *site.input_shape).to(site.device)
     weight = draw(first, second, *site.kernel).to(site.device)
-    prepared = {name: PREPARE[name](weight, site) if name in PREPARE else weight for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds + 1):
-        for name in names:
-            _wait(site.device)
-            start = time.perf_counter()
-            KERNELS[name](x, prepared[name], None, site)
-            _wait(site.device)
-            if turn:  # the first run of each warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+    prepared: dict[str, Tensor] = {"native": weight}
+
+    def run(name: str) -> float:
+        if name not in prepared:
+            prepared[name] = PREPARE[name](weight, site)
+        _wait(site.device)
+        start = time.perf_counter()
+        KERNELS[name](x, prepared[name], None, site)
+        _wait(site.device)
+        return time.perf_counter() - start
+
+    return run
 
 
 def _wait(device: torch.device) -> None:

@@ -10,6 +10,7 @@ from torch import fx
 
 from adjointlab.transpose import kernels
 from adjointlab.transpose.kernels import Site
+from adjointlab.transpose.simplify import circular
 from adjointlab.transpose.trace import Graph, clean
 
 aten = torch.ops.aten
@@ -25,11 +26,42 @@ def lower(graph: Graph, choose: Callable[[Site], str]) -> tuple[Graph, tuple[str
         if node.target is aten.convolution.default:
             site = _site(node)
             name = choose(site)
+            first, last = node, node
+            if name == "fft":
+                first, last, site = _cyclic(node, site)
             lines.append(_describe(name, site))
             if name != "native":
-                _replace(module.graph, node, name, site)
+                _replace(module.graph, node, (first.args[0], last), name, site)
     clean(module)
     return lowered, tuple(lines)
+
+
+def _cyclic(node: fx.Node, site: Site) -> tuple[fx.Node, fx.Node, Site]:
+    """Return the first and last node of what one product of transforms computes, and the site of it all.
+
+    A convolution of a circularly padded image is cyclic: the transform does by itself what the padding did, on an image
+    of the size before. So is the transpose, whose result is folded back.
+    """
+    alone = site.transposed and len(node.users) == 1 and node.args[2] is None
+    around = next(iter(node.users)) if alone else node.args[0]
+    shifts = None
+    if alone or not site.transposed:
+        assert isinstance(around, fx.Node)
+        shifts = circular(around, inverse=site.transposed)
+    if shifts is None or any(shifts[:2]) or any(site.padding):
+        return node, node, site
+    first, last = (node, around) if site.transposed else (around, node)
+    source, result = first.all_input_nodes[0].meta["val"], last.meta["val"]  # type: ignore[union-attr]
+    whole = site._replace(
+        input_shape=tuple(source.shape[1:]), output_shape=tuple(result.shape[1:]), padding=shifts[2:],
+        fft_size=tuple((result if site.transposed else source).shape[2:]),
+    )  # fmt: skip
+    strided = (source if site.transposed else result).shape[2:]
+    fits = all(
+        kernels.smooth(n) and (m - 1) * s < n and e <= n
+        for n, m, s, e in zip(whole.fft_size, strided, site.stride, site.extent, strict=True)
+    )
+    return (first, last, whole) if fits else (node, node, site)  # type: ignore[return-value]
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:
@@ -80,14 +112,16 @@ def _site(node: fx.Node) -> Site:
     return kernels.sized(site)
 
 
-def _replace(nodes: fx.Graph, node: fx.Node, name: str, site: Site) -> None:
-    x, weight, bias = node.args[:3]
-    with nodes.inserting_before(node):
+def _replace(nodes: fx.Graph, node: fx.Node, ends: tuple[Any, fx.Node], name: str, site: Site) -> None:
+    """Put a kernel in place of a convolution, or of all from the source to the result at its ends."""
+    (source, last), (weight, bias) = ends, node.args[1:3]
+    x = source[0] if isinstance(source, list) else source  # of a sum of pieces, the only one
+    with nodes.inserting_before(last):
         prepared = nodes.call_function(kernels.PREPARE[name], (weight, site))
         prepared.meta["val"] = weight.meta["val"]  # type: ignore[union-attr]  # a tensor: its size is not read
         call = nodes.call_function(kernels.KERNELS[name], (x, prepared, bias, site))
-    call.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(call)
+    call.meta["val"] = last.meta["val"]
+    last.replace_all_uses_with(call)
 
 
 def _describe(name: str, site: Site) -> str:

@@ -110,9 +110,10 @@ class Program:
         return main(*tensors, *self._constants, *prepared)  # type: ignore[no-any-return]
 
     def compile(self, options: dict[str, Any]) -> None:
-        """Put the main part through ``torch.compile``."""
+        """Put the main part through ``torch.compile`` as one region: a break in it is an error, to fall back from."""
         constants, prologue, main, watched, n_state = self._split
-        self._split = (constants, prologue, torch.compile(main, **options), watched, n_state)
+        compiled = torch.compile(main, **{"fullgraph": True, **options})
+        self._split = (constants, prologue, compiled, watched, n_state)
 
     def replace(self, function: Callable[..., Any], n_state: int) -> None:
         """Run an equal function of the inputs alone, which reads the state by itself."""

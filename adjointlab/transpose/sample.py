@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adjointlab.rounding import norm
+from adjointlab.space import Space
+
 Tensors = tuple[Tensor, ...]
 
 
@@ -38,13 +41,15 @@ def nudged(leaves: Tensors) -> Tensors:
     return tuple(t * (1 + eps(leaves) * torch.randn(t.shape, generator=draw).to(t)) for t in leaves)
 
 
-def gap(expected: Tensors, found: Tensors) -> float:
-    """Return ``‖expected − found‖ / ‖expected‖``, infinite where only the first is zero."""
-    difference = _norm([a - b for a, b in zip(expected, found, strict=True)])
-    scale = _norm(expected)
+def gap(expected: Tensors, found: Tensors, space: Space | None = None) -> float:
+    """Return ``‖expected − found‖ / ‖expected‖`` in the norm of ``space``, infinite where only the first is zero."""
+    difference = _norm([a - b for a, b in zip(expected, found, strict=True)], space)
+    scale = _norm(expected, space)
     return difference / scale if scale else math.inf if difference else 0.0
 
 
-def _norm(leaves: Sequence[Tensor]) -> float:
+def _norm(leaves: Sequence[Tensor], space: Space | None) -> float:
+    if space is not None and space.is_sharded:
+        return norm(tuple(leaves), space)
     wide = {True: torch.complex128, False: torch.float64}
     return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=wide[t.is_complex()])) for t in leaves))

@@ -165,6 +165,8 @@ def _exclusive(index: int, pieces: list[Piece]) -> bool:
 
 def accumulate(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ...], covered: bool) -> Tensor:
     """Return the sum of pieces, each written once: copied where nothing was before it, added elsewhere."""
+    if torch.compiler.is_compiling():
+        return _as_sum(sources, layout, shape)
     result = sources[0].new_empty(shape) if covered else sources[0].new_zeros(shape)
     for number, factor, read, write, exclusive in layout:
         part = sources[number][tuple([slice(*r) if isinstance(r, tuple) else r for r in read])]
@@ -176,6 +178,55 @@ def accumulate(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int,
         else:
             torch.mul(part, factor, out=target)
     return result
+
+
+def circular(node: fx.Node, *, inverse: bool) -> tuple[int, ...] | None:
+    """Return the shifts a for which a node pads one image circularly, ``padded[i] = x[(i − a) mod n]``, or None.
+
+    With ``inverse``, the node is the transpose of that.
+    """
+    if node.target is not accumulate:
+        return None
+    arguments: Any = node.args
+    sources, layout, *_ = arguments
+    if len(sources) > 1:
+        return None
+    shapes: Any = sources[0].meta["val"].shape, node.meta["val"].shape
+    image, padded = reversed(shapes) if inverse else shapes
+    pieces = {(w, r) if inverse else (r, w) for _, _, r, w, _ in layout}
+    if any(factor != 1 for _, factor, *_ in layout):
+        return None
+    if len(image) != len(padded) or any(isinstance(entry, int) for piece in pieces for part in piece for entry in part):
+        return None
+    spans = [{(r[dim], w[dim]) for r, w in pieces} for dim in range(len(image))]
+    if not math.prod(map(len, spans)) == len(pieces) == len(layout):
+        return None  # pieces that are not all combinations of spans, one of each dimension
+    shifts = []
+    for found, n, length in zip(spans, image, padded, strict=True):
+        ordered = sorted(w for _, w in found)
+        starts, stops = [a for a, _ in ordered], [b for _, b in ordered]
+        offsets = {(w[0] - r[0]) % n for r, w in found}
+        if starts != [0, *stops[:-1]] or stops[-1] != length or len(offsets) != 1:
+            return None
+        shifts.append(offsets.pop())
+    return tuple(shifts)
+
+
+def _as_sum(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ...]) -> Tensor:
+    """Return the sum of pieces as one expression: compilers make one loop of it, and many of writes in place."""
+    total: Tensor | None = None
+    for number, factor, read, write, _ in layout:
+        part = sources[number][tuple([slice(*r) if isinstance(r, tuple) else r for r in read])]
+        part = part[tuple([slice(None) if isinstance(w, tuple) else None for w in write])]
+        places = [w if isinstance(w, tuple) else (w, w + 1) for w in write]
+        pads = [side for (a, b), n in zip(places, shape, strict=True) for side in (n - b, a)]
+        term = torch.constant_pad_nd(part, pads[::-1])
+        if total is None:
+            total = term if factor == 1 else factor * term
+        else:
+            total = total - term if factor == -1 else total + (term if factor == 1 else factor * term)
+    assert total is not None
+    return total
 
 
 # -- rules: the sum of a node from those of its operands, or None where it is not one ---------------------------------

@@ -49,8 +49,8 @@ def _like(cotangents: Tensors, outputs: Tensors) -> Tensors:
     return tuple(cotangents)
 
 
-def choose_vjp(function: Function, primals: Tensors, cotangents: Tensors) -> tuple[VJP, str]:
-    """Return the VJP that works for ``function``, and why ``torch.func.vjp`` does not where that is so.
+def choose_vjp(function: Function, primals: Tensors, cotangents: Tensors) -> tuple[VJP, str, Tensors]:
+    """Return the VJP that works for ``function``, why ``torch.func.vjp`` does not where that is so, and its result.
 
     Raises
     ------
@@ -58,14 +58,13 @@ def choose_vjp(function: Function, primals: Tensors, cotangents: Tensors) -> tup
         What ``torch.func.vjp`` said, if ``torch.autograd.grad`` refuses as well.
     """
     try:
-        vjp_by_func(function, primals, cotangents)
+        return vjp_by_func, "", vjp_by_func(function, primals, cotangents)
     except (RuntimeError, NotImplementedError) as refusal:
         try:
-            vjp_by_grad(function, primals, cotangents)
+            result = vjp_by_grad(function, primals, cotangents)
         except (RuntimeError, NotImplementedError):
             raise refusal from None
-        return vjp_by_grad, f"torch.func.vjp refuses it ({first_line(refusal)})"
-    return vjp_by_func, ""
+        return vjp_by_grad, f"torch.func.vjp refuses it ({first_line(refusal)})", result
 
 
 def first_line(error: BaseException) -> str:

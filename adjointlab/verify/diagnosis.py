@@ -13,11 +13,14 @@ from torch import Tensor
 
 from adjointlab.reporting import Grid
 from adjointlab.rounding import dot_gap, norm
-from adjointlab.verify.dot_test import BrokenError, DotTest, Side, Tensors, impulse
+from adjointlab.verify.dot_test import DotTest
 from adjointlab.verify.evidence import Evidence, Guess
-from adjointlab.verify.mistakes import MISTAKES, entrywise
+from adjointlab.verify.mistakes import LAST, MISTAKES
+from adjointlab.verify.parts import worst_impulse
+from adjointlab.verify.side import BrokenError, Side, Tensors, impulse
 
 Figure = tuple[tuple[str, Grid], ...]
+_NEAR, _FAR = (-1.0, 4.0), (2.0**20, 2.0**-20)  # factors of homogeneity
 _MOST_CELLS = 32  # along each side of a heat map
 
 
@@ -44,15 +47,22 @@ def diagnose(test: DotTest, reference: Side | None, seed: int) -> tuple[str, Fig
         text = _not_linear(test.forward, generator) or _not_linear(test.adjoint, generator)
         if text:
             return text, ()
+        if test.domain.is_sharded:
+            text = _not_alike(test, generator)
+            if text:
+                return text, ()
         if reference is None:
             return _by_repair(test, generator) or f"unrecognised: the inner products differ most for {worst}", ()
         evidence = Evidence(test.adjoint, reference, generator)
-        if not evidence.wrong_leaves():
-            text = (
-                f"unrecognised: right on random data to {evidence.tolerance:.1e}; the inner products differ for {worst}"
-            )
-            return text, ()
-        return _explain(evidence), _figure(evidence)
+        where = ""
+        if not evidence.wrong_leaves() and test.worst_y:  # too small beside the whole, or for some input only
+            text = _not_linear(test.forward, generator, _FAR) or _not_linear(test.adjoint, generator, _FAR)
+            if text:
+                return text, ()
+            evidence, where = evidence.at((test.worst_y, test.worst_y)), f"for {worst}: "
+            if not evidence.wrong_leaves():
+                return f"unrecognised: right on random data, but the inner products differ for {worst}", ()
+        return where + _explain(evidence), _figure(evidence)
     except BrokenError as error:  # on input that the test did not try
         return str(error), ()
 
@@ -65,11 +75,27 @@ def _explain(evidence: Evidence) -> str:
         text = _first(evidence)
         if text or count == 1:
             return text or evidence.location()
+    exchanged = _exchanged(evidence, wrong)
+    if exchanged:
+        return exchanged
     parts = []
     for number in wrong:
         alone = evidence.leaf(number)
         parts.append(f"leaf {number} of {count}: {_first(alone) or alone.location()}")
     return "; ".join(parts)
+
+
+def _exchanged(evidence: Evidence, wrong: list[int]) -> str:
+    """Return which leaf stands in whose place, if that is what is wrong with them all, in words."""
+    pairs = set()
+    for number in wrong:
+        alone = evidence.leaf(number)
+        others = (k for k in wrong if k != number and evidence.expected[k].shape == alone.found[0].shape)
+        partner = next((k for k in others if alone.fit((evidence.expected[k],)).fits), None)
+        if partner is None:
+            return ""
+        pairs.add((min(number, partner), max(number, partner)))
+    return f"leaves {', '.join(f'{i} ↔ {j}' for i, j in sorted(pairs))} exchanged" if pairs else ""
 
 
 def _first(evidence: Evidence) -> str:
@@ -83,26 +109,30 @@ def _first(evidence: Evidence) -> str:
             inner = _first(evidence.entries(entries))
             if inner:
                 return f"batch entry {', '.join(map(str, entries))} only: {inner}"
-    return entrywise(evidence)
+    return next((text for text in (mistake(evidence) for mistake in LAST) if text), "")
 
 
-def _not_linear(side: Side, generator: torch.Generator) -> str:
+def _not_linear(side: Side, generator: torch.Generator, factors: tuple[float, ...] = _NEAR) -> str:
     """Return how a function fails to be a linear map at all, or an empty string."""
     y = side.space.leaves(side.space.randn(generator))
     at_y, again = side(y), side(y)
-    size = norm(at_y)
+    size = norm(at_y, side.codomain)
     tolerance = 64 * side.codomain.eps * size
     name = side.name
-    if norm(tuple(a - b for a, b in zip(at_y, again, strict=True))) > tolerance:
+    if norm(tuple(a - b for a, b in zip(at_y, again, strict=True)), side.codomain) > tolerance:
         return f"{name} is not deterministic: two equal calls differ (dropout, random numbers, state)"
-    offset = norm(side(tuple(torch.zeros_like(t) for t in y)))
+    offset = norm(side(tuple(torch.zeros_like(t) for t in y)), side.codomain)
     if offset > tolerance or (size == 0.0 and offset > 0.0):
         return f"{name} is not linear: it maps 0 to something of norm {offset:.3g} (an offset, a bias)"
-    for factor in (-1.0, 4.0):
-        image = side(tuple(factor * t for t in y))
-        gap = norm(tuple(a - factor * b for a, b in zip(image, at_y, strict=True)))
-        if gap > max(1.0, abs(factor)) * max(tolerance, 0.02 * size):
-            return f"{name} is not linear: its image of {factor:g} y is not {factor:g} times that of y"
+    tiny = max(torch.finfo(t.dtype).smallest_normal * t.numel() ** 0.5 for t in at_y)  # what may be lost below
+    for factor in factors:
+        try:
+            image = side(tuple(factor * t for t in y))
+        except BrokenError:  # an overflow
+            continue
+        gap = norm(tuple(a - factor * b for a, b in zip(image, at_y, strict=True)), side.codomain)
+        if gap > abs(factor) * max(tolerance, 0.02 * size) + tiny:
+            return f"{name} is not linear: its image of {factor:.4g} y is not {factor:.4g} times that of y"
     return ""
 
 
@@ -117,6 +147,21 @@ def _plain(back: Side, y: Tensors) -> Tensors:
 
 def _conjugated(back: Side, y: Tensors) -> Tensors:
     return tuple(t.conj().resolve_conj() for t in back(tuple(t.conj().resolve_conj() for t in y)))
+
+
+def _not_alike(test: DotTest, generator: torch.Generator) -> str:
+    """Return how what should be the same on several processes is not, or an empty string."""
+    x, y = (space.leaves(space.randn(generator)) for space in (test.domain, test.codomain))
+    at_y = test.adjoint(y)
+    shardings = [spec.sharding for spec in test.domain.specs if spec.sharding is not None]
+    sums = tuple(sharding.reduce(t) for sharding, t in zip(shardings, at_y, strict=True))
+    gaps = tuple(t - sharding.share * s for sharding, t, s in zip(shardings, at_y, sums, strict=True))
+    sizes = [test.domain.norm(test.domain.unflatten(leaves)) for leaves in (gaps, at_y)]
+    if sizes[0] <= 64 * test.eps * sizes[1]:
+        return ""
+    gap, allowed = dot_gap(test.domain, test.codomain, x, test.forward(x), y, sums, exact=test.exact)
+    missing = "the all-reduce over processes is missing" if gap <= 2 * allowed else "it is no all-reduce of theirs"
+    return f"{test.adjoint.name} returns parts that differ between processes where they should be the same: {missing}"
 
 
 def _by_repair(test: DotTest, generator: torch.Generator) -> str:
@@ -159,14 +204,16 @@ def _figure(evidence: Evidence) -> Figure:
     """Return heat maps of the impulse response of B, of Aᴴ and of their difference, where that is largest."""
     adjoint, reference = evidence.adjoint, evidence.reference
     space = adjoint.space
+    space = space.with_batch(evidence.inputs[0][0].shape[: space.batch_dims])
+    places = [(0, tuple(size // 2 for size in space.specs[0].shape))]
+    places.append(worst_impulse(adjoint, reference, evidence.inputs[0]))
     best: tuple[float, str, Tensors, Tensors] | None = None
-    for number, spec in enumerate(space.specs[:4]):
-        for index in dict.fromkeys([tuple(s // 2 for s in spec.shape), tuple(0 for _ in spec.shape)]):
-            e = impulse(space, number, index)
-            got, right = adjoint(e), reference(e)
-            gap = norm(tuple(a - b for a, b in zip(got, right, strict=True)))
-            if best is None or gap > best[0]:
-                best = (gap, f"impulse at {index}", got, right)
+    for number, index in places:
+        e = impulse(space, number, index)
+        got, right = adjoint(e), reference(e)
+        gap = norm(tuple(a - b for a, b in zip(got, right, strict=True)))
+        if best is None or gap > 2 * best[0]:  # the centre shows most, unless it shows too little
+            best = (gap, f"impulse at {index}", got, right)
     if best is None or best[0] == 0.0:  # a mistake that only shows elsewhere
         found, expected = (tuple(t[0] for t in leaves) for leaves in (evidence.found, evidence.expected))
         best = (1.0, "random input", found, expected)
@@ -176,18 +223,41 @@ def _figure(evidence: Evidence) -> Figure:
     difference = (got[leaf] - right[leaf]).abs()
     where = int(difference.argmax())
     names = ("Bv", "Aᴴv", "|Bv − Aᴴv|")
-    images = (got[leaf].abs(), right[leaf].abs(), difference)
-    return tuple((f"{name}, {what}", _grid(image, where)) for name, image in zip(names, images, strict=True))
+    images = [_plane(image, where) for image in (got[leaf].abs(), right[leaf].abs(), difference)]
+    (top, bottom), (left, end) = _window(images)
+    height, width = images[0].shape
+    if (bottom - top, end - left) != (height, width):
+        what += f", rows {top}–{bottom - 1} of {height}, columns {left}–{end - 1} of {width}"
+    return tuple(
+        (f"{name}, {what}", _grid(image[top:bottom, left:end])) for name, image in zip(names, images, strict=True)
+    )
 
 
-def _grid(image: Tensor, where: int) -> Grid:
-    """Return the plane of the last two dimensions through the entry ``where``, thinned to the largest of each cell."""
+def _plane(image: Tensor, where: int) -> Tensor:
+    """Return the plane of the last two dimensions through the entry ``where``."""
     plane = image.detach().double().cpu()
-    if plane.ndim < 2:
-        plane = plane.reshape(1, -1)
+    plane = plane.reshape(1, -1) if plane.ndim < 2 else plane
     height, width = plane.shape[-2:]
-    plane = plane.reshape(-1, height, width)[where // (height * width)]
-    size = (min(height, _MOST_CELLS), min(width, _MOST_CELLS))
+    return plane.reshape(-1, height, width)[where // (height * width)]
+
+
+def _window(images: list[Tensor]) -> list[tuple[int, int]]:
+    """Return the rows and columns where any image is not zero, with a margin: the rest shows nothing."""
+    lit = torch.stack([image > 1e-6 * float(image.max()) for image in images]).any(dim=0)
+    bounds = []
+    for dim, size in enumerate(lit.shape):
+        places = lit.any(dim=1 - dim).nonzero().flatten()
+        low, high = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, size)
+        margin = max(2, (high - low) // 4)
+        bounds.append((max(0, low - margin), min(size, high + margin)))
+    return bounds
+
+
+def _grid(plane: Tensor) -> Grid:
+    """Return a plane as numbers, thinned to the largest of each cell, with the sides in proportion."""
+    height, width = plane.shape
+    share = min(1.0, _MOST_CELLS / max(height, width))
+    size = (max(1, round(share * height)), max(1, round(share * width)))
     thin = torch.nn.functional.adaptive_max_pool2d(plane[None], size)[0]
     return tuple(tuple(float(f"{value:.4g}") for value in row) for row in thin.tolist())
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from adjointlab.verify.dot_test import Side, Tensors
+from adjointlab.rounding import norm, rounding_noise
+from adjointlab.verify.side import Side, Tensors
 
 Change = Callable[[Tensor], Tensor]  # of one tensor, without the leading dimension of draws
 _DRAWS = 2
@@ -54,6 +55,7 @@ class Evidence:
     found: Tensors = ()
     expected: Tensors = ()
     tolerance: float = 0.0
+    noise: float = 0.0  # rounding errors of B as measured, in units of its size
     view: Change = lambda t: t  # of each leaf of an image: which batch entries are looked at
     number: int | None = None  # which leaf is looked at; all of them, if None
 
@@ -62,14 +64,22 @@ class Evidence:
             return
         space = self.adjoint.space
         inputs = tuple(space.leaves(space.randn(self.generator)) for _ in range(_DRAWS))
-        eps = max(space.eps, self.adjoint.codomain.eps)
+        found = [self.adjoint(y) for y in inputs]
+        size = norm(found[0])
+        noise = rounding_noise(self.adjoint, space, self.adjoint.codomain, inputs[0], found[0]) / size if size else 0.0
         for name, value in (
             ("inputs", inputs),
-            ("found", _stacked([self.adjoint(y) for y in inputs])),
+            ("found", _stacked(found)),
             ("expected", _stacked([self.reference(y) for y in inputs])),
-            ("tolerance", min(0.05, max(1024 * eps, 1e-9))),
+            ("tolerance", min(0.05, max(1024 * self.eps, 8 * noise, 1e-9))),
+            ("noise", noise),
         ):
             object.__setattr__(self, name, value)
+
+    @property
+    def eps(self) -> float:
+        """Unit roundoff of the coarser space."""
+        return max(self.adjoint.space.eps, self.adjoint.codomain.eps)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -86,6 +96,31 @@ class Evidence:
 
         found, expected = (tuple(torch.stack([view(d) for d in t]) for t in u) for u in (self.found, self.expected))
         return replace(self, found=found, expected=expected, view=view)
+
+    def where(self, mask: Tensor) -> Evidence:
+        """Return the evidence of the entries of the only leaf that ``mask`` names, in a row."""
+
+        def view(t: Tensor) -> Tensor:
+            return self.view(t)[mask]
+
+        found, expected = ((torch.stack([d[mask] for d in t]),) for (t,) in (self.found, self.expected))
+        return replace(self, found=found, expected=expected, view=view)
+
+    def of(self, change: Change) -> Evidence:
+        """Return the evidence of other inputs: the same random ones, each leaf changed."""
+        return self.at(tuple(tuple(change(t) for t in y) for y in self.inputs))
+
+    def at(self, inputs: tuple[Tensors, ...]) -> Evidence:
+        """Return the evidence of the given inputs."""
+        found, expected = (self._images(side, inputs) for side in (self.adjoint, self.reference))
+        return replace(self, inputs=inputs, found=found, expected=expected)
+
+    def _images(self, side: Side, inputs: Sequence[Tensors], after: Change = lambda t: t) -> Tensors:
+        images = _stacked([side(y) for y in inputs])
+        if self.number is not None:
+            images = (images[self.number],)
+        # `after` acts on whole images, and only then is the part looked at that is at hand.
+        return tuple(torch.stack([self.view(after(d)) for d in t]) for t in images)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -123,31 +158,40 @@ class Evidence:
 
     def wrong_leaves(self) -> list[int]:
         """Return the leaves that are wrong somewhere, be it by little more than rounding."""
-        return [k for k, (f, e) in enumerate(zip(self.found, self.expected, strict=True)) if _far(f, e, self._rounding)]
+        return [k for k, (f, e) in enumerate(zip(self.found, self.expected, strict=True)) if _far(f, e, 4 * self.eps)]
 
     @property
-    def _rounding(self) -> float:
-        return 4 * max(self.adjoint.space.eps, self.adjoint.codomain.eps)
+    def misfit(self) -> float:
+        """``‖B − Aᴴ‖ / ‖Aᴴ‖``, as the draws show it."""
+        size = norm(self.expected)
+        return norm(tuple(f - e for f, e in zip(self.found, self.expected, strict=True))) / size if size else 0.0
 
     def wrong_batch_entries(self) -> list[int]:
         """Return the entries of the first dimension that are wrong."""
         wrong = torch.stack([self.wrong(k).flatten(1).any(dim=1) for k in range(len(self.expected))]).any(dim=0)
         return [int(k) for k in wrong.nonzero().flatten()]
 
-    def location(self) -> str:
-        """Return where the largest difference lies, honestly naming no mistake."""
-        difference = (self.found[0] - self.expected[0]).abs()
-        draw, *index = (int(k) for k in torch.unravel_index(difference.argmax(), difference.shape))
-        got, right = (complex(t[(draw, *index)]) for t in (self.found[0], self.expected[0]))
+    def places(self) -> str:
+        """Return how many entries of the first leaf are wrong and, where it is not everywhere, along which dims."""
         wrong = self.wrong()
-        text = f"unrecognised: {int(wrong.sum())} of {wrong.numel()} entries differ"
+        text = f"{int(wrong.sum())} of {wrong.numel()} entries differ"
         for dim, size in enumerate(self.shape):
             others = [d for d in range(self.ndim) if d != dim]
             along = wrong.any(dim=others) if others else wrong
             places = [int(k) for k in along.nonzero().flatten()]
             if 0 < len(places) < size:
-                text += f", along dim {dim} only at {_ranges(places)}"
-        return f"{text}; the largest difference is at {tuple(index)}: {_number(got)} where {_number(right)} is expected"
+                text += f", along dim {dim} only at {ranges(places)}"
+        return text
+
+    def location(self) -> str:
+        """Return where the largest difference lies, honestly naming no mistake."""
+        difference = (self.found[0] - self.expected[0]).abs()
+        draw, *index = (int(k) for k in torch.unravel_index(difference.argmax(), difference.shape))
+        got, right = (complex(t[(draw, *index)]) for t in (self.found[0], self.expected[0]))
+        return (
+            f"unrecognised: {self.places()}; the largest difference is at {tuple(index)}: {_number(got)} where "
+            f"{_number(right)} is expected"
+        )
 
     # -- guesses -----------------------------------------------------------------------------------------------------
 
@@ -159,13 +203,7 @@ class Evidence:
             shapes = [[t.shape for y in draws for t in y] for draws in (self.inputs, inputs)]
             if shapes[0] != shapes[1]:
                 return None
-            images = _stacked([self.reference(y) for y in inputs])
-            if self.number is not None:
-                images = (images[self.number],)
-            # `after` acts on whole images, and only then is the part looked at that is at hand.
-            if after is not None:
-                images = tuple(torch.stack([after(d) for d in t]) for t in images)
-            return tuple(torch.stack([self.view(d) for d in t]) for t in images)
+            return self._images(self.reference, inputs, after or (lambda t: t))
         if after is not None:
             expected = tuple(torch.stack([after(d) for d in t]) for t in expected)
         same = all(t.shape == u.shape for t, u in zip(expected, self.found, strict=True))
@@ -203,7 +241,8 @@ def _far(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return float(torch.linalg.vector_norm(a - b)) > tolerance * norms
 
 
-def _ranges(places: list[int]) -> str:
+def ranges(places: list[int]) -> str:
+    """Return integers in words: ``"4"``, ``"0, 9"``, ``"3–7"``."""
     if len(places) > 2 and places[-1] - places[0] == len(places) - 1:
         return f"{places[0]}–{places[-1]}"
     return ", ".join(map(str, places[:6])) + (", …" if len(places) > 6 else "")
@@ -213,4 +252,4 @@ def _number(value: complex) -> str:
     return f"{value.real:.4g}{value.imag:+.4g}j" if value.imag else f"{value.real:.4g}"
 
 
-__all__ = ["Evidence", "Guess"]
+__all__ = ["Change", "Evidence", "Guess", "ranges"]

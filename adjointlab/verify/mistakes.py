@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from adjointlab.verify.evidence import Change, Evidence, Guess
+from adjointlab.verify.parts import of_entries, said, wrong_entries_of_y
+from adjointlab.verify.permutation import permuted
+from adjointlab.verify.responses import footprint, kernel
 
 Mistake = Callable[[Evidence], str]
 
@@ -16,6 +20,40 @@ Mistake = Callable[[Evidence], str]
 def is_zero(evidence: Evidence) -> str:
     """``B = 0``."""
     return "" if any(bool(t.any()) for t in evidence.found) else "Aᴴ is zero (detached, or never written)"
+
+
+def low_precision(evidence: Evidence) -> str:
+    """``B = Aᴴ`` but for rounding errors, which are those of a coarser dtype."""
+    misfit = evidence.misfit
+    if not 4 * evidence.eps < misfit <= 0.05 or misfit > 4 * evidence.noise:
+        return ""
+    return (
+        f"computed in lower precision{_dtype_of(misfit, evidence.eps)}: rounding errors of {misfit:.1e} of the result, "
+        f"where {evidence.eps:.1e} is one unit of its dtype"
+    )
+
+
+def nearly_right(evidence: Evidence) -> str:
+    """``B = Aᴴ`` but for a small part everywhere: weights that were rounded."""
+    misfit = evidence.misfit
+    if not 4 * evidence.eps < misfit <= 0.02:
+        return ""
+    near = [(f - e).abs() > misfit / 64 * e.abs() for f, e in zip(evidence.found, evidence.expected, strict=True)]
+    if min(float(t.double().mean()) for t in near) < 0.5:
+        return ""
+    dtype = _dtype_of(misfit, evidence.eps)
+    why = f"computed in lower precision{dtype}, or with weights rounded to it" if dtype else "weights differ slightly"
+    return f"nearly right: off by {misfit:.1e} of the result everywhere ({why})"
+
+
+def _dtype_of(error: float, eps: float) -> str:
+    """Return which coarser dtype makes such rounding errors, in words, or an empty string."""
+    names = {torch.bfloat16: "bfloat16", torch.float16: "float16 or TF32", torch.float32: "float32"}
+    typical = {0.3 * torch.finfo(dtype).eps: name for dtype, name in names.items() if torch.finfo(dtype).eps > eps}
+    if not typical:
+        return ""
+    nearest = min(typical, key=lambda size: abs(math.log(size / error)))
+    return f" ({typical[nearest]})" if 1 / 16 < error / nearest < 16 else ""
 
 
 def factor(evidence: Evidence) -> str:
@@ -43,7 +81,7 @@ def part(evidence: Evidence) -> str:
     """``B = Re Aᴴ`` or ``i Im Aᴴ``, of the result or of y."""
     if not any(t.is_complex() for t in (*evidence.expected, *evidence.inputs[0])):
         return ""
-    for change, words in ((_real, "only the real part"), (_imag, "only the imaginary part")):
+    for change, words in ((_real, "only real part"), (_imag, "only imaginary part")):
         for before, after, of in ((None, change, ""), (change, None, " of y")):
             guess = evidence.fit(evidence.changed(before, after))
             if guess.fits:
@@ -79,7 +117,7 @@ def border(evidence: Evidence) -> str:
     """B is right inside and wrong near the border."""
     if len(evidence.expected) > 1 or not evidence.spatial:
         return ""
-    shape, dims = evidence.shape, [d for d in evidence.spatial if evidence.shape[d] >= 3]
+    shape, dims = evidence.shape, _long(evidence)
     if not dims:
         return ""
     wrong = evidence.wrong()
@@ -94,20 +132,22 @@ def border(evidence: Evidence) -> str:
                 outside = ~near
                 if not bool(outside.any()) or bool((wrong & outside).any()):
                     continue
-                ends = sum(bool(wrong.narrow(d, s, 1).any()) for d in some for s in (0, shape[d] - 1))
-                if float(wrong.sum()) < 0.2 * float(near.sum()) / width or ends == 0:
+                ends = [bool(wrong.narrow(d, s, 1).any()) for d in some for s in (0, shape[d] - 1)]
+                if float(wrong.sum()) < 0.2 * float(near.sum()) / width or not any(ends):
                     return ""
                 along = "" if len(some) == len(dims) and len(dims) > 1 else f" along dim {_listed(some)}"
+                if len(some) == 1 and not all(ends):
+                    along = f" at the {'start' if ends[0] else 'end'} of dim {some[0]}"
                 return f"border of width {width} wrong{along} (padding mode)"
     return ""
 
 
 def shifted(evidence: Evidence) -> str:
     """``B = S Aᴴ`` or ``Aᴴ S`` with a shift S by some pixels, but for a border."""
-    dims = [d for d in range(evidence.ndim) if evidence.shape[d] > 1]
+    dims = _long(evidence)
     if not dims or any(tuple(t.shape[1:]) != evidence.shape for t in evidence.expected):
         return ""
-    offsets = _peak(evidence)
+    offsets = _peak(evidence, dims)
     moved = [d for d in dims if offsets[d]]
     if moved:
         images = evidence.changed(after=lambda t: torch.roll(t, [offsets[d] for d in moved], moved))
@@ -124,7 +164,7 @@ def _shifted_input(evidence: Evidence) -> str:
     if len(shapes) > 1:
         return ""
     (shape,) = shapes
-    dims = [d for d in (range(2, len(shape)) if len(shape) > 2 else range(len(shape))) if shape[d] > 1]
+    dims = [d for d in (range(2, len(shape)) if len(shape) > 2 else range(len(shape))) if shape[d] > 2]
     moves = [{d: s} for d in dims for s in (1, -1)]
     moves += [{d: shape[d] // 2 for d in some} for n in range(len(dims), 0, -1) for some in combinations(dims, n)]
     for move in moves:
@@ -140,7 +180,7 @@ def _shifted_input(evidence: Evidence) -> str:
 
 def flipped(evidence: Evidence) -> str:
     """``B = P Aᴴ P`` with a reversal P: a correlation for a convolution; or P on one side only."""
-    dims = evidence.spatial
+    dims = _long(evidence)
     choices = [some for n in range(len(dims), 0, -1) for some in combinations(dims, n)]
     for some in choices:
         reverse = _reverse(some)
@@ -193,9 +233,52 @@ def entrywise(evidence: Evidence) -> str:
     return f"each entry is off by its own factor, from {low:.3g} to {high:.3g} (a weight or mask missing or doubled)"
 
 
+_VALUES: tuple[Mistake, ...] = (is_zero, factor, conjugate, part, complex_factor)  # wherever they are
+
+
+def ignored(evidence: Evidence) -> str:
+    """Some entries of y are treated wrongly, and in a way that has a name: most often they are ignored."""
+    places = wrong_entries_of_y(evidence)
+    # A batch entry, and what is wrong at both ends (a border), have names of their own.
+    if (
+        not places
+        or (evidence.batched and set(places) == {0})
+        or any(some[0] == 0 and some[-1] == evidence.inputs[0][0].shape[dim] - 1 for dim, some in places.items())
+    ):
+        return ""
+    alone = of_entries(evidence, places)
+    if is_zero(alone):
+        return f"y is ignored {said(places)}"
+    text = _first(alone, _VALUES)
+    return f"only for y {said(places)}: {text}" if text else ""
+
+
+def in_places(evidence: Evidence) -> str:
+    """Some entries of the result are wrong, and in a way that has a name: most often they were never written."""
+    if len(evidence.found) > 1:
+        return ""
+    wrong = evidence.wrong()
+    if not 0 < float(wrong.double().mean()) <= 0.5:
+        return ""
+    alone = evidence.where(wrong)
+    text = "zero there (never written)" if is_zero(alone) else _first(alone, _VALUES)
+    return f"{evidence.places()}: {text}" if text else ""
+
+
+def _first(evidence: Evidence, mistakes: tuple[Mistake, ...]) -> str:
+    return next((text for text in (mistake(evidence) for mistake in mistakes) if text), "")
+
+
 MISTAKES: tuple[Mistake, ...] = (
-    is_zero, factor, conjugate, part, complex_factor, batch_mixed, border, flipped, shifted, transposed,
+    is_zero, low_precision, factor, conjugate, part, complex_factor, batch_mixed, ignored, border, flipped, shifted,
+    permuted, kernel, transposed,
 )  # fmt: skip
+LAST: tuple[Mistake, ...] = (entrywise, in_places, footprint, nearly_right)  # tried after parts of the batch
+
+
+def _long(evidence: Evidence) -> list[int]:
+    """Return the spatial dims of three or more entries: of two, a shift and a reversal are but an exchange."""
+    return [d for d in evidence.spatial if evidence.shape[d] > 2]
 
 
 # -- changes -----------------------------------------------------------------------------------------------------------
@@ -230,13 +313,14 @@ def _inside(dims: tuple[int, ...] | list[int], margin: int | None) -> Change:
     return cut
 
 
-def _peak(evidence: Evidence) -> list[int]:
-    """Return the shift at which the wrong images correlate most with the right ones."""
+def _peak(evidence: Evidence, dims: list[int]) -> list[int]:
+    """Return the shift along ``dims`` at which the wrong images correlate most with the right ones."""
     total: Tensor | None = None
     for found, expected in zip(evidence.found, evidence.expected, strict=True):
-        dims = list(range(1, found.ndim))
-        product = torch.fft.fftn(found, dim=dims) * torch.fft.fftn(expected, dim=dims).conj()
-        correlation = torch.fft.ifftn(product, dim=dims).sum(dim=0)
+        along = [d + 1 for d in dims]
+        product = torch.fft.fftn(found, dim=along) * torch.fft.fftn(expected, dim=along).conj()
+        rest = [d for d in range(found.ndim) if d not in along]
+        correlation = torch.fft.ifftn(product, dim=along).sum(dim=rest, keepdim=True)[0]
         total = correlation if total is None else total + correlation
     assert total is not None
     index = torch.unravel_index(total.abs().argmax(), total.shape)
@@ -257,4 +341,4 @@ def _listed(dims: tuple[int, ...] | Iterator[int]) -> str:
     return " and ".join(map(str, dims))
 
 
-__all__ = ["MISTAKES", "Mistake", "entrywise"]
+__all__ = ["LAST", "MISTAKES", "Mistake"]

@@ -59,17 +59,16 @@ class AdjointReport:
         return f"adjoint test {'passed' if self.passed else 'FAILED'}{', but it was vacuous' if self.vacuous else ''}"
 
     def _rows(self) -> list[tuple[str, str]]:
-        rows = [
+        rows = [("diagnosis", self.diagnosis)] if self.diagnosis else []
+        return [
+            *rows,
             ("error", f"{self.error:.3e}  ({self.error / self.eps:.3g} eps)"),
             ("tolerance", f"{self.tolerance:.3e}  ({self.tolerance / self.eps:.3g} eps)"),
             ("worst pair", self.worst or "none"),
-            ("pairs", f"{self.pairs}, of {self.trials} random draws and of impulses and constants"),
+            ("pairs", f"{self.pairs} of x and y, from {self.trials} random draws of each, impulses and constants"),
             ("missed row", f"probability {self.missed_row_probability:.1e} to miss an error in one row"),
             *(("note", note) for note in self.notes),
         ]
-        if self.diagnosis:
-            rows.append(("diagnosis", self.diagnosis))
-        return rows
 
     def __str__(self) -> str:
         return aligned(self._title, self._rows())

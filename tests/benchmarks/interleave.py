@@ -32,10 +32,14 @@ class Comparison:
         *,
         share: float = 0.3,
         most: int = 31,
+        rest: float = 0.0,
         skipped: Mapping[str, str] | None = None,
         **facts: Any,
     ) -> dict[str, float]:
-        """Return the median seconds of each way, given about `share` seconds to run in and at most `most` rounds."""
+        """Return the median seconds of each way, given about `share` seconds to run in and at most `most` rounds.
+
+        Before each timed run there are `rest` seconds of sleep, in which the threads of the way before it go to sleep.
+        """
         share, most = (share / 10, 3) if self.quick else (share, most)
         names = list(ways)
         ours = names[0]
@@ -50,9 +54,9 @@ class Comparison:
             for name, samples in taken.items():
                 n = min(runs[name], rounds)
                 if (turn + 1) * n // rounds > turn * n // rounds:  # runs of slow ways are spread over the rounds
-                    self._settle(ways[name], costs[name])
+                    self._settle(ways[name], costs[name], rest)
                     samples.append(self._timed(ways[name]))
-            self._settle(ways[ours], costs[ours])
+            self._settle(ways[ours], costs[ours], rest)
             turn += 1
 
         def own() -> None:
@@ -87,7 +91,8 @@ class Comparison:
         first = self._timed(way)
         return first if first > _LONG else self._timed(way)
 
-    def _settle(self, way: Way, cost: float) -> None:
+    def _settle(self, way: Way, cost: float, rest: float) -> None:
+        time.sleep(rest)
         if cost < _CHEAP:
             way()
             self._wait()

@@ -10,7 +10,7 @@ from typing import Any
 
 from targets import Row, fastest, select, targets, to_hand, whole_to_parts
 
-SECTIONS = {"rows", "gradient", "sweep", "bare", "differences", "overhead", "memory", "import", "build"}
+SECTIONS = {"rows", "gradient", "sweep", "bare", "differences", "overhead", "memory", "import", "build", "solvers"}
 ABOUT = """\
 # Benchmarks
 
@@ -93,6 +93,7 @@ def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
     yield from _sweep(rows, drawn)
     yield from _graphs(rows)
     yield from _costs(rows)
+    yield from _solvers(rows)
 
 
 def _contenders(rows: list[Row], which: str, label: str, drawn: dict[str, str]) -> Iterable[str]:
@@ -223,6 +224,24 @@ def _costs(rows: list[Row]) -> Iterable[str]:
         label = {"import": "import", "build": "build an operator and call `A.H(v)`"}
         body = [(f"{label[r['section']]}: {name}", f"{t:.3f}") for r in starts for name, t in r["seconds"].items()]
         yield table(("in a process of its own", "seconds"), body)
+
+
+def _solvers(rows: list[Row]) -> Iterable[str]:
+    if not (found := select(rows, "solvers")):
+        return
+    yield "## Deblurring a photograph\n"
+    yield (
+        "512², a kernel of 11², 50 steps of `al.solvers.cgls`; each peer takes as many steps, of 50 to 150, as it "
+        "needs to reach the residual `‖Ax − y‖ / ‖y‖` of ours. deepinv lives in the second environment: "
+        "`.venv-interop/bin/python tests/benchmarks/bench_solvers.py` compares with it too.\n"
+    )
+    body = [
+        (r["case"], "`cgls`" if name == "adjointlab" else name, f"{t:.3f}", f"{t / r['seconds']['adjointlab']:.2f}",
+         str(r["steps"][name]), f"{r['residuals'][name]:.6f}")
+        for r in found
+        for name, t in r["seconds"].items()
+    ]  # fmt: skip
+    yield table(("border", "", "seconds", "in multiples of ours", "steps", "residual"), body, "llrrrr")
 
 
 def _ms(seconds: float) -> str:

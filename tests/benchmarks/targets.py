@@ -56,6 +56,7 @@ def targets(rows: list[Row]) -> list[tuple[str, list[Target]]]:
         ("Kernels", [*_rows(rows), *_sweep(rows), *_gradient(rows)]),
         ("Graphs", [*_bare(rows), *_differences(rows)]),
         ("Costs", [*_overhead(rows), *_memory(rows), *_start(rows)]),
+        ("Solvers", _solvers(rows)),
     ]
 
 
@@ -183,4 +184,16 @@ def _start(rows: list[Row]) -> list[Target]:
         seconds = row["seconds"]["adjointlab"] + row["seconds"]["all names"]
         text = "`import adjointlab` and every name in it, after `import torch`"
         result.append(Target(text, 0.2, seconds, f"torch itself {row['seconds']['torch']:.1f} s", "s"))
+    return result
+
+
+def _solvers(rows: list[Row]) -> list[Target]:
+    result = []
+    for row in select(rows, "solvers"):
+        residuals, own = row["residuals"], row["residuals"]["adjointlab"]
+        equal = {name: t for name, t in row["seconds"].items() if residuals[name] <= 1.001 * own}
+        name, seconds = fastest(row | {"seconds": equal})
+        text = "50 steps of `cgls`, faster than the fastest peer that reaches its residual"
+        measured = seconds / row["seconds"]["adjointlab"]
+        result.append(Target(text, 2, measured, f"{row['case']} border, {name}", least=True))
     return result

@@ -1,5 +1,7 @@
 """Engines: what is in force, how it falls back, and that building costs no memory."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -120,3 +122,10 @@ def test_a_function_that_changes_at_every_call_ends_up_eager() -> None:
         assert torch.equal(operator.H(x), step * x)
     assert operator.engine == "eager"
     assert "change from call to call" in operator.explain()
+
+
+def test_operators_are_built_in_threads_side_by_side() -> None:
+    modules = [torch.nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular", bias=False) for _ in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        operators = list(pool.map(lambda module: al.linear_operator(module, (1, 1, 8, 8)), modules))
+    assert [operator.engine for operator in operators] == ["traced"] * 8

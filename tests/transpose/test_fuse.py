@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import adjointlab as al
+from adjointlab.transpose import engine
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -35,3 +36,14 @@ def test_batches_that_do_not_fit_the_data_are_refused() -> None:
     objective = al.LeastSquares(operator, torch.zeros(2, 1, 6, 6))
     with pytest.raises(al.SpaceMismatchError, match="nothing is broadcast"):
         objective.gradient(torch.zeros(1, 1, 8, 8))
+
+
+def test_a_fused_graph_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Conv2d(1, 1, 3, bias=False).requires_grad_(False)
+    operator, twice = (al.linear_operator(f, (1, 1, 8, 8)) for f in (module, lambda x: 2 * module(x)))
+    wrong = twice.source._derived[()].graphs[1].graph
+    fuse = engine.residual_and_gradient
+    monkeypatch.setattr(engine, "residual_and_gradient", lambda forward, _, **options: fuse(forward, wrong, **options))
+    x, y = operator.domain.randn(), operator.codomain.randn()
+    assert operator.residual_and_gradient(x, y, None) is None
+    assert torch.allclose(al.least_squares_gradient(operator, x, y), operator.H(operator(x) - y))

@@ -1,6 +1,7 @@
 """Every kernel computes the same convolution, about as accurately as the native one."""
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adjointlab.transpose import kernels
-from adjointlab.transpose.kernels import KERNELS, PREPARE, Site, available, choose, fast_length, sized
+from adjointlab.transpose.kernels import KERNELS, PREPARE, Site, available, choose, fast_length, sized, smooth
 
 
 @st.composite
@@ -110,30 +111,80 @@ def test_many_channels_stay_native_without_measuring() -> None:
     assert choose(site, measure=False) == "native"
 
 
-def test_thorough_choice_is_the_measured_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    site = square(64, 7, 2, transposed=True)
-    seen: list[tuple[str, ...]] = []
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """Give kernels made-up times; returns the list of those that were run."""
 
-    def measure(site: Site, names: tuple[str, ...], rounds: int) -> dict[str, float]:
-        seen.append(names)
-        return {name: float(name != "tapped") + 1 for name in names}
+    def install(**seconds: float) -> list[str]:
+        seen: list[str] = []
 
-    monkeypatch.setattr(kernels, "_measure", measure)
-    assert choose(site, measure=True, thorough=True) == "tapped"
-    assert "native" in seen[0]
+        def run(name: str) -> float:
+            seen.append(name)
+            return seconds.get(name, 1.0)
+
+        monkeypatch.setattr(kernels, "_runner", lambda site: run)
+        kernels._fastest.cache_clear()
+        return seen
+
+    yield install
+    kernels._fastest.cache_clear()
 
 
-def test_a_tie_stays_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_measure", lambda site, names, rounds: dict.fromkeys(names, 1.0))
+def test_thorough_choice_is_the_measured_one(timed: Callable[..., list[str]]) -> None:
+    seen = timed(tapped=0.5)
+    assert choose(square(64, 7, 2, transposed=True), measure=True, thorough=True) == "tapped"
+    assert "native" in seen
+
+
+def test_a_tie_stays_native(timed: Callable[..., list[str]]) -> None:
+    timed()
     assert choose(square(64, 7, 2, transposed=True), measure=True, thorough=True) == "native"
 
 
+def test_what_is_far_behind_is_not_run(timed: Callable[..., list[str]]) -> None:
+    seen = timed(fft=1e-4, tapped=2e-4, flipped=3e-3, native=1e-1)
+    assert choose(square(512, 11, 2, transposed=True), measure=True) == "fft"
+    assert seen.count("native") == 2  # on a part of the image, to know the rate
+
+
+def test_the_part_that_is_run_is_a_convolution_of_the_same_kind() -> None:
+    for transposed in (False, True):
+        site = square(512, 11, 2, transposed=transposed)
+        part = kernels._part(site, 0.01)
+        assert 0.005 < part.macs / site.macs < 0.02
+        x = torch.randn(part.batch, *part.input_shape)
+        weight = torch.randn(1, 1, 11, 11)
+        assert kernels.native(x, weight, None, part).shape == (part.batch, *part.output_shape)
+
+
 @given(st.integers(1, 5000))
-def test_fast_lengths_are_the_next_smooth_numbers(n: int) -> None:
+def test_fast_lengths_are_the_next_even_smooth_numbers(n: int) -> None:
     length = fast_length(n)
-    assert length >= n
-    rest = length
-    for prime in (2, 3, 5):
-        while rest % prime == 0:
-            rest //= prime
-    assert rest == 1
+    assert length % 2 == 0
+    assert smooth(length)
+    assert not any(smooth(k) for k in range(n + n % 2, length, 2))
+
+
+@given(st.integers(1, 2_000))
+def test_smooth_numbers_are_made_of_small_primes(n: int) -> None:
+    primes = [p for p in range(2, n + 1) if n % p == 0 and all(p % q for q in range(2, math.isqrt(p) + 1))]
+    assert smooth(n) is (max(primes, default=1) <= 11)
+
+
+@pytest.mark.parametrize("size", [(128, 20), (16, 8, 12), (9, 20)])
+def test_rows_are_spread_without_a_change_of_value(size: tuple[int, ...]) -> None:
+    dims = tuple(range(2, 2 + len(size)))
+    half = torch.fft.rfftn(torch.randn(2, 3, *size, dtype=torch.float64), dim=dims)
+    rows = torch.fft.ifftn(half, dim=dims[:-1])
+    spread = kernels._spread(rows)
+    assert torch.equal(spread, rows)
+    assert (spread is rows) is (size == (9, 20))
+    assert spread.stride(-1) % 128 != 0 or spread is rows
+
+
+def test_the_part_that_is_run_has_outputs_whatever_the_padding() -> None:
+    site = square(512, 3, 2, transposed=True)
+    wide = site._replace(padding=(20, 20), output_shape=(site.output_shape[0], *[512 - 1 + 3 - 40] * 2))
+    part = kernels._part(wide, 1e-4)
+    assert min(part.output_shape) >= 1
+    assert part.macs < site.macs

@@ -37,6 +37,58 @@ def test_forced_kernels_equal_plain(
         assert float((a - b).norm()) <= 32 * torch.finfo(torch.float64).eps * float(a.norm())
 
 
+CYCLIC = [
+    ((1, 1, 128), {"kernel_size": 31, "padding": 15}, "128"),
+    ((1, 1, 48, 50), {"kernel_size": 11, "padding": 5}, "48×50"),
+    ((2, 3, 48, 50), {"kernel_size": (7, 5), "padding": (3, 2), "stride": 2}, "48×50"),
+    ((2, 4, 48, 50), {"kernel_size": 5, "padding": 4, "dilation": 2, "groups": 2}, "48×50"),
+    ((1, 1, 16, 18, 20), {"kernel_size": 5, "padding": 2}, "16×18×20"),
+    ((1, 1, 47, 50), {"kernel_size": 11, "padding": 5}, "60×60"),  # 47 is prime, and no length for a transform
+    ((1, 1, 48, 50), {"kernel_size": 10, "padding": 5}, "60×60"),  # 49 rows in the result, of 48 different ones
+]
+
+
+@pytest.mark.parametrize(("shape", "settings", "size"), CYCLIC, ids=str)
+def test_circular_padding_is_left_to_the_transform(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], settings: dict, size: str
+) -> None:
+    monkeypatch.setattr(kernels, "choose", lambda site, **_: "fft" if "fft" in kernels.available(site) else "native")
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
+    module = layer(shape[1], shape[1], padding_mode="circular", bias=False, dtype=torch.float64, **settings)
+    module.requires_grad_(False)
+    eager, lowered = (al.linear_operator(module, shape, engine=engine) for engine in ("eager", "auto"))
+    generator = torch.Generator().manual_seed(0)
+    x, v = eager.domain.randn(generator), eager.codomain.randn(generator)
+    for a, b in ((eager(x), lowered(x)), (eager.H(v), lowered.H(v))):
+        assert float((a - b).norm()) <= 32 * torch.finfo(torch.float64).eps * float(a.norm())
+    assert lowered.explain().count(f"fft of size {size},") == 2
+    assert ("accumulate" in lowered.explain()) is (size == "60×60")
+
+
+@pytest.mark.parametrize("almost", ["reversed", "scaled", "one side", "replicated"])
+def test_what_only_resembles_circular_padding_is_not_taken_for_it(almost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "choose", lambda site, **_: "fft" if "fft" in kernels.available(site) else "native")
+    conv = nn.Conv1d(1, 1, 9, bias=False, dtype=torch.float64).requires_grad_(False)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        left, right = x[..., -4:], x[..., :4]
+        if almost == "reversed":
+            left, right = right, left
+        elif almost == "scaled":
+            left = -left
+        elif almost == "one side":
+            right = torch.zeros_like(right)
+        else:
+            left, right = x[..., :1].expand_as(left), x[..., -1:].expand_as(right)
+        return conv(torch.cat([left, x, right], -1))
+
+    domain = al.TensorSpec((1, 1, 60), torch.float64)
+    eager, lowered = (al.linear_operator(forward, domain, engine=engine) for engine in ("eager", "auto"))
+    v = eager.codomain.randn(torch.Generator().manual_seed(0))
+    assert "fft of size 70" in lowered.explain()
+    assert float((eager.H(v) - lowered.H(v)).norm()) <= 32 * torch.finfo(torch.float64).eps * float(v.norm())
+
+
 def test_lowering_can_be_turned_off() -> None:
     module = nn.Conv2d(1, 1, 31, padding=15, bias=False)
     assert "fft" in al.linear_operator(module, (1, 1, 256, 256), check=True).explain()

@@ -321,3 +321,24 @@ def test_a_map_that_is_no_longer_linear_is_refused_until_it_is() -> None:
     module.eval()
     assert follows(operator, module)
     assert operator.engine == "traced"
+
+
+def test_a_mask_or_number_that_changed_is_seen_inside_of_transforms() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.tensor([True, False, True, False]))
+            self.register_buffer("scale", torch.tensor(2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[self.mask] * float(self.scale)
+
+    module = Masked()
+    operator = al.linear_operator(module, (4,))
+    assert operator.engine == "traced"
+    x = torch.arange(4.0)
+    module.scale.fill_(3.0)
+    assert torch.func.vmap(operator)(x[None]).tolist() == [[0.0, 6.0]]
+    module.mask.copy_(torch.tensor([False, True, False, True]))
+    assert torch.func.vmap(operator)(x[None]).tolist() == [[3.0, 9.0]]
+    assert torch.func.jvp(operator, (x,), (x,))[1].tolist() == [3.0, 9.0]

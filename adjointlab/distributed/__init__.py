@@ -1,0 +1,29 @@
+"""Operators larger than one machine, over ``torch.distributed``: ``⟨a, b⟩ = Σᵣ ⟨aᵣ, bᵣ⟩`` on sharded spaces.
+
+An element is on each process the tensor that it holds. Solvers, checks and norms are the same calls as on one machine.
+"""
+
+from adjointlab.distributed.blocks import block_diag, hstack, vstack
+from adjointlab.distributed.communication import all_reduce, replicate
+from adjointlab.distributed.convolution import convolution, halo_exchange
+from adjointlab.distributed.derive import linear_operator
+from adjointlab.distributed.failure import together
+from adjointlab.distributed.sharding import Sharding, direct_sum, gather, replicated, shard, space
+
+__all__ = [
+    "Sharding",
+    "all_reduce",
+    "block_diag",
+    "convolution",
+    "direct_sum",
+    "gather",
+    "halo_exchange",
+    "hstack",
+    "linear_operator",
+    "replicate",
+    "replicated",
+    "shard",
+    "space",
+    "together",
+    "vstack",
+]

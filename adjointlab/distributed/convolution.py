@@ -1,0 +1,276 @@
+"""Convolutions of arrays that are split among processes: ``y = k ∗ x``, each process with its rows of x and of y."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.placement_types import Shard
+
+from adjointlab.distributed.communication import exchange
+from adjointlab.distributed.derive import linear_operator
+from adjointlab.distributed.sharding import Sharding, along, coordinate, space
+from adjointlab.distributed.windows import bounds, chunk
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.operators import LinearOperator
+from adjointlab.space import Space
+
+_CONVOLUTIONS = {
+    nn.Conv1d: torch.nn.functional.conv1d,
+    nn.Conv2d: torch.nn.functional.conv2d,
+    nn.Conv3d: torch.nn.functional.conv3d,
+}
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One dimension of a convolution: of the array (``dim``), and what is done along it."""
+
+    dim: int
+    size: int
+    extent: int  # of the kernel, dilation included
+    stride: int
+    before: int
+    after: int
+    mode: str
+
+    @property
+    def outputs(self) -> int:
+        return (self.size + self.before + self.after - self.extent) // self.stride + 1
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """What makes the input of one process along a dimension that is split: rows, then padding, then a cut."""
+
+    dim: int
+    mesh: DeviceMesh
+    owned: tuple[int, ...]
+    windows: tuple[int, ...]
+    padding: tuple[int, int]
+    cut: tuple[int, int]  # first row and number of rows that are kept after padding
+
+
+class DistributedConvolution(nn.Module):
+    """What one process does: it fetches the rows that its outputs depend on, and convolves them."""
+
+    def __init__(self, module: Any, sharding: Sharding) -> None:
+        super().__init__()
+        self.convolution = module
+        self.local = _CONVOLUTIONS[type(module)]
+        assert sharding.shape is not None
+        ndim, axes = len(sharding.shape), _axes(module, sharding.shape)
+        split = {p.dim: d for d, p in enumerate(sharding.placements) if isinstance(p, Shard)}
+        here = coordinate(sharding.mesh)
+        self.fetches = [
+            _fetch(a, along(sharding.mesh, split[a.dim]), here[split[a.dim]]) for a in axes if a.dim in split
+        ]
+        pads = {a.dim: (a.before, a.after) for a in axes if a.dim not in split}
+        pads.update({fetch.dim: fetch.padding for fetch in self.fetches})
+        self.pads = [n for axis in reversed(axes) for n in pads[axis.dim]]  # as torch.nn.functional.pad wants them
+        self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        shape = list(sharding.shape)
+        shape[ndim - len(axes) - 1] = module.out_channels
+        for axis in axes:
+            shape[axis.dim] = axis.outputs
+        self.shape = tuple(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return this process's part of the result."""
+        for fetch in self.fetches:
+            x = exchange(x, fetch.dim, fetch.owned, fetch.windows, fetch.mesh)
+        if any(self.pads):
+            x = torch.nn.functional.pad(x, self.pads, mode=self.mode)
+        for fetch in self.fetches:
+            if fetch.cut != (0, x.shape[fetch.dim]):
+                x = x.narrow(fetch.dim, *fetch.cut)
+        c = self.convolution
+        return self.local(x, c.weight, c.bias, c.stride, 0, c.dilation, c.groups)
+
+
+def convolution(module: nn.Module, domain: Space, **options: Any) -> LinearOperator:
+    r"""Return ``x ↦ k ∗ x`` for an array that is split along spatial dimensions, with its derived adjoint.
+
+    It equals the module on the whole array. Each process fetches from its neighbours the rows that its outputs depend
+    on (a halo, of less than the kernel's width) and pads at the outer border only; the adjoint sends the halo's
+    cotangents back and adds them. The result is split as the array is, by DTensor's rule, uneven parts included.
+
+    Parameters
+    ----------
+    module : nn.Conv1d, nn.Conv2d or nn.Conv3d
+        Any stride, dilation, groups, padding and padding mode; without bias.
+    domain : Space
+        From :func:`space`: one array, split along spatial dimensions (or the batch), each along one mesh dimension.
+    **options
+        As for :func:`linear_operator`.
+
+    Returns
+    -------
+    LinearOperator
+        From the domain to the space of results.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If the domain is not such a space, channels are split, or a process would have nothing to do.
+
+    Examples
+    --------
+    >>> import tempfile, torch.distributed as dist
+    >>> dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+    >>> X = space((1, 1, 64, 64), dist.init_device_mesh("cpu", (1,)), [Shard(2)])
+    >>> A = convolution(nn.Conv2d(1, 1, 5, padding=2, padding_mode="reflect", bias=False), X)
+    >>> A.H(A(X.randn())).shape
+    torch.Size([1, 1, 64, 64])
+    >>> dist.destroy_process_group()
+    """
+    sharding = _require(module, domain)
+    local = DistributedConvolution(module, sharding)
+    codomain = space(local.shape, sharding.mesh, sharding.placements, dtype=domain.specs[0].dtype)
+    return linear_operator(local, domain, codomain, **options)
+
+
+def _require(module: Any, domain: Any) -> Sharding:
+    if type(module) not in _CONVOLUTIONS:
+        raise SpaceMismatchError(
+            f"expected an nn.Conv1d, nn.Conv2d or nn.Conv3d, got {type(module).__name__}: other forwards can use "
+            "halo_exchange inside (and the adjoint A.H is the transposed convolution)"
+        )
+    if module.bias is not None:
+        raise SpaceMismatchError(
+            "expected a convolution without bias, got one with: set bias=False, and take the offset off the data"
+        )
+    sharding = domain.specs[0].sharding if isinstance(domain, Space) and len(domain.specs) == 1 else None
+    if not isinstance(sharding, Sharding) or sharding.shape is None:
+        raise SpaceMismatchError(
+            f"expected a sharded space of one array, got {domain}: adjointlab.distributed.space(shape, mesh, "
+            "placements), without a convolution on a DTensor, which is silently wrong"
+        )
+    spatial = len(module.kernel_size)
+    if len(sharding.shape) not in (spatial + 1, spatial + 2):
+        raise SpaceMismatchError(
+            f"expected an array of {spatial + 1} or {spatial + 2} dimensions for {type(module).__name__}, got shape "
+            f"{sharding.shape}: add the dimensions of batch and channels"
+        )
+    channel = len(sharding.shape) - spatial - 1
+    if any(isinstance(p, Shard) and p.dim == channel for p in sharding.placements):
+        raise SpaceMismatchError(
+            f"expected channels in one piece, got {sharding.placements}: split a spatial dimension, or use hstack"
+        )
+    return sharding
+
+
+def _axes(module: Any, shape: tuple[int, ...]) -> list[_Axis]:
+    spatial = len(module.kernel_size)
+    first = len(shape) - spatial
+    pads = module._reversed_padding_repeated_twice
+    axes = []
+    for i in range(spatial):
+        at = 2 * (spatial - 1 - i)
+        extent = module.dilation[i] * (module.kernel_size[i] - 1) + 1
+        axis = _Axis(
+            first + i, shape[first + i], extent, module.stride[i], pads[at], pads[at + 1], module.padding_mode
+        )  # fmt: skip
+        if axis.size + axis.before + axis.after < extent:
+            raise SpaceMismatchError(
+                f"expected a kernel that fits into the padded array, got an extent of {extent} along dim {axis.dim} of "
+                f"{axis.size} rows and padding {(axis.before, axis.after)}: use a larger array"
+            )
+        if module.padding_mode == "reflect" and max(axis.before, axis.after) >= axis.size:
+            raise SpaceMismatchError(
+                f"expected reflect padding of less than the {axis.size} rows along dim {axis.dim}, got "
+                f"{(axis.before, axis.after)}: use a larger array"
+            )
+        axes.append(axis)
+    return axes
+
+
+def _fetch(axis: _Axis, mesh: DeviceMesh, here: int) -> _Fetch:
+    """Return what a process fetches along a dimension that is split; all processes find the same windows."""
+    parts = mesh.size()
+    if chunk(axis.outputs, parts, parts - 1)[0] >= axis.outputs:
+        raise SpaceMismatchError(
+            f"expected outputs for every process, got {axis.outputs} of them along dim {axis.dim} for {parts} "
+            "processes: use fewer, or a smaller stride"
+        )
+    wanted = []
+    for part in range(parts):
+        start, stop = chunk(axis.outputs, parts, part)
+        wanted.append((start * axis.stride - axis.before, (stop - 1) * axis.stride - axis.before + axis.extent))
+    windows = [_inside(axis, *window) for window in wanted]
+    (first, last), (start, stop) = wanted[here], windows[here]
+    # Where the window holds rows only for what is reflected of them, they are cut off after padding.
+    before, after = (0, 0) if axis.mode == "circular" else (max(0, -first), max(0, last - axis.size))
+    return _Fetch(
+        axis.dim, mesh, bounds(axis.size, parts), tuple(n for window in windows for n in window), (before, after),
+        (first - (start - before), last - first),
+    )  # fmt: skip
+
+
+def _inside(axis: _Axis, first: int, last: int) -> tuple[int, int]:
+    """Return the rows of the array that the rows ``first`` to ``last`` of the padded one are made of."""
+    if axis.mode == "circular":
+        return first, last
+    start, stop = max(0, first), min(axis.size, last)
+    if axis.mode == "reflect":
+        stop = max(stop, 1 - first) if first < 0 else stop
+        start = min(start, 2 * axis.size - 1 - last) if last > axis.size else start
+    if start >= stop:
+        raise SpaceMismatchError(
+            f"expected each process to have some of the array below its outputs, got only padding along dim {axis.dim} "
+            "for one: use fewer processes, or less padding"
+        )
+    return start, stop
+
+
+def halo_exchange(x: Tensor, domain: Space, dim: int, halo: tuple[int, int], *, circular: bool = False) -> Tensor:
+    """Return x with the rows of its neighbours before and after it; the adjoint sends cotangents back and adds them.
+
+    Parameters
+    ----------
+    x : Tensor
+        This process's part of an array, split along ``dim``; it may have been extended along others.
+    domain : Space
+        From :func:`space`, of one array: how x is split.
+    dim : int
+        The dimension to extend.
+    halo : tuple of int
+        How many rows are wanted before the first and after the last; more than a neighbour has come from the next one.
+    circular : bool
+        Whether the first row follows the last one. If not, nothing is added at the outer borders: pad there.
+
+    Returns
+    -------
+    Tensor
+        The rows, x and the rows, along ``dim``.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If the array is not split along ``dim``, or a halo is negative.
+    """
+    sharding = domain.specs[0].sharding
+    if not isinstance(sharding, Sharding) or sharding.shape is None or min(halo) < 0:
+        raise SpaceMismatchError(
+            f"expected a sharded array and a halo of 0 rows or more, got {domain} and {halo}: see space"
+        )
+    dim %= len(sharding.shape)
+    split = [d for d, p in enumerate(sharding.placements) if isinstance(p, Shard) and p.dim == dim]
+    if not split:
+        raise SpaceMismatchError(
+            f"expected an array that is split along dim {dim}, got {sharding}: it has no neighbours there"
+        )
+    mesh, size = along(sharding.mesh, split[0]), sharding.shape[dim]
+    owned = bounds(size, mesh.size())
+    windows: list[int] = []
+    for start, stop in pairwise(owned):
+        first, last = start - halo[0], stop + halo[1]
+        windows += (first, last) if circular else (max(0, first), min(size, last))
+    return exchange(x, dim, owned, tuple(windows), mesh)
+
+
+__all__ = ["convolution", "halo_exchange"]

@@ -1,0 +1,121 @@
+"""Operators between sharded spaces, with derived adjoints: ``Σᵣ ⟨(Ax)ᵣ, yᵣ⟩ = Σᵣ ⟨xᵣ, (Aᴴy)ᵣ⟩``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from adjointlab.derive import from_source, options_of, require_linear
+from adjointlab.distributed.failure import together
+from adjointlab.distributed.sharding import Sharding
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.linearity import assess
+from adjointlab.operators import LinearOperator
+from adjointlab.space import Space
+from adjointlab.transpose import Transposition
+
+
+def linear_operator(
+    f: Callable[..., Any],
+    domain: Any,
+    codomain: Any,
+    *,
+    kwargs: dict[str, Any] | None = None,
+    engine: str = "auto",
+    check: bool = True,
+    lowering: bool = True,
+    autotune: bool = False,
+) -> LinearOperator:
+    r"""Return the operator of a forward that communicates, with its derived adjoint: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩`` overall.
+
+    The forward is what each process does with its part: with :func:`replicate`, :func:`all_reduce` and
+    :func:`halo_exchange` inside, in the same order on all processes. Its adjoint has their adjoints in it. The
+    build-time checks use the inner products of the whole, so that a communication that is missing is found.
+
+    Parameters
+    ----------
+    f : nn.Module or callable
+        From this process's part of x to its part of ``Ax``, called as by :func:`adjointlab.linear_operator`.
+    domain, codomain : Space, TensorSpec or pytree of these
+        Sharded spaces on one mesh: :func:`space`, :func:`replicated` or :func:`direct_sum`.
+    kwargs, engine, check, lowering, autotune
+        As for :func:`adjointlab.linear_operator`.
+
+    Returns
+    -------
+    LinearOperator
+        The operator, for the same calls as any other.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If the spaces are not sharded alike, or what the forward returns is not in the codomain.
+    NotLinearError
+        If the map is not linear.
+    NotDifferentiableError
+        If autograd's derivative is not the map's own on the whole: a communication without its adjoint, say.
+    RuntimeError
+        If it failed on other processes only.
+
+    Examples
+    --------
+    >>> import tempfile, torch.distributed as dist
+    >>> from adjointlab import distributed
+    >>> dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+    >>> mesh = dist.init_device_mesh("cpu", (1,))
+    >>> X, Y = distributed.replicated((3,), mesh), distributed.direct_sum((2,), mesh)
+    >>> A = linear_operator(lambda x: distributed.replicate(x, mesh)[1:], X, Y)
+    >>> A.H(torch.ones(2))
+    tensor([0., 1., 1.])
+    >>> dist.destroy_process_group()
+    """
+    where, target = Space.of(domain), Space.of(codomain)
+    sharding = where.specs[0].sharding
+    aim = target.specs[0].sharding
+    if not isinstance(sharding, Sharding) or aim is None or aim.mesh != sharding.mesh:
+        raise SpaceMismatchError(
+            f"expected a domain and a codomain that are sharded over one mesh, got {where} and {target}: make them "
+            "with adjointlab.distributed.space, replicated or direct_sum"
+        )
+    with together(sharding.mesh):
+        source = Transposition(f, where, kwargs, engine, lowering=lowering, autotune=autotune, codomain=target)
+        if check:
+            _refuse_dtensors(source)
+            require_linear(assess(source), source)
+    return from_source(source, lambda: (_rebuild, (f, source.domain, source.codomain, options_of(source))))
+
+
+def _rebuild(f: Callable[..., Any], domain: Space, codomain: Space, options: dict[str, Any]) -> LinearOperator:
+    kept = {name: value for name, value in options.items() if name != "batch_dims"}
+    return linear_operator(f, domain, codomain, check=False, **kept)
+
+
+class _NoDTensors(TorchDispatchMode):
+    """Refuses DTensors inside of a forward: torch's convolution of a sharded one is wrong, and no test can see it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(isinstance(leaf, DTensor) for leaf in tree_leaves((args, kwargs))):
+            raise SpaceMismatchError(
+                f"expected a forward of plain tensors, but it calls {func} on a DTensor, whose convolutions are "
+                "silently wrong along sharded dimensions, and whose to_local() has no adjoint without grad_placements: "
+                "use replicate, all_reduce and halo_exchange of adjointlab.distributed"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _refuse_dtensors(source: Transposition) -> None:
+    with source.captured.preserved(), torch.no_grad(), _NoDTensors():
+        source.flat(source.domain.leaves(source.domain.zeros()))
+
+
+__all__ = ["linear_operator"]

@@ -1,0 +1,122 @@
+"""Whether derived functions are what the eager reference is, on random data: nothing derived is used before that."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from adjointlab.space import Space
+from adjointlab.transpose import vjp
+from adjointlab.transpose.capture import Capture, Source
+from adjointlab.transpose.sample import Sample, copies, eps, gap, nudged
+from adjointlab.transpose.trace import Graph
+
+Tensors = tuple[Tensor, ...]
+Function = Callable[[Tensors], Tensors]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """A function and its adjoint, on the leaves of elements."""
+
+    function: Function
+    adjoint: Function
+    domain: Space
+    codomain: Space
+
+
+def disagreement(  # two pairs of maps, and what they are compared on
+    reference: Maps, derived: Maps, sample: Sample, captured: Capture, state: tuple[Source, ...], *, compiled: bool
+) -> str:
+    """Return how derived functions differ from the eager reference, or nothing where they agree."""
+    trials = [
+        ("forward", reference.function, derived.function, sample.x, sample.at_x, reference.codomain),
+        ("adjoint", reference.adjoint, derived.adjoint, sample.v, sample.at_v, reference.domain),
+    ]
+    with captured.preserved(), torch.no_grad(), warnings.catch_warnings():
+        # torch.compile runs complex numbers op by op, and says so; the account has what we have to say.
+        warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
+        for name, plain, fast, argument, expected, space in trials:
+            said = ""
+            try:
+                found = fast(copies(argument))
+            except RuntimeError as error:  # of a compiler, or of an op that real strides do not suit
+                lines = [line for line in str(error).splitlines() if line.strip()]
+                said = " ".join(lines[:2])[:300]  # where it failed, and what was said
+            if not space.every(not said):
+                return f"{'torch.compile' if compiled else f'the derived {name}'} failed ({said or _ELSEWHERE})"
+            distance, allowed = gap(expected, found, space), 32 * eps(expected)
+            if distance > allowed:  # cancellation inside? then the result moves as much when the argument does
+                allowed += 32 * gap(expected, plain(nudged(argument)), space)
+            if not distance <= allowed:
+                return (
+                    f"the derived {name} differs from the eager one by {distance:.1e} of its norm, where rounding "
+                    f"explains {allowed:.1e}"
+                )
+    wanted = [(source.name, source.read()) for source in state if source.read().requires_grad]
+    if reference.domain.every(not wanted):
+        return ""
+    if not reference.domain.every(bool(wanted)):
+        return "parameters require gradients on some processes only"
+    with captured.preserved():
+        said = _of_gradients(reference, derived.function, sample, wanted)
+    return "" if reference.domain.every(not said) else said or f"gradients differ from autograd's {_ELSEWHERE}"
+
+
+_ELSEWHERE = "on another process"
+
+
+def _of_gradients(reference: Maps, function: Function, sample: Sample, wanted: list[tuple[str, Tensor]]) -> str:
+    """Return how gradients in the parameters differ from plain autograd's, or nothing where they agree.
+
+    A straight-through estimator or a block under no_grad gives parameters a derivative that is not the function's.
+    """
+
+    def gradients(function: Function, x: Tensors) -> Tensors:
+        with torch.enable_grad():
+            pairs = [(o, v) for o, v in zip(function(x), sample.v, strict=True) if o.requires_grad]
+            tensors = [tensor for _, tensor in wanted]
+            if not pairs:
+                return tuple(torch.zeros_like(tensor) for tensor in tensors)
+            outputs, cotangents = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, tensors, cotangents, allow_unused=True)
+        return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True))
+
+    try:
+        expected, found = gradients(reference.function, sample.x), gradients(function, sample.x)
+        apart = [gap((a,), (b,)) for a, b in zip(expected, found, strict=True)]
+        allowed = [64 * eps((a,)) for a in expected]
+        if not reference.domain.every(all(map(operator.le, apart, allowed))):  # cancellation inside? as above
+            moved = gradients(reference.function, nudged(sample.x))
+            allowed = [u + 64 * gap((a,), (c,)) for u, a, c in zip(allowed, expected, moved, strict=True)]
+    except RuntimeError as error:
+        return f"the gradient in the parameters failed ({vjp.first_line(error)})"
+    for (name, _), distance, most in zip(wanted, apart, allowed, strict=True):
+        if not distance <= most:
+            return f"the gradient in {name} differs from autograd's by {distance:.1e} of its norm"
+    return ""
+
+
+def composed(whole: Function, function: Function, adjoint: Function, forward: Graph, *, weighted: bool) -> bool:
+    """Return whether a fused gradient is, on random data, what the parts of it make, which were compared with eager."""
+    draw = torch.Generator().manual_seed(21)
+
+    def random(nodes: Iterable[fx.Node]) -> Tensors:
+        values = [node.meta["val"] for node in nodes]
+        return tuple(torch.randn(v.shape, generator=draw).to(v.device, v.dtype) for v in values)
+
+    x, y = random(forward.inputs), random(forward.outputs)
+    w = tuple(t.abs().to(t.dtype) for t in random(forward.outputs)) if weighted else ()
+    with torch.no_grad():
+        residual = tuple(a - b for a, b in zip(function(x), y, strict=True))
+        cotangents = tuple(a * b for a, b in zip(w, residual, strict=True)) if weighted else residual
+        expected = (*residual, *adjoint(cotangents))
+        return all(gap((a,), (b,)) <= 64 * eps((a,)) for a, b in zip(expected, whole((*x, *y, *w)), strict=True))
+
+
+__all__ = ["Maps", "composed", "disagreement"]

@@ -1,0 +1,94 @@
+"""Entries along one dimension that stand in each other's place: ``B = P Aᴴ`` or ``Aᴴ P`` with a permutation P."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adjointlab.verify.evidence import Evidence, Guess
+
+_MOST_PROBES = 64  # entries of y along one dimension that are sent through one by one
+_MOST_ENTRIES = 1024
+
+
+def permuted(evidence: Evidence) -> str:
+    """Entries along one dimension of the result, or of y, are permuted."""
+    if len(evidence.found) > 1:
+        return ""
+    for dim in range(evidence.ndim):
+        found, expected = (_rows(t, dim + 1) for (t,) in (evidence.found, evidence.expected))
+        order = _matching(found, expected, evidence.tolerance)
+        if order is not None:
+            index = torch.tensor(order)
+            guess = evidence.fit(evidence.changed(after=lambda t, d=dim, i=index: t.index_select(d, i.to(t.device))))  # type: ignore[misc]
+            if guess.fits:
+                return Guess.words(f"entries along dim {dim} permuted: {_cycles(order)}", guess.factor)
+    return _permuted_input(evidence)
+
+
+def _permuted_input(evidence: Evidence) -> str:
+    shapes = {tuple(t.shape) for t in evidence.inputs[0]}
+    if len(shapes) > 1:
+        return ""
+    (shape,) = shapes
+    for dim, size in enumerate(shape):
+        if not 1 < size <= _MOST_PROBES:
+            continue
+        images = []
+        for entry in range(size):
+
+            def alone(t: Tensor, dim: int = dim, entry: int = entry) -> Tensor:
+                only = torch.zeros_like(t)
+                only.select(dim, entry).copy_(t.select(dim, 0))
+                return only
+
+            images.append(evidence.of(alone))
+        found, expected = (
+            torch.stack([getattr(image, name)[0].reshape(-1) for image in images]) for name in ("found", "expected")
+        )
+        order = _matching(found, expected, evidence.tolerance)
+        if order is not None:
+            index = torch.tensor(order).argsort()  # of y: what comes in at k is treated as if it were at order[k]
+            guess = evidence.fit(evidence.changed(before=lambda t, d=dim, i=index: t.index_select(d, i.to(t.device))))  # type: ignore[misc]
+            if guess.fits:
+                return Guess.words(f"entries of y along dim {dim} permuted: {_cycles(index.tolist())}", guess.factor)
+    return ""
+
+
+def _rows(t: Tensor, dim: int) -> Tensor:
+    return t.movedim(dim, 0).reshape(t.shape[dim], -1)
+
+
+def _matching(found: Tensor, expected: Tensor, tolerance: float) -> list[int] | None:
+    """Return which row of ``expected`` each row of ``found`` is, up to a factor, if that is a permutation at all."""
+    count = len(found)
+    if not 1 < count <= _MOST_ENTRIES or found.shape != expected.shape:
+        return None
+    wide = torch.promote_types(found.dtype, expected.dtype)
+    sizes = [torch.linalg.vector_norm(t, dim=1, keepdim=True).to(wide) for t in (found, expected)]
+    if any(bool((size == 0).any()) for size in sizes):
+        return None
+    cosines = ((found.to(wide) / sizes[0]) @ (expected.to(wide) / sizes[1]).mH).abs()
+    best, order = cosines.max(dim=1)
+    if float(best.min()) < 1 - tolerance or len(set(order.tolist())) < count:
+        return None
+    places = [int(k) for k in order]
+    return None if places == list(range(count)) else places
+
+
+def _cycles(order: list[int]) -> str:
+    """Return a permutation in words; ``0 → 1`` says that what belongs at 0 stands at 1."""
+    goes = {source: place for place, source in enumerate(order)}
+    texts, seen = [], set()
+    for start in range(len(order)):
+        cycle = [start]
+        while goes[cycle[-1]] != start:
+            cycle.append(goes[cycle[-1]])
+        if len(cycle) > 1 and start not in seen:
+            short = cycle if len(cycle) <= 6 else [*cycle[:6], "…"]
+            texts.append(" ↔ ".join(map(str, cycle)) if len(cycle) == 2 else " → ".join(map(str, [*short, start])))
+        seen.update(cycle)
+    return "; ".join(texts[:4]) + ("; …" if len(texts) > 4 else "")
+
+
+__all__ = ["permuted"]

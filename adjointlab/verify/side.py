@@ -1,0 +1,153 @@
+"""One side of the dot-product test: a function whose results are checked, and the structured input it is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.space import Space
+from adjointlab.tree import tree_flatten
+
+Tensors = tuple[Tensor, ...]
+
+_MOST_LEAVES = 4  # that impulses are sent through, one by one
+_PHASE = 0.8 + 0.6j  # of complex impulses and constants: neither real nor imaginary
+
+
+class BrokenError(Exception):
+    """A function gave nothing that could be compared; the message is the diagnosis."""
+
+
+class Side:
+    """One of the two functions, on leaves: it gets copies, and what it returns is checked."""
+
+    def __init__(self, function: Callable[[Any], Any], space: Space, codomain: Space, name: str) -> None:
+        self.function, self.space, self.codomain, self.name = function, space, codomain, name
+
+    def __call__(self, leaves: Tensors) -> Tensors:
+        """Return the leaves of the image.
+
+        Parameters
+        ----------
+        leaves : tuple of Tensor
+            Of an element of ``space``.
+
+        Returns
+        -------
+        tuple of Tensor
+            Of an element of ``codomain``.
+
+        Raises
+        ------
+        BrokenError
+            If the function raises, or does not return a finite element of its codomain. What is raised on one of
+            several processes goes through: the others wait in the middle of the function, and cannot hear of it.
+        """
+        try:
+            result = self._result(leaves)
+        except Exception as error:
+            if self.space.is_sharded:
+                raise
+            line = next(iter(str(error).splitlines()), "")
+            raise BrokenError(f"{self.name} raised {type(error).__name__}: {line}") from error
+        found: Tensors = ()
+        try:
+            found = self.codomain.leaves(result)
+        except (SpaceMismatchError, TypeError, ValueError, AttributeError):
+            if not self.space.is_sharded:
+                raise BrokenError(wrong_kind(self.name, result, self.codomain)) from None
+        if not self.space.every(bool(found)):
+            here = "" if found else ", this one included"
+            raise BrokenError(f"{self.name}: what it returned is not in the codomain on some processes{here}")
+        if not self.codomain.every(all(bool(torch.isfinite(leaf).all()) for leaf in found)):
+            raise BrokenError(f"{self.name} returned NaN or infinity for finite input")
+        # A batch of free size must come back as it went in.
+        k = self.codomain.batch_dims
+        if k and found[0].shape[:k] != leaves[0].shape[: self.space.batch_dims]:
+            raise BrokenError(wrong_kind(self.name, result, self.codomain.with_batch(leaves[0].shape[:k])))
+        return tuple(leaf.detach().clone() for leaf in found)  # it may write to the same tensor in the next call
+
+    def _result(self, leaves: Tensors) -> Any:
+        try:
+            return self.function(self.space.unflatten([leaf.clone() for leaf in leaves]))
+        except RuntimeError:  # it may differentiate inside, as by autograd.grad: that needs gradients recorded
+            if torch.is_grad_enabled():
+                raise
+            with torch.enable_grad():
+                return self.function(self.space.unflatten([leaf.clone() for leaf in leaves]))
+
+
+def wrong_kind(name: str, result: Any, space: Space) -> str:
+    """Return in words why ``result`` is not an element of ``space``: structure, shape, dtype or device."""
+    if result is None:
+        return f"{name} returned None: a return statement is missing"
+    flat, _ = tree_flatten(result)
+    if not all(isinstance(leaf, Tensor) for leaf in flat) or len(flat) != len(space.specs):
+        kinds = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in flat[:4])
+        wanted = ", ".join(str(spec.shape) for spec in space.specs[:4])
+        return f"{name}: wrong structure: {len(flat)} leaves ({kinds}) where {len(space.specs)} ({wanted}) are expected"
+    for leaf, spec in zip(flat, space.specs, strict=True):
+        got, wanted_shape = tuple(leaf.shape), spec.shape
+        if got != wanted_shape:
+            return f"{name}: wrong shape: {got} where {wanted_shape} is expected{_why_shape(got, wanted_shape)}"
+        if leaf.dtype != spec.dtype:
+            names = [str(dtype).removeprefix("torch.") for dtype in (leaf.dtype, spec.dtype)]
+            why = ": only real part" if spec.is_complex and not leaf.is_complex() else ""
+            why = ": take the real part" if leaf.is_complex() and not spec.is_complex else why
+            return f"{name}: wrong dtype: {names[0]} where {names[1]} is expected{why}"
+        if leaf.device != spec.device:
+            return f"{name}: wrong device: {leaf.device} where {spec.device} is expected"
+    return f"{name}: wrong structure: {type(result).__name__} is not the pytree of the space"
+
+
+def _why_shape(got: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    if len(got) != len(wanted):
+        return f": {len(got)} dimensions for {len(wanted)}"
+    if sorted(got) == sorted(wanted):
+        return ": dimensions transposed"
+    gaps = [w - g for g, w in zip(got, wanted, strict=True)]
+    dims = [dim for dim, gap in enumerate(gaps) if gap]
+    if min(dims) >= 1 and all(gap >= 0 for gap in gaps):
+        return f": output_padding of {', '.join(str(gaps[d]) for d in dims)} (or cropped) along dim {_listed(dims)}"
+    if min(dims) >= 1 and all(gap <= 0 for gap in gaps):
+        return f": not cropped along dim {_listed(dims)}, the adjoint of padding"
+    return f": differs along dim {_listed(dims)}"
+
+
+def _listed(dims: list[int]) -> str:
+    return " and ".join(map(str, dims))
+
+
+def impulse(space: Space, leaf: int, index: tuple[int, ...]) -> Tensors:
+    """Return the leaves of the unit vector at ``index`` of one leaf."""
+    leaves = space.leaves(space.zeros())
+    leaves[leaf][index] = torch.tensor(_PHASE if leaves[leaf].is_complex() else 1.0)
+    return leaves
+
+
+def vanishes(space: Space, leaves: Tensors) -> bool:
+    """Return whether all entries are zero, on all processes if there are several."""
+    return space.every(not any(bool(leaf.any()) for leaf in leaves))
+
+
+def structured(space: Space) -> Iterator[tuple[str, Tensors]]:
+    """Yield impulses at the centre and at the first and last corner of every leaf (the first few), and a constant."""
+    for number, spec in enumerate(space.specs[:_MOST_LEAVES]):
+        where = f" of leaf {number}" if len(space.specs) > 1 else ""
+        centre = tuple(size // 2 for size in spec.shape)
+        corners = [tuple(0 for _ in spec.shape), tuple(size - 1 for size in spec.shape)]
+        places = [centre, *corners]  # on each process, if there are several: all of them make the same number of draws
+        for index in places if space.is_sharded else dict.fromkeys(places):
+            yield f"impulse at {index}{where}", impulse(space, number, index)
+    size = 2.0 ** -round(math.log2(space.size) / 2)  # of norm one or so: sums of many ones overflow in half precision
+    values = [size * _PHASE if spec.is_complex else size for spec in space.specs]
+    ones = [torch.full(s.shape, v, dtype=s.dtype, device=s.device) for s, v in zip(space.specs, values, strict=True)]
+    yield "constant", tuple(ones)
+
+
+__all__ = ["BrokenError", "Side", "Tensors", "impulse", "structured", "vanishes", "wrong_kind"]

@@ -1,0 +1,43 @@
+"""The example under ``torchrun``: a process is killed, all start again from a checkpoint, the answer is the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "docs" / "examples" / "distributed_deblurring.py"
+TOL, DAMP = 1e-8, 0.1
+
+
+def torchrun(folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
+    """Run the example on four processes, and return what it printed and saved."""
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "--max-restarts=1",
+        str(EXAMPLE), "--size", "20", "--tol", str(TOL), "--damp", str(DAMP), "--folder", str(folder),
+        "--output", str(folder) + ".pt", *options,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr, torch.load(str(folder) + ".pt")
+
+
+def test_a_killed_process_costs_the_iterations_since_the_last_checkpoint(tmp_path: Path) -> None:
+    _, undisturbed = torchrun(tmp_path / "a")
+    said, resumed = torchrun(tmp_path / "b", "--kill-rank", "2", "--kill-at", "12")
+    assert "exitcode: -9" in said
+    assert (undisturbed["start"], resumed["start"]) == (0, 10)
+    assert undisturbed["converged"]
+    assert resumed["converged"]
+    # Both gradients are within tol ‖Aᴴy‖ of zero, and the Hessian is at least damp²: ‖x − x'‖ ≤ 2 tol ‖Aᴴy‖ / damp²,
+    # where ‖Aᴴy‖ = ‖(AᴴA + damp²) x‖ ≤ (1 + damp²) ‖x‖, for a blur of norm 1 or a little more at reflecting borders.
+    difference = torch.linalg.vector_norm(undisturbed["x"] - resumed["x"])
+    assert difference <= 2 * TOL * 1.5 / DAMP**2 * torch.linalg.vector_norm(undisturbed["x"])
