@@ -7,144 +7,19 @@ complex-linear between complex spaces, that is exactly the Hermitian adjoint for
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.spec import TensorSpec, describe, is_dtensor, is_shape, refuse_dtensor
 from adjointlab.tree import SINGLE, Structure, has_tensor, tree_flatten
 
 _DOUBLE = {True: torch.complex128, False: torch.float64}
-
-
-class Sharding(Protocol):
-    """How one tensor is spread over processes: what a space has to know of it, made by `adjointlab.distributed`."""
-
-    @property
-    def mesh(self) -> Any:
-        """The processes, one value for all leaves of a space."""
-
-    @property
-    def size(self) -> int:
-        """Number of entries of the whole, each counted once."""
-
-    @property
-    def share(self) -> float:
-        """One over the number of processes that hold the same entries."""
-
-    def total(self, terms: Tensor, shares: tuple[float, ...]) -> Tensor:
-        """Return ``Σ shareᵢ termsᵢ`` summed over all processes: the same number on each."""
-
-    def reduce(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor of this sharding over the processes that should hold the same entries."""
-
-    def generator(self, generator: torch.Generator | None) -> torch.Generator:
-        """Return a generator that is seeded alike where the same entries are, and differently elsewhere."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """The space ``K^shape`` of one tensor, ``K`` being the reals or the complex numbers of ``dtype``.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        Size of every dimension.
-    dtype : torch.dtype, optional
-        A floating-point or complex dtype; torch's default dtype if not given.
-    device : torch.device or str, optional
-        Where the tensors live; torch's default device if not given.
-    sharding : Sharding, optional
-        Of what larger tensor this is the part that this process holds; made by :mod:`adjointlab.distributed`.
-
-    Raises
-    ------
-    SpaceMismatchError
-        If the dtype is neither floating-point nor complex, or the shape has no elements.
-
-    Examples
-    --------
-    >>> TensorSpec((2, 3))
-    TensorSpec((2, 3), float32, cpu)
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = None  # type: ignore[assignment]  # filled in below, so that it is read when called
-    device: torch.device = None  # type: ignore[assignment]
-    sharding: Sharding | None = None
-
-    def __post_init__(self) -> None:
-        dtype = torch.get_default_dtype() if self.dtype is None else self.dtype
-        # A tensor is asked for, since "cuda" and "cuda:0" are the same device but compare as different.
-        device = torch.empty(0, device=self.device).device
-        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
-        object.__setattr__(self, "dtype", dtype)
-        object.__setattr__(self, "device", device)
-        if not (dtype.is_floating_point or dtype.is_complex):
-            raise SpaceMismatchError(
-                f"expected a floating-point or complex dtype, got {dtype}: linear maps act on real or complex "
-                "numbers; convert first, e.g. x.float()"
-            )
-        if min(self.shape, default=1) < 1:
-            raise SpaceMismatchError(
-                f"expected a shape with at least one element, got the empty shape {self.shape}: give every dimension "
-                "a size of 1 or more"
-            )
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorSpec:
-        """Return the spec of ``tensor``: its shape, dtype and device."""
-        return cls(tuple(tensor.shape), tensor.dtype, tensor.device)
-
-    @property
-    def is_complex(self) -> bool:
-        """Whether the scalars are complex."""
-        return self.dtype.is_complex
-
-    @property
-    def numel(self) -> int:
-        """Number of (real or complex) entries, on this process."""
-        return math.prod(self.shape)
-
-    def __repr__(self) -> str:
-        of = f", {self.sharding!r}" if self.sharding is not None else ""
-        return f"TensorSpec({self.shape}, {str(self.dtype).removeprefix('torch.')}, {self.device}{of})"
-
-
-def _is_dtensor(value: Any) -> bool:
-    """Return whether a tensor is a DTensor; if that was never imported, there is none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
-
-
-def _refuse_dtensor(value: Any) -> None:
-    """Raise on a DTensor: torch's own operators are silently wrong on some, such as a convolution of sharded images."""
-    if type(value) is not Tensor and _is_dtensor(value):
-        raise SpaceMismatchError(
-            f"expected a plain tensor, got {_describe(value)}: an element of a sharded space is the tensor that each "
-            "process holds, x.to_local(), in the space adjointlab.distributed.space(x.shape, x.device_mesh, "
-            "x.placements)"
-        )
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and bool(value) and all(type(size) is int for size in value)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        if _is_dtensor(value):
-            return f"a DTensor of shape {tuple(value.shape)}"
-        return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
-    if isinstance(value, (bool, int, float, complex)) or value is None:
-        return repr(value)
-    return f"an object of type {type(value).__name__}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,12 +118,12 @@ class Space:
         if isinstance(domain, Space):
             return replace(domain, batch_dims=batch_dims) if batch_dims else domain
         if isinstance(domain, Tensor):
-            _refuse_dtensor(domain)
+            refuse_dtensor(domain)
             return cls((TensorSpec.of(domain),), batch_dims=batch_dims)
         shapes_closed = pytree.tree_map(
-            lambda leaf: TensorSpec(tuple(leaf), dtype, device) if _is_shape(leaf) else leaf,  # type: ignore[arg-type]
+            lambda leaf: TensorSpec(tuple(leaf), dtype, device) if is_shape(leaf) else leaf,  # type: ignore[arg-type]
             domain,
-            is_leaf=_is_shape,
+            is_leaf=is_shape,
         )
         # A space inside a pytree stands for its elements: opened, so that their leaves become leaves of the whole.
         opened = pytree.tree_map(
@@ -260,14 +135,14 @@ class Space:
         specs = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
-                _refuse_dtensor(leaf)
+                refuse_dtensor(leaf)
                 specs.append(TensorSpec.of(leaf))
             elif isinstance(leaf, TensorSpec):
                 specs.append(leaf)
             else:
                 raise SpaceMismatchError(
                     "expected a domain given as an example tensor, a shape such as (1, 1, 64, 64), a TensorSpec, a "
-                    f"Space or a pytree of these, got {_describe(leaf)}"
+                    f"Space or a pytree of these, got {describe(leaf)}"
                 )
         return cls(tuple(specs), SINGLE if structure == SINGLE else structure, batch_dims)
 
@@ -362,7 +237,7 @@ class Space:
                 or leaf.dtype != spec.dtype
                 or leaf.device != spec.device
                 or leaf.layout != torch.strided
-                or (type(leaf) is not Tensor and _is_dtensor(leaf))
+                or (type(leaf) is not Tensor and is_dtensor(leaf))
             ):
                 raise self._mismatch(name, x, leaf, spec)
         if k and any(leaf.shape[:k] != found[0].shape[:k] or leaf.ndim < k for leaf in found):
@@ -375,20 +250,10 @@ class Space:
 
     def _mismatch(self, name: str, x: Any, leaf: Any = None, spec: TensorSpec | None = None) -> SpaceMismatchError:
         if spec is None or not isinstance(leaf, Tensor):
-            came = _describe(x) if not has_tensor(x) or isinstance(x, Tensor) else f"the pytree {_outline(x)}"
+            came = describe(x) if not has_tensor(x) or isinstance(x, Tensor) else f"the pytree {_outline(x)}"
             remedy = "pass an element with the structure of the space"
         else:
-            came = _describe(leaf)
-            if _is_dtensor(leaf):
-                remedy = "pass what this process holds of it, .to_local()"
-            elif leaf.device != spec.device:
-                remedy = f"move it with .to({str(spec.device)!r}), or the operator with A.to({str(leaf.device)!r})"
-            elif leaf.dtype != spec.dtype:
-                remedy = f"convert it with .to({spec.dtype}), or the operator with A.to({leaf.dtype})"
-            elif leaf.layout != torch.strided:
-                remedy = f"its layout is {leaf.layout}: pass a dense tensor, .to_dense()"
-            else:
-                remedy = "reshape it, or build the operator for this shape (batch_dims=k leaves the first k sizes free)"
+            came, remedy = describe(leaf), spec.remedy(leaf)
         return SpaceMismatchError(f"expected {name} to be an element of {self}, got {came}; {remedy}")
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
@@ -415,7 +280,7 @@ class Space:
             The random element.
         """
         draws = (
-            torch.randn(s.shape, dtype=_drawn(s.dtype), generator=source)
+            torch.randn(s.shape, dtype=s.drawn_dtype, generator=source)
             for s, source in zip(self.specs, self.sources(generator), strict=True)
         )
         return self.unflatten([d.to(device=s.device, dtype=s.dtype) for d, s in zip(draws, self.specs, strict=True)])
@@ -525,11 +390,8 @@ def _space_of(domain: Any, batch_dims: int) -> Space:
     return Space.of(domain, batch_dims=batch_dims)
 
 
-def _drawn(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that numbers are drawn in: half and smaller types have no generator everywhere."""
-    small = torch.finfo(dtype).bits < 32
-    return {True: torch.complex64, False: torch.float32}[dtype.is_complex] if small else dtype
-
-
 def _outline(tree: Any) -> str:
     return str(pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf), tree))
+
+
+__all__ = ["Space", "TensorSpec"]

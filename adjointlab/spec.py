@@ -1,0 +1,160 @@
+"""The space ``K^shape`` of one tensor: shape, dtype, device and, if it is part of a larger one, how that is spread."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adjointlab.errors import SpaceMismatchError
+
+
+class Sharding(Protocol):
+    """How one tensor is spread over processes: what a space has to know of it, made by `adjointlab.distributed`."""
+
+    @property
+    def mesh(self) -> Any:
+        """The processes, one value for all leaves of a space."""
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the whole, each counted once."""
+
+    @property
+    def share(self) -> float:
+        """One over the number of processes that hold the same entries."""
+
+    def total(self, terms: Tensor, shares: tuple[float, ...]) -> Tensor:
+        """Return ``Σ shareᵢ termsᵢ`` summed over all processes: the same number on each."""
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor of this sharding over the processes that should hold the same entries."""
+
+    def generator(self, generator: torch.Generator | None) -> torch.Generator:
+        """Return a generator that is seeded alike where the same entries are, and differently elsewhere."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """The space ``K^shape`` of one tensor, ``K`` being the reals or the complex numbers of ``dtype``.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Size of every dimension.
+    dtype : torch.dtype, optional
+        A floating-point or complex dtype; torch's default dtype if not given.
+    device : torch.device or str, optional
+        Where the tensors live; torch's default device if not given.
+    sharding : Sharding, optional
+        Of what larger tensor this is the part that this process holds; made by :mod:`adjointlab.distributed`.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If the dtype is neither floating-point nor complex, or the shape has no elements.
+
+    Examples
+    --------
+    >>> TensorSpec((2, 3))
+    TensorSpec((2, 3), float32, cpu)
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = None  # type: ignore[assignment]  # filled in below, so that it is read when called
+    device: torch.device = None  # type: ignore[assignment]
+    sharding: Sharding | None = None
+
+    def __post_init__(self) -> None:
+        dtype = torch.get_default_dtype() if self.dtype is None else self.dtype
+        # A tensor is asked for, since "cuda" and "cuda:0" are the same device but compare as different.
+        device = torch.empty(0, device=self.device).device
+        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "device", device)
+        if not (dtype.is_floating_point or dtype.is_complex):
+            raise SpaceMismatchError(
+                f"expected a floating-point or complex dtype, got {dtype}: linear maps act on real or complex "
+                "numbers; convert first, e.g. x.float()"
+            )
+        if min(self.shape, default=1) < 1:
+            raise SpaceMismatchError(
+                f"expected a shape with at least one element, got the empty shape {self.shape}: give every dimension "
+                "a size of 1 or more"
+            )
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """Return the spec of ``tensor``: its shape, dtype and device."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device)
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the scalars are complex."""
+        return self.dtype.is_complex
+
+    @property
+    def numel(self) -> int:
+        """Number of (real or complex) entries, on this process."""
+        return math.prod(self.shape)
+
+    @property
+    def drawn_dtype(self) -> torch.dtype:
+        """The dtype that random numbers are drawn in: half and smaller types have no generator everywhere."""
+        small = torch.finfo(self.dtype).bits < 32
+        return {True: torch.complex64, False: torch.float32}[self.is_complex] if small else self.dtype
+
+    def remedy(self, tensor: Tensor) -> str:
+        """Return what to do with a tensor that is not in this space."""
+        if is_dtensor(tensor):
+            return "pass what this process holds of it, .to_local()"
+        if tensor.device != self.device:
+            return f"move it with .to({str(self.device)!r}), or the operator with A.to({str(tensor.device)!r})"
+        if tensor.dtype != self.dtype:
+            return f"convert it with .to({self.dtype}), or the operator with A.to({tensor.dtype})"
+        if tensor.layout != torch.strided:
+            return f"its layout is {tensor.layout}: pass a dense tensor, .to_dense()"
+        return "reshape it, or build the operator for this shape (batch_dims=k leaves the first k sizes free)"
+
+    def __repr__(self) -> str:
+        of = f", {self.sharding!r}" if self.sharding is not None else ""
+        return f"TensorSpec({self.shape}, {str(self.dtype).removeprefix('torch.')}, {self.device}{of})"
+
+
+def is_dtensor(value: Any) -> bool:
+    """Return whether a tensor is a DTensor; if that was never imported, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def refuse_dtensor(value: Any) -> None:
+    """Raise on a DTensor: torch's own operators are silently wrong on some, such as a convolution of sharded images."""
+    if type(value) is not Tensor and is_dtensor(value):
+        raise SpaceMismatchError(
+            f"expected a plain tensor, got {describe(value)}: an element of a sharded space is the tensor that each "
+            "process holds, x.to_local(), in the space adjointlab.distributed.space(x.shape, x.device_mesh, "
+            "x.placements)"
+        )
+
+
+def is_shape(value: Any) -> bool:
+    """Return whether a value is a shape: a tuple or list of integers, not empty."""
+    return isinstance(value, (tuple, list)) and bool(value) and all(type(size) is int for size in value)
+
+
+def describe(value: Any) -> str:
+    """Return a value in words, for an error message."""
+    if isinstance(value, Tensor):
+        if is_dtensor(value):
+            return f"a DTensor of shape {tuple(value.shape)}"
+        return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
+    if isinstance(value, (bool, int, float, complex)) or value is None:
+        return repr(value)
+    return f"an object of type {type(value).__name__}"
+
+
+__all__ = ["Sharding", "TensorSpec", "describe", "is_dtensor", "is_shape", "refuse_dtensor"]
