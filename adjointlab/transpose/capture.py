@@ -10,6 +10,7 @@ length.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import random
 import types
@@ -67,7 +68,8 @@ class Capture:
     modules: tuple[nn.Module, ...]
     sources: tuple[Source, ...]
     guards: tuple[tuple[Any, Any, Any], ...]  # container, key, and the value that was there
-    lengths: tuple[tuple[Any, int], ...]
+    empty: tuple[Any, ...]  # containers that held nothing
+    lengths: tuple[tuple[Any, int], ...]  # of the others, but for those in snapshots
     copies: tuple[tuple[Any, Any], ...]  # arrays and sets, with what was in them
     containers: tuple[Any, ...]
     snapshots: tuple[tuple[dict[Any, Any], list[Any], list[Any]], ...]  # whole dicts, their keys and values
@@ -79,15 +81,18 @@ class Capture:
 
     def changed(self) -> bool:
         """Return whether anything but the tensors differs from when it was captured."""
+        if any(self.empty):  # this runs at every call: loops are left to C where they can be
+            return True
         for container, length in self.lengths:
             if len(container) != length:
                 return True
         guards = self.others
         for container, keys, values in self.snapshots:  # most often, every value is the very object that it was
+            if len(container) != len(keys):
+                return True
             if not (list(container) == keys and all(map(operator.is_, container.values(), values))):
                 guards = self.guards
-                break
-        return any(map(_differs, guards)) or any(not _equal(now, before) for now, before in self.copies)
+        return any(map(_differs, guards)) or any(itertools.starmap(_unequal, self.copies))
 
     @contextmanager
     def preserved(self) -> Iterator[list[str]]:
@@ -140,10 +145,10 @@ def _differs(guard: tuple[Any, Any, Any]) -> bool:
     return now is not value and not (isinstance(value, _PLAIN) and type(now) is type(value) and bool(now == value))
 
 
-def _equal(now: Any, before: Any) -> bool:
-    return (
-        np.array_equal(now, before, equal_nan=now.dtype.kind in "fc") if isinstance(now, np.ndarray) else now == before
-    )
+def _unequal(now: Any, before: Any) -> bool:
+    if isinstance(now, np.ndarray):
+        return not np.array_equal(now, before, equal_nan=now.dtype.kind in "fc")
+    return bool(now != before)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -159,11 +164,15 @@ def capture(function: Callable[..., Any], kwargs: Any = None) -> Capture:
     walk.visit(function, (function,), 0, "")
     walk.visit(kwargs, (kwargs,), 0, "kwargs")
     guards = [guard for guard in walk.guards if not isinstance(guard[0], tuple)]  # which cannot change
-    whole = {id(container): container for container, _ in walk.lengths if type(container) is dict}
+    whole = {id(container): container for container, length in walk.lengths if length and type(container) is dict}
+    sets = [now for now, _ in walk.copies if isinstance(now, set) and not now]
     return Capture(
-        tuple(walk.modules), tuple(walk.sources), tuple(guards), tuple(walk.lengths), tuple(walk.copies),
+        tuple(walk.modules), tuple(walk.sources), tuple(guards),
+        (*[container for container, length in walk.lengths if not length], *sets),
+        tuple(pair for pair in walk.lengths if pair[1] and id(pair[0]) not in whole),
+        tuple(pair for pair in walk.copies if not any(pair[0] is empty for empty in sets)),
         tuple(walk.containers),
-        tuple((container, list(container), list(container.values())) for container in whole.values() if container),
+        tuple((container, list(container), list(container.values())) for container in whole.values()),
         tuple(guard for guard in guards if id(guard[0]) not in whole),
     )  # fmt: skip
 

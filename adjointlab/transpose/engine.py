@@ -209,7 +209,8 @@ class Transposition:
         return self._verify(self.domain.batch_shape)
 
     def _current(self, leaves: Tensors) -> Derived:
-        batch = tuple(leaves[0].shape[: self.domain.batch_dims])
+        k = self.domain.batch_dims
+        batch = tuple(leaves[0].shape[:k]) if k else ()
         derived = self._derived.get(batch)
         if not plain():
             if torch.compiler.is_compiling():
@@ -284,7 +285,7 @@ class Transposition:
                     return True
         except (KeyError, IndexError):  # what held a tensor holds none any more
             return True
-        return any(_differs(source.read(), value) for source, value in derived.baked)
+        return any(_differs(source.read(), value) for source, value in derived.baked) if derived.baked else False
 
     # -- how it is made ----------------------------------------------------------------------------------------------
 
@@ -356,9 +357,9 @@ class Transposition:
                 if torch.is_autocast_enabled(kind):  # spaces have dtypes, and keep them
                     with torch.autocast(kind, enabled=False):
                         return linked(*tensors)
-                if differentiated(tensors) or not plain():
-                    return linked(*tensors)
-                return program.run(*tensors)
+                if plain() and not differentiated(tensors):
+                    return program.run(*tensors)
+                return linked(*tensors)
 
             return call
 

@@ -215,7 +215,7 @@ def circular(node: fx.Node, *, inverse: bool) -> tuple[int, ...] | None:
 def _as_sum(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ...]) -> Tensor:
     """Return the sum of pieces as one expression: compilers make one loop of it, and many of writes in place."""
     total: Tensor | None = None
-    for number, factor, read, write, _ in layout:
+    for number, factor, read, write, _ in sorted(layout, key=lambda piece: piece[1] != 1):  # a product less
         part = sources[number][tuple([slice(*r) if isinstance(r, tuple) else r for r in read])]
         part = part[tuple([slice(None) if isinstance(w, tuple) else None for w in write])]
         places = [w if isinstance(w, tuple) else (w, w + 1) for w in write]
