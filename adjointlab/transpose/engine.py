@@ -9,21 +9,23 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from adjointlab.errors import NotLinearError, SpaceMismatchError
-from adjointlab.space import Space, TensorSpec
+from adjointlab.space import Space
 from adjointlab.transpose import kernels, pair, vjp
 from adjointlab.transpose.account import Account, listing
 from adjointlab.transpose.agreement import Maps, composed, disagreement
 from adjointlab.transpose.capture import Capture, capture
+from adjointlab.transpose.derived import Derived, Function, Tensors, bound, canonical, metadata_of
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.lower import lower
+from adjointlab.transpose.outputs import require_outputs, space_of
 from adjointlab.transpose.program import Program, differentiated, plain
 from adjointlab.transpose.prune import Pruned, ops, prune
 from adjointlab.transpose.sample import Sample, copies
@@ -40,8 +42,6 @@ from adjointlab.transpose.trace import (
 from adjointlab.tree import tree_flatten
 
 aten = torch.ops.aten
-Tensors = tuple[Tensor, ...]
-Function = Callable[[Tensors], Tensors]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -61,21 +61,6 @@ def _alone(method: Callable[P, R]) -> Callable[P, R]:
             return method(*args, **kwargs)
 
     return locked
-
-
-@dataclass(frozen=True)
-class Derived:
-    """A function and its adjoint for one size of everything; ``linear`` is the function without its offset."""
-
-    function: Function
-    linear: Function
-    adjoint: Function
-    account: Account
-    state: tuple[Any, ...] = ()
-    metadata: tuple[Any, ...] = ()
-    baked: tuple[Any, ...] = ()
-    graphs: tuple[Graph, Pruned] | None = None
-    fused: Callable[[bool], Function | None] | None = None
 
 
 class Transposition:
@@ -218,10 +203,10 @@ class Transposition:
             if derived is not None and batch in self._verified:
                 # Under a trace of other people's making, no value of a tensor can be asked for.
                 traced = torch._C._len_torch_dispatch_stack() > 0
-                if not (self.captured.changed() if traced else self._stale(derived)):
+                if not (self.captured.changed() if traced else derived.stale(self.captured)):
                     return derived
             return self._eager("it is first met, or has changed, inside of a transform")
-        if derived is not None and batch in self._verified and not self._stale(derived):
+        if derived is not None and batch in self._verified and not derived.stale(self.captured):
             return derived
         return self._refreshed(batch)
 
@@ -230,7 +215,7 @@ class Transposition:
         derived = self._derived.get(batch)
         if derived is None:
             self._derived[batch] = self._derive(batch)
-        elif self._stale(derived):
+        elif derived.stale(self.captured):
             self._rederive(batch, derived.account)
         if batch not in self._verified:
             self._verify(batch)
@@ -242,7 +227,8 @@ class Transposition:
         self.captured = capture(self.callable, self.kwargs)
         try:
             derived = self._derive(batch)
-            self._require_codomain(derived)
+            if derived.graphs is not None:
+                require_outputs(derived.outputs, self.codomain)
             self._require_still_linear(before, derived.account)
         except (NotLinearError, SpaceMismatchError):
             self.captured = outdated
@@ -262,30 +248,6 @@ class Transposition:
                 f"expected the map that was checked, but it has changed and is not linear any more: {why}; undo the "
                 "change (.eval()?)"
             )
-
-    def _require_codomain(self, derived: Derived) -> None:
-        if derived.graphs is not None:
-            k = self.domain.batch_dims
-            for node, spec in zip(derived.graphs[0].outputs, self.codomain.specs, strict=True):
-                if tuple(node.meta["val"].shape[k:]) != spec.shape[k:] or node.meta["val"].dtype != spec.dtype:
-                    raise SpaceMismatchError(
-                        f"expected outputs in {self.codomain}, but the function has changed, and returns "
-                        f"{tuple(node.meta['val'].shape)}, {node.meta['val'].dtype}: build the operator anew"
-                    )
-
-    def _stale(self, derived: Derived) -> bool:
-        if derived.graphs is None:
-            return False
-        if self.captured.changed():
-            return True
-        try:
-            for source, metadata in zip(derived.state, derived.metadata, strict=True):
-                tensor = source.container[source.key]
-                if not isinstance(tensor, Tensor) or _metadata(tensor) != metadata:
-                    return True
-        except (KeyError, IndexError):  # what held a tensor holds none any more
-            return True
-        return any(_differs(source.read(), value) for source, value in derived.baked) if derived.baked else False
 
     # -- how it is made ----------------------------------------------------------------------------------------------
 
@@ -348,22 +310,14 @@ class Transposition:
             program=listing(adjoint.graph),
             cut=cut_off(forward),
         )  # fmt: skip
-        state, kind = forward.state, self.domain.specs[-1].device.type
-        metadata = tuple(_metadata(source.read()) for source in state)
-
-        def bound(program: Program, linked: pair.Run) -> Function:
-            def call(leaves: Tensors) -> Tensors:
-                tensors = (*[source.container[source.key] for source in state], *map(_canonical, leaves))
-                if torch.is_autocast_enabled(kind):  # spaces have dtypes, and keep them
-                    with torch.autocast(kind, enabled=False):
-                        return linked(*tensors)
-                if plain() and not differentiated(tensors):
-                    return program.run(*tensors)
-                return linked(*tensors)
-
-            return call
-
-        calls = bound(function, run), bound(linear, run_linear), bound(adjoint, run_adjoint)
+        state = forward.state
+        metadata = tuple(metadata_of(source.read()) for source in state)
+        kind = self.domain.specs[-1].device.type
+        calls = (
+            bound(function, run, state, kind),
+            bound(linear, run_linear, state, kind),
+            bound(adjoint, run_adjoint, state, kind),
+        )
 
         @functools.cache
         def fused(weighted: bool) -> Function | None:
@@ -372,7 +326,7 @@ class Transposition:
                 whole.compile(self.options)
 
             def call(leaves: Tensors) -> Tensors:
-                return whole.run(*[s.container[s.key] for s in state], *[_canonical(t) for t in leaves])
+                return whole.run(*[s.container[s.key] for s in state], *map(canonical, leaves))
 
             same = composed(call, calls[0], calls[2], forward, weighted=weighted)
             return call if self.domain.every(same) else None
@@ -408,42 +362,8 @@ class Transposition:
 
     def _codomain(self, derived: Derived) -> Space:
         """Return the space of outputs: from the graph, or from the function itself at zero where there is none."""
-        if derived.graphs is not None:
-            outputs = [node.meta["val"] for node in derived.graphs[0].outputs]
-        else:
-            outputs = list(self._run_once())
-        for out in outputs:
-            if not (out.is_floating_point() or out.is_complex()):
-                raise SpaceMismatchError(
-                    f"expected the forward to return floating-point or complex tensors, got {out.dtype}: "
-                    "a map to integers or booleans is not linear"
-                )
-        specs = tuple(TensorSpec(tuple(out.shape), out.dtype, out.device) for out in outputs)
-        k = self.domain.batch_dims
-        if any(spec.shape[:k] != self.domain.batch_shape for spec in specs):
-            raise SpaceMismatchError(
-                f"expected every output to begin with the {k} batch dimensions {self.domain.batch_shape} of the input, "
-                f"got shapes {[spec.shape for spec in specs]}: lower batch_dims"
-            )
-        found = Space(specs, batch_dims=k) if self._structure is None else Space(specs, self._structure, k)
-        return self._sharded(found) if self.domain.is_sharded or self._target is not None else found
-
-    def _sharded(self, found: Space) -> Space:
-        """Return the space of outputs with the sharding of the codomain that was given."""
-        target = self._target
-        if target is None:
-            raise SpaceMismatchError(
-                f"expected a codomain beside the sharded domain {self.domain}: how outputs are spread cannot be seen "
-                "from one process; use adjointlab.distributed.linear_operator(f, domain, codomain)"
-            )
-        shapes = [[spec.shape for spec in space.specs] for space in (target, found)]
-        if not self.domain.every(shapes[0] == shapes[1] and target.structure == found.structure):
-            raise SpaceMismatchError(
-                f"expected outputs in the codomain {target}, got {found} (or it is another process whose outputs do "
-                "not fit): what each process returns has to be its part of the codomain"
-            )
-        pairs = zip(found.specs, target.specs, strict=True)
-        return replace(found, specs=tuple(replace(spec, sharding=given.sharding) for spec, given in pairs))
+        outputs = self._run_once() if derived.graphs is None else derived.outputs
+        return space_of(outputs, self._structure, self.domain, self._target)
 
     def _run_once(self) -> Tensors:
         with self.captured.preserved(), torch.no_grad():
@@ -494,19 +414,4 @@ class Transposition:
         return Sample(x, self._called(x), v, self.reference_adjoint(copies(v)))
 
 
-def _differs(tensor: Tensor, baked: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or not torch.equal(tensor, baked)
-
-
-def _metadata(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-def _canonical(tensor: Tensor) -> Tensor:
-    """Return the tensor as it was traced: contiguous, without lazy conjugation or negation."""
-    if tensor.is_complex():
-        tensor = tensor.resolve_conj()
-    return tensor.resolve_neg().contiguous()
-
-
-__all__ = ["ENGINES", "Derived", "Transposition"]
+__all__ = ["ENGINES", "Transposition"]

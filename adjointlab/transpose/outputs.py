@@ -1,0 +1,84 @@
+"""The codomain of a map: the space of what it returns, or in words why that is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.space import Space, TensorSpec
+from adjointlab.tree import SINGLE, Structure
+
+
+def space_of(outputs: Sequence[Tensor], structure: Structure | None, domain: Space, target: Space | None) -> Space:
+    """Return the space of outputs; ``target`` says how they are spread over processes, if they are.
+
+    Parameters
+    ----------
+    outputs : sequence of Tensor
+        The leaves, real or fake.
+    structure : Structure or None
+        How they hang together; None for a single tensor.
+    domain : Space
+        Of the map, which has the batch dimensions.
+    target : Space or None
+        The codomain that was asked for.
+
+    Returns
+    -------
+    Space
+        With the batch dimensions of the domain.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If outputs are neither real nor complex, do not begin with the batch, or are not in the target.
+    """
+    for out in outputs:
+        if not (out.is_floating_point() or out.is_complex()):
+            raise SpaceMismatchError(
+                f"expected the forward to return floating-point or complex tensors, got {out.dtype}: "
+                "a map to integers or booleans is not linear"
+            )
+    specs = tuple(TensorSpec(tuple(out.shape), out.dtype, out.device) for out in outputs)
+    k = domain.batch_dims
+    if any(spec.shape[:k] != domain.batch_shape for spec in specs):
+        raise SpaceMismatchError(
+            f"expected every output to begin with the {k} batch dimensions {domain.batch_shape} of the input, "
+            f"got shapes {[spec.shape for spec in specs]}: lower batch_dims"
+        )
+    found = Space(specs, structure or SINGLE, k)
+    return _sharded(found, domain, target) if domain.is_sharded or target is not None else found
+
+
+def _sharded(found: Space, domain: Space, target: Space | None) -> Space:
+    """Return the space of outputs with the sharding of the codomain that was given."""
+    if target is None:
+        raise SpaceMismatchError(
+            f"expected a codomain beside the sharded domain {domain}: how outputs are spread cannot be seen "
+            "from one process; use adjointlab.distributed.linear_operator(f, domain, codomain)"
+        )
+    shapes = [[spec.shape for spec in space.specs] for space in (target, found)]
+    if not domain.every(shapes[0] == shapes[1] and target.structure == found.structure):
+        raise SpaceMismatchError(
+            f"expected outputs in the codomain {target}, got {found} (or it is another process whose outputs do "
+            "not fit): what each process returns has to be its part of the codomain"
+        )
+    pairs = zip(found.specs, target.specs, strict=True)
+    return replace(found, specs=tuple(replace(spec, sharding=given.sharding) for spec, given in pairs))
+
+
+def require_outputs(outputs: Sequence[Tensor], codomain: Space) -> None:
+    """Raise unless outputs are what they were: a function that has changed must go on mapping to the codomain."""
+    k = codomain.batch_dims
+    for out, spec in zip(outputs, codomain.specs, strict=True):
+        if tuple(out.shape[k:]) != spec.shape[k:] or out.dtype != spec.dtype:
+            raise SpaceMismatchError(
+                f"expected outputs in {codomain}, but the function has changed, and returns {tuple(out.shape)}, "
+                f"{out.dtype}: build the operator anew"
+            )
+
+
+__all__ = ["require_outputs", "space_of"]
