@@ -14,20 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from adjointlab.transpose.trace import Graph, clean, op_name
+from adjointlab.transpose.trace import LIKE, Graph, clean, op_name
 
 aten = torch.ops.aten
 
 # Positions of operands that the op reads for shape, dtype and device only, whatever its other arguments.
 _SHAPE_ONLY: dict[Any, tuple[int, ...]] = {
-    **dict.fromkeys(
-        (
-            aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like,
-            aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided,
-            aten.fill, aten.zero,
-        ),
-        (0,),
-    ),
+    **dict.fromkeys(LIKE, (0,)),
     **dict.fromkeys(
         (
             aten.reflection_pad1d_backward, aten.reflection_pad2d_backward, aten.reflection_pad3d_backward,

@@ -78,8 +78,11 @@ class _Values(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is aten.index.Tensor and any(_is_mask(index) for index in args[1]):
-            return func(args[0], self._positions(args[1]), **kwargs)
+        if func in _INDEXED and any(_is_mask(index) for index in args[1]):
+            return func(args[0], self._positions(args[1]), *args[2:], **kwargs)
+        if func is aten.masked_select.default:
+            x, mask = torch.broadcast_tensors(*args)
+            return aten.index.Tensor(x, self._positions([mask]))
         reads = torch.Tag.data_dependent_output in func.tags or func in _READERS
         if not reads:
             return func(*args, **kwargs)
@@ -126,6 +129,7 @@ class _Values(TorchDispatchMode):
 
 
 _READERS = {aten.is_nonzero.default, aten.nonzero.default}
+_INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 _MEMORY = {
     Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage,
 }  # fmt: skip
@@ -295,8 +299,8 @@ def _fake_like(tensor: Tensor, module: fx.GraphModule) -> Tensor:
 
 
 def _memory(tensor: Tensor) -> Any:
-    if tensor.layout != torch.strided:
-        return id(tensor)
+    if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return id(tensor)  # a tensor that was cached under a transform has no memory to compare
     return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj())
 
 
@@ -419,14 +423,32 @@ def own_outputs(graph: Graph) -> None:
 
 
 def cut_off(graph: Graph) -> str:
-    """Return the name of an op that cuts the input off from autograd, if there is one."""
+    """Return the name of an op that cuts a value of the input off from autograd, if there is one.
+
+    That is one whose result is no floating-point number, or whose derivative is that of a part of it, at every input.
+    """
     seen = set(graph.inputs)
     for node in graph.module.graph.nodes:
-        if any(operand in seen for operand in node.all_input_nodes):
-            if node.target is aten.detach.default:
-                return "detach"
-            seen.add(node)
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in LIKE or not any(operand in seen for operand in node.all_input_nodes):
+            continue
+        value = node.meta.get("val")
+        discrete = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+        if discrete or packet in _STEPS or node.kwargs.get("rounding_mode"):
+            return op_name(node.target)
+        seen.add(node)
     return ""
+
+
+# Ops that read the metadata of their first operand only.
+LIKE = {
+    aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like,
+    aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided, aten.fill, aten.zero,
+}  # fmt: skip
+_STEPS = {
+    aten.detach, aten.floor, aten.ceil, aten.round, aten.trunc, aten.frac, aten.fmod, aten.remainder,
+    aten.floor_divide, aten.sign, aten.sgn, aten.nextafter,
+}  # fmt: skip
 
 
 def clean(module: fx.GraphModule) -> None:
@@ -438,6 +460,7 @@ def clean(module: fx.GraphModule) -> None:
 
 
 __all__ = [
+    "LIKE",
     "Graph",
     "ReadsInputError",
     "UntraceableError",

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adjointlab.errors import NotDifferentiableError
+
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]
 VJP = Callable[[Function, Tensors, Tensors], Tensors]
@@ -54,8 +56,8 @@ def choose_vjp(function: Function, primals: Tensors, cotangents: Tensors) -> tup
 
     Raises
     ------
-    RuntimeError, NotImplementedError
-        What ``torch.func.vjp`` said, if ``torch.autograd.grad`` refuses as well.
+    NotDifferentiableError
+        With what ``torch.func.vjp`` said, if ``torch.autograd.grad`` refuses as well.
     """
     try:
         return vjp_by_func, "", vjp_by_func(function, primals, cotangents)
@@ -63,7 +65,10 @@ def choose_vjp(function: Function, primals: Tensors, cotangents: Tensors) -> tup
         try:
             result = vjp_by_grad(function, primals, cotangents)
         except (RuntimeError, NotImplementedError):
-            raise refusal from None
+            raise NotDifferentiableError(
+                f"expected a map that autograd can differentiate, but it says: {first_line(refusal).rstrip('.')}; "
+                "write that part with other ops, or as an autograd.Function"
+            ) from refusal
         return vjp_by_grad, f"torch.func.vjp refuses it ({first_line(refusal)})", result
 
 
