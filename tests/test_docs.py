@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import adjointlab as al
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
@@ -65,6 +67,31 @@ def test_notebook_was_run_as_it_is_and_ends_in_assertions(source):
 def test_the_numbers_in_the_readme_are_those_of_the_benchmark():
     block = script("headline").headline((ROOT / "docs" / "benchmarks.md").read_text())
     assert f"<!-- benchmark -->\n{block}<!-- /benchmark -->" in (ROOT / "README.md").read_text(), "run `make docs`"
+
+
+def test_the_readme_shows_every_case_of_the_benchmark_the_slow_ones_too():
+    page = [
+        "- Machine: a machine.",
+        "- Date: today.",
+        "## The adjoint of a convolution",
+        "| channels | A.H(v), ms | eager vjp | conv_transpose | FFT | JAX |",
+        "| :-- | --: | --: | --: | --: | --: |",
+        "| fast | 0.1 | 25 | 24 | **3.00** | 11 |",
+        "| slow | 2.0 | 2 | **0.50** | 5 | 14 |",
+        "## Something else",
+        "| a | b |",
+    ]
+    headline = script("headline").headline
+    block = headline("\n".join(page))
+    assert "| fast | 25 | 24 | 11 | 3.00 (FFT) |\n| slow | 2 | 0.50 | 14 | 0.50 (conv_transpose) |\n\n" in block
+    assert "Measured on today (a machine)" in block
+    assert "Not measured" in headline("")
+
+
+def test_every_public_name_has_an_entry_in_the_reference():
+    reference = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    entries = re.findall(r"auto(?:function|class|exception):: (?:adjointlab\.)?(\w+)", reference)
+    assert set(al.__all__) - {"solvers"} | set(al.solvers.__all__) <= set(entries)
 
 
 def script(name):
