@@ -80,10 +80,10 @@ print(f"rows measured: {mask.mean():.0%}; complex-linear: {A.is_complex_linear}"
 fig, panels = plt.subplots(1, coils + 1, figsize=(12, 1.9))
 middle = slices // 2
 for k in range(coils):
-    # Colour shows the phase, brightness the magnitude.
-    hue = plt.get_cmap("twilight")((maps[k].angle() / (2 * torch.pi) + 0.5).numpy())[..., :3]
-    seen = (maps[k].abs() * truth[middle].abs()).clamp(max=1)[..., None].numpy()
-    show(panels[k], hue * seen, f"coil {k + 1}")
+    # Colour shows the phase of the map, brightness what the coil sees, brightened by a square root.
+    hue = plt.get_cmap("hsv")((maps[k].angle() / (2 * torch.pi) + 0.5).numpy())[..., :3]
+    seen = (maps[k] * truth[middle]).abs().clamp(max=1).sqrt()[..., None].numpy()
+    show(panels[k], (0.5 * hue + 0.5) * seen, f"coil {k + 1}")
 show(panels[-1], torch.fft.fftshift(mask).expand(height, width), "sampled rows")
 plt.show()
 
@@ -135,7 +135,7 @@ def error(x):
 
 zero_filled = A.H(y)
 errors = [error(zero_filled)]
-solution = al.solvers.cgls(A, y, damp=0.01, maxiter=30, tol=1e-4, callback=lambda x: errors.append(error(x)))
+solution = al.solvers.cgls(A, y, damp=0.03, maxiter=60, tol=3e-4, callback=lambda x: errors.append(error(x)))
 forgotten = conjugate_forgotten(y)
 print(f"zero-filled {error(zero_filled):.1%}, cgls {error(solution.x):.1%} after {solution.iterations.tolist()} steps")
 
@@ -151,9 +151,9 @@ for k, (name, x) in enumerate(images.items()):
     label = name if name == "truth" else f"{name}: error {error(x):.0%}"
     show(panels[0, k], x[middle].abs(), label, vmin=0, vmax=1)
     if name == "truth":
-        show(panels[1, k], x[middle].angle(), "its phase", cmap="twilight", vmin=-torch.pi, vmax=torch.pi)
+        show(panels[1, k], x[middle].angle(), "its phase", cmap="hsv", vmin=-torch.pi, vmax=torch.pi)
     else:
-        show(panels[1, k], (x - truth)[middle].abs(), "|x − truth|", cmap="magma", vmin=0, vmax=0.6)
+        show(panels[1, k], (x - truth)[middle].abs(), "|x − truth|", cmap="magma", vmin=0, vmax=0.3)
 panels[0, 4].plot(errors, "o-", ms=3)
 panels[0, 4].set(title="error of cgls", xlabel="step", ylabel="relative", ylim=(0, None))
 samples = torch.fft.fftshift(y[middle, 0].abs()).clamp_min(1e-3).log10()
