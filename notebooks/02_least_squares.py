@@ -268,9 +268,13 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
 for name, values in study.items():
     left.loglog(levels, values, "o-", label=name)
 left.set(xlabel="noise σ", ylabel="relative error", title="error against noise")
+left.set_yticks([0.02, 0.05, 0.1, 0.2], ["2%", "5%", "10%", "20%"])
 left.legend(loc="lower right")
 right.semilogx(levels, steps_needed, "o-")
 right.set(xlabel="noise σ", ylabel="steps of cgls", title="the less noise, the more steps are worth taking")
+for axes in (left, right):
+    axes.set_xticks(levels, [f"{level:.2%}" for level in levels])
+    axes.minorticks_off()
 plt.show()
 
 # %% [markdown]
