@@ -68,7 +68,9 @@ def listing(graph: Graph) -> str:
         names[node] = "v" if len(inputs) == 1 else f"v{index}"
     lines: list[str] = []
     for node in graph.module.graph.nodes:
-        if node.op == "call_function":
+        if "stands_for" in node.meta:
+            names[node] = f"shape{node.meta['stands_for']}"
+        elif node.op == "call_function":
             names[node] = f"t{len(lines)}"
             if op_name(node.target) == "getitem":
                 lines.append(f"{names[node]} = {names[node.args[0]]}[{node.args[1]}]")

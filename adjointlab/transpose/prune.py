@@ -98,11 +98,11 @@ def prune(vjp: Graph, n_primals: int) -> Pruned:
 
 
 def ops(graph: Graph) -> Counter[str]:
-    """Count the ops of a graph by name."""
+    """Count the ops of a graph by name; what only stands for a shape is none."""
     return Counter(
         op_name(n.target)
         for n in graph.module.graph.nodes
-        if n.op == "call_function" and op_name(n.target) != "getitem"
+        if n.op == "call_function" and op_name(n.target) != "getitem" and "stands_for" not in n.meta
     )
 
 
@@ -147,4 +147,5 @@ def _stand_in(graph: fx.Graph, before: fx.Node, operand: fx.Node) -> fx.Node:
         zero.meta["val"] = value.new_empty(())
         shaped = graph.call_function(aten.expand.default, (zero, list(value.shape)))
         shaped.meta["val"] = zero.meta["val"].expand(value.shape)
+    zero.meta["stands_for"] = shaped.meta["stands_for"] = tuple(value.shape)
     return shaped

@@ -143,7 +143,7 @@ def _write(nodes: fx.Graph, node: fx.Node, sums: dict[fx.Node, Sum], written: di
         else:
             options = {"dtype": value.dtype, "device": value.device}
             call = nodes.call_function(aten.zeros.default, (list(value.shape),), options)
-    call.meta["val"] = value
+    call.meta = dict(node.meta)
     written[node] = call
     return call
 

@@ -27,6 +27,14 @@ def test_adjoint_of_a_chain_has_one_op_for_each_convolution(layers: int, options
     assert convolutions(ops_of(A.H, y)) <= layers
 
 
+def test_account_of_a_chain_counts_one_op_for_each_convolution() -> None:
+    chain = nn.Sequential(*[nn.Conv2d(2, 2, 3, padding=1, bias=False) for _ in range(5)])
+    A = al.linear_operator(chain, (1, 2, 9, 8), lowering=False)
+    assert A.source.account.ops_after == {"convolution_backward": 5}
+    assert "ops: 9 in the vector-Jacobian product, 5 in the adjoint" in A.explain()
+    assert "convolution_backward(v, shape(1, 2, 9, 8), 4.weight" in A.explain()
+
+
 def test_eager_adjoint_runs_the_forward() -> None:
     A = al.linear_operator(nn.Conv2d(1, 1, 3, bias=False), (1, 1, 5, 5), engine="eager")
     y = draw(A.codomain)
