@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adjointlab.affine import AffineOperator
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
@@ -49,7 +50,7 @@ def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
     Raises
     ------
     SpaceMismatchError
-        If ``real=False`` is asked for where no such matrix exists.
+        If A is no linear operator, or ``real=False`` is asked for where no such matrix exists.
 
     Examples
     --------
@@ -67,6 +68,7 @@ def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
     >>> torch.equal(to_dense(F, real=True).T, to_dense(F.H))
     True
     """
+    _require_operator(A)
     only_real = A.domain.is_complex and not A.is_complex_linear
     if real is False and only_real:
         raise SpaceMismatchError(
@@ -75,6 +77,12 @@ def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
     real = only_real if real is None else real
     with torch.no_grad():
         return _columns(A, coordinates=real)
+
+
+def _require_operator(A: Any) -> None:
+    if not isinstance(A, LinearOperator):
+        remedy = "pass its .linear" if isinstance(A, AffineOperator) else "wrap it with al.linear_operator"
+        raise SpaceMismatchError(f"expected a LinearOperator, got {type(A).__name__}: {remedy}")
 
 
 def _columns(A: LinearOperator, *, coordinates: bool) -> Tensor:
@@ -94,7 +102,7 @@ def _columns(A: LinearOperator, *, coordinates: bool) -> Tensor:
 
     chunk = max(1, _CHUNK // (domain.size + codomain.size))
     together = len(positions) > 1
-    blocks: list[Tensor] = []
+    dense = torch.empty(0)
     for start in range(0, len(positions), chunk):
         where = positions[start : start + chunk]
         basis = torch.zeros(len(where), domain.size, dtype=dtype, device=device)
@@ -103,8 +111,11 @@ def _columns(A: LinearOperator, *, coordinates: bool) -> Tensor:
             basis[max(0, domain.size - start) :] *= 1j
         found = _together(image, basis) if together else None
         together = found is not None
-        blocks.append(torch.stack([image(row) for row in basis]) if found is None else found)
-    return torch.cat(blocks).T.contiguous()
+        block = torch.stack([image(row) for row in basis]) if found is None else found
+        if start == 0:
+            dense = block.new_empty(block.shape[1], len(positions))
+        dense[:, start : start + len(where)] = block.T
+    return dense
 
 
 def _together(image: Callable[[Tensor], Tensor], basis: Tensor) -> Tensor | None:
@@ -153,7 +164,14 @@ def operator_norm(
     Returns
     -------
     Tensor
-        Zero-dimensional, ``float64``.
+        Zero-dimensional, ``float64``; NaN if A returns NaN.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If A is no linear operator.
+    ValueError
+        If ``maxiter`` is not positive, or ``tol`` is negative.
 
     Notes
     -----
@@ -174,9 +192,22 @@ def operator_norm(
     >>> round(float(operator_norm(diagonal(torch.tensor([1.0, -3.0])))), 3)
     3.0
     """
+    _require_operator(A)
+    if not (maxiter >= 1 and tol >= 0):
+        raise ValueError(f"expected maxiter of 1 or more and tol of 0 or more, got {maxiter} and {tol}")
+    domain, codomain = A.domain, A.codomain
     with torch.no_grad():
-        start = _flat(A.domain, A.domain.randn(generator or torch.Generator().manual_seed(0)))
-        return _lanczos(lambda x: _flat(A.domain, A.H(A(_element(A.domain, x)))), start, maxiter, tol, A.domain)
+        start = domain.randn(generator or torch.Generator().manual_seed(0))
+        scale = codomain.norm(A(start)) / domain.norm(start)
+        if scale == 0 or not torch.isfinite(scale):
+            return scale
+        factor = float(1 / scale)  # of A, so that the entries of AᴴA neither vanish nor overflow
+
+        def gram(x: Tensor) -> Tensor:
+            image = [factor * leaf for leaf in codomain.leaves(A(_element(domain, x)))]
+            return factor * _flat(domain, A.H(codomain.unflatten(image)))
+
+        return scale * _lanczos(gram, _flat(domain, start), maxiter, tol, domain)
 
 
 _BASIS, _KEPT = 48, 16
@@ -187,7 +218,7 @@ def _lanczos(
 ) -> Tensor:
     """Return ``√λ_max`` of a self-adjoint positive map of real vectors by thick-restart Lanczos."""
     across = _across(space)
-    dimension = start.numel() if space is None else _real_size(space)
+    dimension = start.numel() if space is None else real_size(space)
     # VᵀGV is made from the products themselves, so that a restart needs no bookkeeping.
     most = min(_BASIS, dimension)
     basis = start.new_zeros(most, start.numel())
@@ -198,6 +229,8 @@ def _lanczos(
         basis[k] = direction
         product = gram(direction)
         row = across(basis[: k + 1] @ product).double().cpu()
+        if not bool(torch.isfinite(row).all()):
+            return torch.full_like(best, torch.nan)
         projected[k, : k + 1] = projected[: k + 1, k] = row
         k += 1
         values, vectors = torch.linalg.eigh(projected[:k, :k])
@@ -228,7 +261,8 @@ def _across(space: Space | None) -> Callable[..., Tensor]:
     return lambda part, power=1: sharding.total(part[None] ** power, (1.0,)) ** (1 / power)
 
 
-def _real_size(space: Space) -> int:
+def real_size(space: Space) -> int:
+    """Return the number of real coordinates of the whole."""
     return sum(
         (spec.numel if spec.sharding is None else spec.sharding.size) * (2 if spec.is_complex else 1)
         for spec in space.specs
@@ -274,7 +308,12 @@ def condition_number(A: LinearOperator) -> Tensor:
     Returns
     -------
     Tensor
-        Zero-dimensional, ``float64``.
+        Zero-dimensional, ``float64``; NaN if A returns NaN or infinity.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If A is no linear operator.
 
     Examples
     --------
@@ -283,10 +322,13 @@ def condition_number(A: LinearOperator) -> Tensor:
     >>> condition_number(diagonal(torch.tensor([1.0, -4.0])))
     tensor(4., dtype=torch.float64)
     """
+    _require_operator(A)
     dense = to_dense(A, real=None if A.is_complex_linear else True)
+    if not bool(torch.isfinite(dense).all()):
+        return torch.full((), torch.nan, dtype=torch.float64, device=dense.device)
     values = torch.linalg.svdvals(dense.to(torch.promote_types(dense.dtype, torch.float64)))
-    if dense.shape[0] < dense.shape[1]:
-        return torch.full((), torch.inf, dtype=torch.float64, device=dense.device)
+    if dense.shape[0] < dense.shape[1] or values[-1] == 0:
+        return torch.full_like(values[0], torch.inf)
     ratio: Tensor = values[0] / values[-1]
     return ratio
 
@@ -314,7 +356,9 @@ def estimate_trace(A: LinearOperator, *, samples: int = 64, generator: torch.Gen
     Raises
     ------
     SpaceMismatchError
-        If A does not map a space to itself.
+        If A is no linear operator, or does not map a space to itself.
+    ValueError
+        If ``samples`` is not positive.
 
     References
     ----------
@@ -348,7 +392,9 @@ def estimate_diagonal(A: LinearOperator, *, samples: int = 64, generator: torch.
     Raises
     ------
     SpaceMismatchError
-        If A does not map a space to itself.
+        If A is no linear operator, or does not map a space to itself.
+    ValueError
+        If ``samples`` is not positive.
 
     References
     ----------
@@ -362,6 +408,7 @@ def estimate_diagonal(A: LinearOperator, *, samples: int = 64, generator: torch.
     >>> estimate_diagonal(diagonal(torch.tensor([1.0, 4.0])))
     tensor([1., 4.])
     """
+    _require_operator(A)
     leaves = A.domain.leaves
     total = leaves(A.domain.zeros())
     with torch.no_grad():
@@ -373,6 +420,9 @@ def estimate_diagonal(A: LinearOperator, *, samples: int = 64, generator: torch.
 
 def _probes(A: LinearOperator, samples: int, generator: torch.Generator | None) -> Iterator[tuple[Any, Any]]:
     """Yield random signs z with Az."""
+    _require_operator(A)
+    if samples < 1:
+        raise ValueError(f"expected samples of 1 or more, got {samples}")
     if A.domain != A.codomain:
         raise SpaceMismatchError(
             f"expected an operator from a space to itself, got one from {A.domain} to {A.codomain}: a diagonal needs "

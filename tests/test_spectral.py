@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from laws import (
@@ -247,3 +249,54 @@ def test_estimates_need_a_space_to_itself() -> None:
     for estimate in (spectral.estimate_trace, spectral.estimate_diagonal):
         with pytest.raises(al.SpaceMismatchError, match="from a space to itself"):
             estimate(A)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("power", [-25, -3, 2, 25])
+def test_norm_neither_vanishes_nor_overflows(dtype: torch.dtype, power: int) -> None:
+    if not torch.finfo(dtype).smallest_normal < 10.0**power < torch.finfo(dtype).max:
+        return
+    d = (10.0**power * torch.tensor([0.5, 3.0], dtype=torch.float64)).to(dtype)
+    found = float(al.operator_norm(al.diagonal(d))) / float(d.max())
+    assert abs(found - 1) <= 1e-4 + 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_seen(bad: float) -> None:
+    A = al.diagonal(torch.tensor([1.0, bad]))
+    assert not torch.isfinite(al.operator_norm(A))
+    assert torch.isnan(spectral.condition_number(A))
+    one_sided = al.LinearOperator(lambda x: x, lambda y: bad * y, A.domain, A.codomain)
+    assert not torch.isfinite(al.operator_norm(one_sided))
+
+
+def test_condition_number_of_zero_is_infinite() -> None:
+    assert float(spectral.condition_number(0 * al.identity((3,)))) == float("inf")
+
+
+ESTIMATES = (
+    al.to_dense,
+    al.operator_norm,
+    spectral.condition_number,
+    spectral.estimate_trace,
+    spectral.estimate_diagonal,
+)
+
+
+@pytest.mark.parametrize("function", ESTIMATES, ids=lambda f: f.__name__)
+def test_what_is_no_operator_is_refused(function: Callable[..., Tensor]) -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.raises(al.SpaceMismatchError, match="wrap it"):
+        function(layer)
+    with pytest.raises(al.SpaceMismatchError, match=r"\.linear"):
+        function(al.affine_operator(layer, (2,)))
+
+
+def test_numbers_of_steps_and_samples_are_positive() -> None:
+    A = al.identity((2,))
+    for option in ({"maxiter": 0}, {"tol": -1.0}, {"tol": torch.nan}):
+        with pytest.raises(ValueError, match="expected maxiter of 1 or more and tol"):
+            al.operator_norm(A, **option)
+    for estimate in (spectral.estimate_trace, spectral.estimate_diagonal):
+        with pytest.raises(ValueError, match="samples of 1 or more"):
+            estimate(A, samples=0)

@@ -9,9 +9,10 @@ import torch
 from scipy.sparse.linalg import LinearOperator as SciPyOperator
 from scipy.sparse.linalg import aslinearoperator
 
-from adjointlab.adapters.bridge import Array, ArrayMap, common_dtype, from_arrays, on_arrays, real_size, torch_dtype
+from adjointlab.adapters.bridge import Array, ArrayMap, common_dtype, from_arrays, on_arrays, torch_dtype
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space, TensorSpec
+from adjointlab.spectral import real_size
 
 
 def to_scipy(A: LinearOperator) -> Any:

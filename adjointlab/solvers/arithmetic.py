@@ -46,6 +46,7 @@ class Vectors:
         self.space = space.with_batch(batch)
         self.batch = batch
         self.device = self.space.specs[0].device
+        self.largest = min(torch.finfo(spec.dtype).max for spec in self.space.specs)
         self.wide = True  # until the size of the data is known
 
     def vector(self, element: Any) -> Vector:
@@ -89,6 +90,10 @@ class Vectors:
     def norm(self, a: Vector) -> Tensor:
         """Return ``‖a‖`` for every problem."""
         return self.dot(a, a).sqrt()
+
+    def holds(self, alpha: Tensor) -> Tensor:
+        """Return where a scalar is finite, in the dtype of the vectors as well."""
+        return alpha.abs() <= self.largest
 
     def add(self, y: Vector, alpha: Tensor, x: Vector) -> None:
         """Set ``y ← y + αx``."""

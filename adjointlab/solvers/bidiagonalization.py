@@ -2,6 +2,7 @@ r"""LSMR: ``min ‖Ax − y‖²_W + damp² ‖x‖²`` by Golub–Kahan bidiago
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,8 @@ def lsmr(
     - ``‖Aᴴr‖ ≤ atol ‖A‖ ‖r‖``: x is a least-squares solution;
     - ``cond(A) ≥ conlim``: the problem is too ill-conditioned to go on.
 
-    With ``batch_dims``, every entry of the batch is a problem of its own.
+    Where the first two are claimed, they are verified for x itself. With ``batch_dims``, every entry of the batch is a
+    problem of its own.
 
     Parameters
     ----------
@@ -97,28 +99,46 @@ def lsmr(
     with torch.no_grad():
         monitor = Monitor(problem.domain, problem.steps(maxiter), callback, progress, "lsmr")
         x = problem.start(x0)
-        _lsmr(problem, x, damp, _Rules(monitor, atol, btol, conlim), started=x0 is not None)
+        eps = max(problem.domain.space.eps, problem.codomain.space.eps)
+        _lsmr(problem, x, damp, _Rules(monitor, atol, btol, conlim, eps), started=x0 is not None)
         solution = monitor.solution(x)
     return implicit.of_least_squares(problem, solution, damp, min(atol, btol), monitor.maxiter, started=x0 is not None)
 
 
 def _lsmr(problem: Problem, x: Vector, damp: float, rules: _Rules, *, started: bool) -> None:
-    """Run LSMR on x in place."""
-    domain, codomain, monitor = problem.domain, problem.codomain, rules.monitor
-    left = _Left(problem, codomain.copy(problem.data()))
-    codomain.choose_precision(codomain.norm(left.u))
-    size = problem.weighted(left.u)[1].sqrt()
-    if started:
-        left.start(x, damp)
-    v = domain.zeros()
-    beta = left.pull_back(v)
-    alpha = domain.norm(v)
-    domain.choose_precision(alpha * beta)
-    domain.scale(v, _inverse(alpha))
+    """Run LSMR on x in place, and verify what it claims."""
+    domain, codomain = problem.domain, problem.codomain
+    data = problem.data()
+    codomain.choose_precision(codomain.norm(data))
+    rules.size = problem.weighted(data)[1].sqrt()
+    most = domain.scalar(math.inf)
+    while True:
+        left = _Left(problem, codomain.copy(data))
+        if started:
+            left.start(x, damp)
+        v = domain.zeros()
+        beta = left.pull_back(v)
+        alpha = domain.norm(v)
+        gradient = alpha * beta
+        domain.choose_precision(gradient)
+        domain.scale(v, _inverse(alpha))
+        rules.start(alpha, beta, domain.norm(x))
+        rules.monitor.stop(gradient > most, PRECISION)
+        state = _Recurrence.start(alpha, beta, 0.0 if left.damp else damp)
+        if not _steps(left, x, v, state, rules):
+            return
+        most, started = gradient / 2 if started else domain.scalar(0), True
+        del left, v
+
+
+def _steps(left: _Left, x: Vector, v: Vector, state: _Recurrence, rules: _Rules) -> bool:
+    """Run LSMR from x and the first vectors; return whether that ended with claims to verify."""
+    domain, monitor = left.problem.domain, rules.monitor
+    going, some = monitor.start(state.residual)
+    if not going:
+        return False
+    alpha, beta = state.alphabar, state.residual
     h, hbar = domain.copy(v), domain.zeros()
-    state = _Recurrence.start(alpha, beta, 0.0 if left.damp else damp)
-    rules.at_start(alpha, beta, size, max(domain.space.eps, codomain.space.eps))
-    going, some = monitor.start(beta)
     while going:
         if some:
             left.clear(~monitor.running)
@@ -129,14 +149,14 @@ def _lsmr(problem: Problem, x: Vector, damp: float, rules: _Rules, *, started: b
         alpha = domain.norm(v)
         domain.scale(v, _inverse(alpha))
         to_hbar, to_x, to_h = state.advance(alpha, beta)
-        finite = torch.isfinite(alpha) & torch.isfinite(beta) & torch.isfinite(to_x)
-        monitor.stop(~finite, NOT_FINITE)
+        monitor.stop(~(torch.isfinite(alpha) & torch.isfinite(beta) & domain.holds(to_x)), NOT_FINITE)
         moved = monitor.running
         domain.update(hbar, h, torch.where(moved, to_hbar, 0))
         domain.add(x, torch.where(moved, to_x, 0), hbar)
         domain.update(h, v, torch.where(moved, to_h, 0))
         rules(state, domain.norm(x))
         going, some = monitor.step(x, state.residual, moved)
+    return monitor.reopen()
 
 
 @dataclass
@@ -278,22 +298,29 @@ class _Recurrence:
 class _Rules:
     """The stopping rules of section 3.2 of the paper, with the guards against tolerances below the unit roundoff."""
 
-    def __init__(self, monitor: Monitor, atol: float, btol: float, conlim: float) -> None:
-        self.monitor, self.atol, self.btol, self.conlim = monitor, atol, btol, conlim
+    size: Tensor
 
-    def at_start(self, alpha: Tensor, beta: Tensor, size: Tensor, eps: float) -> None:
-        self.size, self.eps = size, eps
+    def __init__(self, monitor: Monitor, atol: float, btol: float, conlim: float, eps: float) -> None:
+        self.monitor, self.atol, self.btol, self.conlim, self.eps = monitor, atol, btol, conlim, eps
+        self.norm: Tensor | float = 0.0
+
+    def start(self, alpha: Tensor, beta: Tensor, length: Tensor) -> None:
+        """Judge a start: the first one, or that from an x that is claimed to solve the problem."""
         self.monitor.stop(~torch.isfinite(alpha * beta), NOT_FINITE)
+        self.size = torch.where(self.size == 0, beta, self.size)  # of no data, the start is the measure
         self.monitor.stop(beta == 0, SOLVED)
         self.monitor.stop(alpha == 0, LEAST_SQUARES)
+        self._judge(alpha * beta, beta, self.norm * length)
 
     def __call__(self, state: _Recurrence, length: Tensor) -> None:
-        reach = state.norm * length
-        stop = self.monitor.stop
-        stop(state.residual <= self.btol * self.size + self.atol * reach, SOLVED)
-        stop(state.gradient <= self.atol * state.norm * state.residual, LEAST_SQUARES)
+        self.norm = state.norm
+        self._judge(state.gradient, state.residual, state.norm * length)
         if self.conlim:
-            stop(state.condition >= self.conlim, ILL_CONDITIONED)
-        stop(state.residual <= self.eps * (self.size + reach), PRECISION)
-        stop(state.gradient <= self.eps * state.norm * state.residual, PRECISION)
-        stop(state.condition >= 1 / torch.finfo(torch.float64).eps, ILL_CONDITIONED)
+            self.monitor.stop(state.condition >= self.conlim, ILL_CONDITIONED)
+        self.monitor.stop(state.condition >= 1 / torch.finfo(torch.float64).eps, ILL_CONDITIONED)
+
+    def _judge(self, gradient: Tensor, residual: Tensor, reach: Tensor) -> None:
+        self.monitor.stop(residual <= self.btol * self.size + self.atol * reach, SOLVED)
+        self.monitor.stop(gradient <= self.atol * self.norm * residual, LEAST_SQUARES)
+        self.monitor.stop(residual <= self.eps * (self.size + reach), PRECISION)
+        self.monitor.stop(gradient <= self.eps * self.norm * residual, PRECISION)

@@ -2,6 +2,9 @@ r"""Conjugate gradients: for ``Ax = b`` with A self-adjoint and positive, and fo
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +28,8 @@ from adjointlab.solvers.solution import (
     Solution,
 )
 
+_ROUNDING = 4
+
 
 def cg(
     A: LinearOperator | AffineOperator,
@@ -38,7 +43,9 @@ def cg(
 ) -> Solution:
     r"""Solve ``Ax = b``, A being self-adjoint and positive definite, by conjugate gradients.
 
-    It stops at ``‖b − Ax‖ ≤ tol · ‖b‖``. With ``batch_dims``, every entry of the batch is a system of its own.
+    It stops at ``‖b − Ax‖ ≤ tol · ‖b‖`` (``tol · ‖Ax₀‖`` for ``b = 0``), which is verified for x itself, at the cost of
+    one application: if rounding keeps it larger, ``reason`` says so. With ``batch_dims``, every entry of the batch is a
+    system of its own.
 
     Parameters
     ----------
@@ -103,18 +110,35 @@ def cg(
 
 
 def _cg(problem: Problem, x: Vector, started: bool, tol: float, monitor: Monitor) -> None:
-    """Run conjugate gradients on x in place."""
+    """Run conjugate gradients on x in place, and verify what they claim."""
     space = problem.domain
     b = problem.data()
     size = space.norm(b)
     space.choose_precision(size)
-    r = space.copy(b)
-    if started:
-        space.add(r, space.scalar(-1), problem.apply(x))
-    p = space.copy(r)
-    rho = space.dot(r, r)
-    _judge_residual(monitor, rho.sqrt(), size, tol, problem.domain.space.eps)
-    going, some = monitor.start(rho.sqrt())
+    most = space.scalar(math.inf)
+    while True:
+        r = space.copy(b)
+        if started:
+            space.add(r, space.scalar(-1), problem.apply(x))
+        norm = space.norm(r)
+        size = torch.where(size == 0, norm, size)
+        judge = partial(_judge_residual, monitor, size, tol, space.space.eps)
+        judge(norm)
+        monitor.stop(norm > most, PRECISION)
+        if not _cg_steps(problem, x, r, norm, judge=judge, monitor=monitor):
+            return
+        most, started = norm / 2 if started else space.scalar(0), True
+
+
+def _cg_steps(
+    problem: Problem, x: Vector, r: Vector, norm: Tensor, *, judge: Callable[[Tensor], None], monitor: Monitor
+) -> bool:
+    """Run conjugate gradients from x with the residual r; return whether that ended with claims to verify."""
+    space = problem.domain
+    p, rho = space.copy(r), norm.square()
+    going, some = monitor.start(norm)
+    if not going:
+        return False
     while going:
         if some:
             space.clear(p, ~monitor.running)
@@ -123,19 +147,20 @@ def _cg(problem: Problem, x: Vector, started: bool, tol: float, monitor: Monitor
         step = rho / curvature
         monitor.stop(~torch.isfinite(curvature), NOT_FINITE)
         monitor.stop(curvature <= 0, NO_CURVATURE)
-        monitor.stop(~torch.isfinite(step), BREAKDOWN)
+        monitor.stop(~space.holds(step), BREAKDOWN)
         moved = monitor.running
         step = torch.where(moved, step, 0)
         space.add(x, step, p)
         space.add(r, -step, q)
         del q
         previous, rho = rho, space.dot(r, r)
-        _judge_residual(monitor, rho.sqrt(), size, tol, problem.domain.space.eps)
+        judge(rho.sqrt())
         going, some = monitor.step(x, rho.sqrt(), moved)
         space.update(p, r, rho / previous)
+    return monitor.reopen()
 
 
-def _judge_residual(monitor: Monitor, norm: Tensor, size: Tensor, tol: float, eps: float) -> None:
+def _judge_residual(monitor: Monitor, size: Tensor, tol: float, eps: float, norm: Tensor) -> None:
     monitor.stop(~torch.isfinite(norm), NOT_FINITE)
     monitor.stop(norm <= tol * size, SOLVED)
     monitor.stop(norm <= eps * size, PRECISION)
@@ -155,9 +180,10 @@ def cgls(
 ) -> Solution:
     r"""Minimise ``‖Ax − y‖²_W + damp² ‖x‖²`` by conjugate gradients on the normal equations.
 
-    It stops once the gradient is small against that at zero, ``‖AᴴW(y − Ax) − damp² x‖ ≤ tol · ‖AᴴWy‖``, or as small
-    as rounding lets it become. Without damping and from zero, it goes to the solution of least norm where there are
-    many. With ``batch_dims``, every entry of the batch is a problem of its own.
+    It stops once the gradient is small against that at zero, ``‖AᴴW(y − Ax) − damp² x‖ ≤ tol · ‖AᴴWy‖`` (that at
+    ``x0`` for ``y = 0``), or as small as rounding lets it become; either is verified for x itself. Without damping and
+    from zero, it goes to the solution of least norm where there are many. With ``batch_dims``, every entry of the batch
+    is a problem of its own.
 
     Parameters
     ----------
@@ -220,25 +246,41 @@ def cgls(
 
 
 def _cgls(problem: Problem, x: Vector, damp: float, tol: float, *, monitor: Monitor, started: bool) -> None:
-    """Run CGLS on x in place."""
+    """Run CGLS on x in place, and verify what it claims."""
     domain, codomain = problem.domain, problem.codomain
     square = damp**2
     r = codomain.copy(problem.data())
     codomain.choose_precision(codomain.norm(r))
     s, rr = problem.pull_back(r)
     domain.choose_precision(domain.norm(s))
-    gamma = domain.dot(s, s)
-    judge = _Judge(monitor, tol * gamma.sqrt(), rr.sqrt(), max(domain.space.eps, codomain.space.eps))
-    if started:
-        codomain.add(r, codomain.scalar(-1), problem.apply(x))
-        s, rr = problem.pull_back(r)
-        s = plus(s, -square, x)
-        gamma = domain.dot(s, s)
-    p = domain.copy(s)
-    del s
-    norm = _damped_norm(problem, rr, square, x)
-    judge(gamma.sqrt(), rr.sqrt(), norm)
-    going, some = monitor.start(norm)
+    gradient = domain.norm(s)
+    judge = _Judge(monitor, tol * gradient, rr.sqrt(), max(domain.space.eps, codomain.space.eps))
+    most = domain.scalar(math.inf)
+    while True:
+        if started:
+            codomain.add(r, codomain.scalar(-1), problem.apply(x))
+            s, rr = problem.pull_back(r)
+            s = plus(s, -square, x)
+            gradient = domain.norm(s)
+        p = domain.copy(s)
+        del s
+        norm = _damped_norm(problem, rr, square, x)
+        judge.start(gradient, rr.sqrt(), norm, tol)
+        monitor.stop(gradient > most, PRECISION)
+        if not _cgls_steps(problem, x, r, p, square=square, judge=judge):
+            return
+        most, started = gradient / 2 if started else domain.scalar(0), True
+        del p
+        r = codomain.copy(problem.data())
+
+
+def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, *, square: float, judge: _Judge) -> bool:
+    """Run CGLS from x with the residual r and its gradient p; return whether that ended with claims to verify."""
+    domain, codomain, monitor = problem.domain, problem.codomain, judge.monitor
+    gamma = length = judge.gradient.square()
+    going, some = monitor.start(judge.damped)
+    if not going:
+        return False
     while going:
         if some:
             domain.clear(p, ~monitor.running)
@@ -246,9 +288,10 @@ def _cgls(problem: Problem, x: Vector, damp: float, tol: float, *, monitor: Moni
         curvature = problem.weighted(q)[1]
         if square:
             curvature = curvature + square * domain.dot(p, p)
+        judge.see((curvature / length).sqrt())
         step = gamma / curvature
         monitor.stop(~torch.isfinite(curvature), NOT_FINITE)
-        monitor.stop(~torch.isfinite(step), BREAKDOWN)
+        monitor.stop(~domain.holds(step), BREAKDOWN)
         moved = monitor.running
         step = torch.where(moved, step, 0)
         domain.add(x, step, p)
@@ -257,11 +300,12 @@ def _cgls(problem: Problem, x: Vector, damp: float, tol: float, *, monitor: Moni
         s, rr = problem.pull_back(r)
         s = plus(s, -square, x)
         previous, gamma = gamma, domain.dot(s, s)
-        norm = _damped_norm(problem, rr, square, x)
-        judge(gamma.sqrt(), rr.sqrt(), norm)
-        going, some = monitor.step(x, norm, moved)
+        judge(gamma.sqrt(), rr.sqrt(), _damped_norm(problem, rr, square, x))
+        going, some = monitor.step(x, judge.damped, moved)
         domain.update(p, s, gamma / previous)
+        length = gamma + (gamma / previous).square() * length  # ‖p‖², since s is orthogonal to the last p
         del s
+    return monitor.reopen()
 
 
 def _damped_norm(problem: Problem, rr: Tensor, square: float, x: Vector) -> Tensor:
@@ -271,16 +315,28 @@ def _damped_norm(problem: Problem, rr: Tensor, square: float, x: Vector) -> Tens
 class _Judge:
     """Stops a least-squares problem by its gradient ``‖s‖``, or once that is only rounding.
 
-    Rounding makes ``‖s‖`` as large as ``eps ‖A‖ ‖r‖``; the largest ``‖s‖ / ‖r‖`` seen stands for ``‖A‖``.
+    Rounding makes ``‖s‖`` as large as a few ``eps ‖A‖ ‖r‖``; the largest ``‖s‖ / ‖r‖`` and ``‖Ap‖ / ‖p‖`` seen stand
+    for ``‖A‖``.
     """
 
     def __init__(self, monitor: Monitor, target: Tensor, size: Tensor, eps: float) -> None:
         self.monitor, self.target, self.size, self.eps = monitor, target, size, eps
         self.norm = torch.zeros_like(target)
 
+    def start(self, gradient: Tensor, residual: Tensor, damped: Tensor, tol: float) -> None:
+        """Judge a start; where the data are zero, what follows is measured by it."""
+        self.target = torch.where(self.size == 0, tol * gradient, self.target)
+        self.size = torch.where(self.size == 0, damped, self.size)
+        self(gradient, residual, damped)
+
     def __call__(self, gradient: Tensor, residual: Tensor, damped: Tensor) -> None:
+        self.gradient, self.residual, self.damped = gradient, residual, damped
         self.monitor.stop(~(torch.isfinite(gradient) & torch.isfinite(damped)), NOT_FINITE)
         self.monitor.stop(gradient <= self.target, LEAST_SQUARES)
-        self.norm = torch.fmax(self.norm, torch.where(residual > 0, gradient / residual, 0))
-        self.monitor.stop(gradient <= self.eps * self.norm * residual, PRECISION)
+        self.see(torch.where(residual > 0, gradient / residual, 0))
         self.monitor.stop(damped <= self.eps * self.size, PRECISION)
+
+    def see(self, norm: Tensor) -> None:
+        """Take note that ``‖A‖`` is at least that."""
+        self.norm = torch.fmax(self.norm, norm)
+        self.monitor.stop(self.gradient <= _ROUNDING * self.eps * self.norm * self.residual, PRECISION)

@@ -30,6 +30,7 @@ from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector
 from adjointlab.solvers.problem import Problem
 from adjointlab.solvers.solution import Solution
 from adjointlab.space import Space
+from adjointlab.spectral import real_size
 
 Map = Callable[[Vector], Vector]
 
@@ -59,7 +60,7 @@ def of_least_squares(
         residual = codomain.space.leaves(problem.weight(codomain.space.unflatten(residual)))
     ties = [residual]
     pulled = _pulled(problem, tuple(t.detach() for t in residual))
-    wide = damp == 0 and not started and codomain.space.size < domain.space.size
+    wide = damp == 0 and not started and real_size(codomain.space) < real_size(domain.space)
     if pulled is not None:
         ties.append(pulled)
         if wide:

@@ -44,7 +44,8 @@ class Solution:
         Number of steps taken; with ``batch_dims``, of each problem.
     residual_norms : Tensor
         ``float64``, of shape ``(steps + 1, *batch)``, the first being that of the start: ``‖b − Ax‖`` by ``cg``,
-        ``√(‖y − Ax‖²_W + damp² ‖x‖²)`` by ``cgls`` and ``lsmr``. A problem that has stopped keeps its last value.
+        ``√(‖y − Ax‖²_W + damp² ‖x‖²)`` by ``cgls`` and ``lsmr``, as their recurrences have it; the last one is that of
+        x, where ``converged``. A problem that has stopped keeps its last value.
     reason : str
         Why it stopped, in words.
 
@@ -69,6 +70,11 @@ class Monitor:
     """Which problems still run, why the others stopped, and how the residuals fell.
 
     A step costs one exchange with the host: how many problems are running. Callback and progress bar add theirs.
+
+    The recurrences of the solvers drift away from what they stand for, by rounding. So a claim to have converged is
+    verified: the problem is reopened, and started again from the residual of its x. If that is not as claimed, the
+    solver goes on as long as each start from a given ``x0`` halves it (a far ``x0`` leaves large rounding errors, which
+    the next start repairs); from zero there is nothing to gain, and it has gone as far as the precision allows.
     """
 
     def __init__(self, vectors: Vectors, maxiter: int, callback: Callback | None, progress: bool, name: str) -> None:
@@ -77,6 +83,7 @@ class Monitor:
         self.status = torch.zeros(vectors.batch, dtype=torch.int64, device=vectors.device)
         self.steps = torch.zeros_like(self.status)
         self.norms: list[Tensor] = []
+        self._claimed = self.running
         self.total = self.status.numel()
         self._callback = callback
         self._bar = _bar(maxiter, name) if progress else None
@@ -91,10 +98,9 @@ class Monitor:
         self.status = torch.where(where & (self.status == RUNNING), why, self.status)
 
     def start(self, norm: Tensor) -> tuple[bool, bool]:
-        """Record the residuals of the start; return whether there is anything to do, and whether only for some."""
-        self.norms.append(norm)
-        count = self._count()
-        return count > 0 and self.maxiter > 0, count < self.total
+        """Record the residuals of a start; return whether there is anything to do, and whether only for some."""
+        self.norms.append(torch.where(self._claimed, norm, self.norms.pop()) if self.norms else norm)
+        return self._onward()
 
     def step(self, x: Vector, norm: Tensor, moved: Tensor) -> tuple[bool, bool]:
         """Record a step that moved the problems ``moved``; return whether to go on, and whether only with some."""
@@ -107,26 +113,37 @@ class Monitor:
         if self._bar is not None:
             self._bar.set_postfix_str(f"residual {float(self.norms[-1].max()):.3e}", refresh=False)
             self._bar.update()
-        count = self._count()
-        return count > 0 and len(self.norms) <= self.maxiter, count < self.total
+        return self._onward()
+
+    def reopen(self) -> bool:
+        """Let the problems run on that claim to have converged; return whether there are any."""
+        self._claimed = self._converged()
+        self.status = torch.where(self._claimed, RUNNING, self.status)
+        return bool(self._claimed.any())
 
     def solution(self, x: Vector) -> Solution:
         """Return the outcome."""
         if self._bar is not None:
             self._bar.close()
         self.stop(self.running, EXHAUSTED)
-        converged = torch.isin(self.status, torch.tensor(_CONVERGED, device=self.status.device))
+        converged = self._converged()
         single = not self.vectors.batch
+        norms = torch.stack(self.norms)
+        rows = torch.arange(len(norms), device=norms.device).reshape(-1, *[1] * self.steps.ndim)
         return Solution(
             self.vectors.element(x),
             bool(converged) if single else converged,
             int(self.steps) if single else self.steps,
-            torch.stack(self.norms),
+            torch.where(rows < self.steps, norms, norms[-1]),
             self._reason(),
         )
 
-    def _count(self) -> int:
-        return int((self.status == RUNNING).sum())
+    def _converged(self) -> Tensor:
+        return torch.isin(self.status, torch.tensor(_CONVERGED, device=self.status.device))
+
+    def _onward(self) -> tuple[bool, bool]:
+        count = int(self.running.sum())
+        return count > 0 and len(self.norms) <= self.maxiter, count < self.total
 
     def _reason(self) -> str:
         codes, counts = (found.tolist() for found in self.status.unique(return_counts=True))

@@ -127,3 +127,11 @@ def test_from_scipy_is_differentiable() -> None:
 def test_there_and_back() -> None:
     A = al.linear_operator(nn.Conv1d(1, 2, 3, bias=False, dtype=torch.complex128), (1, 1, 7))
     assert gap(al.to_dense(from_scipy(to_scipy(A))), al.to_dense(A)) <= 16 * A.domain.eps
+
+
+def test_what_comes_back_is_no_part_of_what_was_given() -> None:
+    S = sp.LinearOperator((2, 3), matvec=lambda x: x[1:], rmatvec=lambda y: np.append(0, y), dtype=np.float64)
+    x = torch.arange(3.0, dtype=torch.float64)
+    y = from_scipy(S)(x)
+    y += 10
+    assert torch.equal(x, torch.arange(3.0, dtype=torch.float64))
