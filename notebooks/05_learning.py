@@ -212,7 +212,7 @@ with torch.no_grad():
     for _ in range(40):
         descent.append(descent[-1] - test_objective.gradient(descent[-1]) / norm**2)
     krylov = [y]
-    al.solvers.cgls(A_test, y, x0=y, maxiter=20, tol=0.0, callback=lambda x: krylov.append(x.clone()))
+    al.solvers.cgls(A_test, y, x0=y, maxiter=20, tol=0.0, callback=krylov.append)
 
 
 def best(iterates):
@@ -226,8 +226,9 @@ for k, (name, x) in enumerate(results.items()):
     show(panels[0, k], x[0, 0], f"{name}\n{psnr(x, truth):.1f} dB", vmin=0, vmax=1)
     show(panels[1, k], x[0, 0][window], "detail", vmin=0, vmax=1)
 show(panels[0, 4], truth[0, 0], "truth", vmin=0, vmax=1)
-panels[1, 4].semilogy(losses, lw=0.8)
-panels[1, 4].set(title="training loss", xlabel="step")
+panels[1, 4].semilogy(losses, lw=0.6, alpha=0.4)
+panels[1, 4].semilogy(range(19, len(losses)), torch.tensor(losses).unfold(0, 20, 1).mean(1))
+panels[1, 4].set(title="training loss and its running mean", xlabel="step")
 plt.show()
 for name, x in results.items():
     print(f"{name:20s} {psnr(x, truth):5.2f} dB")

@@ -94,6 +94,12 @@ def test_every_public_name_has_an_entry_in_the_reference():
     assert set(al.__all__) - {"solvers"} | set(al.solvers.__all__) <= set(entries)
 
 
+def test_every_module_of_the_engine_has_a_line_in_the_design():
+    design = (ROOT / "docs" / "design.md").read_text()
+    modules = {path.stem for path in (ROOT / "adjointlab" / "transpose").glob("[a-z]*.py")}
+    assert modules <= set(re.findall(r"`(\w+)`", design.split("Inside the engine")[1]))
+
+
 def script(name):
     """Return a script of docs/ as a module."""
     finder = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
