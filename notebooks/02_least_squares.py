@@ -107,17 +107,17 @@ for name, make in {
 # ## Krylov solvers
 #
 # `cgls` and `lsmr` need one `A` and one `A.H` a step, as the gradient does, and choose all step lengths themselves.
-# The adjoint must be exact for that: see the notebook on tomography for what happens otherwise. `lsmr` always
-# begins at zero; to begin at the data as the others do, it solves for the correction $d$ in $x = y + d$.
+# The adjoint must be exact for that: see the notebook on tomography for what happens otherwise. All begin at
+# the data.
 
 # %%
 iterates = [y]
-solution = al.solvers.cgls(A, y, x0=y, maxiter=steps, tol=0.0, callback=lambda x: iterates.append(x.clone()))
+solution = al.solvers.cgls(A, y, x0=y, maxiter=steps, tol=0.0, callback=iterates.append)
 record("cgls", iterates)
 print(f"cgls: {solution.iterations} steps; {solution.reason}")
 
 iterates = [y]
-solution = al.solvers.lsmr(A, y - A(y), maxiter=steps, atol=0.0, btol=0.0, callback=lambda d: iterates.append(y + d))
+solution = al.solvers.lsmr(A, y, x0=y, maxiter=steps, atol=0.0, btol=0.0, callback=iterates.append)
 record("lsmr", iterates)
 print(f"lsmr: {solution.iterations} steps; {solution.reason}")
 

@@ -2,8 +2,9 @@
 # # Complex operators: multi-coil MRI
 #
 # A scanner measures the Fourier transform of the body, seen through the sensitivities of several coils, and to save
-# time only some rows of it, here every fourth: $y = M F S x$. Here $x$ is a real MRI volume (the example that ships
-# with nibabel), with a smooth phase as scanners produce; the coils and the sampling are simulated.
+# time only some rows of it, here every fourth and those in the middle: $y = M F S x$. Here $x$ is a real MRI volume
+# (the example that ships with nibabel), with a smooth phase as scanners produce; the coils and the sampling are
+# simulated.
 #
 # All is complex. PyTorch's vector-Jacobian product gives the *Hermitian* adjoint $S^H F^H M^H$; nothing has to be
 # conjugated by hand.
@@ -30,6 +31,12 @@ def show(axes, image, title, **options):
     return picture
 
 
+def coloured(z):
+    """Phase as colour, the square root of the magnitude as brightness."""
+    hue = plt.get_cmap("hsv")((z.angle() / (2 * torch.pi) + 0.5).numpy())[..., :3]
+    return (0.5 * hue + 0.5) * z.abs().clamp(max=1).sqrt()[..., None].numpy()
+
+
 with as_file(files("nibabel") / "tests" / "data" / "example4d.nii.gz") as path:
     scans = np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj, dtype=np.float32)
 volume = torch.from_numpy(np.rot90(scans[..., 0]).transpose(2, 0, 1)[7:15, :, 20:108].copy())
@@ -44,7 +51,7 @@ print(tuple(truth.shape), truth.dtype)
 # %% [markdown]
 # ## The forward model
 #
-# Four lines of `forward`; coil maps and mask are buffers.
+# One line of `forward`; coil maps and mask are buffers.
 
 # %%
 
@@ -80,10 +87,7 @@ print(f"rows measured: {mask.mean():.0%}; complex-linear: {A.is_complex_linear}"
 fig, panels = plt.subplots(1, coils + 1, figsize=(12, 1.9))
 middle = slices // 2
 for k in range(coils):
-    # Colour shows the phase of the map, brightness what the coil sees, brightened by a square root.
-    hue = plt.get_cmap("hsv")((maps[k].angle() / (2 * torch.pi) + 0.5).numpy())[..., :3]
-    seen = (maps[k] * truth[middle]).abs().clamp(max=1).sqrt()[..., None].numpy()
-    show(panels[k], (0.5 * hue + 0.5) * seen, f"coil {k + 1}")
+    show(panels[k], coloured(maps[k] * truth[middle]), f"coil {k + 1}")
 show(panels[-1], torch.fft.fftshift(mask).expand(height, width), "sampled rows")
 plt.show()
 
@@ -151,7 +155,7 @@ for k, (name, x) in enumerate(images.items()):
     label = name if name == "truth" else f"{name}: error {error(x):.0%}"
     show(panels[0, k], x[middle].abs(), label, vmin=0, vmax=1)
     if name == "truth":
-        show(panels[1, k], x[middle].angle(), "its phase", cmap="hsv", vmin=-torch.pi, vmax=torch.pi)
+        show(panels[1, k], coloured(x[middle]), "phase as colour")
     else:
         show(panels[1, k], (x - truth)[middle].abs(), "|x − truth|", cmap="magma", vmin=0, vmax=0.3)
 panels[0, 4].plot(errors, "o-", ms=3)
