@@ -24,40 +24,42 @@ class _Physics(LinearPhysics):  # type: ignore[misc]
         spec = A.domain.specs[0]
         super().__init__(img_size=tuple(spec.shape[1:]), device=spec.device, **options)
         self.operator = A
-        self._with_parameters: list[tuple[dict[str, Any], LinearOperator]] = []
+        self._with_parameters: list[tuple[int, dict[str, Any], LinearOperator]] = []
 
     def A(self, x: Any, **parameters: Any) -> Any:
-        A = self._operator(parameters)
+        A = self._operator(x, parameters)
         return _apply(A, A.domain, A.codomain, x)
 
     def A_adjoint(self, y: Any, **parameters: Any) -> Any:
-        A = self._operator(parameters)
+        A = self._operator(y, parameters)
         return _apply(A.H, A.codomain, A.domain, y)
 
     def A_vjp(self, x: Any, v: Any) -> Any:
         return self.A_adjoint(v)
 
-    def _operator(self, parameters: dict[str, Any]) -> LinearOperator:
+    def _operator(self, x: Any, parameters: dict[str, Any]) -> LinearOperator:
         """Return the operator for keyword parameters of the forward, made once for each set of them."""
         if not parameters:
             return self.operator
-        for known, operator in self._with_parameters:
-            if known.keys() == parameters.keys() and all(known[name] is parameters[name] for name in known):
+        samples = tree_flatten(x)[0][0].shape[0]  # a parameter may have an entry for each
+        for number, known, operator in self._with_parameters:
+            same = known.keys() == parameters.keys() and all(known[name] is parameters[name] for name in known)
+            if number == samples and same:
                 return operator
-        source = self.operator._body.source
+        source = self.operator.source
         if source is None or self.operator._side:
             raise SpaceMismatchError(
                 f"expected an operator made by al.linear_operator for the parameters {sorted(parameters)}, got one "
                 "that is built from others: their forwards take no parameters"
             )
+        domain = source.domain
+        if domain.batch_dims == 1:
+            domain = domain.with_batch((samples,)).with_batch_dims(0)
+        kwargs = {**source.kwargs, **parameters}
         operator = linear_operator(
-            source.callable,
-            source.domain,
-            batch_dims=source.domain.batch_dims,
-            kwargs={**source.kwargs, **parameters},
-            engine=source.requested,
+            source.callable, domain, batch_dims=domain.batch_dims, kwargs=kwargs, engine=source.requested
         )
-        self._with_parameters = [*self._with_parameters[-7:], (parameters, operator)]
+        self._with_parameters = [*self._with_parameters[-7:], (samples, parameters, operator)]
         return operator
 
 

@@ -60,6 +60,18 @@ def test_a_tensor_list_of_the_forward_itself() -> None:
     assert relative(physics.A_adjoint_A(x), stacked.A_adjoint_A(x)) <= 64 * EPS
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 4, 4), (1, 1, 4, 4)], ids=["each", "shared"])
+def test_keyword_parameters_of_each_sample(shape: tuple[int, ...]) -> None:
+    A = al.linear_operator(lambda x, mask=None: x if mask is None else mask * x, (1, 1, 4, 4), batch_dims=1)
+    physics, mask = bridge.to_deepinv(A), torch.rand(shape)
+    for samples in (3, 1, 2)[: 1 if shape[0] == 3 else 3]:
+        x = torch.randn(samples, 1, 4, 4)
+        assert torch.equal(physics.A(x, mask=mask), mask * x)
+        assert torch.equal(physics.A_adjoint(x, mask=mask), mask * x)
+    mask.mul_(2)  # in place, which deepinv's own update_parameters may do
+    assert torch.equal(physics.A_adjoint(x, mask=mask), mask * x)
+
+
 def test_keyword_parameters_reach_the_forward() -> None:
     A = al.linear_operator(lambda x, mask=None: x if mask is None else mask * x, (1, 1, 4, 4), batch_dims=1)
     physics = bridge.to_deepinv(A)
