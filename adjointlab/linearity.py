@@ -257,7 +257,7 @@ class _Numbers:
         return space.leaves(space.randn(self.generator))
 
     def f(self, x: Tensors) -> Tensors:
-        return self.map.flat(tuple(t.clone() for t in x))
+        return tuple(t.detach() for t in self.map.flat(tuple(t.clone() for t in x)))
 
     def norm(self, y: Tensors) -> float:
         return float(self.codomain.norm(self.codomain.unflatten(y)))
@@ -310,8 +310,8 @@ class _Numbers:
             zero = self.domain.unflatten([torch.zeros_like(t) for t in sample.x])
             at_zero = self.codomain.leaves(self.map.function(zero))
         self.offset = self.norm(at_zero)
-        linear = _minus(sample.at_x, at_zero)
-        gap, allowed = dot_gap(self.domain, self.codomain, sample.x, linear, sample.v, sample.at_v, exact=False)
+        linear, at_v = _minus(sample.at_x, at_zero), tuple(t.detach() for t in sample.at_v)
+        gap, allowed = dot_gap(self.domain, self.codomain, sample.x, linear, sample.v, at_v, exact=False)
         return gap <= allowed * (1 + self.offset / max(self.norm(linear), 1e-300))  # false for NaN
 
     def sample_scales(self, sample: Sample) -> bool:
@@ -346,7 +346,7 @@ class _Numbers:
         for _ in range(3):
             x, y = self.draw(self.domain), self.draw(self.codomain)
             at_x = _minus(self.f(x), self.f(tuple(torch.zeros_like(t) for t in x)))
-            at_y = self.map.reference_adjoint(y)
+            at_y = tuple(t.detach() for t in self.map.reference_adjoint(y))
             known = (DOT_UNITS * self.codomain.eps * self.offset, 0.0)  # f(x) is rounded before f(0) is subtracted
             gap, allowed = dot_gap(self.domain, self.codomain, x, at_x, y, at_y, exact=False, noise=known)
             if not gap <= allowed:
@@ -368,7 +368,7 @@ class _Numbers:
 
 
 def _minus(a: Tensors, b: Tensors) -> Tensors:
-    return tuple(s - t for s, t in zip(a, b, strict=True))
+    return tuple((s - t).detach() for s, t in zip(a, b, strict=True))
 
 
 __all__ = ["Counterexample", "LinearityReport", "assess", "check_linearity", "like_parameters"]

@@ -52,4 +52,4 @@ def _norm(leaves: Sequence[Tensor], space: Space | None) -> float:
     if space is not None and space.is_sharded:
         return norm(tuple(leaves), space)
     wide = {True: torch.complex128, False: torch.float64}
-    return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=wide[t.is_complex()])) for t in leaves))
+    return math.hypot(*(float(torch.linalg.vector_norm(t.detach(), dtype=wide[t.is_complex()])) for t in leaves))

@@ -1,6 +1,6 @@
 """Maps made to deceive: what must not be proved, what must still be traced, and errors that say what happened."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -142,3 +142,27 @@ def test_a_tensor_cached_under_a_transform_is_no_obstacle() -> None:
     torch.func.vjp(module, x)
     operator = al.linear_operator(module, x)
     assert torch.equal(operator.H(x), torch.arange(1.0, 4.0, dtype=D))
+
+
+@pytest.fixture
+def every_warning() -> Iterator[None]:
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+@pytest.mark.usefixtures("every_warning")
+def test_a_forward_that_records_gradients_by_itself_is_no_cause_for_warnings(engine: str) -> None:
+    layer = nn.Conv1d(1, 1, 3, padding=1, bias=False, dtype=D)
+
+    def adjoint(x: Tensor) -> Tensor:
+        z = torch.zeros(1, 1, 8, dtype=D, requires_grad=True)
+        with torch.enable_grad():
+            y = layer(z)
+        return torch.autograd.grad(y, z, x, create_graph=True)[0]
+
+    x = torch.ones(1, 1, 8, dtype=D)
+    operator = al.linear_operator(adjoint, x, engine=engine)
+    assert torch.allclose(operator.H(x), layer(x))
