@@ -89,9 +89,9 @@ def lsmr(
     --------
     >>> import torch
     >>> from adjointlab import linear_operator
-    >>> A = linear_operator(lambda x: torch.cat([x, 2 * x]), (1,))
-    >>> lsmr(A, torch.tensor([1.0, 2.0])).x
-    tensor([1.])
+    >>> A = linear_operator(lambda x: x.sum(-1, keepdim=True), (2,))  # of all solutions, the smallest
+    >>> lsmr(A, torch.tensor([2.0])).x
+    tensor([1.0000, 1.0000])
     """
     atol, btol, conlim = require("atol", atol), require("btol", btol), require("conlim", conlim)
     damp = require("damp", damp)
@@ -99,8 +99,7 @@ def lsmr(
     with torch.no_grad():
         monitor = Monitor(problem.domain, problem.steps(maxiter), callback, progress, "lsmr")
         x = problem.start(x0)
-        eps = max(problem.domain.space.eps, problem.codomain.space.eps)
-        _lsmr(problem, x, damp, _Rules(monitor, atol, btol, conlim, eps), started=x0 is not None)
+        _lsmr(problem, x, damp, _Rules(monitor, atol, btol, conlim, problem.eps), started=x0 is not None)
         solution = monitor.solution(x)
     return implicit.of_least_squares(problem, solution, damp, min(atol, btol), monitor.maxiter, started=x0 is not None)
 

@@ -254,7 +254,7 @@ def _cgls(problem: Problem, x: Vector, damp: float, tol: float, *, monitor: Moni
     s, rr = problem.pull_back(r)
     domain.choose_precision(domain.norm(s))
     gradient = domain.norm(s)
-    judge = _Judge(monitor, tol * gradient, rr.sqrt(), max(domain.space.eps, codomain.space.eps))
+    judge = _Judge(monitor, tol * gradient, rr.sqrt(), problem.eps)
     most = domain.scalar(math.inf)
     while True:
         if started:

@@ -52,6 +52,11 @@ class Problem:
             A = A.linear
         return Problem(A, y, weigh, domain, codomain)
 
+    @property
+    def eps(self) -> float:
+        """The coarser rounding of the two spaces."""
+        return max(self.domain.space.eps, self.codomain.space.eps)
+
     def start(self, x0: Any) -> Vector:
         """Return the first iterate, ours to write to."""
         if x0 is None:
