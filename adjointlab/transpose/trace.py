@@ -299,8 +299,10 @@ def _fake_like(tensor: Tensor, module: fx.GraphModule) -> Tensor:
 
 
 def _memory(tensor: Tensor) -> Any:
-    if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return id(tensor)  # a tensor that was cached under a transform has no memory to compare
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise UntraceableError("it holds a tensor that was made inside of a transform of torch.func")
+    if tensor.layout != torch.strided:
+        return id(tensor)
     return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj())
 
 
