@@ -45,7 +45,7 @@ def disagreement(  # two pairs of maps, and what they are compared on
             said = ""
             try:
                 found = fast(copies(argument))
-            except RuntimeError as error:  # of a compiler, or of an op that real strides do not suit
+            except (RuntimeError, AssertionError) as error:  # of a compiler, or of an op that strides do not suit
                 lines = [line for line in str(error).splitlines() if line.strip()]
                 said = " ".join(lines[:2])[:300]  # where it failed, and what was said
             if not space.every(not said):

@@ -112,8 +112,7 @@ class Program:
     def compile(self, options: dict[str, Any]) -> None:
         """Put the main part through ``torch.compile`` as one region: a break in it is an error, to fall back from."""
         constants, prologue, main, watched, n_state = self._split
-        compiled = torch.compile(main, **{"fullgraph": True, **options})
-        self._split = (constants, prologue, compiled, watched, n_state)
+        self._split = (constants, prologue, _compiled(main, {"fullgraph": True, **options}), watched, n_state)
 
     def replace(self, function: Callable[..., Any], n_state: int) -> None:
         """Run an equal function of the inputs alone, which reads the state by itself."""
@@ -131,6 +130,29 @@ class Program:
             outputs = tuple(prologue(*state, *self._constants))
             self._kept = (tuple(t.detach().clone() for t in now), outputs)
         return outputs
+
+
+def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """Return the function through ``torch.compile``, for arguments that are alike in every call.
+
+    PyTorch's own backend compiles ahead of time, at the first call: that leaves out the look-up and the guards of every
+    later one, which cost more than the adjoint of a small image. What they guard, spaces and ``Derived.stale`` have
+    seen to.
+    """
+    lazy: Any = torch.compile(function, **options)
+    if options.get("backend", "inductor") != "inductor":
+        return lazy  # type: ignore[no-any-return]
+    compiled: Any = None
+
+    def run(*tensors: Tensor) -> Any:
+        nonlocal compiled
+        if compiled is None:
+            ahead = lazy.aot_compile((tensors, {}))
+            ahead.disable_guard_check()
+            compiled = ahead  # now that it is whole: another thread may be in here
+        return compiled(*tensors)
+
+    return run
 
 
 Split = tuple[Callable[..., Any] | None, Callable[..., Any] | None, Callable[..., Any], tuple[int, ...], int]
