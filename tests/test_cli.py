@@ -193,6 +193,7 @@ def test_explain_of_an_affine_and_of_a_nonlinear_map():
         ("torch.nn.Conv2d(1,1,3)", "did you mean torch.nn:Conv2d(1,1,3)?"),
         ("Conv2d", "no colon"),
         ("", "no colon"),
+        ("./my/blur.py:Blur(3)", "did you mean my.blur:Blur(3)?"),
         ("torch.nn:", "after the colon"),
         (":Conv2d", "before the colon"),
         ("torch..nn:Conv2d(1,1,3)", "before the colon"),

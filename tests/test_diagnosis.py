@@ -75,6 +75,16 @@ mistake(
     lambda y: F.conv_transpose2d(y, circular[0].weight, padding=1),
     "border of width 1 wrong (padding mode)",
 )
+line = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect", bias=False, dtype=torch.float64)
+mistake(
+    "padding mode of a signal",
+    al.linear_operator(line, (3, 1, 16)),
+    lambda y: F.conv_transpose1d(y, line.weight, padding=1),
+    "border of width 2 wrong along dim 2 (padding mode)",
+)
+stack = al.linear_operator(lambda x: F.conv2d(x[:, None], layer.weight, padding=1)[:, 0], (3, 12, 12))
+mistake("shift in a stack", stack, lambda y: stack.H(y).roll(1, 1), "shifted by one pixel along dim 1")
+mistake("kernel in a stack", stack, stack, "kernel not flipped")
 mistake("conjugate", M, lambda y: y @ w.mT, "conjugate missing")
 mistake("conjugate of the result", M, lambda y: M.H(y).conj(), "conjugate missing")
 mistake("real part", M, lambda y: M.H(y).real.to(C), "only real part")

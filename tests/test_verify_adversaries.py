@@ -85,6 +85,15 @@ def test_an_adjoint_may_be_summed_in_another_order() -> None:
 # ---------------------------------------------------------------------------------------------- odd, and nevertheless
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_entries_that_happen_to_be_rounded_by_nothing_raise_no_alarm(dtype: torch.dtype) -> None:
+    def noisy(x: Tensor) -> Tensor:  # its own adjoint; exact for impulses, and for some single entries
+        return (1e4 * x + x) - 1e4 * x
+
+    for seed in range(8):
+        assert al.check_adjoint(noisy, noisy, domain=torch.zeros(200, dtype=dtype), seed=seed).passed
+
+
 def test_adjoint_that_writes_to_one_buffer_passes() -> None:
     buffer = torch.empty(SHAPE)
     assert al.check_adjoint(A, lambda y: buffer.copy_(back(y))).passed

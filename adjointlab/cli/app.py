@@ -258,6 +258,9 @@ class _OneLineErrors(TyperGroup):
             code = UNUSABLE
         except typer.Abort:
             code = 130
+        except OSError as error:  # what is found cannot be written: a full disk
+            typer.echo(f"error: cannot write the results: {one_line(error)}", err=True)
+            code = UNUSABLE
         sys.exit(code if isinstance(code, int) else PASSED)
 
 

@@ -72,7 +72,9 @@ def parse_target(text: str) -> Target:
         hint = f"; did you mean {guess[1][:-1]}:{guess[2]}?" if guess else ""
         raise UnusableError(f"expected import.path:name or import.path:name(arguments), got no colon{hint}")
     if not all(part.isidentifier() for part in module.split(".")):
-        raise UnusableError(f"expected an import path such as torch.nn before the colon, got {module!r}")
+        guessed = module.removesuffix(".py").removeprefix("./").replace("/", ".")
+        hint = f"; did you mean {guessed}:{call}?" if module.endswith(".py") else ""
+        raise UnusableError(f"expected an import path such as torch.nn before the colon, got {module!r}{hint}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # "0or 1" is refused below anyway

@@ -134,8 +134,8 @@ class Evidence:
 
     @property
     def spatial(self) -> tuple[int, ...]:
-        """Dimensions of it that are taken to be space: those after batch and channels, or all where there are few."""
-        dims = range(2, self.ndim) if self.ndim > 2 else range(self.ndim)
+        """Dimensions of it that are taken to be space: those after batch and channels, of three all but the first."""
+        dims = range({3: 1}.get(self.ndim, 2 if self.ndim > 3 else 0), self.ndim)
         return tuple(d for d in dims if self.shape[d] > 1)
 
     @property

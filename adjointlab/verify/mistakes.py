@@ -133,6 +133,9 @@ def border(evidence: Evidence) -> str:
                 if not bool(outside.any()) or bool((wrong & outside).any()):
                     continue
                 ends = [bool(wrong.narrow(d, s, 1).any()) for d in some for s in (0, shape[d] - 1)]
+                if not any(ends):  # reflection leaves the outermost right, but is wrong at both sides
+                    ends = [bool(wrong.narrow(d, s, width).any()) for d in some for s in (0, shape[d] - width)]
+                    ends = ends if all(ends) and 4 * width <= min(shape[d] for d in some) else []
                 if float(wrong.sum()) < 0.2 * float(near.sum()) / width or not any(ends):
                     return ""
                 along = "" if len(some) == len(dims) and len(dims) > 1 else f" along dim {_listed(some)}"
