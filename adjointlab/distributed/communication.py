@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.distributed.device_mesh import DeviceMesh
 
+from adjointlab.distributed.failure import waiting
 from adjointlab.distributed.windows import plan_of
 from adjointlab.transpose.program import differentiated, plain
 
@@ -65,7 +66,8 @@ def _link(name: str, adjoint: str) -> None:
 
 def _all_reduce(x: Tensor, group: str) -> Tensor:
     real = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-    total = _c10d.wait_tensor(_c10d.all_reduce(real.contiguous(), "sum", group))
+    with waiting():
+        total = _c10d.wait_tensor(_c10d.all_reduce(real.contiguous(), "sum", group))
     return torch.view_as_complex(total) if x.is_complex() else total
 
 
@@ -184,7 +186,8 @@ def _transfer(parts: list[list[Tensor]], sizes: list[int], like: Tensor, group: 
     message = _message([part for to in parts for part in to], like)
     given = [scalars * sum(part.numel() for part in to) for to in parts]
     taken = [scalars * size for size in sizes]
-    received = _c10d.wait_tensor(_c10d.all_to_all_single(message, taken, given, group))
+    with waiting():
+        received = _c10d.wait_tensor(_c10d.all_to_all_single(message, taken, given, group))
     flats: list[Tensor] = list(received.split(taken))
     return [torch.view_as_complex(flat.reshape(-1, 2)) for flat in flats] if like.is_complex() else flats
 

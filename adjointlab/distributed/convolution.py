@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import Shard
 
 from adjointlab.distributed.communication import exchange
 from adjointlab.distributed.derive import linear_operator
-from adjointlab.distributed.sharding import Sharding, along, coordinate, space
+from adjointlab.distributed.sharding import Sharding, alike, along, coordinate, space
 from adjointlab.distributed.windows import bounds, chunk
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
@@ -97,7 +97,8 @@ def convolution(module: nn.Module, domain: Space, **options: Any) -> LinearOpera
 
     It equals the module on the whole array. Each process fetches from its neighbours the rows that its outputs depend
     on (a halo, of less than the kernel's width) and pads at the outer border only; the adjoint sends the halo's
-    cotangents back and adds them. The result is split as the array is, by DTensor's rule, uneven parts included.
+    cotangents back and adds them. The result is split as the array is, by DTensor's rule, uneven parts included. The
+    kernel is one for all processes; of its gradient, each has its part: sum them by an all-reduce.
 
     Parameters
     ----------
@@ -116,7 +117,8 @@ def convolution(module: nn.Module, domain: Space, **options: Any) -> LinearOpera
     Raises
     ------
     SpaceMismatchError
-        If the domain is not such a space, channels are split, or a process would have nothing to do.
+        If the domain is not such a space, channels are split, the kernels of the processes differ, or one of them would
+        have nothing to do.
 
     Examples
     --------
@@ -149,6 +151,11 @@ def _require(module: Any, domain: Any) -> Sharding:
         raise SpaceMismatchError(
             f"expected a sharded space of one array, got {domain}: adjointlab.distributed.space(shape, mesh, "
             "placements), without a convolution on a DTensor, which is silently wrong"
+        )
+    if not alike(sharding.mesh, module, module.weight.requires_grad, module.weight):
+        raise SpaceMismatchError(
+            f"expected the same convolution on all processes, got {module} here, and elsewhere another one or another "
+            "kernel: make it from one seed, or torch.distributed.broadcast(module.weight.data, 0)"
         )
     spatial = len(module.kernel_size)
     if len(sharding.shape) not in (spatial + 1, spatial + 2):

@@ -9,13 +9,26 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Say what it means that a collective fails: the transport knows of addresses and bytes only."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            "expected all processes to take part in a collective, but one of them failed, died, is late, or came with "
+            f"another one: see its log ({error})"
+        ) from error
+
+
 def failing(mesh: DeviceMesh, failed: bool) -> list[int]:
     """Return the global ranks of the processes of the mesh on which something failed; all of them must ask."""
     ranks = mesh.mesh.flatten().tolist()
     flags = torch.zeros(len(ranks), device=mesh.device_type)
     flags[ranks.index(torch.distributed.get_rank())] = float(failed)
-    for dim in range(mesh.ndim):
-        torch.distributed.all_reduce(flags, group=mesh.get_group(dim))
+    with waiting():
+        for dim in range(mesh.ndim):
+            torch.distributed.all_reduce(flags, group=mesh.get_group(dim))
     return [rank for rank, flag in zip(ranks, flags.tolist(), strict=True) if flag]
 
 
@@ -57,4 +70,4 @@ def together(mesh: DeviceMesh) -> Iterator[None]:
         )
 
 
-__all__ = ["failing", "together"]
+__all__ = ["failing", "together", "waiting"]

@@ -118,6 +118,8 @@ def space(
 ) -> Space:
     """Return the space of one tensor that is spread over a mesh; its elements are what each process holds.
 
+    All processes of the mesh call it, with the same arguments.
+
     Parameters
     ----------
     shape : sequence of int
@@ -138,7 +140,7 @@ def space(
     Raises
     ------
     SpaceMismatchError
-        If a process would hold nothing, or a placement is none of these two.
+        If processes ask for different spaces, one would hold nothing, or a placement is none of these two.
 
     Examples
     --------
@@ -154,6 +156,12 @@ def space(
     """
     where = coordinate(mesh)
     whole = tuple(int(n) for n in shape)
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not alike(mesh, whole, tuple(placements), dtype):
+        raise SpaceMismatchError(
+            f"expected the same space on all processes, got {whole} by {tuple(placements)} of {dtype} here: pass the "
+            "shape of the whole tensor, not of this process's part"
+        )
     chosen = tuple(_placement(p, len(whole)) for p in placements)
     if len(chosen) != mesh.ndim:
         raise SpaceMismatchError(
@@ -177,7 +185,7 @@ def space(
             start, stop = chunk(n, parts, where[d])
             local[placement.dim] = stop - start
     sharding = Sharding(mesh, chosen, whole, math.prod(whole))
-    return Space((TensorSpec(tuple(local), dtype, torch.device(mesh.device_type), sharding),))  # type: ignore[arg-type]
+    return Space((TensorSpec(tuple(local), dtype, torch.device(mesh.device_type), sharding),))
 
 
 def _placement(placement: Any, ndim: int) -> Placement:
@@ -213,7 +221,7 @@ def replicated(local: Any, mesh: DeviceMesh) -> Space:
     """
     found = _local(local)
     where = (Replicate(),) * mesh.ndim
-    if not _alike(mesh, zlib.crc32(f"{[(s.shape, s.dtype) for s in found.specs]} {found.structure}".encode())):
+    if not alike(mesh, [(s.shape, s.dtype) for s in found.specs], found.structure):
         raise SpaceMismatchError(f"expected the same space on all processes, got {found} here: replicate what is alike")
     specs = tuple(replace(s, sharding=Sharding(mesh, where, s.shape, s.numel)) for s in found.specs)
     return replace(found, specs=specs)
@@ -240,7 +248,7 @@ def direct_sum(local: Any, mesh: DeviceMesh) -> Space:
         If processes have different numbers of leaves.
     """
     found = _local(local)
-    if not _alike(mesh, len(found.specs)):
+    if not alike(mesh, len(found.specs)):
         raise SpaceMismatchError(
             f"expected as many leaves on every process, got {len(found.specs)} here: give all the same structure"
         )
@@ -257,9 +265,12 @@ def _summed(mesh: DeviceMesh, values: list[float]) -> list[float]:
     return everywhere.total(given, (1.0,)).tolist()
 
 
-def _alike(mesh: DeviceMesh, value: int) -> bool:
-    """Return whether all processes came with the same number."""
-    differs = _summed(mesh, [float(value)])[0] != float(value) * mesh.size()
+def alike(mesh: DeviceMesh, *values: Any) -> bool:
+    """Return whether all processes came with the same values: what they print as, tensors bit by bit."""
+    bits = [v.detach().cpu().contiguous().flatten().view(torch.uint8) if isinstance(v, Tensor) else v for v in values]
+    print_of = b" ".join(bytes(v.tolist()) if isinstance(v, Tensor) else repr(v).encode() for v in bits)
+    value = float(zlib.crc32(print_of))
+    differs = _summed(mesh, [value])[0] != value * mesh.size()
     return _summed(mesh, [float(differs)])[0] == 0.0
 
 
@@ -355,4 +366,4 @@ def _shardings(space: Space) -> list[tuple[Sharding, TensorSpec]]:
     return found  # type: ignore[return-value]
 
 
-__all__ = ["Sharding", "along", "coordinate", "direct_sum", "gather", "replicated", "shard", "space"]
+__all__ = ["Sharding", "alike", "along", "coordinate", "direct_sum", "gather", "replicated", "shard", "space"]

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=500)
     parser.add_argument("--every", type=int, default=5, help="iterations between checkpoints")
     parser.add_argument("--folder", type=Path, default=Path("checkpoints"))
-    parser.add_argument("--output", type=Path, help="where to save the whole result, for small ones")
+    parser.add_argument("--output", type=Path, help="where to save the whole result and the data, for small ones")
     parser.add_argument("--tol", type=float, default=1e-8)
     parser.add_argument("--damp", type=float, default=0.1)
     parser.add_argument("--kill-rank", type=int, default=-1, help="kill this process, the first time")
@@ -123,9 +123,9 @@ def main() -> None:
         print(f"from iteration {start}: {solution.reason}, after {solution.iterations} more")
         print(f"relative gradient {float(gradient):.1e}, distance from the truth {float(error):.3f}")
     if options.output is not None:
-        whole = distributed.gather(solution.x, X)
+        whole, data = distributed.gather(solution.x, X), distributed.gather(y, A.codomain)
         if dist.get_rank() == 0:
-            torch.save({"x": whole, "start": start, "converged": solution.converged}, options.output)
+            torch.save({"x": whole, "y": data, "start": start, "converged": solution.converged}, options.output)
     dist.destroy_process_group()
 
 

@@ -8,12 +8,13 @@ machine, and is equal to its formula; those of the second are the formulas, for 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from parallel import mesh_of, seeded
+from parallel import alike, mesh_of, seeded
 from processes import Group
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -43,6 +44,14 @@ def counted(function: Callable[[], Any]) -> list[Message]:
     return messages
 
 
+def held(function: Callable[[], Any]) -> int:
+    """Return the most bytes that a call holds at any time, beside what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+    return max(itertools.accumulate(event.self_cpu_memory_usage for event in events))
+
+
 # -- formulas: real numbers sent by an inner process ------------------------------------------------------------------
 
 
@@ -70,7 +79,7 @@ def count(size: int) -> dict[str, tuple[list[Message], list[Message]]]:
         function()  # the first call may have something to prepare
         found[name] = (counted(function), list(expected))
 
-    c = nn.Conv2d(1, 1, K, padding=K // 2, padding_mode="reflect", bias=False)
+    c = alike(nn.Conv2d(1, 1, K, padding=K // 2, padding_mode="reflect", bias=False))
     for engine in ("eager", "traced", "auto"):
         X = distributed.space((1, 1, N, N), mesh, [Shard(2)])
         A = distributed.convolution(c, X, engine=engine)
@@ -105,11 +114,28 @@ def count(size: int) -> dict[str, tuple[list[Message], list[Message]]]:
 
 
 @torch.no_grad()
+def count_memory(size: int) -> dict[str, tuple[float, int, float]]:
+    """Return the parts of an image that a solver holds beside its right-hand side, its vectors, a part and its halo."""
+    mesh, rows = mesh_of(size), 128
+    X = distributed.space((1, 1, rows * size, rows), mesh, [Shard(2)], dtype=torch.float64)
+    c = alike(nn.Conv2d(1, 1, K, padding=K // 2, padding_mode="circular", bias=False, dtype=torch.float64))
+    A = distributed.convolution(c, X, lowering=False)
+    y, part = A.codomain.randn(seeded()), 8 * rows**2
+    window = (rows + K - 1) * (rows + K - 1) / rows**2  # what is convolved, with its halo
+    found = {}
+    for name, solve, vectors in (("cg", cg, 5), ("cgls", cgls, 4), ("lsmr", lsmr, 6)):
+        B, options = (A.gram if solve is cg else A), ({"atol": 0.0, "btol": 0.0} if solve is lsmr else {"tol": 0.0})
+        solve(B, y, maxiter=3, **options)  # type: ignore[arg-type]
+        found[name] = held(lambda s=solve, B=B, o=options: s(B, y, maxiter=3, **o)) / part, vectors, window  # type: ignore[misc]
+    return found
+
+
+@torch.no_grad()
 def count_pencils() -> tuple[list[Message], list[Message]]:
     """Return what an image that is split along both dimensions sends, on a mesh of 2 × 2."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("y", "x"))
     X = distributed.space((1, 1, N, N), mesh, [Shard(2), Shard(3)])
-    A = distributed.convolution(nn.Conv2d(1, 1, K, padding=K // 2, bias=False), X)
+    A = distributed.convolution(alike(nn.Conv2d(1, 1, K, padding=K // 2, bias=False)), X)
     y = A.codomain.randn(seeded())
     A.H(y)
     first, second = K // 2 * (N // 2), K // 2 * (N // 2 + K // 2)  # the second halo has the corners in it
@@ -148,7 +174,7 @@ def human(numbers: float) -> str:
 def extrapolated_table(n: int = 4096, k: int = 11) -> str:
     """Return memory and messages of one process for a volume of n³ and a kernel of k³, by the formulas."""
     lines = [
-        "| processes | mesh | part of x | cgls, six vectors | sent by one application | of its part |",
+        "| processes | mesh | part of x | cgls, with y | sent by one application | of its part |",
         "|---|---|---|---|---|---|",
     ]
     for ranks, (py, px) in ((64, (64, 1)), (512, (512, 1)), (512, (32, 16)), (4096, (64, 64)), (16384, (128, 128))):
@@ -158,7 +184,7 @@ def extrapolated_table(n: int = 4096, k: int = 11) -> str:
         if px > 1:
             sent += halo(k, (rows + k - 1) * n)
         lines.append(
-            f"| {ranks} | {py} × {px} | {human(part)} | {human(6 * part)} | {human(sent)} | {100 * sent / part:.3g} % |"
+            f"| {ranks} | {py} × {px} | {human(part)} | {human(5 * part)} | {human(sent)} | {100 * sent / part:.3g} % |"
         )
     return "\n".join(lines)
 

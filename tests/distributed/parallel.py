@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import adjointlab as al
@@ -20,6 +20,15 @@ def mesh_of(size: int) -> DeviceMesh:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def alike(module: nn.Module) -> Any:
+    """Return a module with the same random parameters on all processes."""
+    source = seeded(7)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, dtype=parameter.dtype, generator=source))
+    return module
 
 
 def assert_close(found: Any, expected: Any, units: float = 32) -> None:

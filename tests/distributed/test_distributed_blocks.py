@@ -17,22 +17,27 @@ from adjointlab.solvers import cg, cgls, lsmr
 DTYPES = (torch.float64, torch.complex128, torch.float32)
 
 
-def block(rank: int, dtype: torch.dtype, *, square: bool = False) -> al.LinearOperator:
+def block(rank: int, dtype: torch.dtype, *, square: bool = False, engine: str = "eager") -> al.LinearOperator:
     """A blur of its own for each process, of as many outputs as it likes."""
     channels = 1 if square else 1 + rank % 2
     c = nn.Conv2d(1, channels, 3, padding=1, padding_mode="circular", bias=False, dtype=dtype)
     with torch.no_grad():
         c.weight.copy_(torch.randn(c.weight.shape, generator=seeded(rank), dtype=dtype))
-    return al.linear_operator(c, al.TensorSpec((1, 1, 6, 5), dtype))
+    return al.linear_operator(c, al.TensorSpec((1, 1, 6, 5), dtype), engine=engine)
 
 
-def stacked(kind: str, size: int, dtype: torch.dtype) -> tuple[al.LinearOperator, al.LinearOperator]:
+def stacked(
+    kind: str, size: int, dtype: torch.dtype, engine: str = "eager"
+) -> tuple[al.LinearOperator, al.LinearOperator]:
     """The operator over processes, and the one of a single process."""
-    rank, mesh = torch.distributed.get_rank(), mesh_of(size)
-    whole = [block(r, dtype, square=kind == "hstack") for r in range(size)]
+    rank, mesh, square = torch.distributed.get_rank(), mesh_of(size), kind == "hstack"
+    mine, whole = (
+        block(rank, dtype, square=square, engine=engine),
+        [block(r, dtype, square=square) for r in range(size)],
+    )
     if kind == "hstack":
-        whole = [part.H for part in whole]
-    return getattr(distributed, kind)(whole[rank], mesh), getattr(al, kind)(whole)
+        mine, whole = mine.H, [part.H for part in whole]
+    return getattr(distributed, kind)(mine, mesh), getattr(al, kind)(whole)
 
 
 def part(space: al.Space, whole: Any) -> Any:
@@ -42,7 +47,7 @@ def part(space: al.Space, whole: Any) -> Any:
 
 @torch.no_grad()
 def equal(kind: str, size: int, dtype: torch.dtype) -> None:
-    A, single = stacked(kind, size, dtype)
+    A, single = stacked(kind, size, dtype, "auto")
     x, y = single.domain.randn(seeded(1)), single.codomain.randn(seeded(2))
     mine, yours = part(A.domain, x), part(A.codomain, y)
     assert (A.domain.size, A.codomain.size) == (single.domain.size, single.codomain.size)
@@ -71,7 +76,7 @@ def derived(size: int) -> None:
     rank, mesh, dtype = torch.distributed.get_rank(), mesh_of(size), torch.complex128
     A, _ = stacked("vstack", size, dtype)
     B, _ = stacked("hstack", size, dtype)
-    rows, columns = block(rank, dtype), block(rank, dtype, square=True).H
+    rows, columns = block(rank, dtype, engine="auto"), block(rank, dtype, square=True, engine="auto").H
     for engine in ENGINES:
         vertical = distributed.linear_operator(
             lambda x: rows(distributed.replicate(x, mesh)), A.domain, A.codomain, engine=engine

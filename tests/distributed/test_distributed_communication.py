@@ -7,7 +7,7 @@ from collections.abc import Callable
 import communication
 import pytest
 import torch
-from parallel import mesh_of
+from parallel import alike, mesh_of
 from processes import Group
 from torch import nn
 from torch.distributed.tensor import Shard
@@ -32,6 +32,12 @@ def test_pencils(groups: Callable[[int], Group]) -> None:
         assert messages == expected
 
 
+def test_memory_is_that_of_the_formulas(group: Group) -> None:
+    for found in group.run(communication.count_memory, group.size):
+        for name, (held, vectors, window) in found.items():  # while A is applied: fetched, padded, convolved
+            assert vectors + 1 <= held <= vectors + 3 * window, (name, held, vectors, window)
+
+
 def test_the_page_is_up_to_date(results: dict[int, list]) -> None:
     assert communication.PAGE.read_text() == communication.render(results), (
         "run: python tests/distributed/communication.py"
@@ -42,7 +48,7 @@ def graphs(size: int) -> None:
     """The adjoint's graph has the adjoint collectives, and none of the forward."""
     mesh = mesh_of(size)
     X = distributed.space((1, 1, 8 * size, 6), mesh, [Shard(2)])
-    A = distributed.convolution(nn.Conv2d(1, 1, 3, padding=1, bias=False), X, engine="traced")
+    A = distributed.convolution(alike(nn.Conv2d(1, 1, 3, padding=1, bias=False)), X, engine="traced")
     program = A.explain()
     assert "exchange_adjoint" in program
     account = A.source.account

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from parallel import ENGINES, assert_equals_single, mesh_of, seeded
+from parallel import ENGINES, alike, assert_equals_single, mesh_of, seeded
 from processes import Group
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -53,11 +53,7 @@ def module_of(shape: tuple[int, ...], arguments: dict[str, Any], dtype: torch.dt
     options = {"out_channels": 1, **arguments}
     dims = 2 if shape == (1, 18, 6) else len(shape) - 2
     channels = shape[0] if shape == (1, 18, 6) else shape[1]
-    module = CONVOLUTIONS[dims](channels, options.pop("out_channels"), **options, bias=False, dtype=dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, dtype=dtype, generator=seeded(7)))
-    return module
+    return alike(CONVOLUTIONS[dims](channels, options.pop("out_channels"), **options, bias=False, dtype=dtype))
 
 
 def equals_single(size: int, name: str, dtype: torch.dtype, engines: tuple[str, ...]) -> None:
@@ -90,8 +86,7 @@ def test_dtypes(group: Group, name: str, dtype: torch.dtype) -> None:
 def on_two_mesh_dimensions(mode: str, stride: int, engine: str) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("y", "x"))
     module = nn.Conv2d(1, 1, (5, 3), padding=(2, 1), stride=stride, padding_mode=mode, bias=False, dtype=torch.float64)
-    with torch.no_grad():
-        module.weight.copy_(torch.randn(module.weight.shape, generator=seeded(3), dtype=torch.float64))
+    alike(module)
     shape = (1, 1, 11, 9)
     single = al.linear_operator(module, al.TensorSpec(shape, torch.float64), engine="eager")
     for placements in ([Shard(2), Shard(3)], [Shard(3), Shard(2)], [Replicate(), Shard(3)], [Shard(2), Replicate()]):
@@ -142,7 +137,7 @@ def refusals(size: int) -> None:
 
     def refused(match: str, module: nn.Module, space: Any) -> None:
         with pytest.raises(al.SpaceMismatchError, match=match):
-            distributed.convolution(module, space)
+            distributed.convolution(alike(module), space)
 
     space = distributed.space((1, 2, 16), mesh, [Shard(2)])
     refused("without bias", nn.Conv1d(2, 1, 3), space)
@@ -158,6 +153,12 @@ def refusals(size: int) -> None:
     )
     refused("a sharded space of one array", nn.Conv1d(2, 1, 3, bias=False), al.Space.of((1, 2, 16)))
     refused("a sharded space of one array", nn.Conv1d(2, 1, 3, bias=False), distributed.direct_sum((1, 2, 16), mesh))
+    rank = torch.distributed.get_rank()
+    other = alike(nn.Conv1d(2, 1, 3, bias=False))
+    other.weight.data[0, 0, 0] += rank  # of another seed on each process, say: no convolution of the whole
+    for module in (other, nn.Conv1d(2, 1, 3, padding=rank, bias=False)):
+        with pytest.raises(al.SpaceMismatchError, match="the same convolution on all processes"):
+            distributed.convolution(module, space)
 
 
 def test_what_is_not_supported_is_refused_by_name(group: Group) -> None:

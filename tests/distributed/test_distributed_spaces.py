@@ -112,6 +112,12 @@ def refusals(size: int) -> None:
         refused("part of vstack as a LinearOperator", distributed.vstack, nn.Conv1d(1, 1, 3), mesh)
     with pytest.raises(al.SpaceMismatchError, match="the same space on all processes"):
         distributed.replicated((3 + torch.distributed.get_rank(),), mesh)
+    for shape, dim in (
+        ((8 * size + torch.distributed.get_rank(), 3), 0),
+        ((8 * size, 8 * size), torch.distributed.get_rank() % 2),
+    ):
+        with pytest.raises(al.SpaceMismatchError, match="pass the shape of the whole tensor"):
+            distributed.space(shape, mesh, [Shard(dim)])
     with pytest.raises(al.SpaceMismatchError, match="as many leaves on every process"):
         distributed.direct_sum([(2,)] * (1 + torch.distributed.get_rank()), mesh)
 
