@@ -41,14 +41,15 @@ def _link(name: str, adjoint: str) -> None:
 
     class Linked(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, keys: Any, x: Tensor, *rest: Any) -> Tensor:
+        def forward(ctx: Any, keys: Any, recorded: bool, x: Tensor, *rest: Any) -> Tensor:
             ctx.rest = rest
-            with torch._C._AutoDispatchBelowAutograd():
+            # A Function's forward does not record: of the levels below one of torch.func, too, where parameters are.
+            with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(recorded):
                 return op.redispatch(keys & torch._C._after_autograd_keyset, x, *rest)  # type: ignore[no-any-return]
 
         @staticmethod
         def backward(ctx: Any, v: Tensor) -> Any:
-            return None, back(v, *ctx.rest), *[None for _ in ctx.rest]
+            return None, None, back(v, *ctx.rest), *[None for _ in ctx.rest]
 
     # An op's derivative belongs to one level of functorch's transforms, as that of any op of PyTorch does: this is the
     # door for it, past the check that is meant for Functions that a user calls.
@@ -56,7 +57,7 @@ def _link(name: str, adjoint: str) -> None:
 
     def kernel(keys: Any, x: Tensor, *rest: Any) -> Tensor:
         with enable_single_level_autograd_function():
-            return apply(keys, x, *rest)  # type: ignore[no-any-return, no-untyped-call]
+            return apply(keys, torch.is_grad_enabled(), x, *rest)  # type: ignore[no-any-return, no-untyped-call]
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Shard
 
-from adjointlab.distributed.communication import exchange
+from adjointlab.distributed.communication import exchange, replicate
 from adjointlab.distributed.derive import linear_operator
 from adjointlab.distributed.sharding import Sharding, alike, along, coordinate, space
 from adjointlab.distributed.windows import bounds, chunk
@@ -66,6 +66,7 @@ class DistributedConvolution(nn.Module):
         ndim, axes = len(sharding.shape), _axes(module, sharding.shape)
         split = {p.dim: d for d, p in enumerate(sharding.placements) if isinstance(p, Shard)}
         here = coordinate(sharding.mesh)
+        self.meshes = [along(sharding.mesh, d) for d in split.values()]
         self.fetches = [
             _fetch(a, along(sharding.mesh, split[a.dim]), here[split[a.dim]]) for a in axes if a.dim in split
         ]
@@ -89,7 +90,10 @@ class DistributedConvolution(nn.Module):
             if fetch.cut != (0, x.shape[fetch.dim]):
                 x = x.narrow(fetch.dim, *fetch.cut)
         c = self.convolution
-        return self.local(x, c.weight, c.bias, c.stride, 0, c.dilation, c.groups)
+        weight = c.weight  # one for all processes, each of which has a part of its gradient
+        for mesh in self.meshes:
+            weight = replicate(weight, mesh)
+        return self.local(x, weight, None, c.stride, 0, c.dilation, c.groups)
 
 
 def convolution(module: nn.Module, domain: Space, **options: Any) -> LinearOperator:
@@ -98,7 +102,7 @@ def convolution(module: nn.Module, domain: Space, **options: Any) -> LinearOpera
     It equals the module on the whole array. Each process fetches from its neighbours the rows that its outputs depend
     on (a halo, of less than the kernel's width) and pads at the outer border only; the adjoint sends the halo's
     cotangents back and adds them. The result is split as the array is, by DTensor's rule, uneven parts included. The
-    kernel is one for all processes; of its gradient, each has its part: sum them by an all-reduce.
+    kernel is one for all processes, and so is its gradient, which an all-reduce sums.
 
     Parameters
     ----------

@@ -9,6 +9,7 @@ length.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import operator
@@ -22,6 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from adjointlab.errors import SpaceMismatchError
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device, torch.Size)
 _LIBRARY = frozenset({"torch", "numpy", "builtins", "collections", "functools", "typing", "math", "adjointlab"})
@@ -72,6 +76,9 @@ class Capture:
     lengths: tuple[tuple[Any, int], ...]  # of the others, but for those in snapshots
     copies: tuple[tuple[Any, Any], ...]  # arrays and sets, with what was in them
     containers: tuple[Any, ...]
+    caches: tuple[Any, ...]  # of functions: cleared after a trace, so that no fake tensor stays
+    functions: tuple[types.FunctionType, ...]
+    parts: tuple[Any, ...]  # their code and defaults, which reloading changes in place
     snapshots: tuple[tuple[dict[Any, Any], list[Any], list[Any]], ...]  # whole dicts, their keys and values
     others: tuple[tuple[Any, Any, Any], ...]  # the guards outside of these
 
@@ -92,6 +99,8 @@ class Capture:
                 return True
             if not (list(container) == keys and all(map(operator.is_, container.values(), values))):
                 guards = self.guards
+        if self.functions and not all(map(operator.is_, _parts(self.functions), self.parts)):
+            return True
         return any(map(_differs, guards)) or any(itertools.starmap(_unequal, self.copies))
 
     @contextmanager
@@ -108,6 +117,8 @@ class Capture:
         try:
             yield changes
         finally:
+            for cache in self.caches:
+                cache.cache_clear()
             for container, old in zip(self.containers, before, strict=True):
                 _restore(container, old)
             for source, tensor, value in zip(self.sources, tensors, values, strict=True):
@@ -128,9 +139,10 @@ def _restore(container: Any, old: Any) -> None:
         if container.keys() != old.keys() or any(container[key] is not old[key] for key in old):
             container.clear()
             container.update(old)
-    elif isinstance(container, list):
+    elif isinstance(container, (list, collections.deque)):
         if len(container) != len(old) or any(a is not b for a, b in zip(container, old, strict=True)):
-            container[:] = old
+            container.clear()
+            container.extend(old)
     elif container != old:
         container.clear()
         container.update(old)
@@ -143,6 +155,13 @@ def _differs(guard: tuple[Any, Any, Any]) -> bool:
     except (KeyError, IndexError, ValueError, AttributeError):  # an attribute, item or cell was deleted
         return True
     return now is not value and not (isinstance(value, _PLAIN) and type(now) is type(value) and bool(now == value))
+
+
+_PARTS = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
+
+
+def _parts(functions: tuple[types.FunctionType, ...]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(map(_PARTS, functions))
 
 
 def _unequal(now: Any, before: Any) -> bool:
@@ -171,7 +190,7 @@ def capture(function: Callable[..., Any], kwargs: Any = None) -> Capture:
         (*[container for container, length in walk.lengths if not length], *sets),
         tuple(pair for pair in walk.lengths if pair[1] and id(pair[0]) not in whole),
         tuple(pair for pair in walk.copies if not any(pair[0] is empty for empty in sets)),
-        tuple(walk.containers),
+        tuple(walk.containers), tuple(walk.caches), tuple(walk.functions), tuple(_parts(tuple(walk.functions))),
         tuple((container, list(container), list(container.values())) for container in whole.values()),
         tuple(guard for guard in guards if id(guard[0]) not in whole),
     )  # fmt: skip
@@ -185,6 +204,8 @@ class _Walk:
         self.lengths: list[tuple[Any, int]] = []
         self.copies: list[tuple[Any, Any]] = []
         self.containers: list[Any] = []
+        self.caches: list[Any] = []
+        self.functions: list[types.FunctionType] = []
         self._seen: dict[int, Any] = {}  # ids, with the objects kept alive so that ids stay theirs
 
     def visit(self, value: Any, container: Any, key: Any, name: str) -> None:
@@ -198,6 +219,11 @@ class _Walk:
         if not new or isinstance(value, types.ModuleType) or len(self._seen) > _MOST:
             return
         self._seen[id(value)] = value
+        if is_lazy(value):
+            raise SpaceMismatchError(
+                f"expected a module whose parameters have shapes, but {name} of a lazy module has none yet: run the "
+                "module once before"
+            )
         if isinstance(value, Tensor):
             self.sources.append(Source(container, key, name or "a tensor"))
         elif isinstance(value, nn.Module):
@@ -216,7 +242,10 @@ class _Walk:
             self.copies.append((value, value.copy()))
             if isinstance(value, set):
                 self.containers.append(value)
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self.caches.append(value)
+            self.visit(value.__wrapped__, (value.__wrapped__,), 0, name)
+        elif isinstance(value, (list, tuple, collections.deque)):
             self._items(value, list(enumerate(value)), name)
         elif isinstance(value, dict):
             self._items(value, list(value.items()), name)
@@ -297,6 +326,7 @@ class _Walk:
     def _function(self, function: types.FunctionType, name: str) -> None:
         if function.__module__ and function.__module__.split(".")[0] in _LIBRARY:
             return
+        self.functions.append(function)
         for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 content = cell.cell_contents
@@ -306,8 +336,13 @@ class _Walk:
                 self.visit(content, _Cell(cell), None, variable)
         self.visit(function.__defaults__, [function.__defaults__], 0, name)
         self.visit(function.__kwdefaults__, [function.__kwdefaults__], 0, name)
-        for variable in _names(function.__code__):
+        names = _names(function.__code__)
+        for variable in names:
             content = function.__globals__.get(variable)
+            if isinstance(content, types.ModuleType) and content.__name__.split(".")[0] not in _LIBRARY:
+                for key in names & vars(content).keys():  # config.scale
+                    if isinstance(vars(content)[key], (*_PLAIN, Tensor)):
+                        self.visit(vars(content)[key], vars(content), key, f"{variable}.{key}")
             # Functions of other files are other people's code; one of the same file may be a part of this one.
             foreign = isinstance(content, types.FunctionType) and content.__globals__ is not function.__globals__
             if variable in function.__globals__ and not foreign and not isinstance(content, (type, types.ModuleType)):

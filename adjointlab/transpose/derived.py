@@ -51,8 +51,11 @@ class Derived:
         try:
             for source, metadata in zip(self.state, self.metadata, strict=True):
                 tensor = source.container[source.key]
-                if not isinstance(tensor, Tensor) or metadata_of(tensor) != metadata:
+                if not isinstance(tensor, Tensor):
                     return True
+                found = metadata_of(tensor)
+                if found != metadata and (found[0] or found[1:] != metadata[1:]):
+                    return True  # frozen since is fine; unfrozen since, its gradient has not been compared
         except (KeyError, IndexError):  # what held a tensor holds none any more
             return True
         return any(_differs(source.read(), value) for source, value in self.baked) if self.baked else False
@@ -85,7 +88,7 @@ def canonical(tensor: Tensor) -> Tensor:
 
 def metadata_of(tensor: Tensor) -> tuple[Any, ...]:
     """Return all that a program assumes of a tensor besides its values."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return tensor.requires_grad, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _differs(tensor: Tensor, baked: Tensor) -> bool:

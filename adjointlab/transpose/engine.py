@@ -383,9 +383,13 @@ class Transposition:
             ) from error
 
     def _verify(self, batch: tuple[int, ...]) -> Sample | None:
+        sample = self._settle(batch)
+        self._verified.add(batch)  # only now: what raises on the way is verified at the next call
+        return sample
+
+    def _settle(self, batch: tuple[int, ...]) -> Sample | None:
         """Choose the fastest way to run the graphs that agrees with the eager reference on random data."""
         graphs = self._derived[batch].graphs
-        self._verified.add(batch)
         if graphs is None:
             return None
         reasons: list[str] = []

@@ -114,12 +114,16 @@ def gradients_and_second_adjoints(size: int) -> None:
         # The adjoint of the adjoint, by differentiating it.
         found = torch.autograd.grad(A.H(v), v, distributed.shard(x, space))[0]
         torch.testing.assert_close(distributed.gather(found, A.codomain), whole(x), rtol=1e-13, atol=1e-13)
-        # The gradient in the kernel: each process has its part.
-        F, G = al.LeastSquares(A, distributed.shard(y, A.codomain)), al.LeastSquares(whole, y)
-        part = torch.autograd.grad(F(distributed.shard(x, space)), module.weight)[0]
-        torch.distributed.all_reduce(part)
-        expected = torch.autograd.grad(G(x), module.weight)[0]
-        torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-12)
+        # The gradient in the kernel, which is one for all processes, through A, through Aᴴ and through both.
+        local_x, local_y = distributed.shard(x, space), distributed.shard(y, A.codomain)
+        F, G = al.LeastSquares(A, local_y), al.LeastSquares(whole, y)
+        for ours, theirs in (
+            (F(local_x), G(x)),
+            (space.inner(local_x, A.H(local_y)), whole.domain.inner(x, whole.H(y))),
+            (space.norm(F.gradient(local_x)), whole.domain.norm(G.gradient(x))),
+        ):
+            gradient, expected = (torch.autograd.grad(value, module.weight)[0] for value in (ours, theirs))
+            torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
         z = distributed.shard(x, space).requires_grad_()
         (gradient,) = torch.autograd.grad(F(z), z, create_graph=True)
         torch.testing.assert_close(gradient, F.gradient(z), rtol=1e-12, atol=1e-12)

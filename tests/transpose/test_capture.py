@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import types
 
@@ -385,3 +386,88 @@ def test_gradient_reaches_a_graph_behind_a_tensor(engine: str) -> None:
     A = al.linear_operator(module, (3,), engine=engine)
     (found,) = torch.autograd.grad(A.H(torch.arange(3.0)).sum(), theta)
     assert_close(found, torch.arange(3.0), A.domain.eps)
+
+
+@every_engine
+@pytest.mark.parametrize("part", ["__code__", "__defaults__", "__kwdefaults__"])
+def test_function_reloaded_in_place(part: str, engine: str) -> None:
+    def forward(x, c=2.0, *, d=1.0):
+        return c * x + d * x.flip(0)
+
+    def other(x, c=3.0, *, d=-1.0):
+        return c * x - d * x.roll(1)
+
+    follows(forward, lambda: setattr(forward, part, getattr(other, part)), engine)
+
+
+@every_engine
+def test_queue(engine: str) -> None:
+    factors = collections.deque([1.0, 2.0])
+    follows(lambda x: factors[0] * x + factors[1] * x.flip(0), factors.reverse, engine)
+
+
+@every_engine
+def test_number_of_an_imported_module(engine: str) -> None:
+    config = types.ModuleType("config")
+    config.scale = 2.0
+    scope = {"config": config}
+    exec("def forward(x): return config.scale * x", scope)
+    follows(scope["forward"], lambda: setattr(config, "scale", 3.0), engine)
+
+
+def test_what_a_function_has_cached_is_no_part_of_a_trace() -> None:
+    @functools.lru_cache
+    def window(n: int) -> torch.Tensor:
+        return torch.linspace(1, 2, n)
+
+    A = al.linear_operator(lambda x: window(len(x)) * x, (3,))
+    assert A.engine == "traced"
+    assert type(window(3)) is torch.Tensor
+    assert_close(A(torch.ones(3)), window(3), A.domain.eps)
+
+
+class _Halved(nn.Module):
+    """Two thirds of it are hidden from autograd, as in a straight-through estimator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = self.w * 2
+        return (self.w + hidden) * x
+
+
+def test_unfrozen_parameters_have_the_gradient_of_autograd() -> None:
+    layer = _Halved().requires_grad_(False)
+    A = al.linear_operator(layer, (3,))
+    x = torch.randn(3)
+    A(x)
+    layer.requires_grad_(True)
+    (found,) = torch.autograd.grad(A(x).sum(), layer.w)
+    (expected,) = torch.autograd.grad(layer(x).sum(), layer.w)
+    assert_close(found, expected, A.domain.eps)
+
+
+def test_what_cannot_be_verified_is_refused_at_every_call() -> None:
+    class Refusing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, v):
+            if type(v) is torch.Tensor and not torch.compiler.is_compiling() and v.abs().sum() > 0:
+                raise RuntimeError("no derivative here")
+            return 2 * v
+
+    A = al.linear_operator(Refusing.apply, (3,), check=False)
+    for _ in range(2):
+        with pytest.raises(al.NotDifferentiableError, match="expected a map that autograd can differentiate"):
+            A.H(torch.ones(3))
+
+
+def test_lazy_modules_have_to_run_once() -> None:
+    with pytest.raises(al.SpaceMismatchError, match="run the module once before"):
+        al.linear_operator(nn.LazyLinear(3, bias=False), (2,))
