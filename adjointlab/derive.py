@@ -142,7 +142,8 @@ def require_linear(report: LinearityReport, source: Transposition, *, offset_all
     if not report.differentiable:
         raise NotDifferentiableError(
             f"expected autograd's derivative of {name} to be the map itself, but the dot test fails: something hides "
-            "the input from autograd (.detach(), .data, torch.no_grad(), a custom backward that is wrong); take it out"
+            "the input from autograd (.detach(), .data, torch.no_grad(), a custom backward that is wrong); take it out "
+            f"[{'; '.join(report.evidence)}]"
         )
 
 

@@ -127,7 +127,7 @@ def norm(leaves: Tensors, space: Space | None = None) -> float:
 def _inner(space: Space, a: Tensors, b: Tensors) -> complex:
     """Return ``⟨a, b⟩`` in double precision, summed pairwise: float64 itself deserves sums better than its own."""
     wide = _WIDE[space.is_complex]
-    terms = [(s.to(wide).conj() * t.to(wide)).sum() for s, t in zip(a, b, strict=True)]
+    terms = [(s.detach().to(wide).conj() * t.detach().to(wide)).sum() for s, t in zip(a, b, strict=True)]
     return complex(space.total(terms)) if space.is_sharded else complex(sum(map(complex, terms)))
 
 

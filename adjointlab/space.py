@@ -228,7 +228,10 @@ class Space:
             flat, structure = tree_flatten(x)
             found = tuple(flat)
         if structure is not self.structure and structure != self.structure:
-            raise self._mismatch(name, x)
+            ordered = self.structure.ordered(x)
+            if ordered is None:
+                raise self._mismatch(name, x)
+            found = tuple(ordered)
         k = self.batch_dims
         for leaf, spec in zip(found, self.specs, strict=True):
             if (

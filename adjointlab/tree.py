@@ -34,6 +34,15 @@ class Structure:
             rest[position : position + count] = [rebuilt]
         return pytree.tree_unflatten(rest, self.spec)
 
+    def ordered(self, tree: Any) -> list[Any] | None:
+        """Return the leaves of a tree that differs from this one in the order of dictionaries only, else None."""
+        if self.holders:
+            return None
+        try:
+            return self.spec.flatten_up_to(tree)
+        except ValueError:  # it is another tree
+            return None
+
     @property
     def num_leaves(self) -> int:
         """Number of leaves, those inside of holders included."""

@@ -223,6 +223,7 @@ def test_explain_of_an_affine_and_of_a_nonlinear_map():
         ("builtins:bool", "is a class"),
         ("torch.nn:Module()", "forward"),
         ("sys:exit", "SystemExit"),
+        ("pytest:skip()", "Skipped"),  # a BaseException that is no Exception
     ],
 )
 def test_unusable_targets_give_one_line(target, said):

@@ -232,3 +232,11 @@ def test_errors_are_the_builtin_kinds() -> None:
     assert issubclass(al.NotLinearError, ValueError)
     assert issubclass(al.NotDifferentiableError, RuntimeError)
     assert issubclass(al.AdjointMismatchError, AssertionError)
+
+
+def test_dictionaries_may_be_filled_in_any_order() -> None:
+    A = al.linear_operator(lambda d: {"p": 2 * d["a"], "q": 3 * d["b"]}, {"a": (2,), "b": (3,)})
+    assert A({"b": torch.ones(3), "a": torch.ones(2)})["q"].tolist() == [3, 3, 3]
+    assert al.check_adjoint(A, lambda v: {"b": 3 * v["q"], "a": 2 * v["p"]}).passed
+    with pytest.raises(al.SpaceMismatchError, match="pass an element with the structure of the space"):
+        A({"b": torch.ones(3), "c": torch.ones(2)})

@@ -94,6 +94,13 @@ def test_entries_that_happen_to_be_rounded_by_nothing_raise_no_alarm(dtype: torc
         assert al.check_adjoint(noisy, noisy, domain=torch.zeros(200, dtype=dtype), seed=seed).passed
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_an_offset_buries_small_elements(seed: int) -> None:
+    A = al.affine_operator(lambda x: x + 3, (3,))  # at 2^-20 x, x + 3 − 3 has one digit
+    assert al.check_adjoint(A, seed=seed).passed
+    assert not al.check_adjoint(lambda x: F.hardshrink(x, 1e-3), lambda y: y, domain=(2000,), seed=seed).passed
+
+
 def test_adjoint_that_writes_to_one_buffer_passes() -> None:
     buffer = torch.empty(SHAPE)
     assert al.check_adjoint(A, lambda y: buffer.copy_(back(y))).passed

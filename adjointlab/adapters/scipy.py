@@ -69,7 +69,7 @@ def from_scipy(operator: Any, *, device: torch.device | str | None = None) -> Li
 
     Parameters
     ----------
-    operator : LinearOperator, sparse array or array
+    operator : scipy.sparse.linalg.LinearOperator, sparse array or array
         What ``scipy.sparse.linalg.aslinearoperator`` takes; it needs an adjoint (``rmatvec``).
     device : torch.device or str, optional
         Where the vectors live; SciPy works on the CPU.

@@ -189,7 +189,9 @@ def _answer(text: str, work: Callable[[Subject], Outcome], options: Options, deb
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as caught:
             outcome = work(prepare(text, options))
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a target may exit, or raise what is no Exception, as pytest.skip does
         if debug:
             traceback.print_exc()
         kind = "" if isinstance(error, (UnusableError, al.SpaceMismatchError)) else f"{type(error).__name__}: "

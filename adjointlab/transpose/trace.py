@@ -275,6 +275,8 @@ def _lift(module: fx.GraphModule, captured: Capture) -> tuple[Source, ...]:
         if node.op != "get_attr":
             continue
         tensor = getattr(module, node.target)
+        if not isinstance(tensor, Tensor):  # a generator of random numbers, say
+            raise UntraceableError(f"it depends on a {type(tensor).__name__}, which is no tensor")
         source = by_id.get(id(tensor)) or by_memory.get(_memory(tensor)) or Source([tensor], 0, "a constant")
         key = id(source)
         if source.name == "a constant" and not isinstance(source.container, dict):

@@ -29,6 +29,7 @@ class _Claim:
     forward: Side
     adjoint: Side
     exact: bool
+    powers: tuple[int, ...]
     derive: Callable[[], LinearOperator] | None  # the operator whose A.H may serve as the reference
 
 
@@ -112,6 +113,7 @@ def check_adjoint(
         exact=claim.exact,
         seed=seed,
         reference=reference if known else None,
+        powers=claim.powers,
     )
     broken = ""
     with torch.no_grad():
@@ -215,7 +217,11 @@ def _of_operator(operator: LinearOperator, adjoint: Callable[[Any], Any] | None)
     forward = Side(operator, operator.domain, operator.codomain, "A")
     name = "the derived adjoint" if adjoint is None else "the adjoint"
     back = Side(adjoint or operator.H, operator.codomain, operator.domain, name)
-    return _Claim(forward, back, operator.is_complex_linear, None if adjoint is None else lambda: operator)
+    parts = [part for part in operator.modules() if isinstance(part, LinearOperator)]
+    # Where an offset is taken off, small elements are lost in the rounding errors of that.
+    offset = any(part.source is not None and part.source.affine for part in parts)
+    derive = None if adjoint is None else lambda: operator
+    return _Claim(forward, back, operator.is_complex_linear, (20,) if offset else (20, -20), derive)
 
 
 def _of_pair(function: Callable[..., Any], adjoint: Callable[[Any], Any], domain: Any, codomain: Any) -> _Claim:
@@ -236,7 +242,8 @@ def _of_pair(function: Callable[..., Any], adjoint: Callable[[Any], Any], domain
     except Exception:  # what is wrong with A is found again, and said, by the test
         exact = False
     back = Side(adjoint, image, space, "the adjoint")
-    return _Claim(Side(forward, space, image, "A"), back, exact, lambda: linear_operator(function, space, check=False))
+    forward_side = Side(forward, space, image, "A")
+    return _Claim(forward_side, back, exact, (20, -20), lambda: linear_operator(function, space, check=False))
 
 
 def _image(forward: Callable[[Any], Any], space: Space) -> Space:

@@ -29,8 +29,10 @@ class DotTest:
         exact: bool,
         seed: int,
         reference: Callable[[], Side | None] | None = None,
+        powers: tuple[int, ...] = (20, -20),
     ) -> None:
         self.forward, self.adjoint, self.exact = forward, adjoint, exact
+        self.powers = powers  # of two, of the sizes of elements that are compared besides 1
         self.reference = reference  # where to see how precise a hand-written adjoint can be; None for a derived one
         self.refused = 0.0  # largest rounding noise of B that was measured and is more than that, in units of eps
         self.notes: list[str] = []
@@ -85,7 +87,7 @@ class DotTest:
 
     def _run_scaled(self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors) -> None:
         """Compare a pair again with images of far larger and smaller elements: what saturates is not linear."""
-        for power in (20, -20):
+        for power in self.powers:
             far = []
             for side, at, z in ((self.forward, at_x, x), (self.adjoint, at_y, y)):
                 image = _scaled_image(side, at, z, power)

@@ -120,3 +120,9 @@ def test_default_dtype_does_not_matter() -> None:
         torch.set_default_dtype(default)
     y = draw(A.codomain)
     assert A.H(y).dtype == torch.float64
+
+
+def test_a_generator_of_its_own_is_no_constant_to_lift() -> None:
+    A = al.linear_operator(lambda x: x * torch.randn(3, generator=torch.Generator().manual_seed(0)), torch.zeros(3))
+    assert A.engine == "eager"
+    assert "depends on a Generator" in A.explain()
