@@ -1,8 +1,9 @@
 """Ways to compute the same thing, timed in turns: on a machine whose speed drifts, only ratios from one run mean much.
 
-Each way is run twice before it is timed. In every round each way that is due is first run once untimed, where that is
-cheap: torch, MKL, XLA and SciPy keep their own pools of threads, those of the last one still spin when the next begins,
-and its data are still in the cache. The first way is ours; it is what pytest-benchmark itself times.
+Each way is run twice before it is timed. In every round each way that is due first runs untimed for about a
+millisecond, where it is cheap: torch, MKL, XLA and SciPy keep their own pools of threads, those of the last one still
+spin when the next begins, and its data and code are still in the caches. Who follows whom changes from round to round.
+The first way is ours; it is what pytest-benchmark itself times.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 
 Way = Callable[[], Any]
 
-_CHEAP = 5e-3  # seconds up to which a run is worth one more to settle the threads
+_CHEAP = 5e-3  # seconds up to which a run is worth one more to settle threads and caches
+_SETTLE = 1e-3  # seconds that this should take, in at most ...
+_MOST_SETTLE = 5  # ... so many runs
 _LONG = 0.4  # seconds above which a way is timed once only: what takes so long has lost by a wide margin
 
 
@@ -51,7 +54,8 @@ class Comparison:
 
         def others() -> None:
             nonlocal turn
-            for name, samples in taken.items():
+            first = turn % max(1, len(taken))
+            for name, samples in [*taken.items()][first:] + [*taken.items()][:first]:
                 n = min(runs[name], rounds)
                 if (turn + 1) * n // rounds > turn * n // rounds:  # runs of slow ways are spread over the rounds
                     self._settle(ways[name], costs[name], rest)
@@ -94,7 +98,8 @@ class Comparison:
     def _settle(self, way: Way, cost: float, rest: float) -> None:
         time.sleep(rest)
         if cost < _CHEAP:
-            way()
+            for _ in range(max(1, min(_MOST_SETTLE, round(_SETTLE / max(cost, 1e-9))))):
+                way()
             self._wait()
 
 

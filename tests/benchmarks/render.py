@@ -16,9 +16,10 @@ ABOUT = """\
 
 `make bench` measures what is on this page and writes it. What counts are **ratios**: all times of a row come from one
 run, in which the ways take turns, so that a machine whose speed drifts slows all of them alike. Each is the median of
-its runs, after two untimed ones; before a short run the same way runs once untimed, since every library keeps its own
-threads and they spin for a while. Kernels that are flipped, transforms of kernels, plans and compiled functions are
-ready before the clock starts, for every way alike. All ways of a row are first checked to compute the same.
+its runs, after two untimed ones; before a short run the same way runs untimed for about a millisecond, since every
+library keeps its own threads, which spin for a while, and leaves its own data in the caches. Kernels that are flipped,
+transforms of kernels, plans and compiled functions are ready before the clock starts, for every way alike. All ways of
+a row are first checked to compute the same.
 """
 
 
