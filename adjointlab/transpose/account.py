@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from adjointlab.transpose.graph import Graph, op_name
 from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.simplify import accumulate
-from adjointlab.transpose.trace import Graph, op_name
 
 
 @dataclass(frozen=True)

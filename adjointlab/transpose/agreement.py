@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from adjointlab.space import Space
 from adjointlab.transpose import vjp
 from adjointlab.transpose.capture import Capture, Source
+from adjointlab.transpose.graph import Graph
 from adjointlab.transpose.sample import Sample, copies, eps, gap, nudged
-from adjointlab.transpose.trace import Graph
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from adjointlab.transpose.account import Account
 from adjointlab.transpose.capture import Capture, Source
+from adjointlab.transpose.graph import Graph
 from adjointlab.transpose.program import Program, differentiated, plain
 from adjointlab.transpose.prune import Pruned
-from adjointlab.transpose.trace import Graph
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]

@@ -23,6 +23,7 @@ from adjointlab.transpose.agreement import Maps, composed, disagreement
 from adjointlab.transpose.capture import Capture, capture
 from adjointlab.transpose.derived import Derived, Function, Tensors, bound, canonical, metadata_of
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
+from adjointlab.transpose.graph import Graph, cut_off, own_outputs
 from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.lower import lower
 from adjointlab.transpose.outputs import require_outputs, space_of
@@ -30,15 +31,7 @@ from adjointlab.transpose.program import Program, differentiated, plain
 from adjointlab.transpose.prune import Pruned, ops, prune
 from adjointlab.transpose.sample import Sample, copies
 from adjointlab.transpose.simplify import simplify
-from adjointlab.transpose.trace import (
-    Graph,
-    ReadsInputError,
-    UntraceableError,
-    cut_off,
-    own_outputs,
-    trace_forward,
-    trace_vjp,
-)
+from adjointlab.transpose.trace import ReadsInputError, UntraceableError, trace_forward, trace_vjp
 from adjointlab.tree import tree_flatten
 
 aten = torch.ops.aten

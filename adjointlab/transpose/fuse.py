@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from adjointlab.transpose.trace import Graph, clean
+from adjointlab.transpose.graph import Graph, clean
 
 aten = torch.ops.aten
 

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from adjointlab.transpose import kernels
+from adjointlab.transpose.graph import Graph, clean
 from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.simplify import circular
-from adjointlab.transpose.trace import Graph, clean
 
 aten = torch.ops.aten
 

@@ -16,21 +16,16 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 
 from adjointlab.transpose.capture import same
-from adjointlab.transpose.trace import Graph
+from adjointlab.transpose.graph import VIEWS, Graph
 
 aten = torch.ops.aten
 
 _SMALL = 1 << 16  # entries of state that are compared at each call, some ten microseconds' worth
 
-# Ops that cost as much to keep as to make (factories), or nothing at all (views): they stay where they are used.
+# Ops that cost as much to keep as to make: they stay where they are used, as views do.
 _FACTORIES = {
     aten.zeros, aten.ones, aten.full, aten.empty, aten.empty_strided, aten.new_zeros, aten.new_ones, aten.new_empty,
     aten.new_full, aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.scalar_tensor,
-}  # fmt: skip
-_VIEWS = {
-    aten.view, aten._unsafe_view, aten.reshape, aten.transpose, aten.permute, aten.t, aten.expand, aten.squeeze,
-    aten.unsqueeze, aten.slice, aten.select, aten.conj, aten._conj, aten.alias, aten.detach, aten.as_strided,
-    aten.view_as_real, aten.view_as_complex, aten.unfold, aten.diagonal,
 }  # fmt: skip
 
 
@@ -211,7 +206,7 @@ def _stays(node: fx.Node) -> bool:
     packet = getattr(node.target, "overloadpacket", None)
     if packet in _FACTORIES:
         return bool(node.meta["val"].numel() > 1)
-    cheap = packet in _VIEWS or torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet is aten.clone
+    cheap = packet in VIEWS or torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet is aten.clone
     inputs = node.all_input_nodes
     return cheap and bool(inputs) and all(n.op == "placeholder" or _stays(n) for n in inputs)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adjointlab.transpose.trace import LIKE, Graph, clean, op_name
+from adjointlab.transpose.graph import LIKE, Graph, clean, op_name
 
 aten = torch.ops.aten
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.trace import Graph, clean
+from adjointlab.transpose.graph import Graph, clean
 
 aten = torch.ops.aten
 

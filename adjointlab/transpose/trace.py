@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from adjointlab.space import TensorSpec
 from adjointlab.transpose.capture import Capture, Source
+from adjointlab.transpose.graph import Graph, call, clean, is_mutable, op_name
 from adjointlab.transpose.vjp import Function, Tensors, first_line, vjp_by_func, vjp_by_grad
 
 aten = torch.ops.aten
@@ -33,34 +32,6 @@ class UntraceableError(Exception):
 
 class ReadsInputError(UntraceableError):
     """The function turned a value of its input into a Python number, so that its graph is not the function."""
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A functional program on tensors: ``module(*state, *inputs) → tuple of outputs``.
-
-    ``baked`` are the tensors whose values became Python numbers while tracing, with those values: the graph is out of
-    date once one differs.
-    """
-
-    module: fx.GraphModule
-    state: tuple[Source, ...]
-    baked: tuple[tuple[Source, Tensor], ...] = ()
-
-    @property
-    def placeholders(self) -> list[fx.Node]:
-        """Return the input nodes: those of the state first."""
-        return [node for node in self.module.graph.nodes if node.op == "placeholder"]
-
-    @property
-    def inputs(self) -> list[fx.Node]:
-        """Return the input nodes that are not state."""
-        return self.placeholders[len(self.state) :]
-
-    @property
-    def outputs(self) -> list[fx.Node]:
-        """Return the output values, as nodes."""
-        return list(next(iter(reversed(self.module.graph.nodes))).args[0])
 
 
 class _Values(TorchDispatchMode):
@@ -154,17 +125,6 @@ class _Memory(TorchFunctionMode):
 
 def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
-
-
-def op_name(target: Any) -> str:
-    """Return the short name of an op, such as ``convolution_backward``."""
-    packet = getattr(target, "overloadpacket", None)
-    return str(packet).removeprefix("aten.") if packet is not None else getattr(target, "__name__", str(target))
-
-
-def is_mutable(target: Any) -> bool:
-    """Return whether an op writes to one of its arguments."""
-    return bool(getattr(getattr(target, "_schema", None), "is_mutable", False))
 
 
 def _make(function: Callable[..., Any], arguments: Sequence[Tensor], values: _Values) -> fx.GraphModule:
@@ -340,9 +300,9 @@ def _normalise(module: fx.GraphModule) -> None:
             with graph.inserting_before(node):
                 value = source
                 if source.meta["val"].dtype != target.dtype:
-                    value = _call(graph, aten._to_copy.default, value, dtype=target.dtype)
+                    value = call(graph, aten._to_copy.default, value, dtype=target.dtype)
                 if value.meta["val"].shape != target.shape:
-                    value = _call(graph, aten.expand.default, value, list(target.shape))
+                    value = call(graph, aten.expand.default, value, list(target.shape))
             node.replace_all_uses_with(value)
         elif node.target in _SCATTERS and node.meta["val"].is_complex():
             _scatter_as_cat(graph, node)
@@ -365,29 +325,21 @@ def _scatter_as_cat(graph: fx.Graph, node: fx.Node) -> None:
         if node.target is aten.select_scatter.default:
             start = window[0] % shape[dim]
             stop = start + 1
-            source = _call(graph, aten.unsqueeze.default, source, dim)
+            source = call(graph, aten.unsqueeze.default, source, dim)
         else:
             if window[2] not in (None, 1):
-                pairs = [_call(graph, aten.view_as_real.default, part) for part in (base, source)]
-                scattered = _call(graph, aten.slice_scatter.default, *pairs, dim, *window)
-                node.replace_all_uses_with(_call(graph, aten.view_as_complex.default, scattered))
+                pairs = [call(graph, aten.view_as_real.default, part) for part in (base, source)]
+                scattered = call(graph, aten.slice_scatter.default, *pairs, dim, *window)
+                node.replace_all_uses_with(call(graph, aten.view_as_complex.default, scattered))
                 return
             start, stop, _ = slice(window[0], window[1]).indices(shape[dim])
         parts = [source]
         if start > 0:
-            parts.insert(0, _call(graph, aten.slice.Tensor, base, dim, 0, start))
+            parts.insert(0, call(graph, aten.slice.Tensor, base, dim, 0, start))
         if stop < shape[dim]:
-            parts.append(_call(graph, aten.slice.Tensor, base, dim, stop, shape[dim]))
-        whole = _call(graph, aten.cat.default, parts, dim)
+            parts.append(call(graph, aten.slice.Tensor, base, dim, stop, shape[dim]))
+        whole = call(graph, aten.cat.default, parts, dim)
     node.replace_all_uses_with(whole)
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    node = graph.call_function(target, args, kwargs)
-    values, options = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-    with next(v for v in tree_leaves(values) if isinstance(v, Tensor)).fake_mode:  # type: ignore[attr-defined]
-        node.meta["val"] = target(*values, **options)
-    return node
 
 
 def _skip(module: fx.GraphModule, targets: set[Any]) -> None:
@@ -397,82 +349,4 @@ def _skip(module: fx.GraphModule, targets: set[Any]) -> None:
     clean(module)
 
 
-_VIEWS = {
-    aten.view, aten.transpose, aten.permute, aten.t, aten.expand, aten.squeeze, aten.unsqueeze, aten.slice, aten.select,
-    aten._conj, aten.alias, aten.detach, aten.as_strided, aten.view_as_real, aten.view_as_complex, aten.unfold,
-    aten.diagonal, aten._unsafe_view, aten.reshape, aten._neg_view,
-}  # fmt: skip
-
-
-def own_outputs(graph: Graph) -> None:
-    """Copy outputs that share memory with an input, or depend on none: a result must be free to be written to."""
-    free: set[fx.Node] = set()  # what depends on an input
-    shared: set[fx.Node] = set(graph.placeholders)
-    for node in graph.module.graph.nodes:
-        if node in graph.inputs or any(operand in free for operand in node.all_input_nodes):
-            free.add(node)
-        if getattr(node.target, "overloadpacket", None) in _VIEWS and node.args[0] in shared:
-            shared.add(node)
-    nodes = graph.module.graph
-    end = next(iter(reversed(nodes.nodes)))
-    outputs = []
-    for node in graph.outputs:
-        if node in shared or node not in free or node in outputs:
-            with nodes.inserting_before(end):
-                outputs.append(_call(nodes, aten.clone.default, node))
-        else:
-            outputs.append(node)
-    end.args = (tuple(outputs),)
-    graph.module.recompile()
-
-
-def cut_off(graph: Graph) -> str:
-    """Return the name of an op that cuts a value of the input off from autograd, if there is one.
-
-    That is one whose result is no floating-point number, or whose derivative is that of a part of it, at every input.
-    """
-    seen = set(graph.inputs)
-    for node in graph.module.graph.nodes:
-        packet = getattr(node.target, "overloadpacket", None)
-        if packet in LIKE or not any(operand in seen for operand in node.all_input_nodes):
-            continue
-        value = node.meta.get("val")
-        discrete = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
-        if discrete or packet in _STEPS or node.kwargs.get("rounding_mode"):
-            return op_name(node.target)
-        seen.add(node)
-    return ""
-
-
-# Ops that read the metadata of their first operand only.
-LIKE = {
-    aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like,
-    aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided, aten.fill, aten.zero,
-}  # fmt: skip
-_STEPS = {
-    aten.detach, aten.floor, aten.ceil, aten.round, aten.trunc, aten.frac, aten.fmod, aten.remainder,
-    aten.floor_divide, aten.sign, aten.sgn, aten.nextafter,
-}  # fmt: skip
-
-
-def clean(module: fx.GraphModule) -> None:
-    """Drop dead code from a functional graph, in place; its code is not made anew."""
-    graph = module.graph
-    for node in reversed(list(graph.nodes)):
-        if node.op in ("call_function", "get_attr") and not node.users:
-            graph.erase_node(node)
-
-
-__all__ = [
-    "LIKE",
-    "Graph",
-    "ReadsInputError",
-    "UntraceableError",
-    "clean",
-    "cut_off",
-    "is_mutable",
-    "op_name",
-    "own_outputs",
-    "trace_forward",
-    "trace_vjp",
-]
+__all__ = ["ReadsInputError", "UntraceableError", "trace_forward", "trace_vjp"]

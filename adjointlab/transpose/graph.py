@@ -1,0 +1,131 @@
+"""A functional program on tensors, and what can be read off it: what cuts it off, what shares memory, what is dead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from adjointlab.transpose.capture import Source
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A functional program on tensors: ``module(*state, *inputs) → tuple of outputs``.
+
+    ``baked`` are the tensors whose values became Python numbers while tracing, with those values: the graph is out of
+    date once one differs.
+    """
+
+    module: fx.GraphModule
+    state: tuple[Source, ...]
+    baked: tuple[tuple[Source, Tensor], ...] = ()
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """Return the input nodes: those of the state first."""
+        return [node for node in self.module.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """Return the input nodes that are not state."""
+        return self.placeholders[len(self.state) :]
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """Return the output values, as nodes."""
+        return list(next(iter(reversed(self.module.graph.nodes))).args[0])
+
+
+def op_name(target: Any) -> str:
+    """Return the short name of an op, such as ``convolution_backward``."""
+    packet = getattr(target, "overloadpacket", None)
+    return str(packet).removeprefix("aten.") if packet is not None else getattr(target, "__name__", str(target))
+
+
+def is_mutable(target: Any) -> bool:
+    """Return whether an op writes to one of its arguments."""
+    return bool(getattr(getattr(target, "_schema", None), "is_mutable", False))
+
+
+def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Add a call to a graph, with the fake value that it returns."""
+    node = graph.call_function(target, args, kwargs)
+    values, options = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+    with next(v for v in tree_leaves(values) if isinstance(v, Tensor)).fake_mode:  # type: ignore[attr-defined]
+        node.meta["val"] = target(*values, **options)
+    return node
+
+
+VIEWS = {
+    aten.view, aten.transpose, aten.permute, aten.t, aten.expand, aten.squeeze, aten.unsqueeze, aten.slice, aten.select,
+    aten._conj, aten.alias, aten.detach, aten.as_strided, aten.view_as_real, aten.view_as_complex, aten.unfold,
+    aten.diagonal, aten._unsafe_view, aten.reshape, aten._neg_view,
+}  # fmt: skip
+
+
+def own_outputs(graph: Graph) -> None:
+    """Copy outputs that share memory with an input, or depend on none: a result must be free to be written to."""
+    free: set[fx.Node] = set()  # what depends on an input
+    shared: set[fx.Node] = set(graph.placeholders)
+    for node in graph.module.graph.nodes:
+        if node in graph.inputs or any(operand in free for operand in node.all_input_nodes):
+            free.add(node)
+        if getattr(node.target, "overloadpacket", None) in VIEWS and node.args[0] in shared:
+            shared.add(node)
+    nodes = graph.module.graph
+    end = next(iter(reversed(nodes.nodes)))
+    outputs = []
+    for node in graph.outputs:
+        if node in shared or node not in free or node in outputs:
+            with nodes.inserting_before(end):
+                outputs.append(call(nodes, aten.clone.default, node))
+        else:
+            outputs.append(node)
+    end.args = (tuple(outputs),)
+    graph.module.recompile()
+
+
+def cut_off(graph: Graph) -> str:
+    """Return the name of an op that cuts a value of the input off from autograd, if there is one.
+
+    That is one whose result is no floating-point number, or whose derivative is that of a part of it, at every input.
+    """
+    seen = set(graph.inputs)
+    for node in graph.module.graph.nodes:
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in LIKE or not any(operand in seen for operand in node.all_input_nodes):
+            continue
+        value = node.meta.get("val")
+        discrete = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+        if discrete or packet in _STEPS or node.kwargs.get("rounding_mode"):
+            return op_name(node.target)
+        seen.add(node)
+    return ""
+
+
+# Ops that read the metadata of their first operand only.
+LIKE = {
+    aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like,
+    aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided, aten.fill, aten.zero,
+}  # fmt: skip
+_STEPS = {
+    aten.detach, aten.floor, aten.ceil, aten.round, aten.trunc, aten.frac, aten.fmod, aten.remainder,
+    aten.floor_divide, aten.sign, aten.sgn, aten.nextafter,
+}  # fmt: skip
+
+
+def clean(module: fx.GraphModule) -> None:
+    """Drop dead code from a functional graph, in place; its code is not made anew."""
+    graph = module.graph
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users:
+            graph.erase_node(node)
+
+
+__all__ = ["LIKE", "VIEWS", "Graph", "call", "clean", "cut_off", "is_mutable", "op_name", "own_outputs"]

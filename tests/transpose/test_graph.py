@@ -1,0 +1,65 @@
+"""What is read off a graph: what cuts the input off, what shares memory, what is dead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from adjointlab.space import TensorSpec
+from adjointlab.transpose.capture import capture
+from adjointlab.transpose.graph import Graph, clean, cut_off, op_name, own_outputs
+from adjointlab.transpose.trace import trace_forward
+
+aten = torch.ops.aten
+C = torch.ones(4)
+
+
+def graph_of(function: Callable[[Tensor], Tensor]) -> Graph:
+    return trace_forward(lambda leaves: (function(leaves[0]),), [TensorSpec((4,))], capture(function))
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda x: x + x.detach(), "detach"),
+        (lambda x: x.floor(), "floor"),
+        (lambda x: x + (x > 0), "gt"),
+        (lambda x: torch.div(x, 2, rounding_mode="floor"), "div"),
+        (lambda x: x + x.argmax(), "argmax"),
+        (lambda x: x.to(torch.int32).float(), "_to_copy"),
+        (lambda x: 2 * x.flip(0), ""),
+        (lambda x: torch.where(C > 0, x, torch.zeros_like(x)), ""),
+        (lambda x: x + C.floor(), ""),
+    ],
+)
+def test_what_cuts_the_input_off_is_named(function: Callable[[Tensor], Tensor], name: str) -> None:
+    assert cut_off(graph_of(function)) == name
+
+
+@pytest.mark.parametrize(
+    ("function", "copied"),
+    [
+        (lambda x: x, True),
+        (lambda x: x[1:].view(3, 1), True),
+        (lambda x: C, True),
+        (lambda x: C.view(2, 2), True),
+        (lambda x: x + 1, False),
+        (lambda x: (x + 1)[1:], False),
+    ],
+)
+def test_outputs_share_no_memory_with_what_lives_on(function: Callable[[Tensor], Tensor], copied: bool) -> None:
+    graph = graph_of(function)
+    own_outputs(graph)
+    assert (graph.outputs[0].target is aten.clone.default) == copied
+
+
+def test_dead_code_is_dropped() -> None:
+    graph = graph_of(lambda x: 2 * x)
+    (out,) = graph.outputs
+    with graph.module.graph.inserting_before(out):
+        graph.module.graph.call_function(aten.exp.default, (graph.inputs[0],))
+    clean(graph.module)
+    assert [op_name(n.target) for n in graph.module.graph.nodes if n.op == "call_function"] == ["mul"]
