@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 from torch.distributed.device_mesh import DeviceMesh
 
 from adjointlab.distributed.failure import waiting
@@ -39,7 +40,9 @@ def _link(name: str, adjoint: str) -> None:
     """Make the derivative of one op the other."""
     op, back = _op(name), _op(adjoint)
 
-    class Linked(torch.autograd.Function):
+    # An op's derivative belongs to one level of functorch's transforms, as that of any op of PyTorch does: this is the
+    # kind of Function for it.
+    class Linked(_SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, keys: Any, recorded: bool, x: Tensor, *rest: Any) -> Tensor:
             ctx.rest = rest
@@ -51,13 +54,11 @@ def _link(name: str, adjoint: str) -> None:
         def backward(ctx: Any, v: Tensor) -> Any:
             return None, None, back(v, *ctx.rest), *[None for _ in ctx.rest]
 
-    # An op's derivative belongs to one level of functorch's transforms, as that of any op of PyTorch does: this is the
-    # door for it, past the check that is meant for Functions that a user calls.
-    apply = super(torch.autograd.Function, Linked).apply
+    apply: Any = Linked.apply  # type: ignore[attr-defined]
 
-    def kernel(keys: Any, x: Tensor, *rest: Any) -> Tensor:
+    def kernel(keys: Any, x: Tensor, *rest: Any) -> Any:
         with enable_single_level_autograd_function():
-            return apply(keys, torch.is_grad_enabled(), x, *rest)  # type: ignore[no-any-return, no-untyped-call]
+            return apply(keys, torch.is_grad_enabled(), x, *rest)
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
