@@ -171,30 +171,6 @@ def test_smooth_numbers_are_made_of_small_primes(n: int) -> None:
     assert smooth(n) is (max(primes, default=1) <= 11)
 
 
-def test_the_part_that_is_run_is_a_convolution_of_the_same_kind() -> None:
-    for transposed in (False, True):
-        site = square(512, 11, 2, transposed=transposed)
-        part = kernels._part(site, 0.01)
-        assert 0.005 < part.macs / site.macs < 0.02
-        x = torch.randn(part.batch, *part.input_shape)
-        weight = torch.randn(1, 1, 11, 11)
-        assert kernels.native(x, weight, None, part).shape == (part.batch, *part.output_shape)
-
-
-@given(st.integers(1, 5000))
-def test_fast_lengths_are_the_next_even_smooth_numbers(n: int) -> None:
-    length = fast_length(n)
-    assert length % 2 == 0
-    assert smooth(length)
-    assert not any(smooth(k) for k in range(n + n % 2, length, 2))
-
-
-@given(st.integers(1, 2_000))
-def test_smooth_numbers_are_made_of_small_primes(n: int) -> None:
-    primes = [p for p in range(2, n + 1) if n % p == 0 and all(p % q for q in range(2, math.isqrt(p) + 1))]
-    assert smooth(n) is (max(primes, default=1) <= 11)
-
-
 @pytest.mark.parametrize("size", [(128, 20), (16, 8, 12), (9, 20)])
 def test_rows_are_spread_without_a_change_of_value(size: tuple[int, ...]) -> None:
     dims = tuple(range(2, 2 + len(size)))
