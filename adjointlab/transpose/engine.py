@@ -34,7 +34,6 @@ from adjointlab.transpose.simplify import simplify
 from adjointlab.transpose.trace import ReadsInputError, UntraceableError, trace_forward, trace_vjp
 from adjointlab.tree import tree_flatten
 
-aten = torch.ops.aten
 P = ParamSpec("P")
 R = TypeVar("R")
 
