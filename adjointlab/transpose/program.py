@@ -135,7 +135,7 @@ def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable
     seen to.
     """
     lazy: Any = torch.compile(function, **options)
-    if options.get("backend", "inductor") != "inductor":
+    if options.get("backend", "inductor") != "inductor" or not options["fullgraph"]:
         return lazy  # type: ignore[no-any-return]
     compiled: Any = None
 

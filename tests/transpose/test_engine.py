@@ -36,6 +36,12 @@ def test_compile_switches_in_place() -> None:
     assert adjoint.engine == "compiled"
 
 
+@pytest.mark.parametrize("options", [{}, {"fullgraph": False}, {"dynamic": True}, {"backend": "aot_eager"}], ids=str)
+def test_options_of_the_compiler(options: dict[str, object]) -> None:
+    operator = al.linear_operator(blur(), (1, 1, 12, 12)).compile(**options)
+    assert operator.engine == "compiled", operator.explain()
+
+
 def test_compiled_engine_without_a_compiler_falls_back_and_says_why() -> None:
     def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> None:
         raise RuntimeError("no C++ compiler here")
