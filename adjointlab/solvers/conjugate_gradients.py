@@ -28,8 +28,8 @@ from adjointlab.solvers.solution import (
     Solution,
 )
 
-# Roundings that the gradient Aᴴr carries, each of a unit of ‖A‖ ‖r‖ at most: of Ap, of the step that r takes, of Aᴴr, and
-# of A itself, whose derived adjoint is its own up to rounding. Below that, the gradient says nothing.
+# Roundings that the gradient Aᴴr carries, each of a unit of ‖A‖ ‖r‖ at most: of Ap, of the step that r takes, of Aᴴr,
+# and of A itself, whose derived adjoint is its own up to rounding. Below that, the gradient says nothing.
 _ROUNDING = 4
 
 
