@@ -95,9 +95,11 @@ class Capture:
                 return True
         guards = self.others
         for container, keys, values in self.snapshots:  # most often, every value is the very object that it was
-            if len(container) != len(keys):
-                return True
-            if not (list(container) == keys and all(map(operator.is_, container.values(), values))):
+            if list(container) != keys:
+                if len(container) != len(keys):
+                    return True
+                guards = self.guards
+            elif not all(map(operator.is_, container.values(), values)):
                 guards = self.guards
         if self.functions and not all(map(operator.is_, _parts(self.functions), self.parts)):
             return True
@@ -127,11 +129,16 @@ class Capture:
                     with torch.no_grad():
                         tensor.copy_(value)
             now = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
-            if not torch.equal(now[0], states[0]) or str(now[1:]) != str(states[1:]):
+            if not torch.equal(now[0], states[0]) or _drawn(now[1], states[1]) or now[2] != states[2]:
                 changes.append("the random number generator")
                 torch.random.set_rng_state(states[0])
                 np.random.set_state(states[1])
                 random.setstate(states[2])
+
+
+def _drawn(now: Any, before: Any) -> bool:
+    """Return whether numbers were drawn between two states of NumPy's generator."""
+    return any(not np.array_equal(a, b) for a, b in zip(now, before, strict=True))
 
 
 def _restore(container: Any, old: Any) -> None:

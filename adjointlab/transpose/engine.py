@@ -21,7 +21,7 @@ from adjointlab.transpose import kernels, pair, vjp
 from adjointlab.transpose.account import Account, listing
 from adjointlab.transpose.agreement import Maps, composed, disagreement
 from adjointlab.transpose.capture import Capture, capture
-from adjointlab.transpose.derived import Derived, Function, Tensors, bound, canonical, metadata_of
+from adjointlab.transpose.derived import Derived, Function, Shortcut, Tensors, bound, canonical, metadata_of, shortcut
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.graph import Graph, cut_off, own_outputs
 from adjointlab.transpose.kernels import Site
@@ -90,6 +90,7 @@ class Transposition:
         self.domain = domain
         self.captured: Capture = capture(self.callable, self.kwargs)
         self._derived: dict[tuple[int, ...], Derived] = {}
+        self._shortcuts: dict[str, Shortcut] = {}
         self._verified: set[tuple[int, ...]] = set()
         self._vjp: tuple[vjp.VJP, str] | None = None
         self._structure: Any = None
@@ -103,6 +104,7 @@ class Transposition:
     def switch(self, engine: str, *, autotune: bool = False, options: dict[str, Any] | None = None) -> None:
         """Change the engine in place, and check it now."""
         self.requested, self.autotune, self.options = engine, autotune, dict(options or {})
+        self._shortcuts = {}
         for batch in list(self._derived):
             graphs = self._derived[batch].graphs
             if graphs is None or engine == "eager":
@@ -146,18 +148,31 @@ class Transposition:
 
     def function(self, x: Any) -> Any:
         """Return ``f(x)``."""
-        leaves = self.domain.leaves(x)
-        return self.codomain.unflatten(self._current(leaves).function(leaves))
+        return self._call("function", x)
 
     def linear(self, x: Any) -> Any:
         """Return ``f(x) − f(0)``."""
-        leaves = self.domain.leaves(x)
-        return self.codomain.unflatten(self._current(leaves).linear(leaves))
+        return self._call("linear", x)
 
     def adjoint(self, v: Any) -> Any:
         """Return ``f'ᴴ v``."""
-        leaves = self.codomain.leaves(v)
-        return self.domain.unflatten(self._current(leaves).adjoint(leaves))
+        return self._call("adjoint", v)
+
+    def _call(self, name: str, x: Any) -> Any:
+        compiling = torch.compiler.is_compiling()  # torch.compile must not look at what changes from call to call
+        if not compiling and name in self._shortcuts:
+            y = self._shortcuts[name](x)
+            if y is not None:
+                return y
+        source, target = (self.codomain, self.domain) if name == "adjoint" else (self.domain, self.codomain)
+        leaves = source.leaves(x)
+        derived = self._current(leaves)
+        y = target.unflatten(getattr(derived, name)(leaves))
+        if not compiling and derived.programs and isinstance(x, Tensor) and isinstance(y, Tensor):
+            found = shortcut(derived.programs[name], derived, self.captured, x)
+            if found is not None:
+                self._shortcuts[name] = found
+        return y
 
     def residual_and_gradient(self, x: Any, y: Any, weight: Any) -> tuple[Any, Any] | None:
         """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` from one graph, or None where there is none to run."""
@@ -226,7 +241,7 @@ class Transposition:
             self.captured = outdated
             raise
         self._rebuilds += 1
-        self._derived = {batch: derived}
+        self._derived, self._shortcuts = {batch: derived}, {}
         self._verified.clear()
 
     def _require_still_linear(self, before: Account, now: Account) -> None:
@@ -323,7 +338,8 @@ class Transposition:
             same = composed(call, calls[0], calls[2], forward, weighted=weighted)
             return call if self.domain.every(same) else None
 
-        return Derived(*calls, account, state, metadata, forward.baked, (forward, pruned), fused)
+        programs = {"function": function, "linear": linear, "adjoint": adjoint}
+        return Derived(*calls, account, state, metadata, forward.baked, (forward, pruned), programs, fused)
 
     def _compile(self, function: Program, linear: Program, adjoint: Program, n_state: int) -> None:
         if not self.domain.batch_dims:

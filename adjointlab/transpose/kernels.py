@@ -38,7 +38,9 @@ class Site(NamedTuple):
     groups: int
     dtype: torch.dtype
     device: torch.device
-    fft_size: Ints = ()  # set by `sized`, since torch.compile looks into everything that is computed later
+    # Set by `sized`, since torch.compile looks into everything that is computed later:
+    fft_size: Ints = ()
+    around: Ints = ()  # padding of the plain convolution that a transposed one of stride 1 is with the flipped kernel
 
     @property
     def dims(self) -> Ints:
@@ -61,7 +63,10 @@ class Site(NamedTuple):
 
 
 def sized(site: Site) -> Site:
-    """Return the site with the lengths at which a cyclic convolution has the wanted outputs, fast for an FFT."""
+    """Return the site with the lengths at which a cyclic convolution has the wanted outputs, fast for an FFT.
+
+    And with the padding of its plain convolution.
+    """
     sizes = []
     for i, (n, out, p, s) in enumerate(
         zip(site.input_shape[1:], site.output_shape[1:], site.padding, site.stride, strict=True)
@@ -71,7 +76,10 @@ def sized(site: Site) -> Site:
         else:  # indices −p … n + p − 1 are read: those below zero wrap around to where the input is zero
             need = max(n + p, (out - 1) * s + 1, site.extent[i])
         sizes.append(fast_length(need))
-    return site._replace(fft_size=tuple(sizes))
+    around = site.padding
+    if site.transposed:
+        around = tuple(e - 1 - p for e, p in zip(site.extent, site.padding, strict=True))
+    return site._replace(fft_size=tuple(sizes), around=around)
 
 
 def fast_length(n: int) -> int:
@@ -106,9 +114,8 @@ def flip(weight: Tensor, site: Site) -> Tensor:
 
 def flipped(x: Tensor, kernel: Tensor, bias: Tensor | None, site: Site) -> Tensor:
     """Return a transposed convolution of stride 1 as a plain one with the flipped kernel."""
-    padding = [e - 1 - p for e, p in zip(site.extent, site.padding, strict=True)]
-    none = [0] * len(padding)
-    return torch.convolution(x, kernel, bias, site.stride, padding, site.dilation, False, none, site.groups)
+    none = site.output_padding  # or it were no plain convolution
+    return torch.convolution(x, kernel, bias, site.stride, site.around, site.dilation, False, none, site.groups)
 
 
 def spectrum(weight: Tensor, site: Site) -> Tensor:
@@ -179,10 +186,7 @@ def taps(weight: Tensor, site: Site) -> Tensor:
 
 def tapped(x: Tensor, weights: Tensor, bias: Tensor | None, site: Site) -> Tensor:
     """Return a depthwise convolution as a sum of shifted images, one pass over memory for each tap."""
-    padding = site.padding
-    if site.transposed:
-        padding = tuple(e - 1 - p for e, p in zip(site.extent, padding, strict=True))
-    x = aten.constant_pad_nd.default(x, [p for p in reversed(padding) for _ in range(2)])
+    x = aten.constant_pad_nd.default(x, [p for p in reversed(site.around) for _ in range(2)])
     reach = [(n - 1) * s + 1 for n, s in zip(site.output_shape[1:], site.stride, strict=True)]
     total: Tensor | None = None
     for weight, tap in zip(weights, itertools.product(*map(range, site.kernel)), strict=True):
@@ -262,11 +266,11 @@ def _direct_rate(site: Site) -> float:
 
 
 _NEAR = 6.0  # expectations closer than this factor do not decide
-_BUDGET = 0.03  # seconds that a measurement at build may take, unless the fastest kernel alone takes longer
+_BUDGET = 0.02  # seconds that a measurement at build may take, unless the fastest kernel alone takes longer
 _CHEAP = 1e-3  # what is expected to take less is run: the model is at its worst there
 _FAR = 20.0  # ... and closer than this one does not rule native out
 _COLD = {"fft": 8e-5, "tapped": 2e-5}  # what kernels of many ops lose between other work, and not in a row of runs
-_PROBE = 2e6  # multiplications that show a direct kernel's rate: a few milliseconds of the slowest
+_PROBE = 1e6  # multiplications that show a direct kernel's rate: a few milliseconds of the slowest
 
 
 def choose(site: Site, *, measure: bool, thorough: bool = False) -> str:
@@ -303,14 +307,16 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
         costly = name != "native" and spent + 2 * expected[name] > budget and expected[name] > 2 * best
         if costly or expected[name] > max((far[name] if name == "native" else near / 2) * best, _CHEAP):
             continue
-        first, second = run(name), run(name)
+        first = run(name)
+        second = run(name) if first < max(2 * best, _CHEAP) else first  # the first has plans and threads to make
         times[name] = min(first, second)
         spent += first + second
-    best = min(times.values())
-    close = [name for name in times if times[name] <= 3 * best]
-    rounds = max(rounds, 12) if best < _CHEAP else rounds
-    for _ in range(rounds if len(close) > 1 and spent < budget else 0):
-        for name in close:
+    close = list(times)
+    rounds = max(rounds, 12) if min(times.values()) < _CHEAP else rounds
+    for turn in range(rounds if spent < budget else 0):
+        best = min(times.values())
+        close = [name for name in close if times[name] <= (3 if turn < 3 else 1.5) * best]
+        for name in close if len(close) > 1 else ():
             times[name] = min(times[name], run(name))
     times = {name: t + _COLD.get(name, 0.0) for name, t in times.items()}
     fastest = min(times, key=times.__getitem__)

@@ -94,7 +94,11 @@ def _link(
 
     def apply(*tensors: Tensor) -> Tensors:
         if torch.compiler.is_compiling():
-            return compiled.apply(*tensors)  # type: ignore[no-any-return]
+            # torch.compile inlines a Function that needs no gradient, and trips over its context; nor does it know
+            # what transforms are to make of one. The graph itself is differentiable, if not to be differentiated fast.
+            tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+            use = tracked and not torch._C._are_functorch_transforms_active()
+            return compiled.apply(*tensors) if use else tuple(whole(*tensors))
         if _nested_forward_mode():
             return tuple(whole(*tensors))  # the jvp of a Function is not itself differentiated forward
         if plain() and forward_ad._current_level < 0:

@@ -333,6 +333,42 @@ def test_compiled_unrolled_loop(name: str) -> None:
 
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("frozen", [True, False])
+def test_compiled_code_that_needs_no_gradients(frozen: bool) -> None:
+    module, A = make("convolution", torch.float64)
+    module.requires_grad_(requires_grad=not frozen)
+    x = draw(A.domain)
+    compiled = torch.compile(lambda z: A.H(A(z)), fullgraph=True, backend="aot_eager")
+    expected = A.gram(x).detach()
+    with torch.set_grad_enabled(frozen):
+        assert_close(compiled(x), expected, A.domain.eps)
+        assert not compiled(x).requires_grad
+        with torch.no_grad():
+            module.weight.mul_(2)
+        assert_close(compiled(x), 4 * expected, A.domain.eps)
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(compiled(x).square().sum() / 2, x)
+    assert_close(found, A.gram(A.gram(x)).detach(), A.domain.eps)
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_compiled_code_with_transforms_inside(transform: str, frozen: bool) -> None:
+    module, A = make("convolution", torch.float64)
+    module.requires_grad_(requires_grad=not frozen)
+    function = {
+        "grad": torch.func.grad(lambda z: A(z).square().sum()),
+        "vmap": lambda z: torch.func.vmap(A.forward)(torch.stack([z, 2 * z])),
+        "jvp": lambda z: torch.func.jvp(A, (z,), (3 * z,))[1],
+    }[transform]
+    x = draw(A.domain)
+    assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x), A.domain.eps)
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_code_sees_updates() -> None:
     module, A = make("convolution", torch.float64)
     y = draw(A.codomain)
