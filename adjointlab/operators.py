@@ -164,6 +164,30 @@ class LinearOperator(nn.Module):
             return bool(gap <= 1e-2 * self.codomain.norm(left))  # a map that is only real-linear differs by order one
 
     @property
+    def multiplier(self) -> Tensor | None:
+        r"""``K`` with ``A = F⁻¹ diag(K) F`` where A is a cyclic convolution, F being the Fourier transform; else None.
+
+        Of shape ``(C, *frequencies)`` for images of C channels with a kernel each, as ``torch.fft.rfftn`` has
+        frequencies. It is known of operators whose convolution was lowered to a product of transforms: those of
+        ``nn.Conv2d`` with a circular border and as many groups as channels, say, unless the kernel or the image is
+        small; and of their adjoints.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from adjointlab import linear_operator
+        >>> c = torch.nn.Conv2d(1, 1, 15, padding=7, padding_mode="circular", bias=False)
+        >>> A = linear_operator(c, (1, 1, 128, 128))
+        >>> A.multiplier.shape
+        torch.Size([1, 128, 65])
+        >>> torch.dist(A.H.multiplier, A.multiplier.conj())
+        tensor(0.)
+        """
+        source = self._body.source
+        found = None if source is None else source.adjoint_multiplier()
+        return found if found is None or self._side else found.conj().resolve_conj()
+
+    @property
     def engine(self) -> str:
         """Which engine is in force: ``"eager"``, ``"traced"`` or ``"compiled"``; for a sum or product, its slowest."""
         if self._body.source is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from laws import norm
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adjointlab as al
 
@@ -47,3 +50,38 @@ def minimiser(matrix: Tensor, y: Tensor, damp: float = 0.0, weight: Tensor | Non
     w = torch.ones(len(y), dtype=torch.float64) if weight is None else weight
     normal = matrix.mH @ (w[:, None] * matrix) + damp**2 * torch.eye(matrix.shape[1], dtype=torch.float64)
     return torch.linalg.solve(normal, matrix.mH @ (w * y))
+
+
+class Peak(TorchDispatchMode):
+    """The most vectors of each size, and the most bytes, that were alive at once, counted by their storages."""
+
+    def __init__(self, *sizes: int, given: Sequence[Any] = ()) -> None:
+        super().__init__()
+        self.now, self.most = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
+        self.bytes_now = self.bytes = 0
+        # What the caller holds, views of it included, is not the solver's.
+        self.seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in given if isinstance(t, Tensor)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.seen:
+            self.bytes_now += size
+            self.bytes = max(self.bytes, self.bytes_now)
+            if size in self.now:
+                self.now[size] += 1
+                self.most[size] = max(self.most[size], self.now[size])
+            self.seen[key] = weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        del self.seen[key]
+        self.bytes_now -= size
+        if size in self.now:
+            self.now[size] -= 1

@@ -97,9 +97,10 @@ def lsmr(
     damp = require("damp", damp)
     problem = Problem.of(A, y, weight)
     with torch.no_grad():
-        monitor = Monitor(problem.domain, problem.steps(maxiter), callback, progress, "lsmr")
-        x = problem.start(x0)
-        _lsmr(problem, x, damp, _Rules(monitor, atol, btol, conlim, problem.eps), started=x0 is not None)
+        inner = problem.diagonalized()
+        monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "lsmr")
+        x = inner.start(x0)
+        _lsmr(inner, x, damp, _Rules(monitor, atol, btol, conlim, problem.eps), started=x0 is not None)
         solution = monitor.solution(x)
     return implicit.of_least_squares(problem, solution, damp, min(atol, btol), monitor.maxiter, started=x0 is not None)
 
@@ -107,12 +108,12 @@ def lsmr(
 def _lsmr(problem: Problem, x: Vector, damp: float, rules: _Rules, *, started: bool) -> None:
     """Run LSMR on x in place, and verify what it claims."""
     domain, codomain = problem.domain, problem.codomain
-    data = problem.data()
-    codomain.choose_precision(codomain.norm(data))
-    rules.size = problem.weighted(data)[1].sqrt()
+    u = codomain.copy(problem.data())
+    codomain.choose_precision(codomain.norm(u))
+    rules.size = problem.weighted(u)[1].sqrt()
     most = domain.scalar(math.inf)
     while True:
-        left = _Left(problem, codomain.copy(data))
+        left = _Left(problem, u)
         if started:
             left.start(x, damp)
         v = domain.zeros()
@@ -127,7 +128,8 @@ def _lsmr(problem: Problem, x: Vector, damp: float, rules: _Rules, *, started: b
         if not _steps(left, x, v, state, rules):
             return
         most, started = gradient / 2 if started else domain.scalar(0), True
-        del left, v
+        del left, v, u
+        u = codomain.copy(problem.data())
 
 
 def _steps(left: _Left, x: Vector, v: Vector, state: _Recurrence, rules: _Rules) -> bool:

@@ -83,7 +83,8 @@ def cg(
     x is differentiable with respect to b and to what A depends on, by implicit differentiation: a backward pass solves
     one more system with A. The derivative is that of the exact solution, once; ``x0`` has none.
 
-    Beside x and b, memory for three vectors is used.
+    Beside x and b, memory for three vectors is used; for five where A is a cyclic convolution (it has a
+    ``multiplier``), with which the steps are taken in Fourier space.
 
     References
     ----------
@@ -104,9 +105,10 @@ def cg(
             f"expected an operator from a space to itself, got one from {A.domain} to {A.codomain}: use cgls or lsmr"
         )
     with torch.no_grad():
-        monitor = Monitor(problem.domain, problem.steps(maxiter), callback, progress, "cg")
-        x = problem.start(x0)
-        _cg(problem, x, x0 is not None, tol, monitor)
+        inner = problem.diagonalized()
+        monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "cg")
+        x = inner.start(x0)
+        _cg(inner, x, x0 is not None, tol, monitor)
         solution = monitor.solution(x)
     return implicit.of_system(problem, solution, tol, monitor.maxiter)
 
@@ -147,7 +149,7 @@ def _cg_steps(
         q = problem.apply(p)
         curvature = space.dot(p, q)
         step = rho / curvature
-        monitor.stop(~torch.isfinite(curvature), NOT_FINITE)
+        monitor.stop(~(curvature.abs() < math.inf), NOT_FINITE)
         monitor.stop(curvature <= 0, NO_CURVATURE)
         monitor.stop(~space.holds(step), BREAKDOWN)
         moved = monitor.running
@@ -163,7 +165,7 @@ def _cg_steps(
 
 
 def _judge_residual(monitor: Monitor, size: Tensor, tol: float, eps: float, norm: Tensor) -> None:
-    monitor.stop(~torch.isfinite(norm), NOT_FINITE)
+    monitor.stop(~(norm < math.inf), NOT_FINITE)
     monitor.stop(norm <= tol * size, SOLVED)
     monitor.stop(norm <= eps * size, PRECISION)
 
@@ -221,7 +223,9 @@ def cgls(
     respect to A it needs the minimiser to be unique, or A to have full rank.
 
     Beside x and y, memory for two elements of the domain and two of the codomain is used (one more of the codomain with
-    weights, one more of the domain with damping).
+    weights, one more of the domain with damping). Where A is a cyclic convolution (it has a ``multiplier``) and there
+    are no weights, the steps are taken in Fourier space: they are the same, without a transform in them, for two more
+    elements of the domain.
 
     References
     ----------
@@ -240,9 +244,10 @@ def cgls(
     tol, damp = require("tol", tol), require("damp", damp)
     problem = Problem.of(A, y, weight)
     with torch.no_grad():
-        monitor = Monitor(problem.domain, problem.steps(maxiter), callback, progress, "cgls")
-        x = problem.start(x0)
-        _cgls(problem, x, damp, tol, monitor=monitor, started=x0 is not None)
+        inner = problem.diagonalized()
+        monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "cgls")
+        x = inner.start(x0)
+        _cgls(inner, x, damp, tol, monitor=monitor, started=x0 is not None)
         solution = monitor.solution(x)
     return implicit.of_least_squares(problem, solution, damp, tol, monitor.maxiter, started=x0 is not None)
 
@@ -292,7 +297,7 @@ def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, *, square: fl
             curvature = curvature + square * domain.dot(p, p)
         judge.see((curvature / length).sqrt())
         step = gamma / curvature
-        monitor.stop(~torch.isfinite(curvature), NOT_FINITE)
+        monitor.stop(~(curvature.abs() < math.inf), NOT_FINITE)
         monitor.stop(~domain.holds(step), BREAKDOWN)
         moved = monitor.running
         step = torch.where(moved, step, 0)
@@ -304,8 +309,9 @@ def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, *, square: fl
         previous, gamma = gamma, domain.dot(s, s)
         judge(gamma.sqrt(), rr.sqrt(), _damped_norm(problem, rr, square, x))
         going, some = monitor.step(x, judge.damped, moved)
-        domain.update(p, s, gamma / previous)
-        length = gamma + (gamma / previous).square() * length  # ‖p‖², since s is orthogonal to the last p
+        ratio = gamma / previous
+        domain.update(p, s, ratio)
+        length = gamma + ratio.square() * length  # ‖p‖², since s is orthogonal to the last p
         del s
     return monitor.reopen()
 
@@ -333,7 +339,7 @@ class _Judge:
 
     def __call__(self, gradient: Tensor, residual: Tensor, damped: Tensor) -> None:
         self.gradient, self.residual, self.damped = gradient, residual, damped
-        self.monitor.stop(~(torch.isfinite(gradient) & torch.isfinite(damped)), NOT_FINITE)
+        self.monitor.stop(~(torch.maximum(gradient, damped) < math.inf), NOT_FINITE)
         self.monitor.stop(gradient <= self.target, LEAST_SQUARES)
         self.see(torch.where(residual > 0, gradient / residual, 0))
         self.monitor.stop(damped <= self.eps * self.size, PRECISION)

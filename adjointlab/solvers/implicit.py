@@ -43,7 +43,9 @@ def of_system(problem: Problem, solution: Solution, tol: float, maxiter: int) ->
     domain = problem.domain
 
     def cotangents(v: Vector) -> list[Vector]:
-        return [_solve(domain, problem.apply, v, tol, maxiter).x]
+        inner = problem.diagonalized()
+        found = _solve(inner.domain, inner.apply, inner.vector(domain.element(v)), tol, maxiter)
+        return [domain.vector(inner.element(found.x))]
 
     return _tied(domain, solution, [residual], cotangents)
 
@@ -67,7 +69,9 @@ def of_least_squares(
             ties.append(_pulled(problem, _preimage(problem, solution, tol, maxiter)) or ())
 
     def cotangents(v: Vector) -> list[Vector]:
-        found = _solve(domain, problem.normal(damp), v, tol, maxiter)
+        inner = problem.diagonalized()
+        found = _solve(inner.domain, inner.normal(damp), inner.vector(domain.element(v)), tol, maxiter)
+        w = domain.vector(inner.element(found.x))
         if found.remainder and len(ties) == 2 and damp == 0:
             warnings.warn(
                 "the gradient with respect to the operator's parameters is not determined, since the least-squares "
@@ -75,9 +79,8 @@ def of_least_squares(
                 RuntimeWarning,
                 stacklevel=2,
             )
-        z = problem.apply(found.x)
-        rest = [a - b for a, b in zip(v, problem.normal(damp)(found.x), strict=True)] if len(ties) == 3 else []
-        return [z, found.x, rest][: len(ties)]
+        rest = [a - b for a, b in zip(v, problem.normal(damp)(w), strict=True)] if len(ties) == 3 else []
+        return [problem.apply(w), w, rest][: len(ties)]
 
     return _tied(domain, solution, ties, cotangents)
 

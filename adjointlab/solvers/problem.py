@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.least_squares import weight_entries, weight_operator
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers.arithmetic import Vector, Vectors
+from adjointlab.solvers.fourier import Basis
 from adjointlab.tree import tree_flatten
 
 _MOST_STEPS = 10_000
@@ -34,6 +35,7 @@ class Problem:
     weight: Callable[[Any], Any] | None
     domain: Vectors
     codomain: Vectors
+    basis: Basis | None = None  # that vectors are coordinates in; None where they are the elements themselves
 
     @staticmethod
     def of(A: LinearOperator | AffineOperator, y: Any, weight: Any = None) -> Problem:
@@ -52,6 +54,28 @@ class Problem:
             A = A.linear
         return Problem(A, y, weigh, domain, codomain)
 
+    def diagonalized(self) -> Problem:
+        """Return the same problem in the basis that makes its operator diagonal, if there is one."""
+        # Coordinates are isometric: a solver takes the very same steps, with products in place of transforms. Weights
+        # would be no product there, and leave a problem as it is.
+        basis = Basis.of(self.A) if self.weight is None else None
+        if basis is None:
+            return self
+        spectra = Vectors(basis.operator.domain, self.domain.batch)
+        return replace(self, A=basis.operator, domain=spectra, codomain=spectra, basis=basis)
+
+    def vector(self, x: Any) -> Vector:
+        """Return an element of the domain as a vector outside every autograd graph; they may share memory."""
+        return detached(self.domain, x if self.basis is None else self.basis.spectrum(x))
+
+    def element(self, x: Vector) -> Any:
+        """Return the element that a vector of the domain stands for; they may share memory."""
+        return self.domain.element(x) if self.basis is None else self.basis.element(x)
+
+    def copy(self, x: Vector) -> Any:
+        """Return the element that a vector of the domain stands for, in memory of its own."""
+        return self.element(self.domain.copy(x) if self.basis is None else x)
+
     @property
     def eps(self) -> float:
         """The coarser rounding of the two spaces."""
@@ -61,12 +85,13 @@ class Problem:
         """Return the first iterate, ours to write to."""
         if x0 is None:
             return self.domain.zeros()
-        found = tuple(self.domain.space.leaves(x0, "x0")[0].shape[: len(self.domain.batch)])
+        space = self.domain.space if self.basis is None else self.basis.space
+        found = tuple(space.leaves(x0, "x0")[0].shape[: len(self.domain.batch)])
         if found != self.domain.batch:
             raise SpaceMismatchError(
                 f"expected x0 of the batch sizes of the data, {self.domain.batch}, got {found}: nothing is broadcast"
             )
-        return self.domain.copy(detached(self.domain, x0))
+        return self.domain.copy(self.vector(x0))
 
     def steps(self, maxiter: int | None) -> int:
         """Return the most steps to take: ten for each unknown if none is given, which rounding never needs."""
@@ -79,7 +104,7 @@ class Problem:
 
     def data(self) -> Vector:
         """Return the data, not ours to write to."""
-        return detached(self.codomain, self.y)
+        return detached(self.codomain, self.y if self.basis is None else self.basis.spectrum(self.y))
 
     def apply(self, x: Vector) -> Vector:
         """Return ``Ax``."""

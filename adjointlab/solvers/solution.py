@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adjointlab.solvers.arithmetic import Vector, Vectors
+from adjointlab.solvers.arithmetic import Vector
+from adjointlab.solvers.problem import Problem
 
 Callback = Callable[[Any], Any]
 
@@ -77,10 +78,12 @@ class Monitor:
     the next start repairs); from zero there is nothing to gain, and it has gone as far as the precision allows.
     """
 
-    def __init__(self, vectors: Vectors, maxiter: int, callback: Callback | None, progress: bool, name: str) -> None:
-        self.vectors = vectors
+    def __init__(self, problem: Problem, maxiter: int, callback: Callback | None, progress: bool, name: str) -> None:
+        self.problem = problem
+        vectors = self.vectors = problem.domain
         self.maxiter = maxiter
         self.status = torch.zeros(vectors.batch, dtype=torch.int64, device=vectors.device)
+        self._codes = torch.arange(EXHAUSTED + 1, device=vectors.device).unbind()
         self.steps = torch.zeros_like(self.status)
         self.norms: list[Tensor] = []
         self._claimed = self.running
@@ -95,7 +98,7 @@ class Monitor:
 
     def stop(self, where: Tensor, why: int) -> None:
         """Stop the running problems ``where``, for the reason ``why``."""
-        self.status = torch.where(where & (self.status == RUNNING), why, self.status)
+        self.status = torch.where(where & (self.status == RUNNING), self._codes[why], self.status)
 
     def start(self, norm: Tensor) -> tuple[bool, bool]:
         """Record the residuals of a start; return whether there is anything to do, and whether only for some."""
@@ -107,7 +110,7 @@ class Monitor:
         self.norms.append(torch.where(moved, norm, self.norms[-1]))
         self.steps = self.steps + moved
         if self._callback is not None:
-            onward = self._callback(self.vectors.element(self.vectors.copy(x))) is not True
+            onward = self._callback(self.problem.copy(x)) is not True
             if not self.vectors.space.every(onward):  # on any process, where there are several
                 self.stop(torch.ones_like(moved), STOPPED)
         if self._bar is not None:
@@ -118,7 +121,7 @@ class Monitor:
     def reopen(self) -> bool:
         """Let the problems run on that claim to have converged; return whether there are any."""
         self._claimed = self._converged()
-        self.status = torch.where(self._claimed, RUNNING, self.status)
+        self.status = torch.where(self._claimed, self._codes[RUNNING], self.status)
         return bool(self._claimed.any())
 
     def solution(self, x: Vector) -> Solution:
@@ -131,7 +134,7 @@ class Monitor:
         norms = torch.stack(self.norms)
         rows = torch.arange(len(norms), device=norms.device).reshape(-1, *[1] * self.steps.ndim)
         return Solution(
-            self.vectors.element(x),
+            self.problem.element(x),
             bool(converged) if single else converged,
             int(self.steps) if single else self.steps,
             torch.where(rows < self.steps, norms, norms[-1]),

@@ -28,7 +28,8 @@ class Derived:
     """A function and its adjoint for one size of everything; ``linear`` is the function without its offset.
 
     ``state`` is where the programs read tensors, ``metadata`` what these looked like, ``baked`` the tensors whose
-    values are in the programs. ``fused`` makes the program of residual and gradient, with weights or without.
+    values are in the programs. ``fused`` makes the program of residual and gradient, with weights or without;
+    ``multiplier`` returns what the adjoint multiplies spectra with, if it does nothing else.
     """
 
     function: Function
@@ -41,6 +42,7 @@ class Derived:
     graphs: tuple[Graph, Pruned] | None = None
     programs: Mapping[str, Program] = field(default_factory=dict)  # of function, linear and adjoint
     fused: Callable[[bool], Function | None] | None = None
+    multiplier: Callable[[], Tensor | None] | None = None
 
     @property
     def outputs(self) -> list[Tensor]:

@@ -25,14 +25,14 @@ from adjointlab.transpose.derived import Derived, Function, Shortcut, Tensors, b
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.graph import Graph, cut_off, own_outputs
 from adjointlab.transpose.kernels import Site
-from adjointlab.transpose.lower import lower
+from adjointlab.transpose.lower import lower, multiplier
 from adjointlab.transpose.outputs import require_outputs, space_of
-from adjointlab.transpose.program import Program, differentiated, plain
+from adjointlab.transpose.program import Program, differentiated, of_state, plain
 from adjointlab.transpose.prune import Pruned, ops, prune
 from adjointlab.transpose.sample import Sample, copies
 from adjointlab.transpose.simplify import simplify
 from adjointlab.transpose.trace import ReadsInputError, UntraceableError, trace_forward, trace_vjp
-from adjointlab.tree import tree_flatten
+from adjointlab.tree import SINGLE, tree_flatten
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -190,6 +190,12 @@ class Transposition:
         outputs, n = fused(leaves), len(self.codomain.specs)
         return self.codomain.unflatten(outputs[:n]), self.domain.unflatten(outputs[n:])
 
+    def adjoint_multiplier(self) -> Tensor | None:
+        """Return ``K`` with ``f'ᴴ v = F⁻¹(K ⊙ F v)`` where that is how ``f'ᴴ`` is computed, else None."""
+        multiplier = self._refreshed(self.domain.batch_shape).multiplier
+        single = self.domain.structure is SINGLE and self.codomain.structure is SINGLE
+        return multiplier() if multiplier and single and not self.domain.is_sharded else None
+
     @property
     def account(self) -> Account:
         """How the nominal size is served."""
@@ -338,8 +344,18 @@ class Transposition:
             same = composed(call, calls[0], calls[2], forward, weighted=weighted)
             return call if self.domain.every(same) else None
 
+        @functools.cache
+        def find() -> Callable[..., Any] | None:
+            node = multiplier(adjoint.graph)
+            return None if node is None else of_state(adjoint.graph, node)
+
+        def multiply() -> Tensor | None:
+            found = find()
+            with torch.no_grad():  # one kernel for each channel
+                return None if found is None else found(*[source.read() for source in state])[0][:, 0, 0]
+
         programs = {"function": function, "linear": linear, "adjoint": adjoint}
-        return Derived(*calls, account, state, metadata, forward.baked, (forward, pruned), programs, fused)
+        return Derived(*calls, account, state, metadata, forward.baked, (forward, pruned), programs, fused, multiply)
 
     def _compile(self, function: Program, linear: Program, adjoint: Program, n_state: int) -> None:
         if not self.domain.batch_dims:

@@ -36,6 +36,19 @@ def lower(graph: Graph, choose: Callable[[Site], str]) -> tuple[Graph, tuple[str
     return lowered, tuple(lines)
 
 
+def multiplier(graph: Graph) -> fx.Node | None:
+    """Return the node of ``K`` where all that a graph computes is ``v ↦ F⁻¹(K ⊙ F v)``, each channel by itself."""
+    (node, *others), given = graph.outputs, graph.inputs
+    if others or node.target is not kernels.fft:
+        return None
+    v, transform, bias, site = node.args
+    assert isinstance(site, Site)
+    assert isinstance(transform, fx.Node)
+    alone = site.input_shape[0] == site.output_shape[0] == site.groups
+    cyclic = site.input_shape[1:] == site.output_shape[1:] == site.fft_size and all(s == 1 for s in site.stride)
+    return transform if [v] == given and bias is None and alone and cyclic else None
+
+
 def _cyclic(node: fx.Node, site: Site) -> tuple[fx.Node, fx.Node, Site]:
     """Return the first and last node of what one product of transforms computes, and the site of it all.
 
@@ -132,4 +145,4 @@ def _describe(name: str, site: Site) -> str:
     return f"{name}{detail}, for the {kind} {c_in}→{c_out} with a {size} kernel"
 
 
-__all__ = ["lower"]
+__all__ = ["lower", "multiplier"]

@@ -247,6 +247,11 @@ def _extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callabl
     return whole(fx.GraphModule(graph.module, part))
 
 
+def of_state(graph: Graph, node: fx.Node) -> Callable[..., Any]:
+    """Return the value of a node that depends on nothing but the state, as a function of that."""
+    return _extract(graph, graph.placeholders[: len(graph.state)], [node])
+
+
 def whole(module: fx.GraphModule) -> Callable[..., Any]:
     """Return a graph as a plain function: a graph without attributes needs no module, and torch.compile likes it so."""
     function = type(module).forward

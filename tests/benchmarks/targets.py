@@ -193,7 +193,7 @@ def _solvers(rows: list[Row]) -> list[Target]:
         residuals, own = row["residuals"], row["residuals"]["adjointlab"]
         equal = {name: t for name, t in row["seconds"].items() if residuals[name] <= 1.001 * own}
         name, seconds = fastest(row | {"seconds": equal})
-        text = "50 steps of `cgls`, faster than the fastest peer of this table that reaches its residual (not deepinv)"
+        text = "50 steps of `cgls`, faster than the fastest peer that reaches its residual"
         measured = seconds / row["seconds"]["adjointlab"]
         result.append(Target(text, 2, measured, f"{row['case']} border, {name}", least=True))
     return result

@@ -1,0 +1,66 @@
+"""The basis in which a cyclic convolution is diagonal: ``A = F⁻¹ diag(K) F``, F being the unitary Fourier transform."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adjointlab.operators import LinearOperator
+from adjointlab.solvers.arithmetic import Vector
+from adjointlab.space import Space, TensorSpec
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Spectra of real images as coordinates: an isometry for ``Re⟨·, ·⟩``, from the elements of ``space``.
+
+    One half of a spectrum says all; what stands for two frequencies is multiplied by ``√2``.
+    """
+
+    space: Space
+    operator: LinearOperator  # diag(K), between spectra
+
+    @staticmethod
+    def of(A: LinearOperator) -> Basis | None:
+        """Return the basis for a cyclic convolution, None for any other operator."""
+        K = A.multiplier
+        if K is None:
+            return None
+        spec = A.domain.specs[0]
+        spectra = TensorSpec((*spec.shape[: 1 - K.ndim], *K.shape[1:]), K.dtype, spec.device)
+        space, conjugate = Space.of(spectra, batch_dims=A.domain.batch_dims), K.conj().resolve_conj()
+        return Basis(A.domain, LinearOperator(lambda c: K * c, lambda c: conjugate * c, space, space))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Sizes of the dimensions of an image."""
+        return self.space.specs[0].shape[2:]
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Positions of these dimensions."""
+        return tuple(range(-len(self.lengths), 0))
+
+    def spectrum(self, x: Tensor) -> Tensor:
+        """Return the coordinates of an element, outside every autograd graph."""
+        found: Tensor = torch.fft.rfftn(x.detach(), dim=self.dims, norm="ortho")
+        self._doubled(found).mul_(math.sqrt(2))
+        return found
+
+    def element(self, vector: Vector) -> Tensor:
+        """Return the element with the coordinates of a vector, which stays as it is."""
+        spectrum = torch.view_as_complex(vector[0]).clone()
+        self._doubled(spectrum).mul_(math.sqrt(0.5))
+        if self.dims[:-1]:  # one after the other: so the first is gone when the last is made
+            spectrum = torch.fft.ifftn(spectrum, dim=self.dims[:-1], norm="ortho")
+        found: Tensor = torch.fft.irfft(spectrum, n=self.lengths[-1], norm="ortho")
+        return found
+
+    def _doubled(self, spectrum: Tensor) -> Tensor:
+        return spectrum[..., 1 : (self.lengths[-1] + 1) // 2]
+
+
+__all__ = ["Basis"]
