@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from adjointlab.affine import AffineOperator, residual_and_gradient
@@ -50,15 +49,15 @@ class LeastSquares(nn.Module):
             )
         leaves = A.codomain.leaves(y, "y")
         self.A = A
-        for index, leaf in enumerate(leaves):
-            self.register_buffer(f"_y_{index}", leaf)
-        self._count = len(leaves)
+        self._names = [f"_y_{index}" for index in range(len(leaves))]
+        for name, leaf in zip(self._names, leaves, strict=True):
+            self.register_buffer(name, leaf)
         self.weight = None if weight is None else weight_operator(A, weight)
 
     @property
     def y(self) -> Any:
         """The data."""
-        return self.A.codomain.unflatten([getattr(self, f"_y_{index}") for index in range(self._count)])
+        return self.A.codomain.unflatten([self._buffers[name] for name in self._names])
 
     def residual(self, x: Any) -> Any:
         """Return ``Ax − y``."""
@@ -108,7 +107,7 @@ class LeastSquares(nn.Module):
     def _value(self, residual: Any, weighted: Any) -> Tensor:
         codomain = self.A.codomain
         pairs = zip(codomain.leaves(residual), codomain.leaves(weighted), strict=True)
-        return codomain.total([torch.linalg.vecdot(r.reshape(-1), w.reshape(-1)).real for r, w in pairs]) / 2
+        return codomain.total([(r.conj() * w).sum().real for r, w in pairs]) / 2
 
 
 def weight_operator(A: LinearOperator | AffineOperator, weight: Any) -> LinearOperator:

@@ -8,6 +8,7 @@ complex-linear between complex spaces, that is exactly the Hermitian adjoint for
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -187,6 +188,15 @@ class Space:
     def batch_shape(self) -> tuple[int, ...]:
         """Sizes of the free leading dimensions in this space's own example."""
         return self.specs[0].shape[: self.batch_dims]
+
+    @property
+    def is_autocast(self) -> bool:
+        """Whether autocast is at work, which knows nothing of spaces, and would take an element out of its own."""
+        return self.specs[0].device.type != "meta" and torch.is_autocast_enabled(self.specs[0].device.type)
+
+    def without_autocast(self) -> AbstractContextManager[Any]:
+        """Return a context in which autocast leaves alone what lives on the device of this space."""
+        return torch.autocast(self.specs[0].device.type, enabled=False) if self.is_autocast else nullcontext()
 
     def with_batch(self, batch_shape: Sequence[int]) -> Space:
         """Return the same space with the free leading dimensions set to ``batch_shape``."""

@@ -196,7 +196,7 @@ def operator_norm(
     if not (maxiter >= 1 and tol >= 0):
         raise ValueError(f"expected maxiter of 1 or more and tol of 0 or more, got {maxiter} and {tol}")
     domain, codomain = A.domain, A.codomain
-    with torch.no_grad():
+    with torch.no_grad(), A.domain.without_autocast():
         start = domain.randn(generator or torch.Generator().manual_seed(0))
         scale = codomain.norm(A(start)) / domain.norm(start)
         if scale == 0 or not torch.isfinite(scale):

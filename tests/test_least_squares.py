@@ -249,3 +249,48 @@ def test_weight_must_fit() -> None:
     _, A, _, y = problem()
     with pytest.raises(al.SpaceMismatchError, match="weight"):
         al.LeastSquares(A, y, weight=torch.ones(3, dtype=torch.float64))
+
+
+def test_autocast_changes_nothing() -> None:
+    A = al.linear_operator(torch.nn.Linear(8, 8, bias=False).requires_grad_(requires_grad=False), (3, 8))
+    x, y = A.domain.randn(), A.codomain.randn()
+    F = al.LeastSquares(A, y)
+    for _ in range(2):  # before there is a fused program, and after
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value, gradient = F.value_and_gradient(x)
+        assert value.dtype == gradient.dtype == torch.float32
+        assert_close((value, gradient), (F(x), A.H(A(x) - y)), A.domain.eps)
+        F.gradient(x)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_like_the_one_before_see_every_change(weighted: bool) -> None:
+    layer = torch.nn.Conv1d(1, 1, 3, padding=1, bias=False).double().requires_grad_(requires_grad=False)
+    A = al.linear_operator(layer, (2, 1, 8), batch_dims=1)
+    x, y = A.domain.randn(), A.codomain.randn()
+    w = y.abs() if weighted else None
+    F = al.LeastSquares(A, y, w)
+
+    def expected(x: torch.Tensor) -> torch.Tensor:
+        r = layer(x) - y
+        return A.H(r * w if weighted else r)
+
+    for change in (
+        lambda: None,
+        lambda: layer.weight.mul_(2),
+        lambda: layer.weight.data.fill_(3.0),
+        lambda: setattr(layer, "weight", torch.nn.Parameter(torch.ones(1, 1, 3).double(), requires_grad=False)),
+        lambda: setattr(layer, "padding", (1,)),
+    ):
+        change()
+        for z in (x, x, torch._neg_view(-x), x.permute(2, 1, 0).contiguous().permute(2, 1, 0), x + 1, x):
+            assert_close(F.gradient(z), expected(z), A.domain.eps)
+    tracked = x.clone().requires_grad_()
+    assert F.gradient(tracked).requires_grad
+    assert not F.gradient(x).requires_grad
+    with pytest.raises(al.SpaceMismatchError, match="batch"):
+        F.gradient(x[:1])
+    F.double()
+    F.A.double()
+    with pytest.raises(al.SpaceMismatchError, match="float32"):
+        F.gradient(x.float())

@@ -20,7 +20,7 @@ from adjointlab.transpose.prune import Pruned
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]
-Shortcut = Callable[[Tensor], Tensor | None]
+Shortcut = Callable[..., Tensors | None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Derived:
     baked: tuple[tuple[Source, Tensor], ...] = ()
     graphs: tuple[Graph, Pruned] | None = None
     programs: Mapping[str, Program] = field(default_factory=dict)  # of function, linear and adjoint
-    fused: Callable[[bool], Function | None] | None = None
+    fused: Callable[[bool], Program | None] | None = None
     multiplier: Callable[[], Tensor | None] | None = None
 
     @property
@@ -68,7 +68,7 @@ class Derived:
         return any(_differs(source.read(), value) for source, value in self.baked) if self.baked else False
 
 
-def bound(program: Program, linked: Callable[..., Tensors], state: tuple[Source, ...], device_type: str) -> Function:
+def bound(program: Program, linked: Callable[..., Tensors], state: tuple[Source, ...]) -> Function:
     """Return a program as a function of leaves, which reads the state at every call.
 
     ``linked`` is the same with a derivative, for when one may be asked for.
@@ -76,39 +76,34 @@ def bound(program: Program, linked: Callable[..., Tensors], state: tuple[Source,
 
     def call(leaves: Tensors) -> Tensors:
         tensors = (*[source.container[source.key] for source in state], *map(canonical, leaves))
-        if torch.is_autocast_enabled(device_type):  # spaces have dtypes, and keep them
-            with torch.autocast(device_type, enabled=False):
-                return linked(*tensors)
-        if plain() and not differentiated(tensors):
-            return program.run(*tensors)
-        return linked(*tensors)
+        return program.run(*tensors) if plain() and not differentiated(tensors) else linked(*tensors)
 
     return call
 
 
-def shortcut(program: Program, derived: Derived, captured: Capture, leaf: Tensor) -> Shortcut | None:
-    """Return a program as a function of one tensor, for tensors and circumstances that are just as they are now.
+def shortcut(run: Callable[..., Tensors], derived: Derived, captured: Capture, leaves: Tensors) -> Shortcut | None:
+    """Return a program as a function of leaves, for tensors and circumstances that are just as they are now.
 
     It returns None where anything differs. All that a call has to see of tensors, and of modes and transforms that are
     under way, is in what ``torch.compile`` guards its own programs with, and that takes a quarter of a microsecond:
     a call costs what the module's own does, where taking it apart costs twice that.
     """
-    tensors = (*[source.read() for source in derived.state], leaf)
-    usual = plain() and not differentiated(tensors) and not torch.is_autocast_enabled(leaf.device.type)
-    if derived.baked or not usual or canonical(leaf) is not leaf:
+    tensors = (*[source.read() for source in derived.state], *leaves)
+    usual = plain() and not differentiated(tensors)
+    if derived.baked or not usual or any(canonical(leaf) is not leaf for leaf in leaves):
         return None
     alike = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     containers, keys = [source.container for source in derived.state], [source.key for source in derived.state]
     tracked = any(tensor.requires_grad for tensor in tensors)
 
-    def call(x: Tensor) -> Tensor | None:
+    def call(*leaves: Tensor) -> Tensors | None:
         if (
             _modes() or _transforms() or forward_ad._current_level >= 0 or (tracked and torch.is_grad_enabled())
             or captured.changed()
         ):  # fmt: skip
             return None
-        tensors = (*map(_read, containers, keys), x)
-        return program.run(*tensors)[0] if alike(*tensors) else None
+        tensors = (*map(_read, containers, keys), *leaves)
+        return run(*tensors) if alike(*tensors) else None
 
     return call
 

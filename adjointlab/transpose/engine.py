@@ -10,7 +10,7 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from adjointlab.transpose import kernels, pair, vjp
 from adjointlab.transpose.account import Account, listing
 from adjointlab.transpose.agreement import Maps, composed, disagreement
 from adjointlab.transpose.capture import Capture, capture
-from adjointlab.transpose.derived import Derived, Function, Shortcut, Tensors, bound, canonical, metadata_of, shortcut
+from adjointlab.transpose.derived import Derived, Shortcut, Tensors, bound, canonical, metadata_of, shortcut
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.graph import Graph, cut_off, own_outputs
 from adjointlab.transpose.kernels import Site
@@ -44,13 +44,19 @@ _MOST_REBUILDS = 8  # a function whose plain attributes change at every call is 
 _BUILDING = threading.RLock()
 
 
-def _alone(method: Callable[P, R]) -> Callable[P, R]:
-    """Return a method that one thread runs at a time: tracing replaces functions of torch for a while."""
+Method = Callable[Concatenate["Transposition", P], R]
+
+
+def _alone(method: Method[P, R]) -> Method[P, R]:
+    """Return a method that one thread runs at a time: tracing replaces functions of torch for a while.
+
+    Nor is there autocast: what a function is derives from its own dtypes.
+    """
 
     @functools.wraps(method)
-    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _BUILDING:
-            return method(*args, **kwargs)
+    def locked(self: Transposition, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with _BUILDING, self.domain.without_autocast():
+            return method(self, *args, **kwargs)
 
     return locked
 
@@ -84,10 +90,14 @@ class Transposition:
         self._rebuilds = 0
         self.rebase(domain)
 
-    @_alone
     def rebase(self, domain: Space) -> None:
         """Derive afresh, on another domain."""
         self.domain = domain
+        self._begin()
+
+    @_alone
+    def _begin(self) -> None:
+        domain = self.domain
         self.captured: Capture = capture(self.callable, self.kwargs)
         self._derived: dict[tuple[int, ...], Derived] = {}
         self._shortcuts: dict[str, Shortcut] = {}
@@ -159,35 +169,55 @@ class Transposition:
         return self._call("adjoint", v)
 
     def _call(self, name: str, x: Any) -> Any:
-        compiling = torch.compiler.is_compiling()  # torch.compile must not look at what changes from call to call
-        if not compiling and name in self._shortcuts:
-            y = self._shortcuts[name](x)
-            if y is not None:
-                return y
+        found = self._soon(name, x)
+        if found is not None:
+            return found[0]
+        if self.domain.is_autocast:  # spaces have dtypes, and keep them
+            with self.domain.without_autocast():
+                return self._call(name, x)
         source, target = (self.codomain, self.domain) if name == "adjoint" else (self.domain, self.codomain)
         leaves = source.leaves(x)
         derived = self._current(leaves)
         y = target.unflatten(getattr(derived, name)(leaves))
-        if not compiling and derived.programs and isinstance(x, Tensor) and isinstance(y, Tensor):
-            found = shortcut(derived.programs[name], derived, self.captured, x)
+        if derived.programs and isinstance(y, Tensor):
+            self._keep(name, derived.programs[name], derived, x)
+        return y
+
+    def _soon(self, name: str, *elements: Any) -> Tensors | None:
+        """Return what a program returns if this call is like the one before, else None."""
+        compiling = torch.compiler.is_compiling()  # torch.compile must not look at what changes from call to call
+        return None if compiling or name not in self._shortcuts else self._shortcuts[name](*elements)
+
+    def _keep(self, name: str, program: Program, derived: Derived, *elements: Any) -> None:
+        if not torch.compiler.is_compiling() and all(isinstance(x, Tensor) for x in elements):
+            found = shortcut(program.run, derived, self.captured, elements)
             if found is not None:
                 self._shortcuts[name] = found
-        return y
 
     def residual_and_gradient(self, x: Any, y: Any, weight: Any) -> tuple[Any, Any] | None:
         """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` from one graph, or None where there is none to run."""
-        given = (self.domain.leaves(x), self.codomain.leaves(y), () if weight is None else self.codomain.leaves(weight))
-        leaves = tuple(t for part in given for t in part)
-        k = self.domain.batch_dims
-        if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves):
-            return None  # for the parts to refuse, one after the other
-        derived = self._current(given[0])
-        if derived.fused is None or not plain() or differentiated((*leaves, *(s.read() for s in derived.state))):
-            return None
-        fused = derived.fused(weight is not None)
-        if fused is None:
-            return None
-        outputs, n = fused(leaves), len(self.codomain.specs)
+        name, elements = ("gradient", (x, y)) if weight is None else ("weighted gradient", (x, y, weight))
+        outputs = self._soon(name, *elements)
+        if outputs is None and self.domain.is_autocast:
+            with self.domain.without_autocast():
+                return self.residual_and_gradient(x, y, weight)
+        if outputs is None:
+            spaces = (self.domain, self.codomain, self.codomain)
+            given = [space.leaves(element) for space, element in zip(spaces, elements, strict=False)]
+            leaves = tuple(t for part in given for t in part)
+            k = self.domain.batch_dims
+            if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves):
+                return None  # for the parts to refuse, one after the other
+            derived = self._current(given[0])
+            state = tuple(source.read() for source in derived.state)
+            if derived.fused is None or not plain() or differentiated((*leaves, *state)):
+                return None
+            program = derived.fused(weight is not None)
+            if program is None:
+                return None
+            outputs = program.run(*state, *map(canonical, leaves))
+            self._keep(name, program, derived, *elements)
+        n = len(self.codomain.specs)
         return self.codomain.unflatten(outputs[:n]), self.domain.unflatten(outputs[n:])
 
     def adjoint_multiplier(self) -> Tensor | None:
@@ -325,15 +355,14 @@ class Transposition:
         )  # fmt: skip
         state = forward.state
         metadata = tuple(metadata_of(source.read()) for source in state)
-        kind = self.domain.specs[-1].device.type
         calls = (
-            bound(function, run, state, kind),
-            bound(linear, run_linear, state, kind),
-            bound(adjoint, run_adjoint, state, kind),
+            bound(function, run, state),
+            bound(linear, run_linear, state),
+            bound(adjoint, run_adjoint, state),
         )
 
         @functools.cache
-        def fused(weighted: bool) -> Function | None:
+        def fused(weighted: bool) -> Program | None:
             whole = program(residual_and_gradient(forward, pruned.graph, weighted=weighted))
             if mode == "compiled" and not self.domain.batch_dims:
                 whole.compile(self.options)
@@ -342,7 +371,7 @@ class Transposition:
                 return whole.run(*[s.container[s.key] for s in state], *map(canonical, leaves))
 
             same = composed(call, calls[0], calls[2], forward, weighted=weighted)
-            return call if self.domain.every(same) else None
+            return whole if self.domain.every(same) else None
 
         @functools.cache
         def find() -> Callable[..., Any] | None:

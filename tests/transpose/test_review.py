@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from laws import assert_close
 from torch import Tensor, nn
 
 import adjointlab as al
@@ -177,23 +178,47 @@ def test_results_may_be_written_to() -> None:
     assert torch.equal(v, torch.ones(3, 4))
 
 
-def test_autocast_changes_nothing() -> None:
-    class Product(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(5, 5))
+class Product(nn.Module):
+    """A map whose ops are all those that autocast computes in half of the bits."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ (self.a @ self.b)
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(5, 5))
 
-    operator = al.linear_operator(Product(), (5, 5))
-    x = torch.randn(5, 5)
-    with torch.no_grad():
-        operator.module.a.mul_(1.5)
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.a @ self.b)
+
+
+@pytest.mark.parametrize("engine", ["eager", "traced", "auto", "compiled"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_changes_nothing(engine: str, inside: bool) -> None:
+    module = Product()
+    plain = al.linear_operator(module, (5, 5), engine="eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):  # nor does it where an operator is built
+        operator = al.linear_operator(module, (5, 5), engine=engine)
+        affine = al.affine_operator(lambda x: module(x) + 1, (5, 5), engine="auto" if engine == "compiled" else engine)
+    assert operator.codomain == affine.codomain == plain.codomain
+    x, y = torch.randn(5, 5), torch.randn(5, 5)
+
+    def results() -> list[Tensor]:
+        F = al.LeastSquares(operator, y)
+        with torch.no_grad():
+            return [
+                operator(x), operator.H(y), operator.gram(x), F(x), F.gradient(x), *F.value_and_gradient(x),
+                affine(x), affine.H(y), *[s(operator, y, damp=1.0).x for s in (al.solvers.cgls, al.solvers.lsmr)],
+                al.operator_norm(operator), al.to_dense(operator), torch.func.vmap(operator)(torch.stack([x, y])),
+            ]  # fmt: skip
+
+    expected, leaf = results(), x.clone().requires_grad_()
+    for _ in range(2):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            inside = operator(x)
-        assert inside.dtype == torch.float32
-        assert torch.equal(inside, operator(x))
+            found, tracked = results(), operator.H(operator(leaf))
+        assert [t.dtype for t in found] == [t.dtype for t in expected]
+        for a, b in zip(found, expected, strict=True):
+            assert_close(a, b, 1e-6)
+        gradients = torch.autograd.grad(tracked, (leaf, module.a), y)  # after autocast, as PyTorch asks for
+        assert_close(gradients, torch.autograd.grad(plain.H(plain(leaf)), (leaf, module.a), y), 1e-6)
+    assert_close(operator(x), plain(x), 1e-6)
 
 
 HIDDEN = {
