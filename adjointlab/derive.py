@@ -92,9 +92,9 @@ def options_of(source: Transposition) -> dict[str, Any]:
     return {
         "batch_dims": source.domain.batch_dims,
         "kwargs": source.kwargs,
-        "engine": source.requested,
-        "lowering": source.lowering,
-        "autotune": source.autotune,
+        "engine": source.choices.requested,
+        "lowering": source.choices.lowering,
+        "autotune": source.choices.autotune,
     }
 
 

@@ -80,7 +80,7 @@ class LinearOperator(nn.Module):
         """Return the operator of a map that is already derived; of an affine one, the linear part."""
         operator = cls.__new__(cls)
         nn.Module.__init__(operator)
-        function = source.linear if source.affine else source.function
+        function = source.linear if source.choices.affine else source.function
         body = _Body((function, source.adjoint), (source.domain, source.codomain), source)
         operator._set(body, 0, recipe, parts)
         inside = {id(parameter) for parameter in operator.parameters()}

@@ -17,20 +17,17 @@ from torch import Tensor
 
 from adjointlab.errors import NotLinearError, SpaceMismatchError
 from adjointlab.space import Space
-from adjointlab.transpose import kernels, pair, vjp
-from adjointlab.transpose.account import Account, listing
-from adjointlab.transpose.agreement import Maps, composed, disagreement
+from adjointlab.transpose import vjp
+from adjointlab.transpose.account import Account
+from adjointlab.transpose.agreement import Maps, disagreement
+from adjointlab.transpose.assemble import Choices, Way, assemble
 from adjointlab.transpose.capture import Capture, capture
-from adjointlab.transpose.derived import Derived, Shortcut, Tensors, bound, canonical, metadata_of, shortcut
-from adjointlab.transpose.fuse import residual_and_gradient, without_offset
-from adjointlab.transpose.graph import Graph, cut_off, own_outputs
-from adjointlab.transpose.kernels import Site
-from adjointlab.transpose.lower import lower, multiplier
+from adjointlab.transpose.derived import Derived, Shortcut, Tensors, canonical, shortcut
+from adjointlab.transpose.graph import Graph, own_outputs
 from adjointlab.transpose.outputs import require_outputs, space_of
-from adjointlab.transpose.program import Program, differentiated, of_state, plain
-from adjointlab.transpose.prune import Pruned, ops, prune
+from adjointlab.transpose.program import Program, differentiated, plain
+from adjointlab.transpose.prune import Pruned, prune
 from adjointlab.transpose.sample import Sample, copies
-from adjointlab.transpose.simplify import simplify
 from adjointlab.transpose.trace import ReadsInputError, UntraceableError, trace_forward, trace_vjp
 from adjointlab.tree import SINGLE, tree_flatten
 
@@ -81,11 +78,7 @@ class Transposition:
             raise ValueError(f"expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
         self.callable = function
         self.kwargs = dict(kwargs or {})
-        self.requested = engine
-        self.affine = affine
-        self.lowering = lowering
-        self.autotune = autotune
-        self.options = dict(options or {})
+        self.choices = Choices(engine, affine, lowering, autotune, dict(options or {}))
         self._target = codomain  # where results live, which the results of one of several processes do not show
         self._rebuilds = 0
         self.rebase(domain)
@@ -104,7 +97,7 @@ class Transposition:
         self._verified: set[tuple[int, ...]] = set()
         self._vjp: tuple[vjp.VJP, str] | None = None
         self._structure: Any = None
-        self._dynamic: tuple[Any, ...] | None = None
+        self._dynamic: tuple[Any, Any, Any] | None = None
         self.untraceable: UntraceableError | None = None
         derived = self._derive(domain.batch_shape)
         self._derived[domain.batch_shape] = derived
@@ -113,7 +106,7 @@ class Transposition:
     @_alone
     def switch(self, engine: str, *, autotune: bool = False, options: dict[str, Any] | None = None) -> None:
         """Change the engine in place, and check it now."""
-        self.requested, self.autotune, self.options = engine, autotune, dict(options or {})
+        self.choices = replace(self.choices, requested=engine, autotune=autotune, options=dict(options or {}))
         self._shortcuts = {}
         for batch in list(self._derived):
             graphs = self._derived[batch].graphs
@@ -141,6 +134,10 @@ class Transposition:
         if not flat:
             raise SpaceMismatchError("expected the forward to return at least one tensor, got an empty pytree")
         return tuple(flat)
+
+    def _offset_free(self, leaves: Tensors) -> Tensors:
+        zeros = tuple(torch.zeros_like(leaf) for leaf in leaves)
+        return tuple(a - b for a, b in zip(self.flat(leaves), self.flat(zeros), strict=True))
 
     def reference_adjoint(self, cotangents: Tensors) -> Tensors:
         """Return ``f'(0)ᴴ v`` by the plain eager vector-Jacobian product."""
@@ -296,7 +293,7 @@ class Transposition:
 
     def _derive(self, batch: tuple[int, ...]) -> Derived:
         self.untraceable = None
-        if self.requested == "eager":
+        if self.choices.requested == "eager":
             return self._eager("it was asked for")
         if self._rebuilds > _MOST_REBUILDS:
             return self._eager("the function's plain attributes change from call to call")
@@ -311,107 +308,34 @@ class Transposition:
         if not self.domain.every(self.untraceable is None):
             self.untraceable = self.untraceable or UntraceableError("it is so on another process")
             return self._eager(f"the function cannot be traced: {self.untraceable}")
-        return self._programs(forward, pruned, self._modes()[-1], "")
-
-    def _modes(self) -> list[str]:
-        """Return the ways to run a graph, the most wanted first; each is tried until one agrees with eager."""
-        modes = ["lowered", "plain"] if self.lowering else ["plain"]
-        return ["compiled", *modes] if self.requested == "compiled" else modes
+        return self._programs(forward, pruned, self.choices.modes[-1], "")
 
     def _eager(self, reason: str) -> Derived:
-        account = Account("eager", self.requested, reason)
-
-        def linear(leaves: Tensors) -> Tensors:
-            zeros = tuple(torch.zeros_like(leaf) for leaf in leaves)
-            return tuple(a - b for a, b in zip(self.flat(leaves), self.flat(zeros), strict=True))
-
-        return Derived(self.flat, linear if self.affine else self.flat, self.reference_adjoint, account)
+        account = Account("eager", self.choices.requested, reason)
+        linear = self._offset_free if self.choices.affine else self.flat
+        return Derived(self.flat, linear, self.reference_adjoint, account)
 
     def _programs(self, forward: Graph, pruned: Pruned, mode: str, reason: str) -> Derived:
-        def choose(site: Site) -> str:
-            return kernels.choose(site, measure=True, thorough=self.autotune)
+        dynamic = self._dynamically() if mode == "compiled" and self.domain.batch_dims else None
+        return assemble(forward, pruned, self.domain, self.choices, Way(mode, reason, dynamic))
 
-        lines: list[str] = []
-
-        def program(graph: Graph) -> Program:
-            if mode == "plain" or not self.lowering:
-                return Program(graph, graph)
-            lowered, chosen = lower(simplify(graph), choose)
-            lines.extend(line for line in chosen if line not in lines)
-            return Program(lowered, graph)
-
-        n = len(forward.state)
-        function, adjoint = program(forward), program(pruned.graph)
-        linear = program(without_offset(forward)) if self.affine else function
-        if mode == "compiled":
-            self._compile(function, linear, adjoint, n)
-        run_linear, run_adjoint = pair.pair(linear, adjoint, n)
-        run = pair.affine(function, linear, adjoint, n) if self.affine else run_linear
-        account = Account(
-            "compiled" if mode == "compiled" else "traced", self.requested, reason, readers=pruned.readers,
-            ops_before=pruned.ops_before, ops_after=ops(adjoint.graph), kernels=tuple(lines),
-            program=listing(adjoint.graph),
-            cut=cut_off(forward),
-        )  # fmt: skip
-        state = forward.state
-        metadata = tuple(metadata_of(source.read()) for source in state)
-        calls = (
-            bound(function, run, state),
-            bound(linear, run_linear, state),
-            bound(adjoint, run_adjoint, state),
-        )
-
-        @functools.cache
-        def fused(weighted: bool) -> Program | None:
-            whole = program(residual_and_gradient(forward, pruned.graph, weighted=weighted))
-            if mode == "compiled" and not self.domain.batch_dims:
-                whole.compile(self.options)
-
-            def call(leaves: Tensors) -> Tensors:
-                return whole.run(*[s.container[s.key] for s in state], *map(canonical, leaves))
-
-            same = composed(call, calls[0], calls[2], forward, weighted=weighted)
-            return whole if self.domain.every(same) else None
-
-        @functools.cache
-        def find() -> Callable[..., Any] | None:
-            node = multiplier(adjoint.graph)
-            return None if node is None else of_state(adjoint.graph, node)
-
-        def multiply() -> Tensor | None:
-            found = find()
-            with torch.no_grad():  # one kernel for each channel
-                return None if found is None else found(*[source.read() for source in state])[0][:, 0, 0]
-
-        programs = {"function": function, "linear": linear, "adjoint": adjoint}
-        return Derived(*calls, account, state, metadata, forward.baked, (forward, pruned), programs, fused, multiply)
-
-    def _compile(self, function: Program, linear: Program, adjoint: Program, n_state: int) -> None:
-        if not self.domain.batch_dims:
-            for each in {function, linear, adjoint}:
-                each.compile(self.options)
-            return
-        # A graph is for one batch size, and compiling takes seconds: for free sizes the functions themselves are
-        # compiled, once, with dynamic shapes.
+    def _dynamically(self) -> tuple[Any, Any, Any]:
+        """Return the eager functions of leaves through ``torch.compile``, with dynamic shapes."""
         if self._dynamic is None:
-            options = {"dynamic": True, **self.options}
+            options = {"dynamic": True, **self.choices.options}
 
             def flat(*leaves: Tensor) -> Tensors:
                 return self.flat(leaves)
 
             def offset_free(*leaves: Tensor) -> Tensors:
-                zeros = tuple(torch.zeros_like(leaf) for leaf in leaves)
-                return tuple(a - b for a, b in zip(self.flat(leaves), self.flat(zeros), strict=True))
+                return self._offset_free(leaves)
 
             def pull_back(*cotangents: Tensor) -> Tensors:
                 return self.reference_adjoint(cotangents)
 
-            self._dynamic = tuple(torch.compile(f, **options) for f in (flat, offset_free, pull_back))
-        run_function, run_linear, run_adjoint = self._dynamic
-        function.replace(run_function, n_state)
-        adjoint.replace(run_adjoint, n_state)
-        if linear is not function:
-            linear.replace(run_linear, n_state)
+            compiled = functools.partial(torch.compile, **options)
+            self._dynamic = compiled(flat), compiled(offset_free), compiled(pull_back)
+        return self._dynamic
 
     def _codomain(self, derived: Derived) -> Space:
         """Return the space of outputs: from the graph, or from the function itself at zero where there is none."""
@@ -452,7 +376,7 @@ class Transposition:
         if not unchanged:
             reasons.append(f"stateful: the forward changes {', '.join(changes) or 'something on another process'}")
         reference = Maps(self.flat, self.reference_adjoint, self.domain, self.codomain)
-        for mode in self._modes() if unchanged else []:
+        for mode in self.choices.modes if unchanged else []:
             derived = self._programs(*graphs, mode, "; ".join(reasons))
             candidate = Maps(derived.function, derived.adjoint, self.domain, self.codomain)
             said = disagreement(reference, candidate, sample, self.captured, derived.state, compiled=mode == "compiled")

@@ -1,0 +1,144 @@
+"""From graphs to what is called: a forward and its adjoint as programs, run in one of three ways, and as a pair."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adjointlab.space import Space
+from adjointlab.transpose import kernels, pair
+from adjointlab.transpose.account import Account, listing
+from adjointlab.transpose.agreement import composed
+from adjointlab.transpose.derived import Derived, Tensors, bound, canonical, metadata_of
+from adjointlab.transpose.fuse import residual_and_gradient, without_offset
+from adjointlab.transpose.graph import Graph, cut_off
+from adjointlab.transpose.kernels import Site
+from adjointlab.transpose.lower import lower, multiplier
+from adjointlab.transpose.program import Program, of_state
+from adjointlab.transpose.prune import Pruned, ops
+from adjointlab.transpose.simplify import simplify
+
+Maps = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How an operator is to be derived: the engine asked for, and what that may do."""
+
+    requested: str
+    affine: bool = False
+    lowering: bool = True
+    autotune: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # of torch.compile
+
+    @property
+    def modes(self) -> list[str]:
+        """The ways to run a graph, the most wanted first; each is tried until one agrees with eager."""
+        modes = ["lowered", "plain"] if self.lowering else ["plain"]
+        return ["compiled", *modes] if self.requested == "compiled" else modes
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of the modes, after what kept those before it from being used."""
+
+    mode: str
+    reason: str = ""
+    # Function, linear part and adjoint as they are for free sizes: a graph is for one batch size, and compiling takes
+    # seconds, so that these are compiled once, with dynamic shapes.
+    dynamic: Maps | None = None
+
+
+def assemble(forward: Graph, pruned: Pruned, domain: Space, choices: Choices, way: Way) -> Derived:
+    """Return what is called for the graphs of a function and of its adjoint.
+
+    Parameters
+    ----------
+    forward, pruned : Graph and Pruned
+        The graphs.
+    domain : Space
+        Of the function.
+    choices : Choices
+        How the operator is to be derived.
+    way : Way
+        How the graphs are to be run.
+
+    Returns
+    -------
+    Derived
+        Which has not been compared with the eager reference.
+    """
+    lines: list[str] = []
+    program = functools.partial(_program, choices=choices, mode=way.mode, lines=lines)
+    n, state = len(forward.state), forward.state
+    function, adjoint = program(forward), program(pruned.graph)
+    linear = program(without_offset(forward)) if choices.affine else function
+    programs = {"function": function, "linear": linear, "adjoint": adjoint}
+    if way.mode == "compiled":
+        _compile(programs, choices, way, n)
+    run_linear, run_adjoint = pair.pair(linear, adjoint, n)
+    run = pair.affine(function, linear, adjoint, n) if choices.affine else run_linear
+    account = Account(
+        "compiled" if way.mode == "compiled" else "traced", choices.requested, way.reason, readers=pruned.readers,
+        ops_before=pruned.ops_before, ops_after=ops(adjoint.graph), kernels=tuple(lines),
+        program=listing(adjoint.graph), cut=cut_off(forward),
+    )  # fmt: skip
+    calls = (bound(function, run, state), bound(linear, run_linear, state), bound(adjoint, run_adjoint, state))
+
+    @functools.cache
+    def fused(weighted: bool) -> Program | None:
+        whole = program(residual_and_gradient(forward, pruned.graph, weighted=weighted))
+        if way.mode == "compiled" and way.dynamic is None:
+            whole.compile(choices.options)
+
+        def call(leaves: Tensors) -> Tensors:
+            return whole.run(*[source.read() for source in state], *map(canonical, leaves))
+
+        same = composed(call, calls[0], calls[2], forward, weighted=weighted)
+        return whole if domain.every(same) else None
+
+    @functools.cache
+    def find() -> Callable[..., Any] | None:
+        node = multiplier(adjoint.graph)
+        return None if node is None else of_state(adjoint.graph, node)
+
+    def multiply() -> Tensor | None:
+        found = find()
+        with torch.no_grad():  # one kernel for each channel
+            return None if found is None else found(*[source.read() for source in state])[0][:, 0, 0]
+
+    metadata = tuple(metadata_of(source.read()) for source in state)
+    return Derived(*calls, account, state, metadata, forward.baked, (forward, pruned), programs, fused, multiply)
+
+
+def _program(graph: Graph, *, choices: Choices, mode: str, lines: list[str]) -> Program:
+    """Return a graph as a program, lowered unless that is turned off; add a line on each kernel."""
+
+    def choose(site: Site) -> str:
+        return kernels.choose(site, measure=True, thorough=choices.autotune)
+
+    if mode == "plain" or not choices.lowering:
+        return Program(graph, graph)
+    lowered, chosen = lower(simplify(graph), choose)
+    lines.extend(line for line in chosen if line not in lines)
+    return Program(lowered, graph)
+
+
+def _compile(programs: dict[str, Program], choices: Choices, way: Way, n_state: int) -> None:
+    if way.dynamic is None:
+        for each in set(programs.values()):
+            each.compile(choices.options)
+        return
+    run_function, run_linear, run_adjoint = way.dynamic
+    programs["function"].replace(run_function, n_state)
+    programs["adjoint"].replace(run_adjoint, n_state)
+    if programs["linear"] is not programs["function"]:
+        programs["linear"].replace(run_linear, n_state)
+
+
+__all__ = ["Choices", "Way", "assemble"]
