@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adjointlab.affine import AffineOperator, residual_and_gradient
@@ -107,7 +108,8 @@ class LeastSquares(nn.Module):
     def _value(self, residual: Any, weighted: Any) -> Tensor:
         codomain = self.A.codomain
         pairs = zip(codomain.leaves(residual), codomain.leaves(weighted), strict=True)
-        return codomain.total([(r.conj() * w).sum().real for r, w in pairs]) / 2
+        with codomain.without_autocast():
+            return codomain.total([torch.linalg.vecdot(r.reshape(-1), w.reshape(-1)).real for r, w in pairs]) / 2
 
 
 def weight_operator(A: LinearOperator | AffineOperator, weight: Any) -> LinearOperator:

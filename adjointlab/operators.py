@@ -176,7 +176,7 @@ class LinearOperator(nn.Module):
         --------
         >>> import torch
         >>> from adjointlab import linear_operator
-        >>> c = torch.nn.Conv2d(1, 1, 15, padding=7, padding_mode="circular", bias=False)
+        >>> c = torch.nn.Conv2d(1, 1, 25, padding=12, padding_mode="circular", bias=False)
         >>> A = linear_operator(c, (1, 1, 128, 128))
         >>> A.multiplier.shape
         torch.Size([1, 128, 65])

@@ -141,8 +141,8 @@ def _products(u: Tensor, v: Tensor, wide: bool) -> Tensor:
     total = u.new_zeros(u.shape[:-1], dtype=torch.float64)
     for a, b in zip(u.split(length, -1), v.split(length, -1), strict=True):
         if wide or a.shape[-1] % _BLOCK or u.dtype == torch.float64:
-            total = total + (a.double() * b.double()).sum(-1)
+            total = total + torch.linalg.vecdot(a.double(), b.double())
         else:
-            blocks = (a * b).unflatten(-1, (-1, _BLOCK)).sum(-1)
+            blocks = torch.linalg.vecdot(a.unflatten(-1, (-1, _BLOCK)), b.unflatten(-1, (-1, _BLOCK)))
             total = total + blocks.sum(-1, dtype=torch.float64)
     return total

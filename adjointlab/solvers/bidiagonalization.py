@@ -96,7 +96,7 @@ def lsmr(
     atol, btol, conlim = require("atol", atol), require("btol", btol), require("conlim", conlim)
     damp = require("damp", damp)
     problem = Problem.of(A, y, weight)
-    with torch.no_grad():
+    with torch.no_grad(), problem.domain.space.without_autocast():
         inner = problem.diagonalized()
         monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "lsmr")
         x = inner.start(x0)

@@ -104,7 +104,7 @@ def cg(
         raise SpaceMismatchError(
             f"expected an operator from a space to itself, got one from {A.domain} to {A.codomain}: use cgls or lsmr"
         )
-    with torch.no_grad():
+    with torch.no_grad(), problem.domain.space.without_autocast():
         inner = problem.diagonalized()
         monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "cg")
         x = inner.start(x0)
@@ -243,7 +243,7 @@ def cgls(
     """
     tol, damp = require("tol", tol), require("damp", damp)
     problem = Problem.of(A, y, weight)
-    with torch.no_grad():
+    with torch.no_grad(), problem.domain.space.without_autocast():
         inner = problem.diagonalized()
         monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "cgls")
         x = inner.start(x0)

@@ -179,6 +179,11 @@ class _Found:
 
 def _solve(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _Found:
     """Return w with least ``‖v − Mw‖``, M being self-adjoint and positive semi-definite, by conjugate residuals."""
+    with space.space.without_autocast():
+        return _conjugate_residuals(space, apply, v, tol, maxiter)
+
+
+def _conjugate_residuals(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _Found:
     # E. Stiefel, Relaxationsmethoden bester Strategie, Comment. Math. Helv. 29 (1955) 157-179. The method needs no
     # solution to exist: where v has a part in the kernel of M, that part is the remainder.
     tol = max(tol, 4 * space.space.eps)
