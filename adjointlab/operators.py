@@ -122,6 +122,9 @@ class LinearOperator(nn.Module):
         """
         if self._body.source is None:
             self.domain.check(x)
+            if self.domain.is_autocast:
+                with self.domain.without_autocast():
+                    return self._body.functions[self._side](x)
         return self._body.functions[self._side](x)
 
     @property

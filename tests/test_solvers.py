@@ -359,3 +359,18 @@ def test_what_is_refused() -> None:
         al.solvers.cgls(B, torch.ones(4, 6).double(), x0=torch.ones(3, 6).double())
     with pytest.raises(al.SpaceMismatchError, match="weights of the batch sizes"):
         al.solvers.cgls(B, torch.ones(4, 6).double(), weight=torch.ones(3, 6).double())
+
+
+@every_solver
+@pytest.mark.parametrize("size", [1e34, 1e36, 3e37])
+def test_overflow_is_no_convergence(solve, size: float) -> None:
+    factors = torch.linspace(1, 30, 500)
+    A = al.diagonal(factors)
+    y = size * torch.randn(500, generator=torch.Generator().manual_seed(0))
+    found = solve(A, y, tol=1e-6, maxiter=200)
+    assert found.x.isfinite().all()
+    if found.converged:
+        exact, scaled, data = factors.double(), found.x.double() / size, y.double() / size
+        assert norm(exact * (exact * scaled - data)) <= 1e-4 * norm(exact * data)
+    else:
+        assert "NaN or infinity" in found.reason or "maxiter" in found.reason

@@ -295,9 +295,9 @@ def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, *, square: fl
         curvature = problem.weighted(q)[1]
         if square:
             curvature = curvature + square * domain.dot(p, p)
-        judge.see((curvature / length).sqrt())
         step = gamma / curvature
-        monitor.stop(~(curvature.abs() < math.inf), NOT_FINITE)
+        monitor.stop(~(curvature.abs() < math.inf), NOT_FINITE)  # before it is taken for a norm
+        judge.see((curvature / length).sqrt())
         monitor.stop(~domain.holds(step), BREAKDOWN)
         moved = monitor.running
         step = torch.where(moved, step, 0)

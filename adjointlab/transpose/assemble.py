@@ -14,6 +14,7 @@ from adjointlab.space import Space
 from adjointlab.transpose import kernels, pair
 from adjointlab.transpose.account import Account, listing
 from adjointlab.transpose.agreement import composed
+from adjointlab.transpose.capture import Capture
 from adjointlab.transpose.derived import Derived, Tensors, bound, canonical, metadata_of
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.graph import Graph, cut_off
@@ -54,13 +55,15 @@ class Way:
     dynamic: Maps | None = None
 
 
-def assemble(forward: Graph, pruned: Pruned, domain: Space, choices: Choices, way: Way) -> Derived:
+def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, choices: Choices, way: Way) -> Derived:
     """Return what is called for the graphs of a function and of its adjoint.
 
     Parameters
     ----------
     forward, pruned : Graph and Pruned
         The graphs.
+    captured : Capture
+        What they were traced with.
     domain : Space
         Of the function.
     choices : Choices
@@ -104,7 +107,10 @@ def assemble(forward: Graph, pruned: Pruned, domain: Space, choices: Choices, wa
 
     @functools.cache
     def find() -> Callable[..., Any] | None:
-        node = multiplier(adjoint.graph)
+        linear_too = (
+            choices.affine or multiplier(function.graph) is not None
+        )  # that a linear map is one, may be a claim
+        node = multiplier(adjoint.graph) if linear_too else None
         return None if node is None else of_state(adjoint.graph, node)
 
     def multiply() -> Tensor | None:
@@ -113,7 +119,9 @@ def assemble(forward: Graph, pruned: Pruned, domain: Space, choices: Choices, wa
             return None if found is None else found(*[source.read() for source in state])[0][:, 0, 0]
 
     metadata = tuple(metadata_of(source.read()) for source in state)
-    return Derived(*calls, account, state, metadata, forward.baked, (forward, pruned), programs, fused, multiply)
+    return Derived(
+        *calls, account, captured, state, metadata, forward.baked, (forward, pruned), programs, fused, multiply
+    )
 
 
 def _program(graph: Graph, *, choices: Choices, mode: str, lines: list[str]) -> Program:

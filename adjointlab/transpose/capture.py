@@ -29,6 +29,7 @@ from adjointlab.errors import SpaceMismatchError
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device, torch.Size)
 _LIBRARY = frozenset({"torch", "numpy", "builtins", "collections", "functools", "typing", "math", "adjointlab"})
+_NAMESPACES = (dict, types.MappingProxyType)
 _MOST = 100_000  # things that are looked at; a function that reaches more is not known any better for it
 
 
@@ -81,6 +82,8 @@ class Capture:
     parts: tuple[Any, ...]  # their code and defaults, which reloading changes in place
     snapshots: tuple[tuple[dict[Any, Any], list[Any], list[Any]], ...]  # whole dicts, their keys and values
     others: tuple[tuple[Any, Any, Any], ...]  # the guards outside of these
+    objects: tuple[Any, ...]
+    types: list[type]  # of the objects: a class can be assigned
 
     def tensors(self) -> list[Tensor]:
         """Return the current tensors, one for each source."""
@@ -101,6 +104,8 @@ class Capture:
                 guards = self.guards
             elif not all(map(operator.is_, container.values(), values)):
                 guards = self.guards
+        if list(map(type, self.objects)) != self.types:
+            return True
         if self.functions and not all(map(operator.is_, _parts(self.functions), self.parts)):
             return True
         return any(map(_differs, guards)) or any(itertools.starmap(_unequal, self.copies))
@@ -190,7 +195,9 @@ def capture(function: Callable[..., Any], kwargs: Any = None) -> Capture:
     walk.visit(function, (function,), 0, "")
     walk.visit(kwargs, (kwargs,), 0, "kwargs")
     guards = [guard for guard in walk.guards if not isinstance(guard[0], tuple)]  # which cannot change
-    whole = {id(container): container for container, length in walk.lengths if length and type(container) is dict}
+    whole = {
+        id(container): container for container, length in walk.lengths if length and type(container) in _NAMESPACES
+    }
     sets = [now for now, _ in walk.copies if isinstance(now, set) and not now]
     return Capture(
         tuple(walk.modules), tuple(walk.sources), tuple(guards),
@@ -200,6 +207,7 @@ def capture(function: Callable[..., Any], kwargs: Any = None) -> Capture:
         tuple(walk.containers), tuple(walk.caches), tuple(walk.functions), tuple(_parts(tuple(walk.functions))),
         tuple((container, list(container), list(container.values())) for container in whole.values()),
         tuple(guard for guard in guards if id(guard[0]) not in whole),
+        tuple(walk.objects), list(map(type, walk.objects)),
     )  # fmt: skip
 
 
@@ -213,6 +221,7 @@ class _Walk:
         self.containers: list[Any] = []
         self.caches: list[Any] = []
         self.functions: list[types.FunctionType] = []
+        self.objects: list[Any] = []
         self._seen: dict[int, Any] = {}  # ids, with the objects kept alive so that ids stay theirs
 
     def visit(self, value: Any, container: Any, key: Any, name: str) -> None:
@@ -267,6 +276,7 @@ class _Walk:
             self.visit(item, container, key, f"{name}[{key!r}]")
 
     def _object(self, value: Any, name: str) -> None:
+        self.objects.append(value)
         self._class(type(value), name)
         if hasattr(value, "__dict__"):
             self._namespace(vars(value), name)
@@ -281,8 +291,11 @@ class _Walk:
             if _of_library(base) or id(base) in self._seen:
                 continue
             self._seen[id(base)] = base
-            self.lengths.append((vars(base), len(vars(base))))
-            for key, item in list(vars(base).items()):
+            namespace = vars(base)
+            self.lengths.append((namespace, len(namespace)))
+            for key, item in list(namespace.items()):
+                if callable(item) or isinstance(item, (staticmethod, classmethod, property)):
+                    self.guards.append((namespace, key, item))
                 if isinstance(item, (staticmethod, classmethod)):
                     item = item.__func__  # noqa: PLW2901
                 elif isinstance(item, property):
@@ -290,7 +303,7 @@ class _Walk:
                 if isinstance(item, types.FunctionType):
                     self._function(item, name)
                 elif not key.startswith("__") and isinstance(item, (*_PLAIN, Tensor, list, tuple, dict, np.ndarray)):
-                    self.visit(item, vars(base), key, f"{name}.{key}".lstrip("."))
+                    self.visit(item, namespace, key, f"{name}.{key}".lstrip("."))
 
     def _namespace(self, namespace: dict[str, Any], name: str) -> None:
         self.lengths.append((namespace, len(namespace)))
@@ -302,6 +315,7 @@ class _Walk:
         self.modules.append(module)
         for path, part in module.named_modules(prefix=name):
             self._seen[id(part)] = part
+            self.objects.append(part)
             for tensors in (part._parameters, part._buffers):
                 if isinstance(tensors, dict):  # a scripted module has something else
                     self._namespace(tensors, path)

@@ -27,15 +27,17 @@ Shortcut = Callable[..., Tensors | None]
 class Derived:
     """A function and its adjoint for one size of everything; ``linear`` is the function without its offset.
 
-    ``state`` is where the programs read tensors, ``metadata`` what these looked like, ``baked`` the tensors whose
-    values are in the programs. ``fused`` makes the program of residual and gradient, with weights or without;
-    ``multiplier`` returns what the adjoint multiplies spectra with, if it does nothing else.
+    ``captured`` is what the function depended on, ``state`` where the programs read tensors, ``metadata`` what these
+    looked like, ``baked`` the tensors whose values are in the programs. ``fused`` makes the program of residual and
+    gradient, with weights or without; ``multiplier`` returns what the adjoint multiplies spectra with, if it does
+    nothing else.
     """
 
     function: Function
     linear: Function
     adjoint: Function
     account: Account
+    captured: Capture
     state: tuple[Source, ...] = ()
     metadata: tuple[Any, ...] = ()
     baked: tuple[tuple[Source, Tensor], ...] = ()
@@ -49,20 +51,17 @@ class Derived:
         """Return fake tensors like those that the function returns."""
         return [] if self.graphs is None else [node.meta["val"] for node in self.graphs[0].outputs]
 
-    def stale(self, captured: Capture) -> bool:
+    def stale(self) -> bool:
         """Return whether the programs are out of date, for other reasons than values of the state."""
         if self.graphs is None:
             return False
-        if captured.changed():
+        if self.captured.changed():
             return True
         try:
             for source, metadata in zip(self.state, self.metadata, strict=True):
                 tensor = source.container[source.key]
-                if not isinstance(tensor, Tensor):
+                if not isinstance(tensor, Tensor) or not _as_before(tensor, metadata):
                     return True
-                found = metadata_of(tensor)
-                if found != metadata and (found[0] or found[1:] != metadata[1:]):
-                    return True  # frozen since is fine; unfrozen since, its gradient has not been compared
         except (KeyError, IndexError):  # what held a tensor holds none any more
             return True
         return any(_differs(source.read(), value) for source, value in self.baked) if self.baked else False
@@ -81,28 +80,32 @@ def bound(program: Program, linked: Callable[..., Tensors], state: tuple[Source,
     return call
 
 
-def shortcut(run: Callable[..., Tensors], derived: Derived, captured: Capture, leaves: Tensors) -> Shortcut | None:
+def shortcut(run: Callable[..., Tensors], derived: Derived, leaves: Tensors) -> Shortcut | None:
     """Return a program as a function of leaves, for tensors and circumstances that are just as they are now.
 
     It returns None where anything differs. All that a call has to see of tensors, and of modes and transforms that are
     under way, is in what ``torch.compile`` guards its own programs with, and that takes a quarter of a microsecond:
     a call costs what the module's own does, where taking it apart costs twice that.
     """
-    tensors = (*[source.read() for source in derived.state], *leaves)
-    usual = plain() and not differentiated(tensors)
-    if derived.baked or not usual or any(canonical(leaf) is not leaf for leaf in leaves):
+    state = [source.read() for source in derived.state]  # another thread may have changed it since it was looked at
+    fits = all(map(_as_before, state, derived.metadata)) and all(canonical(leaf) is leaf for leaf in leaves)
+    if derived.baked or not fits or not plain() or differentiated((*state, *leaves)):
         return None
-    alike = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    alike = TensorGuards(*state, *leaves, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     containers, keys = [source.container for source in derived.state], [source.key for source in derived.state]
-    tracked = any(tensor.requires_grad for tensor in tensors)
+    tracked = any(tensor.requires_grad for tensor in (*state, *leaves))
+    changed = derived.captured.changed
 
     def call(*leaves: Tensor) -> Tensors | None:
         if (
             _modes() or _transforms() or forward_ad._current_level >= 0 or (tracked and torch.is_grad_enabled())
-            or captured.changed()
+            or changed()
         ):  # fmt: skip
             return None
-        tensors = (*map(_read, containers, keys), *leaves)
+        try:
+            tensors = (*map(_read, containers, keys), *leaves)
+        except (KeyError, IndexError):  # what held a tensor holds none any more
+            return None
         return run(*tensors) if alike(*tensors) else None
 
     return call
@@ -122,6 +125,12 @@ def canonical(tensor: Tensor) -> Tensor:
 def metadata_of(tensor: Tensor) -> tuple[Any, ...]:
     """Return all that a program assumes of a tensor besides its values."""
     return tensor.requires_grad, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _as_before(tensor: Tensor, metadata: tuple[Any, ...]) -> bool:
+    """Return whether a tensor of the state is as it was, but for values."""
+    found = metadata_of(tensor)  # frozen since is fine; unfrozen since, its gradient has not been compared
+    return found == metadata or (not found[0] and found[1:] == metadata[1:])
 
 
 def _differs(tensor: Tensor, baked: Tensor) -> bool:

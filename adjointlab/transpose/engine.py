@@ -107,12 +107,12 @@ class Transposition:
     def switch(self, engine: str, *, autotune: bool = False, options: dict[str, Any] | None = None) -> None:
         """Change the engine in place, and check it now."""
         self.choices = replace(self.choices, requested=engine, autotune=autotune, options=dict(options or {}))
-        self._shortcuts = {}
         for batch in list(self._derived):
             graphs = self._derived[batch].graphs
             if graphs is None or engine == "eager":
                 self._derived[batch] = self._derive(batch)
             self._verify(batch)
+        self._shortcuts = {}
 
     # -- the reference -----------------------------------------------------------------------------------------------
 
@@ -173,23 +173,17 @@ class Transposition:
             with self.domain.without_autocast():
                 return self._call(name, x)
         source, target = (self.codomain, self.domain) if name == "adjoint" else (self.domain, self.codomain)
-        leaves = source.leaves(x)
+        shortcuts, leaves = self._shortcuts, source.leaves(x)
         derived = self._current(leaves)
         y = target.unflatten(getattr(derived, name)(leaves))
         if derived.programs and isinstance(y, Tensor):
-            self._keep(name, derived.programs[name], derived, x)
+            _keep(shortcuts, name, derived, derived.programs[name], x)
         return y
 
     def _soon(self, name: str, *elements: Any) -> Tensors | None:
         """Return what a program returns if this call is like the one before, else None."""
         compiling = torch.compiler.is_compiling()  # torch.compile must not look at what changes from call to call
         return None if compiling or name not in self._shortcuts else self._shortcuts[name](*elements)
-
-    def _keep(self, name: str, program: Program, derived: Derived, *elements: Any) -> None:
-        if not torch.compiler.is_compiling() and all(isinstance(x, Tensor) for x in elements):
-            found = shortcut(program.run, derived, self.captured, elements)
-            if found is not None:
-                self._shortcuts[name] = found
 
     def residual_and_gradient(self, x: Any, y: Any, weight: Any) -> tuple[Any, Any] | None:
         """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` from one graph, or None where there is none to run."""
@@ -199,7 +193,7 @@ class Transposition:
             with self.domain.without_autocast():
                 return self.residual_and_gradient(x, y, weight)
         if outputs is None:
-            spaces = (self.domain, self.codomain, self.codomain)
+            shortcuts, spaces = self._shortcuts, (self.domain, self.codomain, self.codomain)
             given = [space.leaves(element) for space, element in zip(spaces, elements, strict=False)]
             leaves = tuple(t for part in given for t in part)
             k = self.domain.batch_dims
@@ -213,7 +207,7 @@ class Transposition:
             if program is None:
                 return None
             outputs = program.run(*state, *map(canonical, leaves))
-            self._keep(name, program, derived, *elements)
+            _keep(shortcuts, name, derived, program, *elements)
         n = len(self.codomain.specs)
         return self.codomain.unflatten(outputs[:n]), self.domain.unflatten(outputs[n:])
 
@@ -243,19 +237,21 @@ class Transposition:
             if derived is not None and batch in self._verified:
                 # Under a trace of other people's making, no value of a tensor can be asked for.
                 traced = torch._C._len_torch_dispatch_stack() > 0
-                if not (self.captured.changed() if traced else derived.stale(self.captured)):
+                if not (derived.captured.changed() if traced else derived.stale()):
                     return derived
             return self._eager("it is first met, or has changed, inside of a transform")
-        if derived is not None and batch in self._verified and not derived.stale(self.captured):
+        if derived is not None and batch in self._verified and not derived.stale():
             return derived
         return self._refreshed(batch)
 
     @_alone
     def _refreshed(self, batch: tuple[int, ...]) -> Derived:
         derived = self._derived.get(batch)
-        if derived is None:
+        if derived is None and not self.captured.changed():
             self._derived[batch] = self._derive(batch)
-        elif derived.stale(self.captured):
+        elif derived is None:
+            self._rederive(batch, self.account)
+        elif derived.stale():
             self._rederive(batch, derived.account)
         if batch not in self._verified:
             self._verify(batch)
@@ -313,11 +309,11 @@ class Transposition:
     def _eager(self, reason: str) -> Derived:
         account = Account("eager", self.choices.requested, reason)
         linear = self._offset_free if self.choices.affine else self.flat
-        return Derived(self.flat, linear, self.reference_adjoint, account)
+        return Derived(self.flat, linear, self.reference_adjoint, account, self.captured)
 
     def _programs(self, forward: Graph, pruned: Pruned, mode: str, reason: str) -> Derived:
         dynamic = self._dynamically() if mode == "compiled" and self.domain.batch_dims else None
-        return assemble(forward, pruned, self.domain, self.choices, Way(mode, reason, dynamic))
+        return assemble(forward, pruned, self.captured, self.domain, self.choices, Way(mode, reason, dynamic))
 
     def _dynamically(self) -> tuple[Any, Any, Any]:
         """Return the eager functions of leaves through ``torch.compile``, with dynamic shapes."""
@@ -393,6 +389,17 @@ class Transposition:
         domain, codomain = self.domain.with_batch(batch), self.codomain.with_batch(batch)
         x, v = (space.leaves(space.randn(generator)) for space in (domain, codomain))
         return Sample(x, self._called(x), v, self.reference_adjoint(copies(v)))
+
+
+def _keep(shortcuts: dict[str, Shortcut], name: str, derived: Derived, program: Program, *elements: Any) -> None:
+    """Have the next call take the shorter way.
+
+    ``shortcuts`` are those of the time before the call: what another thread has derived since has others.
+    """
+    if not torch.compiler.is_compiling() and all(isinstance(x, Tensor) for x in elements):
+        found = shortcut(program.run, derived, elements)
+        if found is not None:
+            shortcuts[name] = found
 
 
 __all__ = ["ENGINES", "Transposition"]

@@ -90,17 +90,23 @@ def _rows(rows: list[Row]) -> list[Target]:
 
 def _sweep(rows: list[Row]) -> list[Target]:
     found = [r for r in select(rows, "sweep") if "native" in r["seconds"]]
-    if not found:
-        return []
-    measured, case = _worst(found, lambda r: ratio(r, "adjointlab", "native"))
-    above = [r["seconds"] for r in found if ratio(r, "adjointlab", "native") > 1.1]
     # What a call costs on an image of 7×7: where that explains the difference, the kernel was chosen well.
     call = max([0.0, *(r["seconds"]["adjointlab"] - r["seconds"]["conv_transpose"] for r in select(rows, "overhead"))])
+    return [_slowest(part, dims, call) for dims in ("2-D, 3-D", "1-D") if (part := _of_dims(found, dims))]
+
+
+def _of_dims(rows: list[Row], dims: str) -> list[Row]:
+    return [r for r in rows if f"{r['ndim']}-D" in dims]
+
+
+def _slowest(found: list[Row], dims: str, call: float) -> Target:
+    measured, case = _worst(found, lambda r: ratio(r, "adjointlab", "native"))
+    above = [r["seconds"] for r in found if ratio(r, "adjointlab", "native") > 1.1]
     beyond = sum(t["adjointlab"] - call > 1.1 * t["native"] for t in above)
     which = {r["case"]: r["map"] for r in found if ratio(r, "adjointlab", "native") == measured}[case]
-    text = "against native over the sweep, worst point"
+    text = f"against native over the sweep, {dims}, worst point"
     detail = f"{which}, {case}; {len(above)} of {len(found)} points above, {beyond} without the overhead of a call"
-    return [Target(text, 1.1, measured, detail)]
+    return Target(text, 1.1, measured, detail)
 
 
 def _gradient(rows: list[Row]) -> list[Target]:

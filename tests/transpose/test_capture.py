@@ -107,6 +107,73 @@ def test_class_attribute(engine: str) -> None:
     follows(Scaled(), lambda: setattr(Scaled, "scale", 5.0), engine)
 
 
+class Plain:
+    """Objects whose classes are changed."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scaled(x)
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @property
+    def factor(self) -> float:
+        return 2.0
+
+
+class Other(Plain):
+    """The same with another scale."""
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return 7 * x
+
+
+@every_engine
+@pytest.mark.parametrize(
+    ("name", "value"), [("__call__", lambda self, x: 3 * x), ("scaled", lambda self, x: 5 * x)], ids=["call", "method"]
+)
+def test_method_of_a_class_replaced(name: str, value: object, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    follows(Plain(), lambda: monkeypatch.setattr(Plain, name, value), engine)
+
+
+@every_engine
+def test_property_of_a_class_replaced(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Plain()
+    follows(lambda x: plain.factor * x, lambda: monkeypatch.setattr(Plain, "factor", property(lambda _: 3.0)), engine)
+
+
+@every_engine
+def test_class_of_an_object_assigned(engine: str) -> None:
+    plain = Plain()
+    follows(plain, lambda: setattr(plain, "__class__", Other), engine)
+
+
+@every_engine
+def test_tensor_under_another_name(engine: str) -> None:
+    tensors = {"a": torch.tensor(2.0)}
+
+    def rename() -> None:
+        tensors["b"] = 2 * tensors.pop("a")
+
+    follows(lambda x: sum(tensors.values()) * x, rename, engine)
+
+
+def test_a_change_and_back_between_batches_of_another_size() -> None:
+    class Scaled(nn.Module):
+        scale = 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * x
+
+    module = Scaled()
+    A = al.linear_operator(module, (2, 3), batch_dims=1)
+    x = torch.ones(5, 3)
+    for scale in (2.0, 1.0, 2.0, 1.0):
+        module.scale = scale
+        assert torch.equal(A(x), scale * x)
+        assert torch.equal(A(x), scale * x)
+
+
 @every_engine
 def test_tensor_attribute_that_is_no_buffer(engine: str) -> None:
     class Masked(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from laws import assert_close
@@ -90,7 +92,8 @@ def test_an_element_that_looks_different_is_computed_alike(A: al.LinearOperator,
 def test_gradients_are_recorded_after_calls_without_them(A: al.LinearOperator, x: Tensor) -> None:
     A.module.requires_grad_()
     with torch.no_grad():
-        assert not A(x).requires_grad
+        for _ in range(2):  # the first derives anew
+            assert not A(x).requires_grad
         assert short(A, x)
     assert not short(A, x)
     assert A(x).requires_grad
@@ -174,6 +177,49 @@ def test_moving_and_switching_take_the_new_program(A: al.LinearOperator, x: Tens
     assert_close([A(x.double()), A(x.double())], [expected.double()] * 2, 1e-7)
     with pytest.raises(al.SpaceMismatchError, match="float32"):
         A(x)
+
+
+def test_what_another_thread_derives_meanwhile_is_not_mixed_up() -> None:
+    class Scaled(nn.Module):
+        scale = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * x
+
+    module = Scaled()
+    A = al.linear_operator(module, (2, 3), batch_dims=1)
+    x = torch.ones(5, 3)
+    A(x)
+    source = A.source
+    old = source._derived[(5,)]
+
+    def slow(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        result = old.function(leaves)
+        module.scale = 3.0  # while the old program runs, another call sees a change
+        A(torch.ones(2, 3))
+        return result
+
+    source._derived[(5,)] = replace(old, function=slow)
+    source._shortcuts.clear()
+    assert torch.equal(A(x), x)
+    for _ in range(2):
+        assert torch.equal(A(x), 3 * x)
+
+
+@pytest.mark.parametrize("where", ["domain", "codomain"])
+def test_trees_take_the_whole_way(where: str) -> None:
+    scale = [2.0]
+    if where == "domain":
+        A = al.linear_operator(lambda x: scale[0] * x["a"], {"a": (3,)})
+        x, value = {"a": torch.ones(3)}, lambda y: y
+    else:
+        A = al.linear_operator(lambda x: (scale[0] * x, x), (3,))
+        x, value = torch.ones(3), lambda y: y[0]
+    for _ in range(2):
+        assert torch.equal(value(A(x)), torch.full((3,), scale[0]))
+    scale[0] = 3.0
+    assert torch.equal(value(A(x)), torch.full((3,), 3.0))
+    assert not A.source._shortcuts
 
 
 def test_hooks_run(A: al.LinearOperator, x: Tensor) -> None:

@@ -221,6 +221,19 @@ def test_autocast_changes_nothing(engine: str, inside: bool) -> None:
     assert_close(operator(x), plain(x), 1e-6)
 
 
+def test_autocast_changes_nothing_of_a_pair_by_hand() -> None:
+    matrix = torch.randn(5, 5)
+    space = al.Space.of((5,))
+    A = al.LinearOperator(lambda x: matrix @ x, lambda y: matrix.T @ y, space, space)
+    x = torch.randn(5)
+    expected = [A(x), A.H(x), A.gram(x), al.solvers.cgls(A, x, damp=1.0).x, al.to_dense(A)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [A(x), A.H(x), A.gram(x), al.solvers.cgls(A, x, damp=1.0).x, al.to_dense(A)]
+        assert al.check_adjoint(A).passed
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, 1e-6)
+
+
 HIDDEN = {
     "saturates far away": lambda x: x + (x.clamp(-10, 10) - x).detach(),
     "bends far away": lambda x: x + (x * (x.abs() > 50)).detach(),
