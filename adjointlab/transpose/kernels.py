@@ -308,7 +308,8 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
         if costly or expected[name] > max((far[name] if name == "native" else near / 2) * best, _CHEAP):
             continue
         first = run(name)
-        second = run(name) if first < max(2 * best, _CHEAP) else first  # the first has plans and threads to make
+        behind = 2 * best <= first <= 2 * expected[name]  # what takes longer than that, has plans and threads to make
+        second = first if behind else run(name)
         times[name] = min(first, second)
         spent += first + second
     close = list(times)
