@@ -115,8 +115,23 @@ def test_other_maps_have_none(module: nn.Module, shape: tuple[int, ...]) -> None
     assert A.H.multiplier is None
 
 
+def test_what_is_only_claimed_to_be_linear_has_none() -> None:
+    A = al.linear_operator(convolution(bias=True), (1, 1, 12, 10), check=False)
+    assert A.multiplier is None
+
+
+def test_compiled_operators_have_the_same() -> None:
+    layer = convolution()
+    A, B = (al.linear_operator(layer, (1, 1, 12, 10), engine=engine) for engine in ("compiled", "traced"))
+    assert A.engine == "compiled"
+    assert torch.equal(A.multiplier, B.multiplier)
+
+
 def test_other_engines_and_compositions_have_none() -> None:
     layer = convolution()
+    dynamic = al.linear_operator(layer, (1, 1, 12, 10), batch_dims=1, engine="compiled")
+    assert dynamic.engine == "compiled", dynamic.explain()
+    assert dynamic.multiplier is None
     for options in ({"lowering": False}, {"engine": "eager"}):
         assert al.linear_operator(layer, (1, 1, 12, 10), **options).multiplier is None
     A = make()

@@ -107,10 +107,9 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
 
     @functools.cache
     def find() -> Callable[..., Any] | None:
-        linear_too = (
-            choices.affine or multiplier(function.graph) is not None
-        )  # that a linear map is one, may be a claim
-        node = multiplier(adjoint.graph) if linear_too else None
+        # Without a check, that f has no offset is a claim; and graphs that do not run have not been compared with eager.
+        sure = (choices.affine or multiplier(function.graph) is not None) and way.dynamic is None
+        node = multiplier(adjoint.graph) if sure else None
         return None if node is None else of_state(adjoint.graph, node)
 
     def multiply() -> Tensor | None:

@@ -164,7 +164,7 @@ def deblur(compare: Comparison, border: str, share: float = 2.0) -> dict[str, An
     reached = {name: steps_to(solve, distance, target) for name, solve in found.items()}
     facts = {
         "section": "solvers",
-        "case": border,
+        "case": f"{border} border",
         "steps": {name: steps for name, (steps, _) in reached.items()},
         "residuals": {name: size for name, (_, size) in reached.items()},
     }
@@ -218,11 +218,11 @@ def main(*borders: str) -> None:
         with torch.no_grad():
             row = deblur(Comparison(Clock(), torch.device("cpu")), border)
         own = row["seconds"]["adjointlab"]
-        print(f"\n{border + ' border':32} {'seconds':>8} {'ratio':>6} {'steps':>6} {'residual':>9}")
+        print(f"\n{row['case']:32} {'seconds':>8} {'ratio':>6} {'steps':>6} {'residual':>9}")
         for name, seconds in sorted(row["seconds"].items(), key=lambda item: item[1]):
             print(f"{name:32} {seconds:8.3f} {seconds / own:6.2f} {row['steps'][name]:6} {row['residuals'][name]:9.6f}")
         versions = f"torch {torch.__version__.split('+')[0]} and deepinv {metadata.version('deepinv')}"
-        print(json.dumps(row | {"case": f"{border}, {versions}"}))
+        print(json.dumps(row | {"case": f"{row['case']}, {versions}"}))
 
 
 if __name__ == "__main__":

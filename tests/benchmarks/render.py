@@ -242,7 +242,7 @@ def _solvers(rows: list[Row]) -> Iterable[str]:
         for r in found
         for name, t in r["seconds"].items()
     ]  # fmt: skip
-    yield table(("border", "", "seconds", "in multiples of ours", "steps", "residual"), body, "llrrrr")
+    yield table(("", "", "seconds", "in multiples of ours", "steps", "residual"), body, "llrrrr")
 
 
 def _ms(seconds: float) -> str:

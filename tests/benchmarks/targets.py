@@ -201,5 +201,5 @@ def _solvers(rows: list[Row]) -> list[Target]:
         name, seconds = fastest(row | {"seconds": equal})
         text = "50 steps of `cgls`, faster than the fastest peer that reaches its residual"
         measured = seconds / row["seconds"]["adjointlab"]
-        result.append(Target(text, 2, measured, f"{row['case']} border, {name}", least=True))
+        result.append(Target(text, 2, measured, f"{row['case']}, {name}", least=True))
     return result
