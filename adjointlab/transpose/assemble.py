@@ -107,7 +107,7 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
 
     @functools.cache
     def find() -> Callable[..., Any] | None:
-        # Without a check, that f has no offset is a claim; and graphs that do not run have not been compared with eager.
+        # Without a check, that f has no offset is a claim. Graphs that do not run have not been compared with eager.
         sure = (choices.affine or multiplier(function.graph) is not None) and way.dynamic is None
         node = multiplier(adjoint.graph) if sure else None
         return None if node is None else of_state(adjoint.graph, node)
