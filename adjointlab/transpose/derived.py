@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 
 from adjointlab.transpose.account import Account
@@ -17,6 +16,11 @@ from adjointlab.transpose.capture import Capture, Source
 from adjointlab.transpose.graph import Graph
 from adjointlab.transpose.program import Program, differentiated, plain
 from adjointlab.transpose.prune import Pruned
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # it is private: a later torch may not have it, and then there is no shorter way
+    TensorGuards: Any = None  # type: ignore[no-redef]
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]
@@ -89,7 +93,7 @@ def shortcut(run: Callable[..., Tensors], derived: Derived, leaves: Tensors) -> 
     """
     state = [source.read() for source in derived.state]  # another thread may have changed it since it was looked at
     fits = all(map(_as_before, state, derived.metadata)) and all(canonical(leaf) is leaf for leaf in leaves)
-    if derived.baked or not fits or not plain() or differentiated((*state, *leaves)):
+    if TensorGuards is None or derived.baked or not fits or not plain() or differentiated((*state, *leaves)):
         return None
     alike = TensorGuards(*state, *leaves, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     containers, keys = [source.container for source in derived.state], [source.key for source in derived.state]

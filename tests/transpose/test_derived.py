@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import adjointlab as al
+from adjointlab.transpose import derived
 
 
 class Frozen(nn.Module):
@@ -50,6 +51,13 @@ def test_calls_like_the_one_before_take_it(A: al.LinearOperator, x: Tensor) -> N
     assert_close(A(x), A.module.layer(x), A.domain.eps)
     with torch.no_grad():
         assert short(A, x)
+
+
+def test_a_torch_without_such_guards_has_none(A: al.LinearOperator, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derived, "TensorGuards", None)
+    A.source._shortcuts.clear()
+    assert_close([A(x), A(x)], [A.module.layer(x)] * 2, A.domain.eps)
+    assert not A.source._shortcuts
 
 
 def test_results_are_the_callers_own(A: al.LinearOperator, x: Tensor) -> None:
