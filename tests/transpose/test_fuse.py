@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import adjointlab as al
-from adjointlab.transpose import engine
+from adjointlab.transpose import assemble
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -42,8 +42,10 @@ def test_a_fused_graph_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch
     module = nn.Conv2d(1, 1, 3, bias=False).requires_grad_(False)
     operator, twice = (al.linear_operator(f, (1, 1, 8, 8)) for f in (module, lambda x: 2 * module(x)))
     wrong = twice.source._derived[()].graphs[1].graph
-    fuse = engine.residual_and_gradient
-    monkeypatch.setattr(engine, "residual_and_gradient", lambda forward, _, **options: fuse(forward, wrong, **options))
+    fuse = assemble.residual_and_gradient
+    monkeypatch.setattr(
+        assemble, "residual_and_gradient", lambda forward, _, **options: fuse(forward, wrong, **options)
+    )
     x, y = operator.domain.randn(), operator.codomain.randn()
     assert operator.residual_and_gradient(x, y, None) is None
     assert torch.allclose(al.least_squares_gradient(operator, x, y), operator.H(operator(x) - y))
