@@ -266,7 +266,7 @@ def _direct_rate(site: Site) -> float:
 
 
 _NEAR = 6.0  # expectations closer than this factor do not decide
-_BUDGET = 0.02  # seconds that a measurement at build may take, unless the fastest kernel alone takes longer
+_BUDGET = 0.03  # seconds that a measurement at build may take, unless the fastest kernel alone takes longer
 _CHEAP = 1e-3  # what is expected to take less is run: the model is at its worst there
 _FAR = 20.0  # ... and closer than this one does not rule native out
 _COLD = {"fft": 8e-5, "tapped": 2e-5}  # what kernels of many ops lose between other work, and not in a row of runs
