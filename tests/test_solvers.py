@@ -371,6 +371,8 @@ def test_overflow_is_no_convergence(solve, size: float) -> None:
     assert found.x.isfinite().all()
     if found.converged:
         exact, scaled, data = factors.double(), found.x.double() / size, y.double() / size
-        assert norm(exact * (exact * scaled - data)) <= 1e-4 * norm(exact * data)
+        # What either rule lets through: a small gradient, or ‖Aᴴr‖ ≤ ‖A‖ ‖r‖ for a residual that is small.
+        reach = 30 * (norm(data) + 30 * norm(scaled))
+        assert norm(exact * (exact * scaled - data)) <= 1e-6 * (norm(exact * data) + reach)
     else:
         assert "NaN or infinity" in found.reason or "maxiter" in found.reason

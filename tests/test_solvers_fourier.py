@@ -287,7 +287,8 @@ def test_extreme_sizes() -> None:
     expected = al.solvers.cgls(A, y, maxiter=8, tol=0)
     for scale in (2.0**-83, 2.0**83):  # rounds nothing by itself, but has sums made in double
         found = al.solvers.cgls(A, scale * y, maxiter=8, tol=0)
-        assert norm(found.x / scale - expected.x) <= 1e-5 * norm(expected.x)
+        each = 8 * torch.finfo(torch.float32).eps  # of each of the eight steps
+        assert norm(found.x / scale - expected.x) <= 8 * each * norm(expected.x)
 
 
 @pytest.mark.parametrize("damp", [0.0, 0.5])

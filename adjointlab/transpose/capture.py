@@ -343,6 +343,8 @@ class _Walk:
             self.lengths.extend(inner.lengths)
             self.copies.extend(inner.copies)
             self.containers.extend(inner.containers)
+            self.functions.extend(inner.functions)
+            self.objects.extend(inner.objects)
 
     def _function(self, function: types.FunctionType, name: str) -> None:
         if function.__module__ and function.__module__.split(".")[0] in _LIBRARY:

@@ -149,6 +149,13 @@ def test_class_of_an_object_assigned(engine: str) -> None:
 
 
 @every_engine
+def test_class_of_an_object_inside_of_an_operator(engine: str) -> None:
+    plain = Plain()
+    inner = al.linear_operator(plain, (3,))
+    follows(lambda x: 2 * inner(x), lambda: setattr(plain, "__class__", Other), engine)
+
+
+@every_engine
 def test_tensor_under_another_name(engine: str) -> None:
     tensors = {"a": torch.tensor(2.0)}
 

@@ -178,6 +178,9 @@ def test_results_may_be_written_to() -> None:
     assert torch.equal(v, torch.ones(3, 4))
 
 
+EPS = torch.finfo(torch.float32).eps
+
+
 class Product(nn.Module):
     """A map whose ops are all those that autocast computes in half of the bits."""
 
@@ -215,10 +218,10 @@ def test_autocast_changes_nothing(engine: str, inside: bool) -> None:
             found, tracked = results(), operator.H(operator(leaf))
         assert [t.dtype for t in found] == [t.dtype for t in expected]
         for a, b in zip(found, expected, strict=True):
-            assert_close(a, b, 1e-6)
+            assert_close(a, b, EPS)
         gradients = torch.autograd.grad(tracked, (leaf, module.a), y)  # after autocast, as PyTorch asks for
-        assert_close(gradients, torch.autograd.grad(plain.H(plain(leaf)), (leaf, module.a), y), 1e-6)
-    assert_close(operator(x), plain(x), 1e-6)
+        assert_close(gradients, torch.autograd.grad(plain.H(plain(leaf)), (leaf, module.a), y), EPS)
+    assert_close(operator(x), plain(x), EPS)
 
 
 def test_autocast_changes_nothing_of_a_pair_by_hand() -> None:
@@ -231,7 +234,7 @@ def test_autocast_changes_nothing_of_a_pair_by_hand() -> None:
         found = [A(x), A.H(x), A.gram(x), al.solvers.cgls(A, x, damp=1.0).x, al.to_dense(A)]
         assert al.check_adjoint(A).passed
     for a, b in zip(found, expected, strict=True):
-        assert_close(a, b, 1e-6)
+        assert_close(a, b, EPS)
 
 
 HIDDEN = {
