@@ -292,7 +292,7 @@ def test_extreme_sizes() -> None:
 
 
 @pytest.mark.parametrize("damp", [0.0, 0.5])
-@pytest.mark.parametrize("given", [(), ("x0",), ("callback",)], ids="+".join)
+@pytest.mark.parametrize("given", [(), ("x0",), ("callback",), ("x0", "callback")], ids="+".join)
 @every_solver
 def test_memory(solve, given: tuple[str, ...], damp: float) -> None:
     A = make((512, 512), dtype=torch.float32)

@@ -83,7 +83,7 @@ def cg(
     x is differentiable with respect to b and to what A depends on, by implicit differentiation: a backward pass solves
     one more system with A. The derivative is that of the exact solution, once; ``x0`` has none.
 
-    Beside x and b, memory for three vectors is used; for five where A is a cyclic convolution (it has a
+    Beside x and b, memory for three vectors is used; for four where A is a cyclic convolution (it has a
     ``multiplier``), with which the steps are taken in Fourier space.
 
     References
@@ -224,8 +224,8 @@ def cgls(
 
     Beside x and y, memory for two elements of the domain and two of the codomain is used (one more of the codomain with
     weights, one more of the domain with damping). Where A is a cyclic convolution (it has a ``multiplier``) and there
-    are no weights, the steps are taken in Fourier space: they are the same, without a transform in them, for two more
-    elements of the domain.
+    are no weights, the steps are taken in Fourier space: they are the same, without a transform in them, for one more
+    element of the domain.
 
     References
     ----------

@@ -31,8 +31,8 @@ class Basis:
             return None
         spec = A.domain.specs[0]
         spectra = TensorSpec((*spec.shape[: 1 - K.ndim], *K.shape[1:]), K.dtype, spec.device)
-        space, conjugate = Space.of(spectra, batch_dims=A.domain.batch_dims), K.conj().resolve_conj()
-        return Basis(A.domain, LinearOperator(lambda c: K * c, lambda c: conjugate * c, space, space))
+        space = Space.of(spectra, batch_dims=A.domain.batch_dims)
+        return Basis(A.domain, LinearOperator(lambda c: K * c, lambda c: K.conj() * c, space, space))
 
     @property
     def lengths(self) -> tuple[int, ...]:
