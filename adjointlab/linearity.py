@@ -262,7 +262,7 @@ class _Numbers:
         return space.leaves(space.randn(self.generator))
 
     def f(self, x: Tensors) -> Tensors:
-        return tuple(t.detach() for t in self.map.flat(tuple(t.clone() for t in x)))
+        return tuple(t.detach() for t in self.map.reference.flat(tuple(t.clone() for t in x)))
 
     def norm(self, y: Tensors) -> float:
         return float(self.codomain.norm(self.codomain.unflatten(y)))
@@ -351,7 +351,7 @@ class _Numbers:
         for _ in range(3):
             x, y = self.draw(self.domain), self.draw(self.codomain)
             at_x = _minus(self.f(x), self.f(tuple(torch.zeros_like(t) for t in x)))
-            at_y = tuple(t.detach() for t in self.map.reference_adjoint(y))
+            at_y = tuple(t.detach() for t in self.map.reference.adjoint(y))
             known = (DOT_UNITS * self.codomain.eps * self.offset, 0.0)  # f(x) is rounded before f(0) is subtracted
             gap, allowed = dot_gap(self.domain, self.codomain, x, at_x, y, at_y, exact=False, noise=known)
             if not gap <= allowed:
@@ -368,7 +368,7 @@ class _Numbers:
             return _minus(self.f(z), self.f(tuple(torch.zeros_like(t) for t in z)))
 
         forward = rounding_noise(linear, self.domain, self.codomain, x, at_x)
-        backward = rounding_noise(self.map.reference_adjoint, self.codomain, self.domain, y, at_y)
+        backward = rounding_noise(self.map.reference.adjoint, self.codomain, self.domain, y, at_y)
         return SIGMAS * forward + DOT_UNITS * self.codomain.eps * self.offset, SIGMAS * backward
 
 

@@ -171,9 +171,10 @@ class LinearOperator(nn.Module):
         r"""``K`` with ``A = F⁻¹ diag(K) F`` where A is a cyclic convolution, F being the Fourier transform; else None.
 
         Of shape ``(C, *frequencies)`` for images of C channels with a kernel each, as ``torch.fft.rfftn`` has
-        frequencies. It is known of operators whose convolution was lowered to a product of transforms: those of
-        ``nn.Conv2d`` with a circular border and as many groups as channels, say, unless the kernel or the image is
-        small; and of their adjoints.
+        frequencies. It is known of operators that are one convolution with a circular border and as many groups as
+        channels, such as ``nn.Conv2d`` makes, if that may be lowered (``lowering=True``) and the kernel has so many
+        entries that a product of transforms is as accurate as the sum, on images whose sizes have no large prime
+        factor; and of their adjoints.
 
         Examples
         --------

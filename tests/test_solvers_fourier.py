@@ -14,17 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adjointlab as al
 from adjointlab.solvers.problem import Problem
-from adjointlab.transpose import kernels
-
-
-@pytest.fixture(autouse=True)
-def _always_fft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lower every convolution to a product of transforms, whatever is faster on so small images."""
-
-    def choose(site: kernels.Site, **_: Any) -> str:
-        return "fft" if "fft" in kernels.available(site) else "native"
-
-    monkeypatch.setattr(kernels, "choose", choose)
 
 
 def convolution(

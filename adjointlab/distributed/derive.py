@@ -115,7 +115,7 @@ class _NoDTensors(TorchDispatchMode):
 
 def _refuse_dtensors(source: Transposition) -> None:
     with source.captured.preserved(), torch.no_grad(), _NoDTensors():
-        source.flat(source.domain.leaves(source.domain.zeros()))
+        source.reference.flat(source.domain.leaves(source.domain.zeros()))
 
 
 __all__ = ["linear_operator"]

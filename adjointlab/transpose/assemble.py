@@ -13,7 +13,7 @@ from torch import Tensor
 from adjointlab.space import Space
 from adjointlab.transpose import kernels, pair
 from adjointlab.transpose.account import Account, listing
-from adjointlab.transpose.agreement import composed
+from adjointlab.transpose.agreement import alike
 from adjointlab.transpose.capture import Capture
 from adjointlab.transpose.derived import Derived, Tensors, bound, canonical, metadata_of
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
@@ -93,24 +93,39 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
     )  # fmt: skip
     calls = (bound(function, run, state), bound(linear, run_linear, state), bound(adjoint, run_adjoint, state))
 
+    def run_on(program: Program, leaves: Tensors) -> Tensors:
+        return program.run(*[source.read() for source in state], *map(canonical, leaves))
+
     @functools.cache
     def fused(weighted: bool) -> Program | None:
         whole = program(residual_and_gradient(forward, pruned.graph, weighted=weighted))
         if way.mode == "compiled" and way.dynamic is None:
             whole.compile(choices.options)
 
-        def call(leaves: Tensors) -> Tensors:
-            return whole.run(*[source.read() for source in state], *map(canonical, leaves))
+        def parts(leaves: Tensors) -> Tensors:
+            m, k = len(forward.inputs), len(forward.outputs)
+            residual = tuple(a - b for a, b in zip(calls[0](leaves[:m]), leaves[m : m + k], strict=True))
+            cotangents = tuple(map(torch.mul, leaves[m + k :], residual)) if weighted else residual
+            return (*residual, *calls[2](cotangents))
 
-        same = composed(call, calls[0], calls[2], forward, weighted=weighted)
-        return whole if domain.every(same) else None
+        leaves = (*forward.inputs, *forward.outputs, *(forward.outputs if weighted else ()))
+        return whole if domain.every(alike(functools.partial(run_on, whole), parts, leaves)) else None
 
     @functools.cache
     def find() -> Callable[..., Any] | None:
-        # Without a check, that f has no offset is a claim. Graphs that do not run have not been compared with eager.
-        sure = (choices.affine or multiplier(function.graph) is not None) and way.dynamic is None
-        node = multiplier(adjoint.graph) if sure else None
-        return None if node is None else of_state(adjoint.graph, node)
+        # Graphs that do not run have not been compared with eager.
+        if not choices.lowering or way.mode == "plain" or way.dynamic is not None:
+            return None
+        by_fft, _ = lower(simplify(pruned.graph), kernels.transformed)
+        node = multiplier(by_fft)
+        # Without a check, that f has no offset is a claim.
+        sure = choices.affine or multiplier(lower(simplify(forward), kernels.transformed)[0]) is not None
+        same = (
+            node is not None
+            and sure
+            and alike(functools.partial(run_on, Program(by_fft, pruned.graph)), calls[2], pruned.graph.inputs)
+        )
+        return of_state(by_fft, node) if node is not None and same else None
 
     def multiply() -> Tensor | None:
         found = find()

@@ -74,13 +74,13 @@ class Capture:
     sources: tuple[Source, ...]
     guards: tuple[tuple[Any, Any, Any], ...]  # container, key, and the value that was there
     empty: tuple[Any, ...]  # containers that held nothing
-    lengths: tuple[tuple[Any, int], ...]  # of the others, but for those in snapshots
+    lengths: tuple[tuple[Any, int], ...]  # of the others, but for namespaces
     copies: tuple[tuple[Any, Any], ...]  # arrays and sets, with what was in them
     containers: tuple[Any, ...]
     caches: tuple[Any, ...]  # of functions: cleared after a trace, so that no fake tensor stays
     functions: tuple[types.FunctionType, ...]
     parts: tuple[Any, ...]  # their code and defaults, which reloading changes in place
-    snapshots: tuple[tuple[dict[Any, Any], list[Any], list[Any]], ...]  # whole dicts, their keys and values
+    namespaces: tuple[tuple[dict[Any, Any], Any, list[Any], list[Any]], ...]  # with views of values, keys and values
     others: tuple[tuple[Any, Any, Any], ...]  # the guards outside of these
     objects: tuple[Any, ...]
     types: list[type]  # of the objects: a class can be assigned
@@ -93,22 +93,21 @@ class Capture:
         """Return whether anything but the tensors differs from when it was captured."""
         if any(self.empty):  # this runs at every call: loops are left to C where they can be
             return True
-        for container, length in self.lengths:
-            if len(container) != length:
-                return True
+        if self.lengths and any(len(container) != length for container, length in self.lengths):
+            return True
         guards = self.others
-        for container, keys, values in self.snapshots:  # most often, every value is the very object that it was
-            if list(container) != keys:
-                if len(container) != len(keys):
+        for namespace, now, keys, values in self.namespaces:  # most often, every value is the very object that it was
+            if list(namespace) != keys or not all(map(_is, now, values)):
+                if len(keys) != len(namespace):
                     return True
                 guards = self.guards
-            elif not all(map(operator.is_, container.values(), values)):
-                guards = self.guards
+        if guards and any(map(_differs, guards)):
+            return True
         if list(map(type, self.objects)) != self.types:
             return True
-        if self.functions and not all(map(operator.is_, _parts(self.functions), self.parts)):
+        if self.functions and not all(map(_is, _parts(self.functions), self.parts)):
             return True
-        return any(map(_differs, guards)) or any(itertools.starmap(_unequal, self.copies))
+        return bool(self.copies) and any(itertools.starmap(_unequal, self.copies))
 
     @contextmanager
     def preserved(self) -> Iterator[list[str]]:
@@ -172,8 +171,11 @@ def _differs(guard: tuple[Any, Any, Any]) -> bool:
 _PARTS = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 
 
+_chained, _is = itertools.chain.from_iterable, operator.is_
+
+
 def _parts(functions: tuple[types.FunctionType, ...]) -> Iterator[Any]:
-    return itertools.chain.from_iterable(map(_PARTS, functions))
+    return _chained(map(_PARTS, functions))
 
 
 def _unequal(now: Any, before: Any) -> bool:
@@ -195,9 +197,7 @@ def capture(function: Callable[..., Any], kwargs: Any = None) -> Capture:
     walk.visit(function, (function,), 0, "")
     walk.visit(kwargs, (kwargs,), 0, "kwargs")
     guards = [guard for guard in walk.guards if not isinstance(guard[0], tuple)]  # which cannot change
-    whole = {
-        id(container): container for container, length in walk.lengths if length and type(container) in _NAMESPACES
-    }
+    whole = {id(c): c for c, length in walk.lengths if length and type(c) in _NAMESPACES}
     sets = [now for now, _ in walk.copies if isinstance(now, set) and not now]
     return Capture(
         tuple(walk.modules), tuple(walk.sources), tuple(guards),
@@ -205,7 +205,7 @@ def capture(function: Callable[..., Any], kwargs: Any = None) -> Capture:
         tuple(pair for pair in walk.lengths if pair[1] and id(pair[0]) not in whole),
         tuple(pair for pair in walk.copies if not any(pair[0] is empty for empty in sets)),
         tuple(walk.containers), tuple(walk.caches), tuple(walk.functions), tuple(_parts(tuple(walk.functions))),
-        tuple((container, list(container), list(container.values())) for container in whole.values()),
+        tuple((c, c.values(), list(c), list(c.values())) for c in whole.values()),
         tuple(guard for guard in guards if id(guard[0]) not in whole),
         tuple(walk.objects), list(map(type, walk.objects)),
     )  # fmt: skip

@@ -87,9 +87,9 @@ def bound(program: Program, linked: Callable[..., Tensors], state: tuple[Source,
 def shortcut(run: Callable[..., Tensors], derived: Derived, leaves: Tensors) -> Shortcut | None:
     """Return a program as a function of leaves, for tensors and circumstances that are just as they are now.
 
-    It returns None where anything differs. All that a call has to see of tensors, and of modes and transforms that are
-    under way, is in what ``torch.compile`` guards its own programs with, and that takes a quarter of a microsecond:
-    a call costs what the module's own does, where taking it apart costs twice that.
+    It returns None where anything differs. What a call has to see of tensors, and of transforms that are under way, is
+    in what ``torch.compile`` guards its own programs with, and that takes a quarter of a microsecond: a call costs what
+    the module's own does, where taking it apart costs twice that.
     """
     state = [source.read() for source in derived.state]  # another thread may have changed it since it was looked at
     fits = all(map(_as_before, state, derived.metadata)) and all(canonical(leaf) is leaf for leaf in leaves)
@@ -101,10 +101,7 @@ def shortcut(run: Callable[..., Tensors], derived: Derived, leaves: Tensors) -> 
     changed = derived.captured.changed
 
     def call(*leaves: Tensor) -> Tensors | None:
-        if (
-            _modes() or _transforms() or forward_ad._current_level >= 0 or (tracked and torch.is_grad_enabled())
-            or changed()
-        ):  # fmt: skip
+        if changed() or _modes() or forward_ad._current_level >= 0 or (tracked and torch.is_grad_enabled()):
             return None
         try:
             tensors = (*map(_read, containers, keys), *leaves)
@@ -116,7 +113,7 @@ def shortcut(run: Callable[..., Tensors], derived: Derived, leaves: Tensors) -> 
 
 
 _read: Callable[[Any, Any], Tensor] = operator.getitem
-_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_modes = torch._C._len_torch_dispatch_stack
 
 
 def canonical(tensor: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from adjointlab.errors import NotLinearError, SpaceMismatchError
 from adjointlab.space import Space
-from adjointlab.transpose import vjp
 from adjointlab.transpose.account import Account
 from adjointlab.transpose.agreement import Maps, disagreement
 from adjointlab.transpose.assemble import Choices, Way, assemble
@@ -27,9 +26,10 @@ from adjointlab.transpose.graph import Graph, own_outputs
 from adjointlab.transpose.outputs import require_outputs, space_of
 from adjointlab.transpose.program import Program, differentiated, plain
 from adjointlab.transpose.prune import Pruned, prune
+from adjointlab.transpose.reference import Reference
 from adjointlab.transpose.sample import Sample, copies
 from adjointlab.transpose.trace import ReadsInputError, UntraceableError, trace_forward, trace_vjp
-from adjointlab.tree import SINGLE, tree_flatten
+from adjointlab.tree import SINGLE
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,6 +39,7 @@ _MOST_REBUILDS = 8  # a function whose plain attributes change at every call is 
 
 
 _BUILDING = threading.RLock()
+_is_compiling = torch.compiler.is_compiling  # what changes from call to call, torch.compile must not look at
 
 
 Method = Callable[Concatenate["Transposition", P], R]
@@ -95,8 +96,7 @@ class Transposition:
         self._derived: dict[tuple[int, ...], Derived] = {}
         self._shortcuts: dict[str, Shortcut] = {}
         self._verified: set[tuple[int, ...]] = set()
-        self._vjp: tuple[vjp.VJP, str] | None = None
-        self._structure: Any = None
+        self.reference = Reference(self.callable, self.kwargs, domain)
         self._dynamic: tuple[Any, Any, Any] | None = None
         self.untraceable: UntraceableError | None = None
         derived = self._derive(domain.batch_shape)
@@ -114,59 +114,26 @@ class Transposition:
             self._verify(batch)
         self._shortcuts = {}
 
-    # -- the reference -----------------------------------------------------------------------------------------------
-
-    def flat(self, leaves: Tensors) -> Tensors:
-        """Return the leaves of ``f(x)``, calling the user's function itself."""
-        leaves = copies(leaves)  # a forward may write to its input; the caller's is not its to write to
-        x = self.domain.unflatten(leaves)
-        output = self.callable(*x, **self.kwargs) if type(x) is tuple else self.callable(x, **self.kwargs)
-        if isinstance(output, Tensor):
-            self._structure = None
-            return (output,)
-        flat, self._structure = tree_flatten(output)
-        for leaf in flat:
-            if not isinstance(leaf, Tensor):
-                raise SpaceMismatchError(
-                    f"expected the forward to return a tensor or a pytree of tensors, got {type(leaf).__name__} "
-                    f"({str(leaf)[:60]}): return tensors only"
-                )
-        if not flat:
-            raise SpaceMismatchError("expected the forward to return at least one tensor, got an empty pytree")
-        return tuple(flat)
-
-    def _offset_free(self, leaves: Tensors) -> Tensors:
-        zeros = tuple(torch.zeros_like(leaf) for leaf in leaves)
-        return tuple(a - b for a, b in zip(self.flat(leaves), self.flat(zeros), strict=True))
-
-    def reference_adjoint(self, cotangents: Tensors) -> Tensors:
-        """Return ``f'(0)ᴴ v`` by the plain eager vector-Jacobian product."""
-        k = self.domain.batch_dims
-        batch = cotangents[0].shape[:k]
-        primals = tuple(torch.zeros((*batch, *s.shape[k:]), dtype=s.dtype, device=s.device) for s in self.domain.specs)
-        if self._vjp is None:
-            found, why, result = vjp.choose_vjp(self.flat, primals, tuple(c.detach() for c in cotangents))
-            self._vjp = found, why
-            if plain() and not torch.is_grad_enabled():
-                return result
-        return self._vjp[0](self.flat, primals, cotangents)
-
     # -- what is called ----------------------------------------------------------------------------------------------
 
-    def function(self, x: Any) -> Any:
-        """Return ``f(x)``."""
-        return self._call("function", x)
+    @property
+    def function(self) -> Callable[[Any], Any]:
+        """``x ↦ f(x)``."""
+        return functools.partial(self._call, "function")
 
-    def linear(self, x: Any) -> Any:
-        """Return ``f(x) − f(0)``."""
-        return self._call("linear", x)
+    @property
+    def linear(self) -> Callable[[Any], Any]:
+        """``x ↦ f(x) − f(0)``."""
+        return functools.partial(self._call, "linear")
 
-    def adjoint(self, v: Any) -> Any:
-        """Return ``f'ᴴ v``."""
-        return self._call("adjoint", v)
+    @property
+    def adjoint(self) -> Callable[[Any], Any]:
+        """``v ↦ f'ᴴ v``."""
+        return functools.partial(self._call, "adjoint")
 
     def _call(self, name: str, x: Any) -> Any:
-        found = self._soon(name, x)
+        soon = None if _is_compiling() else self._shortcuts.get(name)
+        found = None if soon is None else soon(x)
         if found is not None:
             return found[0]
         if self.domain.is_autocast:  # spaces have dtypes, and keep them
@@ -180,15 +147,11 @@ class Transposition:
             _keep(shortcuts, name, derived, derived.programs[name], x)
         return y
 
-    def _soon(self, name: str, *elements: Any) -> Tensors | None:
-        """Return what a program returns if this call is like the one before, else None."""
-        compiling = torch.compiler.is_compiling()  # torch.compile must not look at what changes from call to call
-        return None if compiling or name not in self._shortcuts else self._shortcuts[name](*elements)
-
     def residual_and_gradient(self, x: Any, y: Any, weight: Any) -> tuple[Any, Any] | None:
         """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` from one graph, or None where there is none to run."""
         name, elements = ("gradient", (x, y)) if weight is None else ("weighted gradient", (x, y, weight))
-        outputs = self._soon(name, *elements)
+        soon = None if _is_compiling() else self._shortcuts.get(name)
+        outputs = None if soon is None else soon(*elements)
         if outputs is None and self.domain.is_autocast:
             with self.domain.without_autocast():
                 return self.residual_and_gradient(x, y, weight)
@@ -211,6 +174,7 @@ class Transposition:
         n = len(self.codomain.specs)
         return self.codomain.unflatten(outputs[:n]), self.domain.unflatten(outputs[n:])
 
+    @_alone
     def adjoint_multiplier(self) -> Tensor | None:
         """Return ``K`` with ``f'ᴴ v = F⁻¹(K ⊙ F v)`` where that is how ``f'ᴴ`` is computed, else None."""
         multiplier = self._refreshed(self.domain.batch_shape).multiplier
@@ -221,7 +185,7 @@ class Transposition:
     def account(self) -> Account:
         """How the nominal size is served."""
         account = self._derived[self.domain.batch_shape].account
-        return replace(account, path=self._vjp[1]) if account.engine == "eager" and self._vjp else account
+        return replace(account, path=self.reference.path) if account.engine == "eager" else account
 
     def verify(self) -> Sample | None:
         """Compare the programs of the nominal size with eager, and return the random data on which they agree."""
@@ -295,7 +259,7 @@ class Transposition:
             return self._eager("the function's plain attributes change from call to call")
         specs = self.domain.with_batch(batch).specs
         try:
-            forward = trace_forward(self.flat, specs, self.captured)
+            forward = trace_forward(self.reference.flat, specs, self.captured)
             pruned = prune(trace_vjp(forward), len(specs))
             for graph in (forward, pruned.graph):
                 own_outputs(graph)
@@ -308,8 +272,8 @@ class Transposition:
 
     def _eager(self, reason: str) -> Derived:
         account = Account("eager", self.choices.requested, reason)
-        linear = self._offset_free if self.choices.affine else self.flat
-        return Derived(self.flat, linear, self.reference_adjoint, account, self.captured)
+        linear = self.reference.offset_free if self.choices.affine else self.reference.flat
+        return Derived(self.reference.flat, linear, self.reference.adjoint, account, self.captured)
 
     def _programs(self, forward: Graph, pruned: Pruned, mode: str, reason: str) -> Derived:
         dynamic = self._dynamically() if mode == "compiled" and self.domain.batch_dims else None
@@ -321,13 +285,13 @@ class Transposition:
             options = {"dynamic": True, **self.choices.options}
 
             def flat(*leaves: Tensor) -> Tensors:
-                return self.flat(leaves)
+                return self.reference.flat(leaves)
 
             def offset_free(*leaves: Tensor) -> Tensors:
-                return self._offset_free(leaves)
+                return self.reference.offset_free(leaves)
 
             def pull_back(*cotangents: Tensor) -> Tensors:
-                return self.reference_adjoint(cotangents)
+                return self.reference.adjoint(cotangents)
 
             compiled = functools.partial(torch.compile, **options)
             self._dynamic = compiled(flat), compiled(offset_free), compiled(pull_back)
@@ -336,24 +300,12 @@ class Transposition:
     def _codomain(self, derived: Derived) -> Space:
         """Return the space of outputs: from the graph, or from the function itself at zero where there is none."""
         outputs = self._run_once() if derived.graphs is None else derived.outputs
-        return space_of(outputs, self._structure, self.domain, self._target)
+        return space_of(outputs, self.reference.structure, self.domain, self._target)
 
     def _run_once(self) -> Tensors:
         with self.captured.preserved(), torch.no_grad():
-            outputs = self._called(self.domain.leaves(self.domain.zeros()))
+            outputs = self.reference.called(self.domain.leaves(self.domain.zeros()))
         return outputs
-
-    def _called(self, leaves: Tensors) -> Tensors:
-        """Return what the user's function returns; what it raises on an element of its claimed domain is a mismatch."""
-        try:
-            return self.flat(leaves)
-        except SpaceMismatchError:
-            raise
-        except Exception as error:  # a third-party forward may raise anything
-            raise SpaceMismatchError(
-                f"expected the forward to take an element of {self.domain}, but it raised {type(error).__name__}: "
-                f"{vjp.first_line(error)}; check the shape and dtype of the domain"
-            ) from error
 
     def _verify(self, batch: tuple[int, ...]) -> Sample | None:
         sample = self._settle(batch)
@@ -367,15 +319,23 @@ class Transposition:
             return None
         reasons: list[str] = []
         with self.captured.preserved() as changes, torch.no_grad():
-            sample = self._sample(batch)
+            sample, quick = self._sample(batch)
         unchanged = self.domain.every(not changes)
         if not unchanged:
             reasons.append(f"stateful: the forward changes {', '.join(changes) or 'something on another process'}")
-        reference = Maps(self.flat, self.reference_adjoint, self.domain, self.codomain)
+        reference = Maps(self.reference.flat, self.reference.adjoint, self.domain, self.codomain)
         for mode in self.choices.modes if unchanged else []:
             derived = self._programs(*graphs, mode, "; ".join(reasons))
             candidate = Maps(derived.function, derived.adjoint, self.domain, self.codomain)
-            said = disagreement(reference, candidate, sample, self.captured, derived.state, compiled=mode == "compiled")
+            compare = functools.partial(
+                disagreement, reference, candidate, captured=self.captured, state=derived.state,
+                compiled=mode == "compiled",
+            )  # fmt: skip
+            said = compare(sample)
+            if said and quick:
+                with self.captured.preserved(), torch.no_grad():
+                    sample, quick = replace(sample, at_v=self.reference.adjoint(copies(sample.v))), False
+                said = compare(sample)
             if not said:
                 self._derived[batch] = derived
                 return sample
@@ -383,12 +343,13 @@ class Transposition:
         self._derived[batch] = self._eager("; ".join(reasons))
         return None
 
-    def _sample(self, batch: tuple[int, ...]) -> Sample:
-        """Evaluate the eager reference at random x and v."""
+    def _sample(self, batch: tuple[int, ...]) -> tuple[Sample, bool]:
+        """Evaluate the eager reference at random x and v; return also whether that of v is the quick one."""
         generator = torch.Generator().manual_seed(20)
         domain, codomain = self.domain.with_batch(batch), self.codomain.with_batch(batch)
         x, v = (space.leaves(space.randn(generator)) for space in (domain, codomain))
-        return Sample(x, self._called(x), v, self.reference_adjoint(copies(v)))
+        at_x, quick = self.reference.called(x), self.reference.quick_adjoint(copies(v))
+        return Sample(x, at_x, v, self.reference.adjoint(copies(v)) if quick is None else quick), quick is not None
 
 
 def _keep(shortcuts: dict[str, Shortcut], name: str, derived: Derived, program: Program, *elements: Any) -> None:
@@ -397,7 +358,7 @@ def _keep(shortcuts: dict[str, Shortcut], name: str, derived: Derived, program: 
     ``shortcuts`` are those of the time before the call: what another thread has derived since has others.
     """
     if not torch.compiler.is_compiling() and all(isinstance(x, Tensor) for x in elements):
-        found = shortcut(program.run, derived, elements)
+        found = shortcut(program.ready, derived, elements)
         if found is not None:
             shortcuts[name] = found
 

@@ -1,4 +1,4 @@
-"""Equal ways to compute one convolution: native, flipped, tap by tap, by FFT.
+"""Equal ways to compute one convolution: native, flipped, tap by tap, several outputs at a time, by FFT.
 
 Each takes what depends on the weight ready-made.
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+_VECTOR = 16  # channels that the CPU's direct kernels compute at once
 Ints = tuple[int, ...]
 
 
@@ -41,6 +42,7 @@ class Site(NamedTuple):
     # Set by `sized`, since torch.compile looks into everything that is computed later:
     fft_size: Ints = ()
     around: Ints = ()  # padding of the plain convolution that a transposed one of stride 1 is with the flipped kernel
+    phases: int = 1  # neighbouring outputs that are computed as so many channels
 
     @property
     def dims(self) -> Ints:
@@ -65,7 +67,7 @@ class Site(NamedTuple):
 def sized(site: Site) -> Site:
     """Return the site with the lengths at which a cyclic convolution has the wanted outputs, fast for an FFT.
 
-    And with the padding of its plain convolution.
+    And with the padding of its plain convolution, and the number of its phases.
     """
     sizes = []
     for i, (n, out, p, s) in enumerate(
@@ -79,7 +81,10 @@ def sized(site: Site) -> Site:
     around = site.padding
     if site.transposed:
         around = tuple(e - 1 - p for e, p in zip(site.extent, site.padding, strict=True))
-    return site._replace(fft_size=tuple(sizes), around=around)
+    phases = _VECTOR
+    while phases > 1 and (phases * site.output_shape[0] > _VECTOR or 2 * phases > site.output_shape[-1]):
+        phases //= 2
+    return site._replace(fft_size=tuple(sizes), around=around, phases=phases)
 
 
 def fast_length(n: int) -> int:
@@ -110,6 +115,11 @@ def flip(weight: Tensor, site: Site) -> Tensor:
     c_in, per_group = weight.shape[:2]
     swapped = weight.reshape(site.groups, c_in // site.groups, per_group, *site.kernel).transpose(1, 2)
     return swapped.reshape(site.groups * per_group, c_in // site.groups, *site.kernel).flip(site.dims).contiguous()
+
+
+def flipped_site(site: Site) -> Site:
+    """Return the plain convolution that a transposed one of stride 1 is with the flipped kernel."""
+    return sized(site._replace(padding=site.around, transposed=False))
 
 
 def flipped(x: Tensor, kernel: Tensor, bias: Tensor | None, site: Site) -> Tensor:
@@ -198,8 +208,61 @@ def tapped(x: Tensor, weights: Tensor, bias: Tensor | None, site: Site) -> Tenso
     return total if bias is None else total.add_(bias.reshape(-1, *[1] * len(site.kernel)))
 
 
-KERNELS: dict[str, Callable[..., Tensor]] = {"native": native, "flipped": flipped, "tapped": tapped, "fft": fft}
-PREPARE: dict[str, Callable[[Tensor, Site], Tensor]] = {"flipped": flip, "tapped": taps, "fft": spectrum}
+def bands(weight: Tensor, site: Site) -> Tensor:
+    """Return the kernels of all phases of a plain convolution: the same one, each shifted by a stride from the last."""
+    kernel = flip(weight, site) if site.transposed else weight
+    (*_, s), (*_, d), (*_, e), count = site.stride, site.dilation, site.extent, site.phases
+    spread = kernel.new_zeros(kernel.shape[0], count, *kernel.shape[1:-1], s * (count - 1) + e)
+    for phase in range(count):
+        spread[:, phase, ..., s * phase : s * phase + e : d] = kernel
+    spread = spread.flatten(0, 1)
+    if len(site.kernel) == 1:
+        spread = spread.unsqueeze(2)
+    return spread if len(site.kernel) == 3 else channels_last(spread)  # for volumes, blocked channels are faster
+
+
+def polyphase(x: Tensor, kernel: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+    """Return a plain convolution whose last stride is that of several outputs, which are channels of it.
+
+    Direct kernels have channels for their vectors. An image of one channel leaves these empty; here, neighbouring
+    outputs fill them, for a few multiplications by zero. The kernels of oneDNN are called by name since PyTorch takes
+    slower ones for small images, and for volumes with a 3×3×3 kernel.
+    """
+    padding, count, wanted = [*site.around], site.phases, site.output_shape[-1]
+    stride, dilation = [*site.stride[:-1], count * site.stride[-1]], [*site.dilation[:-1], 1]
+    if x.ndim == 3:
+        x, padding, stride, dilation = x.unsqueeze(2), [0, *padding], [1, *stride], [1, *dilation]
+    blocks = -(-wanted // count)
+    missing = (blocks - 1) * stride[-1] + kernel.shape[-1] - x.shape[-1] - 2 * padding[-1]
+    if missing > 0:
+        x = aten.constant_pad_nd.default(x, [0, missing])
+    bias = None if bias is None else bias.repeat_interleave(count)
+    y: Tensor = torch.mkldnn_convolution(x, kernel, bias, padding, stride, dilation, site.groups)
+    y = y[..., :blocks].unflatten(1, (-1, count)).movedim(2, -1)
+    y = y.reshape(x.shape[0], *site.output_shape[:-1], blocks * count)
+    return y[..., :wanted].contiguous()
+
+
+def channels_last(image: Tensor) -> Tensor:
+    """Return an image of one channel in the order that has the channels last, if it is contiguous: it is both then.
+
+    Strides of dimensions of size one are free, but the CPU's convolutions read the order from them: an input gradient
+    at an image in this order is up to 17 times as fast.
+    """
+    if image.ndim not in (4, 5) or image.shape[1] != 1 or not image.is_contiguous():
+        return image
+    return image.as_strided(image.shape, (image.stride(0), 1, *image.stride()[2:]))
+
+
+KERNELS: dict[str, Callable[..., Tensor]] = {
+    "native": native, "flipped": flipped, "tapped": tapped, "polyphase": polyphase, "fft": fft,
+}  # fmt: skip
+PREPARE: dict[str, Callable[[Tensor, Site], Tensor]] = {
+    "flipped": flip, "tapped": taps, "polyphase": bands, "fft": spectrum,
+}  # fmt: skip
+
+
+_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def available(site: Site) -> list[str]:
@@ -212,12 +275,20 @@ def available(site: Site) -> list[str]:
     wide = site.dtype in (torch.float32, torch.float64)  # complex convolutions reach here as three real ones
     if plain and wide and site.input_shape[0] == site.output_shape[0] == site.groups:
         names.append("tapped")
+    vectors = site.groups == 1 and (site.phases > 1 or len(site.kernel) == 3) and site.output_shape[-1] > 1
+    if plain and vectors and site.dtype == torch.float32 and site.device.type == "cpu" and _ONEDNN:
+        names.append("polyphase")
     # Rounding errors of the direct sum grow like √terms · eps / 7, those of the transform like √log₂(points) · eps / 2:
     # a product of transforms is used where it loses at most a factor of four.
     terms = math.prod(site.kernel) * site.input_shape[0] // site.groups
     if wide and terms >= 1.1 * math.log2(max(2, math.prod(site.fft_size))):
         names.append("fft")
     return names
+
+
+def transformed(site: Site) -> str:
+    """Return the kernel for a site if it is to be a product of transforms wherever that is accurate enough."""
+    return "fft" if "fft" in available(site) else "native"
 
 
 # Rates of the cost model, in multiplications or FFT steps a second: measured on two cores of a current server for the
@@ -227,6 +298,7 @@ _FFT_RATE = {"cpu": 8e9, "cuda": 4e11}
 _FFT_OVERHEAD = {"cpu": 2e-4, "cuda": 1e-4}
 _PRODUCT_RATE = {"cpu": 6e8, "cuda": 1e11}
 _TAP_OVERHEAD = 1e-5
+_PHASES_OVERHEAD = 6e-5
 _OVERHEAD = 2e-5
 
 
@@ -245,6 +317,10 @@ def predicted(name: str, site: Site) -> float:
         cached = size * site.dtype.itemsize < 1 << 23
         rate = {"cpu": 1.6e10 if cached else 5e9, "cuda": 1e11}[kind]
         return count * (_TAP_OVERHEAD + size * site.dtype.itemsize / 4 / rate)
+    if name == "polyphase":
+        wide = site.stride[-1] * (site.phases - 1) + site.extent[-1]
+        size = site.batch * math.prod(site.output_shape)
+        return _PHASES_OVERHEAD + site.macs * wide / site.kernel[-1] / 7e10 + size * 1e-9
     if kind != "cpu":
         return _OVERHEAD + site.macs / 1e12
     return _OVERHEAD + site.macs / _direct_rate(site)
@@ -267,8 +343,8 @@ def _direct_rate(site: Site) -> float:
 
 _NEAR = 6.0  # expectations closer than this factor do not decide
 _BUDGET = 0.03  # seconds that a measurement at build may take, unless the fastest kernel alone takes longer
+_LARGE = 31 << 20  # bytes, just below what is always mapped afresh
 _CHEAP = 1e-3  # what is expected to take less is run: the model is at its worst there
-_FAR = 20.0  # ... and closer than this one does not rule native out
 _COLD = {"fft": 8e-5, "tapped": 2e-5}  # what kernels of many ops lose between other work, and not in a row of runs
 _PROBE = 1e6  # multiplications that show a direct kernel's rate: a few milliseconds of the slowest
 
@@ -280,6 +356,9 @@ def choose(site: Site, *, measure: bool, thorough: bool = False) -> str:
     """
     names = available(site)
     if len(names) > 1 and measure and site.device.type != "meta":
+        if "flipped" in names:  # all others compute the plain convolution with the flipped kernel: often known by now
+            plain = choose(flipped_site(site), measure=True, thorough=thorough)
+            names = ["native", "flipped" if plain == "native" else plain]
         return _fastest(site, tuple(names), thorough)
     times = {name: predicted(name, site) for name in names}
     best = min(times, key=times.__getitem__)
@@ -292,11 +371,13 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
 
     Kernels run in the order of their expected times, so that one that is far behind what was seen need not run.
     """
+    # glibc maps blocks as large as an image afresh each time, until one as large has been freed: without this, kernels
+    # with many intermediate results would be measured as they are in a young process, at half of their speed.
+    torch.empty(_LARGE, dtype=torch.uint8)
     near, budget, rounds = (10 * _NEAR, math.inf, 7) if thorough else (_NEAR, _BUDGET, 3)
     expected = {name: _expected(name, site) for name in names}
-    far = dict.fromkeys(names, near) | {"native": max(near, _FAR)}  # nothing may be slower than native unseen
     least = min(expected.values())
-    order = [n for n in sorted(names, key=expected.__getitem__) if expected[n] <= max(far[n] * least, _CHEAP)]
+    order = [n for n in sorted(names, key=expected.__getitem__) if expected[n] <= max(near * least, _CHEAP)]
     if len(order) == 1:
         return order[0]
     run = _runner(site)
@@ -305,7 +386,7 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
     for name in order:
         best = min(times.values(), default=math.inf)
         costly = name != "native" and spent + 2 * expected[name] > budget and expected[name] > 2 * best
-        if costly or expected[name] > max((far[name] if name == "native" else near / 2) * best, _CHEAP):
+        if costly or expected[name] > max((near if name == "native" else near / 2) * best, _CHEAP):
             continue
         first = run(name)
         behind = 2 * best <= first <= 2 * expected[name]  # what takes longer than that, has plans and threads to make
@@ -316,7 +397,7 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
     rounds = max(rounds, 12) if min(times.values()) < _CHEAP else rounds
     for turn in range(rounds if spent < budget else 0):
         best = min(times.values())
-        close = [name for name in close if times[name] <= (3 if turn < 3 else 1.5) * best]
+        close = [name for name in close if times[name] <= (2 if turn < 3 else 1.5) * best]
         for name in close if len(close) > 1 else ():
             times[name] = min(times[name], run(name))
     times = {name: t + _COLD.get(name, 0.0) for name, t in times.items()}

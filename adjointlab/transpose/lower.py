@@ -141,8 +141,8 @@ def _describe(name: str, site: Site) -> str:
     kind = "transposed convolution" if site.transposed else "convolution"
     size = "×".join(map(str, site.kernel))
     c_in, c_out = site.input_shape[0], site.output_shape[0]
-    detail = f" of size {'×'.join(map(str, site.fft_size))}" if name == "fft" else ""
-    return f"{name}{detail}, for the {kind} {c_in}→{c_out} with a {size} kernel"
+    details = {"fft": f" of size {'×'.join(map(str, site.fft_size))}", "polyphase": f" in {site.phases} phases"}
+    return f"{name}{details.get(name, '')}, for the {kind} {c_in}→{c_out} with a {size} kernel"
 
 
 __all__ = ["lower", "multiplier"]

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from adjointlab.transpose.capture import same
 from adjointlab.transpose.graph import VIEWS, Graph
+from adjointlab.transpose.kernels import KERNELS
 
 aten = torch.ops.aten
 
@@ -56,6 +57,10 @@ _BUILTIN: dict[Any, Callable[..., Any]] = {
     aten.mm.default: torch.mm,
     aten.bmm.default: torch.bmm,
 }
+
+
+_FRESH = {torch.convolution, *KERNELS.values()}
+_IN_PLACE = {torch.add: torch.Tensor.add_, torch.sub: torch.Tensor.sub_, torch.mul: torch.Tensor.mul_}
 
 
 def plain() -> bool:
@@ -103,6 +108,12 @@ class Program:
             return main(*tensors, *self._constants)  # type: ignore[no-any-return]
         prepared = self._prepare(prologue, tuple([tensors[i] for i in watched]), tensors[:n_state])
         return main(*tensors, *self._constants, *prepared)  # type: ignore[no-any-return]
+
+    @property
+    def ready(self) -> Callable[..., tuple[Tensor, ...]]:
+        """``run`` of a program that has run: its main part alone, where that is all there is to run."""
+        constants, prologue, main, *_ = self._split
+        return self.run if constants or prologue else main
 
     def compile(self, options: dict[str, Any]) -> None:
         """Put the main part through ``torch.compile`` as one region: a break in it is an error, to fall back from."""
@@ -243,8 +254,27 @@ def _extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callabl
             if node.args and isinstance(node.args[0], (fx.Node, list)):  # they take no number for a tensor
                 copies[node].target = _BUILTIN.get(node.target, node.target)
     part.output(tuple(copies[n] if isinstance(n, fx.Node) else n for n in outputs))
+    _in_place(part)
     part.lint()
     return whole(fx.GraphModule(graph.module, part))
+
+
+def _in_place(part: fx.Graph) -> None:
+    """Have sums and products written to the result of a convolution that nothing else reads.
+
+    Fresh memory costs more than the arithmetic: the system has to map and to clear it.
+    """
+    own: set[fx.Node] = set()  # results in memory that nothing else looks at
+    for node in part.nodes:
+        if node.target in _FRESH:
+            own.add(node)
+        elif node.target in _IN_PLACE and len(node.args) == 2 and not node.kwargs:
+            first, second = (operand.meta.get("val") if isinstance(operand, fx.Node) else None for operand in node.args)
+            if first is not None and second is not None and node.args[0] in own and len(node.args[0].users) == 1:
+                result = node.meta["val"]
+                if first.shape == result.shape and first.dtype == second.dtype == result.dtype:
+                    node.target = _IN_PLACE[node.target]
+                    own.add(node)
 
 
 def of_state(graph: Graph, node: fx.Node) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ Leaves = tuple[torch.Tensor, ...]
 def said(change: Callable[[Maps], Maps]) -> str:
     source = al.linear_operator(nn.Conv1d(1, 1, 3, bias=False), (1, 1, 16)).source
     derived = source._derived[()]
-    reference = Maps(source.flat, source.reference_adjoint, source.domain, source.codomain)
+    reference = Maps(source.reference.flat, source.reference.adjoint, source.domain, source.codomain)
     candidate = change(Maps(derived.function, derived.adjoint, source.domain, source.codomain))
     with torch.no_grad():
         sample = source._sample(())

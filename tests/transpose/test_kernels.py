@@ -58,19 +58,22 @@ def run(name: str, site: Site, x: Tensor, weight: Tensor, bias: Tensor | None) -
     return KERNELS[name](x, prepared, bias, site)
 
 
-@given(sites())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(site=sites())
 @settings(max_examples=80, deadline=None)
-def test_kernels_agree(site: Site) -> None:
+def test_kernels_agree(site: Site, dtype: torch.dtype) -> None:
+    site = site._replace(dtype=dtype)
     x, weight, bias = problem(site)
-    expected = run("native", site, x, weight, bias)
-    assert expected.shape[1:] == site.output_shape
+    exact = run("native", site, x.double(), weight.double(), bias.double())
+    assert exact.shape[1:] == site.output_shape
     terms = math.prod(site.kernel) * site.input_shape[0]
     for name in {*available(site), "fft"} - {"native"}:
         found = run(name, site, x, weight, bias)
-        assert found.shape == expected.shape
+        assert found.dtype == dtype
+        assert found.shape == exact.shape
         assert found.is_contiguous()
         scale = float(x.norm() * weight.norm())
-        assert float((found - expected).abs().max()) <= 4 * math.sqrt(terms) * torch.finfo(torch.float64).eps * scale
+        assert float((found - exact).abs().max()) <= 4 * math.sqrt(terms) * torch.finfo(dtype).eps * scale
 
 
 def square(n: int, k: int, dims: int, *, transposed: bool, dtype: torch.dtype = torch.float32) -> Site:
@@ -144,7 +147,44 @@ def test_a_tie_stays_native(timed: Callable[..., list[str]]) -> None:
 def test_what_is_far_behind_is_not_run(timed: Callable[..., list[str]]) -> None:
     seen = timed(fft=1e-4, tapped=2e-4, flipped=3e-3, native=1e-1)
     assert choose(square(512, 11, 2, transposed=True), measure=True) == "fft"
-    assert seen.count("native") == 2  # on a part of the image, to know the rate
+    assert seen.count("native") == 4  # on parts of the image, to know the rates as it is and with the flipped kernel
+
+
+def test_a_transposed_convolution_is_computed_as_the_plain_one_that_it_is(timed: Callable[..., list[str]]) -> None:
+    seen = timed(fft=1e-4)
+    plain, transposed = (square(512, 11, 2, transposed=transposed) for transposed in (False, True))
+    assert kernels.flipped_site(transposed) == plain
+    assert choose(plain, measure=True) == "fft"
+    seen.clear()
+    assert choose(transposed, measure=True) == "fft"
+    assert not {"flipped", "tapped", "polyphase"} & set(seen)
+
+
+@pytest.mark.parametrize("width", [17, 31, 32, 64, 500])
+@pytest.mark.parametrize("channels", [1, 3, 20])
+def test_phases_fill_a_vector_with_channels(width: int, channels: int) -> None:
+    site = square(width, 3, 2, transposed=False)
+    found = sized(site._replace(output_shape=(channels, width, width))).phases
+    assert found == max((p for p in (1, 2, 4, 8, 16) if p * channels <= 16 and 2 * p <= width), default=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_phases_are_for_single_precision(dtype: torch.dtype) -> None:
+    assert "polyphase" in available(square(64, 5, 2, transposed=False))
+    assert "polyphase" not in available(square(64, 5, 2, transposed=False, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6, 5), (3, 1, 4, 5, 6), (2, 2, 6, 5), (1, 6, 5)])
+def test_images_of_one_channel_are_in_both_orders(shape: tuple[int, ...]) -> None:
+    image = torch.randn(shape)
+    found = kernels.channels_last(image)
+    assert found.is_contiguous()
+    assert torch.equal(found, image)
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape))
+    if order is not None and shape[1] == 1:
+        assert found.stride() == torch.empty(shape, memory_format=order).stride()
+    else:
+        assert found is image
 
 
 def test_the_part_that_is_run_is_a_convolution_of_the_same_kind() -> None:

@@ -18,23 +18,27 @@ CASES = [
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-@pytest.mark.parametrize("forced", ["fft", "tapped", "flipped"])
+@pytest.mark.parametrize("forced", ["fft", "tapped", "flipped", "polyphase"])
 @pytest.mark.parametrize(("layer", "shape", "settings"), CASES)
 def test_forced_kernels_equal_plain(
     monkeypatch: pytest.MonkeyPatch, layer: type[nn.Module], shape: tuple[int, ...], settings: dict, forced: str
 ) -> None:
+    dtype = torch.float32 if forced == "polyphase" else torch.float64
+
     def choose(site: kernels.Site, **options: bool) -> str:
         return forced if forced in kernels.available(site) else "native"
 
     monkeypatch.setattr(kernels, "choose", choose)
-    module = layer(shape[1], 1, bias=False, dtype=torch.float64, **settings).requires_grad_(False)
+    module = layer(shape[1], 1, bias=False, dtype=dtype, **settings).requires_grad_(False)
     plain = al.linear_operator(module, shape, lowering=False)
     lowered = al.linear_operator(module, shape)
     generator = torch.Generator().manual_seed(0)
     x, v = plain.domain.randn(generator), plain.codomain.randn(generator)
     assert lowered.engine == "traced"
+    if layer is not nn.ConvTranspose2d and "stride" not in settings:
+        assert forced in lowered.explain()
     for a, b in ((plain(x), lowered(x)), (plain.H(v), lowered.H(v))):
-        assert float((a - b).norm()) <= 32 * torch.finfo(torch.float64).eps * float(a.norm())
+        assert float((a - b).norm()) <= 32 * torch.finfo(dtype).eps * float(a.norm())
 
 
 CYCLIC = [
@@ -52,7 +56,7 @@ CYCLIC = [
 def test_circular_padding_is_left_to_the_transform(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], settings: dict, size: str
 ) -> None:
-    monkeypatch.setattr(kernels, "choose", lambda site, **_: "fft" if "fft" in kernels.available(site) else "native")
+    monkeypatch.setattr(kernels, "choose", lambda site, **_: kernels.transformed(site))
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
     module = layer(shape[1], shape[1], padding_mode="circular", bias=False, dtype=torch.float64, **settings)
     module.requires_grad_(False)
@@ -67,7 +71,7 @@ def test_circular_padding_is_left_to_the_transform(
 
 @pytest.mark.parametrize("almost", ["reversed", "scaled", "one side", "replicated"])
 def test_what_only_resembles_circular_padding_is_not_taken_for_it(almost: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "choose", lambda site, **_: "fft" if "fft" in kernels.available(site) else "native")
+    monkeypatch.setattr(kernels, "choose", lambda site, **_: kernels.transformed(site))
     conv = nn.Conv1d(1, 1, 9, bias=False, dtype=torch.float64).requires_grad_(False)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -89,7 +93,8 @@ def test_what_only_resembles_circular_padding_is_not_taken_for_it(almost: str, m
     assert float((eager.H(v) - lowered.H(v)).norm()) <= 32 * torch.finfo(torch.float64).eps * float(v.norm())
 
 
-def test_lowering_can_be_turned_off() -> None:
+def test_lowering_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "choose", lambda site, **_: kernels.transformed(site))
     module = nn.Conv2d(1, 1, 31, padding=15, bias=False)
     assert "fft" in al.linear_operator(module, (1, 1, 256, 256), check=True).explain()
     text = al.linear_operator(module, (1, 1, 256, 256), lowering=False).explain()
@@ -97,11 +102,13 @@ def test_lowering_can_be_turned_off() -> None:
     assert "convolution_backward" in text
 
 
+@pytest.mark.parametrize("kernel", ["fft", "polyphase", "tapped"])
 @pytest.mark.parametrize("change", ["in place", "data", "assignment", "numpy", "load_state_dict"])
-def test_a_changed_kernel_is_seen(change: str) -> None:
-    module = nn.Conv2d(1, 1, 15, padding=7, bias=False)
-    operator = al.linear_operator(module, (1, 1, 128, 128))
-    assert "fft" in operator.explain()
+def test_a_changed_kernel_is_seen(change: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "choose", lambda *_, **__: kernel)
+    module = nn.Conv2d(1, 1, 7, padding=3, bias=False)
+    operator = al.linear_operator(module, (1, 1, 32, 32))
+    assert kernel in operator.explain()
     v = operator.codomain.randn(torch.Generator().manual_seed(0))
     before = operator.H(v)
     with torch.no_grad():
