@@ -27,7 +27,7 @@ from adjointlab.transpose.outputs import require_outputs, space_of
 from adjointlab.transpose.program import Program, differentiated, plain
 from adjointlab.transpose.prune import Pruned, prune
 from adjointlab.transpose.reference import Reference
-from adjointlab.transpose.sample import Sample, copies
+from adjointlab.transpose.sample import Sample
 from adjointlab.transpose.trace import ReadsInputError, UntraceableError, trace_forward, trace_vjp
 from adjointlab.tree import SINGLE
 
@@ -319,7 +319,9 @@ class Transposition:
             return None
         reasons: list[str] = []
         with self.captured.preserved() as changes, torch.no_grad():
-            sample, quick = self._sample(batch)
+            x, v = self._random(batch)
+            quick = self.reference.quick_sample(x, v)
+            sample = quick or self.reference.sample(x, v)
         unchanged = self.domain.every(not changes)
         if not unchanged:
             reasons.append(f"stateful: the forward changes {', '.join(changes) or 'something on another process'}")
@@ -332,9 +334,9 @@ class Transposition:
                 compiled=mode == "compiled",
             )  # fmt: skip
             said = compare(sample)
-            if said and quick:
+            if said and quick is sample:
                 with self.captured.preserved(), torch.no_grad():
-                    sample, quick = replace(sample, at_v=self.reference.adjoint(copies(sample.v))), False
+                    sample = self.reference.sample(x, v)
                 said = compare(sample)
             if not said:
                 self._derived[batch] = derived
@@ -343,13 +345,11 @@ class Transposition:
         self._derived[batch] = self._eager("; ".join(reasons))
         return None
 
-    def _sample(self, batch: tuple[int, ...]) -> tuple[Sample, bool]:
-        """Evaluate the eager reference at random x and v; return also whether that of v is the quick one."""
+    def _random(self, batch: tuple[int, ...]) -> tuple[Tensors, Tensors]:
+        """Return random x and v."""
         generator = torch.Generator().manual_seed(20)
         domain, codomain = self.domain.with_batch(batch), self.codomain.with_batch(batch)
-        x, v = (space.leaves(space.randn(generator)) for space in (domain, codomain))
-        at_x, quick = self.reference.called(x), self.reference.quick_adjoint(copies(v))
-        return Sample(x, at_x, v, self.reference.adjoint(copies(v)) if quick is None else quick), quick is not None
+        return domain.leaves(domain.randn(generator)), codomain.leaves(codomain.randn(generator))
 
 
 def _keep(shortcuts: dict[str, Shortcut], name: str, derived: Derived, program: Program, *elements: Any) -> None:

@@ -105,6 +105,7 @@ def smooth(n: int) -> bool:
 
 def native(x: Tensor, weight: Tensor, bias: Tensor | None, site: Site) -> Tensor:
     """Return the convolution as PyTorch computes it."""
+    x = channels_last(x) if site.transposed else x
     return torch.convolution(
         x, weight, bias, site.stride, site.padding, site.dilation, site.transposed, site.output_padding, site.groups
     )
@@ -237,10 +238,14 @@ def polyphase(x: Tensor, kernel: Tensor, bias: Tensor | None, site: Site) -> Ten
     if missing > 0:
         x = aten.constant_pad_nd.default(x, [0, missing])
     bias = None if bias is None else bias.repeat_interleave(count)
-    y: Tensor = torch.mkldnn_convolution(x, kernel, bias, padding, stride, dilation, site.groups)
+    if torch.compiler.is_compiling():  # which knows no shape of the other
+        y = torch.convolution(x, kernel, bias, stride, padding, dilation, False, [0] * len(stride), site.groups)
+    else:
+        y = torch.mkldnn_convolution(x, kernel, bias, padding, stride, dilation, site.groups)
     y = y[..., :blocks].unflatten(1, (-1, count)).movedim(2, -1)
     y = y.reshape(x.shape[0], *site.output_shape[:-1], blocks * count)
-    return y[..., :wanted].contiguous()
+    found: Tensor = y[..., :wanted].contiguous()
+    return found
 
 
 def channels_last(image: Tensor) -> Tensor:
@@ -374,7 +379,7 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
     # glibc maps blocks as large as an image afresh each time, until one as large has been freed: without this, kernels
     # with many intermediate results would be measured as they are in a young process, at half of their speed.
     torch.empty(_LARGE, dtype=torch.uint8)
-    near, budget, rounds = (10 * _NEAR, math.inf, 7) if thorough else (_NEAR, _BUDGET, 3)
+    near, budget, rounds = (10 * _NEAR, math.inf, 7) if thorough else (_NEAR, _BUDGET, 1)
     expected = {name: _expected(name, site) for name in names}
     least = min(expected.values())
     order = [n for n in sorted(names, key=expected.__getitem__) if expected[n] <= max(near * least, _CHEAP)]
@@ -394,12 +399,15 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
         times[name] = min(first, second)
         spent += first + second
     close = list(times)
-    rounds = max(rounds, 12) if min(times.values()) < _CHEAP else rounds
-    for turn in range(rounds if spent < budget else 0):
+    rounds = max(rounds, min(12, int(2 * _CHEAP / max(min(times.values()), 1e-9))))
+    for turn in range(rounds):
         best = min(times.values())
         close = [name for name in close if times[name] <= (2 if turn < 3 else 1.5) * best]
-        for name in close if len(close) > 1 else ():
-            times[name] = min(times[name], run(name))
+        if len(close) == 1 or spent > budget:
+            break
+        for name in close:
+            taken = run(name)
+            times[name], spent = min(times[name], taken), spent + taken
     times = {name: t + _COLD.get(name, 0.0) for name, t in times.items()}
     fastest = min(times, key=times.__getitem__)
     native = times["native"] / 1.1 if "native" in times else expected["native"] / 1.5  # it is the more accurate

@@ -123,3 +123,14 @@ def test_a_changed_kernel_is_seen(change: str, kernel: str, monkeypatch: pytest.
         else:
             module.load_state_dict({"weight": 2 * module.weight})
     assert torch.equal(operator.H(v), 2 * before)
+
+
+def test_phases_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "choose", lambda *_, **__: "polyphase")
+    module = nn.Conv2d(1, 2, 3, padding=1, bias=False).requires_grad_(requires_grad=False)
+    eager, A = (al.linear_operator(module, (1, 1, 8, 9), engine=engine) for engine in ("eager", "compiled"))
+    assert A.engine == "compiled", A.explain()
+    generator = torch.Generator().manual_seed(0)
+    x, v = A.domain.randn(generator), A.codomain.randn(generator)
+    for a, b in ((eager(x), A(x)), (eager.H(v), A.H(v))):
+        assert float((a - b).norm()) <= 8 * A.domain.eps * float(a.norm())

@@ -22,39 +22,46 @@ def layer() -> nn.Module:
     return nn.Conv2d(1, 3, 3, padding=1, bias=False, dtype=torch.float64).requires_grad_(requires_grad=False)
 
 
-def test_the_quick_adjoint_is_the_adjoint(layer: nn.Module) -> None:
-    found = reference(layer)
-    v = torch.randn(2, 3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    (quick,), (plain,) = found.quick_adjoint((v,)), found.adjoint((v,))
-    assert_close(quick, plain, 1e-15)
+def random(*shape: int) -> tuple[Tensor]:
+    return (torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),)
 
 
-def test_it_starts_from_a_zero_with_the_channels_last(layer: nn.Module) -> None:
+X, V = random(2, 1, 6, 5), random(2, 3, 6, 5)
+
+
+def test_the_quick_sample_is_the_sample(layer: nn.Module) -> None:
+    quick, plain = reference(layer).quick_sample(X, V), reference(layer).sample(X, V)
+    assert_close(quick.at_x[0], plain.at_x[0], 1e-15)
+    assert_close(quick.at_v[0], plain.at_v[0], 1e-15)
+    assert quick.x is plain.x is X
+    assert quick.v is plain.v is V
+
+
+def test_its_x_has_the_channels_last(layer: nn.Module) -> None:
     seen = []
 
     def forward(x: Tensor) -> Tensor:
         seen.append(x.stride())
         return layer(x)
 
-    found, v = reference(forward), torch.zeros(2, 3, 6, 5, dtype=torch.float64)
+    reference(forward).quick_sample(X, V)
+    assert seen == [(30, 1, 5, 1)]
     with torch.no_grad():
-        found.quick_adjoint((v,))
-        found.adjoint((v,))
-    assert seen == [(30, 1, 5, 1), (30, 30, 5, 1)]
+        reference(forward).sample(X, V)
+    assert seen[1:] == 2 * [(30, 30, 5, 1)]
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 6, 5), (1, 6, 5), (6,)])
 def test_there_is_none_where_no_order_is_quicker(shape: tuple[int, ...]) -> None:
     domain = al.Space.of(al.TensorSpec(shape, torch.float64))
-    assert reference(lambda x: 2 * x, domain).quick_adjoint((torch.zeros(shape, dtype=torch.float64),)) is None
+    assert reference(lambda x: 2 * x, domain).quick_sample(random(*shape), random(*shape)) is None
 
 
 def test_there_is_none_where_the_function_refuses_it(layer: nn.Module) -> None:
     def forward(x: Tensor) -> Tensor:
         return layer(x).view(2, -1)  # three channels, and these last: no view of that shape
 
-    v = torch.zeros(2, 90, dtype=torch.float64)
-    assert reference(forward).quick_adjoint((v,)) is None
+    assert reference(forward).quick_sample(X, random(2, 90)) is None
     A = al.linear_operator(forward, IMAGE)
     assert A.engine == "traced", A.explain()
     assert al.check_adjoint(A).passed
@@ -65,11 +72,12 @@ def test_a_function_that_reads_strides_is_compared_with_the_plain_reference(laye
         y = layer(x)
         return y.as_strided((y.numel(),), (1,)) * torch.arange(1.0, 1 + y.numel(), dtype=y.dtype)
 
-    v = torch.randn(180, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = reference(forward)
-    assert float((found.quick_adjoint((v,))[0] - found.adjoint((v,))[0]).norm()) > 1  # another function, there
+    v = random(180)
+    quick, plain = reference(forward).quick_sample(X, v), reference(forward).sample(X, v)
+    assert float((quick.at_x[0] - plain.at_x[0]).norm()) > 1  # another function, there
+    assert float((quick.at_v[0] - plain.at_v[0]).norm()) > 1
     A = al.linear_operator(forward, IMAGE)
     assert A.engine == "traced", A.explain()
     x = draw(A.domain)
     assert_close(A(x), forward(x), A.domain.eps)
-    assert_close(A.H(v), found.adjoint((v,))[0], A.domain.eps)
+    assert_close(A.H(*v), plain.at_v[0], A.domain.eps)

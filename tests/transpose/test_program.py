@@ -1,0 +1,94 @@
+"""Graphs made callable: what is written in place, and what never is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from laws import assert_close, draw
+from torch import Tensor, fx, nn
+
+import adjointlab as al
+from adjointlab.transpose.program import _in_place
+
+X, W = torch.zeros(1, 1, 6), torch.zeros(1, 1, 3)
+
+
+def convolved(graph: fx.Graph, x: fx.Node, w: fx.Node) -> fx.Node:
+    node = graph.call_function(torch.convolution, (x, w, None, [1], [1], [1], False, [0], 1))
+    node.meta["val"] = X
+    return node
+
+
+def combined(graph: fx.Graph, op: Any, a: Any, b: Any, value: Tensor = X, **options: Any) -> fx.Node:
+    node = graph.call_function(op, (a, b), options)
+    node.meta["val"] = value
+    return node
+
+
+def rewritten(build: Callable[[fx.Graph, fx.Node, fx.Node], Any], second: Tensor = X) -> list[Any]:
+    """Return the targets of the sums and products of a graph of ``x``, ``y`` and a weight, after the rewriting."""
+    graph = fx.Graph()
+    x, y, w = (graph.placeholder(name) for name in "xyw")
+    for node, value in ((x, X), (y, second), (w, W)):
+        node.meta["val"] = value
+    result = build(graph, convolved(graph, x, w), y)
+    graph.output(result if isinstance(result, tuple) else (result,))
+    _in_place(graph)
+    return [n.target for n in graph.nodes if n.op == "call_function" and n.target is not torch.convolution]
+
+
+def test_what_nothing_else_reads_is_written_to() -> None:
+    assert rewritten(lambda g, c, y: combined(g, torch.sub, c, y)) == [torch.Tensor.sub_]
+    chain = rewritten(lambda g, c, y: combined(g, torch.mul, combined(g, torch.add, c, y), y))
+    assert chain == [torch.Tensor.add_, torch.Tensor.mul_]
+
+
+@pytest.mark.parametrize(
+    ("build", "second"),
+    [
+        (lambda g, c, y: combined(g, torch.sub, y, c), X),  # written to y, which is not ours
+        (lambda g, c, y: (combined(g, torch.sub, c, y), c), X),
+        (lambda g, c, y: combined(g, torch.mul, combined(g, torch.neg, c, y), y), X),
+        (lambda g, c, y: combined(g, torch.add, combined(g, torch.sub, c, y), c), X),  # read again, after the first
+        (lambda g, c, y: combined(g, torch.add, c, y, torch.zeros(2, 1, 6)), torch.zeros(2, 1, 6)),  # grows
+        (lambda g, c, y: combined(g, torch.add, c, y, X.double()), X.double()),
+        (lambda g, c, y: combined(g, torch.add, c, y, alpha=2), X),
+        (lambda g, c, y: combined(g, torch.add, c, 2.0), X),
+    ],
+)
+def test_all_else_is_left_alone(build: Callable[..., Any], second: Tensor) -> None:
+    assert not {torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.mul_} & set(rewritten(build, second)[:1])
+
+
+class Branches(nn.Module):
+    """Convolutions that are added, subtracted, multiplied and read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv1d(2, 2, 3, padding=1, bias=False) for _ in range(2))
+        self.register_buffer("mask", torch.rand(2, 9, generator=torch.Generator().manual_seed(2)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.a(x)
+        return self.b(x) - x, self.a(x) * self.mask + self.b(x), y + x, y
+
+
+def test_results_are_those_of_the_eager_engine() -> None:
+    module = Branches().double().requires_grad_(requires_grad=False)
+    mask = module.mask.clone()
+    domain = al.TensorSpec((3, 2, 9), torch.float64)
+    eager, traced = (al.linear_operator(module, domain, engine=engine) for engine in ("eager", "traced"))
+    x, y = draw(eager.domain, 1), draw(eager.codomain, 2)
+    kept = x.clone(), tuple(t.clone() for t in y)
+    assert traced.engine == "traced"
+    for _ in range(2):
+        assert_close(traced(x), eager(x), eager.domain.eps)
+        assert_close(traced.H(y), eager.H(y), eager.domain.eps)
+        gradients = [al.LeastSquares(A, y).gradient(x) for A in (eager, traced)]
+        assert_close(gradients[1], gradients[0], eager.domain.eps)
+    assert torch.equal(x, kept[0])
+    assert all(map(torch.equal, y, kept[1]))
+    assert torch.equal(module.mask, mask)
