@@ -80,7 +80,7 @@ class Capture:
     caches: tuple[Any, ...]  # of functions: cleared after a trace, so that no fake tensor stays
     functions: tuple[types.FunctionType, ...]
     parts: tuple[Any, ...]  # their code and defaults, which reloading changes in place
-    namespaces: tuple[tuple[dict[Any, Any], Any, list[Any], list[Any]], ...]  # with views of values, keys and values
+    namespaces: tuple[tuple[Any, Any, list[Any], list[Any]], ...]  # dicts, views of their values, keys and values
     others: tuple[tuple[Any, Any, Any], ...]  # the guards outside of these
     objects: tuple[Any, ...]
     types: list[type]  # of the objects: a class can be assigned
@@ -97,9 +97,9 @@ class Capture:
             return True
         guards = self.others
         for namespace, now, keys, values in self.namespaces:  # most often, every value is the very object that it was
-            if list(namespace) != keys or not all(map(_is, now, values)):
-                if len(keys) != len(namespace):
-                    return True
+            if list(namespace) != keys:  # the order may matter, too
+                return True
+            if not all(map(_is, now, values)):
                 guards = self.guards
         if guards and any(map(_differs, guards)):
             return True
@@ -197,7 +197,7 @@ def capture(function: Callable[..., Any], kwargs: Any = None) -> Capture:
     walk.visit(function, (function,), 0, "")
     walk.visit(kwargs, (kwargs,), 0, "kwargs")
     guards = [guard for guard in walk.guards if not isinstance(guard[0], tuple)]  # which cannot change
-    whole = {id(c): c for c, length in walk.lengths if length and type(c) in _NAMESPACES}
+    whole = {id(c): c for c, length in walk.lengths if length and isinstance(c, _NAMESPACES)}
     sets = [now for now, _ in walk.copies if isinstance(now, set) and not now]
     return Capture(
         tuple(walk.modules), tuple(walk.sources), tuple(guards),
@@ -341,8 +341,12 @@ class _Walk:
             self._seen.update({id(s.read()): s.read() for s in inner.sources})
             self.guards.extend(inner.guards)
             self.lengths.extend(inner.lengths)
+            self.lengths.extend((namespace, len(keys)) for namespace, _, keys, _ in inner.namespaces)
+            self.lengths.extend((empty, 0) for empty in inner.empty if not isinstance(empty, set))
+            self.copies.extend((empty, set()) for empty in inner.empty if isinstance(empty, set))
             self.copies.extend(inner.copies)
             self.containers.extend(inner.containers)
+            self.caches.extend(inner.caches)
             self.functions.extend(inner.functions)
             self.objects.extend(inner.objects)
 

@@ -320,8 +320,7 @@ class Transposition:
         reasons: list[str] = []
         with self.captured.preserved() as changes, torch.no_grad():
             x, v = self._random(batch)
-            quick = self.reference.quick_sample(x, v)
-            sample = quick or self.reference.sample(x, v)
+            sample = self.reference.quick_sample(x, v) or self.reference.sample(x, v)
         unchanged = self.domain.every(not changes)
         if not unchanged:
             reasons.append(f"stateful: the forward changes {', '.join(changes) or 'something on another process'}")
@@ -334,7 +333,7 @@ class Transposition:
                 compiled=mode == "compiled",
             )  # fmt: skip
             said = compare(sample)
-            if said and quick is sample:
+            if said and sample.quick:
                 with self.captured.preserved(), torch.no_grad():
                     sample = self.reference.sample(x, v)
                 said = compare(sample)

@@ -105,7 +105,6 @@ def smooth(n: int) -> bool:
 
 def native(x: Tensor, weight: Tensor, bias: Tensor | None, site: Site) -> Tensor:
     """Return the convolution as PyTorch computes it."""
-    x = channels_last(x) if site.transposed else x
     return torch.convolution(
         x, weight, bias, site.stride, site.padding, site.dilation, site.transposed, site.output_padding, site.groups
     )
@@ -347,6 +346,7 @@ def _direct_rate(site: Site) -> float:
 
 
 _NEAR = 6.0  # expectations closer than this factor do not decide
+_CLEAR = 20.0  # ... and where they are that far apart, not even a rate is measured
 _BUDGET = 0.03  # seconds that a measurement at build may take, unless the fastest kernel alone takes longer
 _LARGE = 31 << 20  # bytes, just below what is always mapped afresh
 _CHEAP = 1e-3  # what is expected to take less is run: the model is at its worst there
@@ -363,7 +363,10 @@ def choose(site: Site, *, measure: bool, thorough: bool = False) -> str:
     if len(names) > 1 and measure and site.device.type != "meta":
         if "flipped" in names:  # all others compute the plain convolution with the flipped kernel: often known by now
             plain = choose(flipped_site(site), measure=True, thorough=thorough)
-            names = ["native", "flipped" if plain == "native" else plain]
+            best = "flipped" if plain == "native" else plain
+            if predicted("native", site) > _CLEAR * predicted(best, site) and not thorough:
+                return best
+            names = ["native", best]
         return _fastest(site, tuple(names), thorough)
     times = {name: predicted(name, site) for name in names}
     best = min(times, key=times.__getitem__)

@@ -23,6 +23,7 @@ class Sample:
     at_x: Tensors
     v: Tensors
     at_v: Tensors
+    quick: bool = False  # by Reference.quick_sample
 
 
 def copies(leaves: Tensors) -> Tensors:

@@ -547,3 +547,87 @@ def test_what_cannot_be_verified_is_refused_at_every_call() -> None:
 def test_lazy_modules_have_to_run_once() -> None:
     with pytest.raises(al.SpaceMismatchError, match="run the module once before"):
         al.linear_operator(nn.LazyLinear(3, bias=False), (2,))
+
+
+# -- the order of things, and what is inside of an operator ------------------------------------------------------------
+
+
+class Chained(nn.Module):
+    """Two linear maps, one after the other, in the order in which something holds them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        parts = {name: torch.randn(3, 3, generator=generator) for name in "ab"}
+        self.kind = kind
+        if kind == "modules":
+            self.parts = nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in parts})
+        elif kind == "ordered":
+            self.parts = collections.OrderedDict(parts)
+        elif kind == "attributes":
+            self.parts = types.SimpleNamespace(**parts)
+        elif kind == "dict":
+            self.parts = parts
+        else:
+            for name, part in parts.items():
+                self.register_buffer(name, part)
+
+    def contents(self):
+        """Return the dict that holds the parts."""
+        if self.kind == "buffers":
+            return self._buffers
+        return vars(self.parts) if self.kind == "attributes" else self.parts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.contents().values():
+            x = part(x) if isinstance(part, nn.Module) else part @ x
+        return x
+
+    def turn(self) -> None:
+        """Put the first part behind the second."""
+        parts = self.contents()
+        if self.kind == "ordered":
+            parts.move_to_end("a")
+        else:
+            parts["a"] = parts.pop("a")
+
+
+@every_engine
+@pytest.mark.parametrize("kind", ["modules", "buffers", "dict", "ordered", "attributes"])
+def test_order(kind: str, engine: str) -> None:
+    module = Chained(kind).requires_grad_(requires_grad=False)
+    follows(module, module.turn, engine)
+
+
+class Growing:
+    """A matrix, times what a list, a dict and an attribute hold, if anything."""
+
+    def __init__(self) -> None:
+        self.factors: list[float] = []
+        self.weights = {"a": 0.5}
+        self.labels: set[float] = set()
+        self.matrix = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.matrix @ x
+        for factor in (*self.factors, *self.weights.values(), *self.labels):
+            y = factor * y
+        return getattr(self, "gain", 1.0) * y
+
+
+@every_engine
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda o: o.factors.append(3.0),
+        lambda o: o.weights.update(b=3.0),
+        lambda o: o.labels.add(3.0),
+        lambda o: setattr(o, "gain", 3.0),
+    ],
+    ids=["list", "dict", "set", "attribute"],
+)
+def test_what_an_operator_inside_of_a_function_depends_on_grows(change, engine: str) -> None:
+    map_ = Growing()
+    inner = al.linear_operator(map_.forward, (3,), engine=engine)
+    inner(inner.domain.zeros())
+    follows(lambda x: 2 * inner(x), lambda: change(map_), engine)

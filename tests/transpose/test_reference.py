@@ -8,9 +8,10 @@ from laws import assert_close, draw
 from torch import Tensor, nn
 
 import adjointlab as al
+from adjointlab.transpose import kernels
 from adjointlab.transpose.reference import Reference
 
-IMAGE = al.Space.of(al.TensorSpec((2, 1, 6, 5), torch.float64))
+IMAGE = al.Space.of(al.TensorSpec((2, 1, 64, 40), torch.float64))
 
 
 def reference(function: object, domain: al.Space = IMAGE) -> Reference:
@@ -26,7 +27,7 @@ def random(*shape: int) -> tuple[Tensor]:
     return (torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),)
 
 
-X, V = random(2, 1, 6, 5), random(2, 3, 6, 5)
+X, V = random(2, 1, 64, 40), random(2, 3, 64, 40)
 
 
 def test_the_quick_sample_is_the_sample(layer: nn.Module) -> None:
@@ -45,13 +46,13 @@ def test_its_x_has_the_channels_last(layer: nn.Module) -> None:
         return layer(x)
 
     reference(forward).quick_sample(X, V)
-    assert seen == [(30, 1, 5, 1)]
+    assert seen == [(2560, 1, 40, 1)]
     with torch.no_grad():
         reference(forward).sample(X, V)
-    assert seen[1:] == 2 * [(30, 30, 5, 1)]
+    assert seen[1:] == 2 * [(2560, 2560, 40, 1)]
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 6, 5), (1, 6, 5), (6,)])
+@pytest.mark.parametrize("shape", [(2, 3, 64, 40), (1, 64, 80), (5000,), (2, 1, 6, 5)])
 def test_there_is_none_where_no_order_is_quicker(shape: tuple[int, ...]) -> None:
     domain = al.Space.of(al.TensorSpec(shape, torch.float64))
     assert reference(lambda x: 2 * x, domain).quick_sample(random(*shape), random(*shape)) is None
@@ -61,7 +62,7 @@ def test_there_is_none_where_the_function_refuses_it(layer: nn.Module) -> None:
     def forward(x: Tensor) -> Tensor:
         return layer(x).view(2, -1)  # three channels, and these last: no view of that shape
 
-    assert reference(forward).quick_sample(X, random(2, 90)) is None
+    assert reference(forward).quick_sample(X, random(2, 7680)) is None
     A = al.linear_operator(forward, IMAGE)
     assert A.engine == "traced", A.explain()
     assert al.check_adjoint(A).passed
@@ -72,7 +73,7 @@ def test_a_function_that_reads_strides_is_compared_with_the_plain_reference(laye
         y = layer(x)
         return y.as_strided((y.numel(),), (1,)) * torch.arange(1.0, 1 + y.numel(), dtype=y.dtype)
 
-    v = random(180)
+    v = random(15360)
     quick, plain = reference(forward).quick_sample(X, v), reference(forward).sample(X, v)
     assert float((quick.at_x[0] - plain.at_x[0]).norm()) > 1  # another function, there
     assert float((quick.at_v[0] - plain.at_v[0]).norm()) > 1
@@ -81,3 +82,41 @@ def test_a_function_that_reads_strides_is_compared_with_the_plain_reference(laye
     x = draw(A.domain)
     assert_close(A(x), forward(x), A.domain.eps)
     assert_close(A.H(*v), plain.at_v[0], A.domain.eps)
+
+
+def test_a_wrong_kernel_is_not_taken_for_the_difference_that_strides_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernels.KERNELS["flipped"]
+    monkeypatch.setitem(kernels.KERNELS, "flipped", lambda *arguments: 3 * right(*arguments))
+    monkeypatch.setattr(
+        kernels, "choose", lambda site, **_: "flipped" if "flipped" in kernels.available(site) else "native"
+    )
+    layer = nn.Conv2d(1, 3, 3, padding=1, bias=False, dtype=torch.float64).requires_grad_(requires_grad=False)
+
+    def forward(x: Tensor) -> Tensor:
+        y = layer(x)
+        return y * (2 if y.stride(1) == 1 else 1)
+
+    A = al.linear_operator(forward, IMAGE)
+    assert "lowered: the derived adjoint differs" in A.explain()
+    assert_close(A.H(V[0]), reference(forward).adjoint(V)[0], A.domain.eps)
+
+
+@pytest.mark.parametrize("kind", [AssertionError, TypeError, RuntimeError])
+def test_there_is_none_where_a_derivative_refuses_it(kind: type[Exception]) -> None:
+    class Strict(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output) -> None:
+            ctx.stride = inputs[0].stride()
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> Tensor:
+            if gradient.stride() != ctx.stride:
+                raise kind("other strides")
+            return 2 * gradient
+
+    assert reference(Strict.apply).quick_sample(X, X) is None
+    assert al.linear_operator(Strict.apply, IMAGE).engine == "traced"
