@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -241,9 +242,10 @@ def polyphase(x: Tensor, kernel: Tensor, bias: Tensor | None, site: Site) -> Ten
         y = torch.convolution(x, kernel, bias, stride, padding, dilation, False, [0] * len(stride), site.groups)
     else:
         y = torch.mkldnn_convolution(x, kernel, bias, padding, stride, dilation, site.groups)
-    y = y[..., :blocks].unflatten(1, (-1, count)).movedim(2, -1)
+    y = y if y.shape[-1] == blocks else y[..., :blocks]
+    y = y.view(y.shape[0], -1, count, *y.shape[2:]).movedim(2, -1)
     y = y.reshape(x.shape[0], *site.output_shape[:-1], blocks * count)
-    found: Tensor = y[..., :wanted].contiguous()
+    found: Tensor = y if blocks * count == wanted else y[..., :wanted].contiguous()
     return found
 
 
@@ -349,6 +351,7 @@ _NEAR = 6.0  # expectations closer than this factor do not decide
 _CLEAR = 20.0  # ... and where they are that far apart, not even a rate is measured
 _BUDGET = 0.03  # seconds that a measurement at build may take, unless the fastest kernel alone takes longer
 _LARGE = 31 << 20  # bytes, just below what is always mapped afresh
+_RUNS = 4  # of a cheap kernel before it is judged: threads have to wake up
 _CHEAP = 1e-3  # what is expected to take less is run: the model is at its worst there
 _COLD = {"fft": 8e-5, "tapped": 2e-5}  # what kernels of many ops lose between other work, and not in a row of runs
 _PROBE = 1e6  # multiplications that show a direct kernel's rate: a few milliseconds of the slowest
@@ -389,28 +392,35 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
     if len(order) == 1:
         return order[0]
     run = _runner(site)
-    times: dict[str, float] = {}  # the least of each: what else runs on the machine only adds to it
+    seen: dict[str, list[float]] = {}
+    times: dict[str, float] = {}  # the typical one of each
     spent = 0.0
+
+    def once_more(name: str) -> None:
+        nonlocal spent
+        seen.setdefault(name, []).append(run(name))
+        times[name] = statistics.median_low(seen[name])
+        spent += seen[name][-1]
+
     for name in order:
         best = min(times.values(), default=math.inf)
         costly = name != "native" and spent + 2 * expected[name] > budget and expected[name] > 2 * best
         if costly or expected[name] > max((near if name == "native" else near / 2) * best, _CHEAP):
             continue
-        first = run(name)
-        behind = 2 * best <= first <= 2 * expected[name]  # what takes longer than that, has plans and threads to make
-        second = first if behind else run(name)
-        times[name] = min(first, second)
-        spent += first + second
+        once_more(name)
+        if times[name] > max(2 * best, _RUNS * _CHEAP):  # in less than that, threads wake up and memory is mapped
+            continue
+        while len(seen[name]) < 2 or (len(seen[name]) < _RUNS and sum(seen[name]) < _RUNS * _CHEAP):
+            once_more(name)
     close = list(times)
     rounds = max(rounds, min(12, int(2 * _CHEAP / max(min(times.values()), 1e-9))))
     for turn in range(rounds):
         best = min(times.values())
-        close = [name for name in close if times[name] <= (2 if turn < 3 else 1.5) * best]
+        close = [name for name in close if times[name] <= (3 if turn < 3 else 1.5) * best]
         if len(close) == 1 or spent > budget:
             break
         for name in close:
-            taken = run(name)
-            times[name], spent = min(times[name], taken), spent + taken
+            once_more(name)
     times = {name: t + _COLD.get(name, 0.0) for name, t in times.items()}
     fastest = min(times, key=times.__getitem__)
     native = times["native"] / 1.1 if "native" in times else expected["native"] / 1.5  # it is the more accurate
