@@ -423,7 +423,7 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
             once_more(name)
     times = {name: t + _COLD.get(name, 0.0) for name, t in times.items()}
     fastest = min(times, key=times.__getitem__)
-    native = times["native"] / 1.1 if "native" in times else expected["native"] / 1.5  # it is the more accurate
+    native = times["native"] / 1.2 if "native" in times else expected["native"] / 1.5  # it is the more accurate
     return "native" if native <= times[fastest] else fastest
 
 
