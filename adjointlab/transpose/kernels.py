@@ -355,6 +355,7 @@ _RUNS = 4  # of a cheap kernel before it is judged: threads have to wake up
 _CHEAP = 1e-3  # what is expected to take less is run: the model is at its worst there
 _COLD = {"fft": 8e-5, "tapped": 2e-5}  # what kernels of many ops lose between other work, and not in a row of runs
 _PROBE = 1e6  # multiplications that show a direct kernel's rate: a few milliseconds of the slowest
+_OVERHEADS = 3e-4  # seconds
 
 
 def choose(site: Site, *, measure: bool, thorough: bool = False) -> str:
@@ -434,9 +435,12 @@ def _expected(name: str, site: Site) -> float:
     """
     if name not in {"native", "flipped"} or site.macs <= 4 * _PROBE:
         return predicted(name, site)
-    part = _part(site, _PROBE / site.macs)
-    run = _runner(part)
-    return min(run(name), run(name)) * site.macs / part.macs
+    work, taken, part = _PROBE, 0.0, site
+    while taken < _OVERHEADS and 4 * work <= site.macs:  # what takes less says more of calls and threads than of rates
+        part = _part(site, work / site.macs)
+        run = _runner(part)
+        taken, work = min(run(name), run(name)), 4 * work
+    return taken * site.macs / part.macs
 
 
 def _part(site: Site, share: float) -> Site:
