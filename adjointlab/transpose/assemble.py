@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adjointlab.space import Space
-from adjointlab.transpose import kernels, pair
+from adjointlab.transpose import choice, kernels, pair
 from adjointlab.transpose.account import Account, listing
 from adjointlab.transpose.agreement import alike
 from adjointlab.transpose.capture import Capture
@@ -142,7 +142,7 @@ def _program(graph: Graph, *, choices: Choices, mode: str, lines: list[str]) -> 
     """Return a graph as a program, lowered unless that is turned off; add a line on each kernel."""
 
     def choose(site: Site) -> str:
-        return kernels.choose(site, measure=True, thorough=choices.autotune)
+        return choice.choose(site, measure=True, thorough=choices.autotune)
 
     if mode == "plain" or not choices.lowering:
         return Program(graph, graph)

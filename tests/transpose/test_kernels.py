@@ -1,16 +1,16 @@
 """Every kernel computes the same convolution, about as accurately as the native one."""
 
 import math
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sites import square
 from torch import Tensor
 
 from adjointlab.transpose import kernels
-from adjointlab.transpose.kernels import KERNELS, PREPARE, Site, available, choose, fast_length, sized, smooth
+from adjointlab.transpose.kernels import KERNELS, PREPARE, Site, available, fast_length, sized, smooth
 
 
 @st.composite
@@ -76,14 +76,6 @@ def test_kernels_agree(site: Site, dtype: torch.dtype) -> None:
         assert float((found - exact).abs().max()) <= 4 * math.sqrt(terms) * torch.finfo(dtype).eps * scale
 
 
-def square(n: int, k: int, dims: int, *, transposed: bool, dtype: torch.dtype = torch.float32) -> Site:
-    shape = (1, *[n] * dims)
-    one, zero = (1,) * dims, (0,) * dims
-    return sized(
-        Site(1, shape, shape, (k,) * dims, one, (k // 2,) * dims, one, transposed, zero, 1, dtype, torch.device("cpu"))
-    )
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("n", "k", "dims"), [(512, 9, 1), (64, 3, 2), (64, 7, 2), (128, 11, 2), (16, 3, 3), (24, 5, 3)]
@@ -103,61 +95,6 @@ def test_few_terms_are_no_work_for_a_transform() -> None:
 
 def test_half_precision_stays_native() -> None:
     assert available(square(64, 11, 2, transposed=False, dtype=torch.bfloat16)) == ["native"]
-
-
-def test_large_kernels_go_to_the_transform_without_measuring() -> None:
-    assert choose(square(512, 31, 2, transposed=True), measure=False) == "fft"
-
-
-def test_many_channels_stay_native_without_measuring() -> None:
-    site = sized(square(64, 3, 2, transposed=False)._replace(input_shape=(64, 64, 64), output_shape=(64, 64, 64)))
-    assert choose(site, measure=False) == "native"
-
-
-@pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
-    """Give kernels made-up times; returns the list of those that were run."""
-
-    def install(**seconds: float) -> list[str]:
-        seen: list[str] = []
-
-        def run(name: str) -> float:
-            seen.append(name)
-            return seconds.get(name, 1.0)
-
-        monkeypatch.setattr(kernels, "_runner", lambda site: run)
-        kernels._fastest.cache_clear()
-        return seen
-
-    yield install
-    kernels._fastest.cache_clear()
-
-
-def test_thorough_choice_is_the_measured_one(timed: Callable[..., list[str]]) -> None:
-    seen = timed(tapped=0.5)
-    assert choose(square(64, 7, 2, transposed=True), measure=True, thorough=True) == "tapped"
-    assert "native" in seen
-
-
-def test_a_tie_stays_native(timed: Callable[..., list[str]]) -> None:
-    timed()
-    assert choose(square(64, 7, 2, transposed=True), measure=True, thorough=True) == "native"
-
-
-def test_what_is_far_behind_is_not_run(timed: Callable[..., list[str]]) -> None:
-    seen = timed(fft=1e-4, tapped=2e-4, flipped=3e-3, native=1e-1)
-    assert choose(square(512, 11, 2, transposed=True), measure=True) == "fft"
-    assert seen.count("native") == 2  # on a part of the image, to know the rate of the plain one
-
-
-def test_a_transposed_convolution_is_computed_as_the_plain_one_that_it_is(timed: Callable[..., list[str]]) -> None:
-    seen = timed(fft=1e-4)
-    plain, transposed = (square(512, 11, 2, transposed=transposed) for transposed in (False, True))
-    assert kernels.flipped_site(transposed) == plain
-    assert choose(plain, measure=True) == "fft"
-    seen.clear()
-    assert choose(transposed, measure=True) == "fft"
-    assert not {"flipped", "tapped", "polyphase"} & set(seen)
 
 
 @pytest.mark.parametrize("width", [17, 31, 32, 64, 500])
@@ -187,16 +124,6 @@ def test_images_of_one_channel_are_in_both_orders(shape: tuple[int, ...]) -> Non
         assert found is image
 
 
-def test_the_part_that_is_run_is_a_convolution_of_the_same_kind() -> None:
-    for transposed in (False, True):
-        site = square(512, 11, 2, transposed=transposed)
-        part = kernels._part(site, 0.01)
-        assert 0.005 < part.macs / site.macs < 0.02
-        x = torch.randn(part.batch, *part.input_shape)
-        weight = torch.randn(1, 1, 11, 11)
-        assert kernels.native(x, weight, None, part).shape == (part.batch, *part.output_shape)
-
-
 @given(st.integers(1, 5000))
 def test_fast_lengths_are_the_next_even_smooth_numbers(n: int) -> None:
     length = fast_length(n)
@@ -220,11 +147,3 @@ def test_rows_are_spread_without_a_change_of_value(size: tuple[int, ...]) -> Non
     assert torch.equal(spread, rows)
     assert (spread is rows) is (size == (9, 20))
     assert spread.stride(-1) % 128 != 0 or spread is rows
-
-
-def test_the_part_that_is_run_has_outputs_whatever_the_padding() -> None:
-    site = square(512, 3, 2, transposed=True)
-    wide = site._replace(padding=(20, 20), output_shape=(site.output_shape[0], *[512 - 1 + 3 - 40] * 2))
-    part = kernels._part(wide, 1e-4)
-    assert min(part.output_shape) >= 1
-    assert part.macs < site.macs

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import adjointlab as al
-from adjointlab.transpose import kernels
+from adjointlab.transpose import choice, kernels
 
 CASES = [
     (nn.Conv1d, (1, 1, 200), {"kernel_size": 31, "padding": 15}),
@@ -28,7 +28,7 @@ def test_forced_kernels_equal_plain(
     def choose(site: kernels.Site, **options: bool) -> str:
         return forced if forced in kernels.available(site) else "native"
 
-    monkeypatch.setattr(kernels, "choose", choose)
+    monkeypatch.setattr(choice, "choose", choose)
     module = layer(shape[1], 1, bias=False, dtype=dtype, **settings).requires_grad_(False)
     plain = al.linear_operator(module, shape, lowering=False)
     lowered = al.linear_operator(module, shape)
@@ -56,7 +56,7 @@ CYCLIC = [
 def test_circular_padding_is_left_to_the_transform(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], settings: dict, size: str
 ) -> None:
-    monkeypatch.setattr(kernels, "choose", lambda site, **_: kernels.transformed(site))
+    monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
     module = layer(shape[1], shape[1], padding_mode="circular", bias=False, dtype=torch.float64, **settings)
     module.requires_grad_(False)
@@ -71,7 +71,7 @@ def test_circular_padding_is_left_to_the_transform(
 
 @pytest.mark.parametrize("almost", ["reversed", "scaled", "one side", "replicated"])
 def test_what_only_resembles_circular_padding_is_not_taken_for_it(almost: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "choose", lambda site, **_: kernels.transformed(site))
+    monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
     conv = nn.Conv1d(1, 1, 9, bias=False, dtype=torch.float64).requires_grad_(False)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def test_what_only_resembles_circular_padding_is_not_taken_for_it(almost: str, m
 
 
 def test_lowering_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "choose", lambda site, **_: kernels.transformed(site))
+    monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
     module = nn.Conv2d(1, 1, 31, padding=15, bias=False)
     assert "fft" in al.linear_operator(module, (1, 1, 256, 256), check=True).explain()
     text = al.linear_operator(module, (1, 1, 256, 256), lowering=False).explain()
@@ -105,7 +105,7 @@ def test_lowering_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kernel", ["fft", "polyphase", "tapped"])
 @pytest.mark.parametrize("change", ["in place", "data", "assignment", "numpy", "load_state_dict"])
 def test_a_changed_kernel_is_seen(change: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "choose", lambda *_, **__: kernel)
+    monkeypatch.setattr(choice, "choose", lambda *_, **__: kernel)
     module = nn.Conv2d(1, 1, 7, padding=3, bias=False)
     operator = al.linear_operator(module, (1, 1, 32, 32))
     assert kernel in operator.explain()
@@ -126,7 +126,7 @@ def test_a_changed_kernel_is_seen(change: str, kernel: str, monkeypatch: pytest.
 
 
 def test_phases_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "choose", lambda *_, **__: "polyphase")
+    monkeypatch.setattr(choice, "choose", lambda *_, **__: "polyphase")
     module = nn.Conv2d(1, 2, 3, padding=1, bias=False).requires_grad_(requires_grad=False)
     eager, A = (al.linear_operator(module, (1, 1, 8, 9), engine=engine) for engine in ("eager", "compiled"))
     assert A.engine == "compiled", A.explain()

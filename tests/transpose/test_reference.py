@@ -8,7 +8,7 @@ from laws import assert_close, draw
 from torch import Tensor, nn
 
 import adjointlab as al
-from adjointlab.transpose import kernels
+from adjointlab.transpose import choice, kernels
 from adjointlab.transpose.reference import Reference
 
 IMAGE = al.Space.of(al.TensorSpec((2, 1, 64, 40), torch.float64))
@@ -88,7 +88,7 @@ def test_a_wrong_kernel_is_not_taken_for_the_difference_that_strides_make(monkey
     right = kernels.KERNELS["flipped"]
     monkeypatch.setitem(kernels.KERNELS, "flipped", lambda *arguments: 3 * right(*arguments))
     monkeypatch.setattr(
-        kernels, "choose", lambda site, **_: "flipped" if "flipped" in kernels.available(site) else "native"
+        choice, "choose", lambda site, **_: "flipped" if "flipped" in kernels.available(site) else "native"
     )
     layer = nn.Conv2d(1, 3, 3, padding=1, bias=False, dtype=torch.float64).requires_grad_(requires_grad=False)
 

@@ -1,0 +1,202 @@
+"""Which of the equal kernels is the fastest for a convolution: by a cost model, and by a short measurement."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from adjointlab.transpose.kernels import KERNELS, PREPARE, Site, available, flipped_site
+
+# Rates of the cost model, in multiplications or FFT steps a second: measured on two cores of a current server for the
+# CPU (see docs/benchmarks.md), taken from published throughputs for CUDA. They need to be right to a factor of a few
+# only: what is closer than that is settled by a short measurement, or left native.
+_FFT_RATE = {"cpu": 8e9, "cuda": 4e11}
+_FFT_OVERHEAD = {"cpu": 2e-4, "cuda": 1e-4}
+_PRODUCT_RATE = {"cpu": 6e8, "cuda": 1e11}
+_TAP_OVERHEAD = 1e-5
+_PHASES_OVERHEAD = 6e-5
+_OVERHEAD = 2e-5
+
+
+def predicted(name: str, site: Site) -> float:
+    """Return the expected time of a kernel, in seconds."""
+    kind = site.device.type if site.device.type in _FFT_RATE else "cuda"
+    c_in, c_out = site.input_shape[0], site.output_shape[0]
+    if name == "fft":
+        points = site.batch * math.prod(site.fft_size)
+        steps = (c_in + c_out) * points * math.log2(max(2, math.prod(site.fft_size)))
+        products = c_in * c_out // site.groups * points / 2
+        return _FFT_OVERHEAD[kind] + steps / _FFT_RATE[kind] + products / _PRODUCT_RATE[kind]
+    if name == "tapped":
+        size = site.batch * math.prod(site.output_shape)
+        count = math.prod(site.kernel)
+        cached = size * site.dtype.itemsize < 1 << 23
+        rate = {"cpu": 1.6e10 if cached else 5e9, "cuda": 1e11}[kind]
+        return count * (_TAP_OVERHEAD + size * site.dtype.itemsize / 4 / rate)
+    if name == "polyphase":
+        wide = site.stride[-1] * (site.phases - 1) + site.extent[-1]
+        size = site.batch * math.prod(site.output_shape)
+        return _PHASES_OVERHEAD + site.macs * wide / site.kernel[-1] / 7e10 + size * 1e-9
+    if kind != "cpu":
+        return _OVERHEAD + site.macs / 1e12
+    return _OVERHEAD + site.macs / _direct_rate(site)
+
+
+def _direct_rate(site: Site) -> float:
+    """Return multiplications a second of the CPU's direct kernels, which live on channels to vectorise over."""
+    c_in, c_out = site.input_shape[0] // site.groups, site.output_shape[0] // site.groups
+    narrow = min(c_in, c_out) < 4
+    if len(site.kernel) == 3:
+        rate = 3e9 if c_out >= 4 and not site.transposed else 4e8 if c_in >= 4 else 1e9
+        if site.transposed:
+            rate = 3e9 if c_in >= 4 else 3e8
+    elif site.transposed:
+        rate = min(8e9 if narrow else 3e10, 4e8 * (c_in * c_out) ** 0.85)
+    else:
+        rate = min(2e10, 1e9 * (c_in * c_out) ** 0.75)
+    return rate
+
+
+_NEAR = 6.0  # expectations closer than this factor do not decide
+_CLEAR = 20.0  # ... and where they are that far apart, not even a rate is measured
+_BUDGET = 0.03  # seconds that a measurement at build may take, unless the fastest kernel alone takes longer
+_LARGE = 31 << 20  # bytes, just below what is always mapped afresh
+_RUNS = 4  # of a cheap kernel before it is judged: threads have to wake up
+_CHEAP = 1e-3  # what is expected to take less is run: the model is at its worst there
+_COLD = {"fft": 8e-5, "tapped": 2e-5}  # what kernels of many ops lose between other work, and not in a row of runs
+_PROBE = 1e6  # multiplications that show a direct kernel's rate: a few milliseconds of the slowest
+_OVERHEADS = 3e-4  # seconds
+
+
+def choose(site: Site, *, measure: bool, thorough: bool = False) -> str:
+    """Return the kernel for a site: by the model where it is clear, else by a short measurement if allowed.
+
+    ``thorough`` measures every kernel that could be near, whatever it costs.
+    """
+    names = available(site)
+    if len(names) > 1 and measure and site.device.type != "meta":
+        if "flipped" in names:  # all others compute the plain convolution with the flipped kernel: often known by now
+            plain = choose(flipped_site(site), measure=True, thorough=thorough)
+            best = "flipped" if plain == "native" else plain
+            if predicted("native", site) > _CLEAR * predicted(best, site) and not thorough:
+                return best
+            names = ["native", best]
+        return _fastest(site, tuple(names), thorough)
+    times = {name: predicted(name, site) for name in names}
+    best = min(times, key=times.__getitem__)
+    return best if 2 * times[best] < times["native"] else "native"
+
+
+@functools.cache
+def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
+    """Return the kernel that is fastest as measured; cached, as the machine does not change.
+
+    Kernels run in the order of their expected times, so that one that is far behind what was seen need not run.
+    """
+    # glibc maps blocks as large as an image afresh each time, until one as large has been freed: without this, kernels
+    # with many intermediate results would be measured as they are in a young process, at half of their speed.
+    torch.empty(_LARGE, dtype=torch.uint8)
+    near, budget, rounds = (10 * _NEAR, math.inf, 7) if thorough else (_NEAR, _BUDGET, 1)
+    expected = {name: _expected(name, site) for name in names}
+    least = min(expected.values())
+    order = [n for n in sorted(names, key=expected.__getitem__) if expected[n] <= max(near * least, _CHEAP)]
+    if len(order) == 1:
+        return order[0]
+    run = _runner(site)
+    seen: dict[str, list[float]] = {}
+    times: dict[str, float] = {}  # the typical one of each
+    spent = 0.0
+
+    def once_more(name: str) -> None:
+        nonlocal spent
+        seen.setdefault(name, []).append(run(name))
+        times[name] = statistics.median_low(seen[name])
+        spent += seen[name][-1]
+
+    for name in order:
+        best = min(times.values(), default=math.inf)
+        costly = name != "native" and spent + 2 * expected[name] > budget and expected[name] > 2 * best
+        if costly or expected[name] > max((near if name == "native" else near / 2) * best, _CHEAP):
+            continue
+        once_more(name)
+        if times[name] > max(2 * best, _RUNS * _CHEAP):  # in less than that, threads wake up and memory is mapped
+            continue
+        while len(seen[name]) < 2 or (len(seen[name]) < _RUNS and sum(seen[name]) < _RUNS * _CHEAP):
+            once_more(name)
+    close = list(times)
+    rounds = max(rounds, min(12, int(2 * _CHEAP / max(min(times.values()), 1e-9))))
+    for turn in range(rounds):
+        best = min(times.values())
+        close = [name for name in close if times[name] <= (3 if turn < 3 else 1.5) * best]
+        if len(close) == 1 or spent > budget:
+            break
+        for name in close:
+            once_more(name)
+    times = {name: t + _COLD.get(name, 0.0) for name, t in times.items()}
+    fastest = min(times, key=times.__getitem__)
+    native = times["native"] / 1.2 if "native" in times else expected["native"] / 1.5  # it is the more accurate
+    return "native" if native <= times[fastest] else fastest
+
+
+def _expected(name: str, site: Site) -> float:
+    """Return the expected time of a kernel, that of a direct one from its rate on a part of the image.
+
+    The rates of direct kernels differ a hundredfold with channels, size and processor, which no model knows.
+    """
+    if name not in {"native", "flipped"} or site.macs <= 4 * _PROBE:
+        return predicted(name, site)
+    work, taken, part = _PROBE, 0.0, site
+    while taken < _OVERHEADS and 4 * work <= site.macs:  # what takes less says more of calls and threads than of rates
+        part = _part(site, work / site.macs)
+        run = _runner(part)
+        taken, work = min(run(name), run(name)), 4 * work
+    return taken * site.macs / part.macs
+
+
+def _part(site: Site, share: float) -> Site:
+    """Return the site on a part of the batch and image, as close to ``share`` of the work as sizes allow."""
+    batch = max(1, int(site.batch * share))
+    scale = (share * site.batch / batch) ** (1 / len(site.kernel))
+    source, target = [], []
+    for n, e, s, p, o in zip(
+        site.input_shape[1:], site.extent, site.stride, site.padding, site.output_padding, strict=True
+    ):
+        size = min(n, max(int(n * scale), e, 8 + 2 * p))  # some outputs are left, whatever the padding takes off
+        source.append(size)
+        target.append((size - 1) * s + e - 2 * p + o if site.transposed else (size + 2 * p - e) // s + 1)
+    return site._replace(
+        batch=batch, input_shape=(site.input_shape[0], *source), output_shape=(site.output_shape[0], *target)
+    )
+
+
+def _runner(site: Site) -> Callable[[str], float]:
+    """Return a function that runs the kernel of a name on random data, and returns the seconds that it took."""
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, dtype=site.dtype)
+    c_in, c_out = site.input_shape[0], site.output_shape[0]
+    first, second = (c_in, c_out // site.groups) if site.transposed else (c_out, c_in // site.groups)
+    x = draw(site.batch, *site.input_shape).to(site.device)
+    weight = draw(first, second, *site.kernel).to(site.device)
+    prepared: dict[str, Tensor] = {"native": weight}
+
+    def run(name: str) -> float:
+        if name not in prepared:
+            prepared[name] = PREPARE[name](weight, site)
+        _wait(site.device)
+        start = time.perf_counter()
+        KERNELS[name](x, prepared[name], None, site)
+        _wait(site.device)
+        return time.perf_counter() - start
+
+    return run
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

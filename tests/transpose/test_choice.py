@@ -1,0 +1,84 @@
+"""Which kernel is chosen, given what they would take."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from sites import square
+
+from adjointlab.transpose import choice, kernels
+from adjointlab.transpose.choice import choose
+from adjointlab.transpose.kernels import sized
+
+
+def test_large_kernels_go_to_the_transform_without_measuring() -> None:
+    assert choose(square(512, 31, 2, transposed=True), measure=False) == "fft"
+
+
+def test_many_channels_stay_native_without_measuring() -> None:
+    site = sized(square(64, 3, 2, transposed=False)._replace(input_shape=(64, 64, 64), output_shape=(64, 64, 64)))
+    assert choose(site, measure=False) == "native"
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """Give kernels made-up times; returns the list of those that were run."""
+
+    def install(**seconds: float) -> list[str]:
+        seen: list[str] = []
+
+        def run(name: str) -> float:
+            seen.append(name)
+            return seconds.get(name, 1.0)
+
+        monkeypatch.setattr(choice, "_runner", lambda site: run)
+        choice._fastest.cache_clear()
+        return seen
+
+    yield install
+    choice._fastest.cache_clear()
+
+
+def test_thorough_choice_is_the_measured_one(timed: Callable[..., list[str]]) -> None:
+    seen = timed(tapped=0.5)
+    assert choose(square(64, 7, 2, transposed=True), measure=True, thorough=True) == "tapped"
+    assert "native" in seen
+
+
+def test_a_tie_stays_native(timed: Callable[..., list[str]]) -> None:
+    timed()
+    assert choose(square(64, 7, 2, transposed=True), measure=True, thorough=True) == "native"
+
+
+def test_what_is_far_behind_is_not_run(timed: Callable[..., list[str]]) -> None:
+    seen = timed(fft=1e-4, tapped=2e-4, flipped=3e-3, native=1e-1)
+    assert choose(square(512, 11, 2, transposed=True), measure=True) == "fft"
+    assert seen.count("native") == 2  # on a part of the image, to know the rate of the plain one
+
+
+def test_a_transposed_convolution_is_computed_as_the_plain_one_that_it_is(timed: Callable[..., list[str]]) -> None:
+    seen = timed(fft=1e-4)
+    plain, transposed = (square(512, 11, 2, transposed=transposed) for transposed in (False, True))
+    assert kernels.flipped_site(transposed) == plain
+    assert choose(plain, measure=True) == "fft"
+    seen.clear()
+    assert choose(transposed, measure=True) == "fft"
+    assert not {"flipped", "tapped", "polyphase"} & set(seen)
+
+
+def test_the_part_that_is_run_is_a_convolution_of_the_same_kind() -> None:
+    for transposed in (False, True):
+        site = square(512, 11, 2, transposed=transposed)
+        part = choice._part(site, 0.01)
+        assert 0.005 < part.macs / site.macs < 0.02
+        x = torch.randn(part.batch, *part.input_shape)
+        weight = torch.randn(1, 1, 11, 11)
+        assert kernels.native(x, weight, None, part).shape == (part.batch, *part.output_shape)
+
+
+def test_the_part_that_is_run_has_outputs_whatever_the_padding() -> None:
+    site = square(512, 3, 2, transposed=True)
+    wide = site._replace(padding=(20, 20), output_shape=(site.output_shape[0], *[512 - 1 + 3 - 40] * 2))
+    part = choice._part(wide, 1e-4)
+    assert min(part.output_shape) >= 1
+    assert part.macs < site.macs
