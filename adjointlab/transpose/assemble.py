@@ -15,7 +15,7 @@ from adjointlab.transpose import choice, kernels, pair
 from adjointlab.transpose.account import Account, listing
 from adjointlab.transpose.agreement import alike
 from adjointlab.transpose.capture import Capture
-from adjointlab.transpose.derived import Derived, Tensors, bound, canonical, metadata_of
+from adjointlab.transpose.derived import Derived, Function, Tensors, bound, metadata_of
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.graph import Graph, cut_off
 from adjointlab.transpose.kernels import Site
@@ -93,9 +93,6 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
     )  # fmt: skip
     calls = (bound(function, run, state), bound(linear, run_linear, state), bound(adjoint, run_adjoint, state))
 
-    def run_on(program: Program, leaves: Tensors) -> Tensors:
-        return program.run(*[source.read() for source in state], *map(canonical, leaves))
-
     @functools.cache
     def fused(weighted: bool) -> Program | None:
         whole = program(residual_and_gradient(forward, pruned.graph, weighted=weighted))
@@ -109,23 +106,13 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
             return (*residual, *calls[2](cotangents))
 
         leaves = (*forward.inputs, *forward.outputs, *(forward.outputs if weighted else ()))
-        return whole if domain.every(alike(functools.partial(run_on, whole), parts, leaves)) else None
+        return whole if domain.every(alike(bound(whole, whole.whole, state), parts, leaves)) else None
 
     @functools.cache
     def find() -> Callable[..., Any] | None:
         # Graphs that do not run have not been compared with eager.
-        if not choices.lowering or way.mode == "plain" or way.dynamic is not None:
-            return None
-        by_fft, _ = lower(simplify(pruned.graph), kernels.transformed)
-        node = multiplier(by_fft)
-        # Without a check, that f has no offset is a claim.
-        sure = choices.affine or multiplier(lower(simplify(forward), kernels.transformed)[0]) is not None
-        same = (
-            node is not None
-            and sure
-            and alike(functools.partial(run_on, Program(by_fft, pruned.graph)), calls[2], pruned.graph.inputs)
-        )
-        return of_state(by_fft, node) if node is not None and same else None
+        known = choices.lowering and way.mode != "plain" and way.dynamic is None
+        return _multiplier(forward, pruned.graph, calls[2], affine=choices.affine) if known else None
 
     def multiply() -> Tensor | None:
         found = find()
@@ -149,6 +136,20 @@ def _program(graph: Graph, *, choices: Choices, mode: str, lines: list[str]) -> 
     lowered, chosen = lower(simplify(graph), choose)
     lines.extend(line for line in chosen if line not in lines)
     return Program(lowered, graph)
+
+
+def _multiplier(forward: Graph, adjoint: Graph, run: Function, *, affine: bool) -> Callable[..., Any] | None:
+    """Return what the adjoint multiplies spectra with, of the state, if that is all that it does.
+
+    ``run`` is the adjoint that has been compared with eager. Without a check (``affine``), that f has no offset is a
+    claim.
+    """
+    by_fft, _ = lower(simplify(adjoint), kernels.transformed)
+    node = multiplier(by_fft)
+    if node is None or not (affine or multiplier(lower(simplify(forward), kernels.transformed)[0]) is not None):
+        return None
+    program = Program(by_fft, adjoint)
+    return of_state(by_fft, node) if alike(bound(program, program.whole, adjoint.state), run, adjoint.inputs) else None
 
 
 def _compile(programs: dict[str, Program], choices: Choices, way: Way, n_state: int) -> None:

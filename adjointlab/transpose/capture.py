@@ -171,11 +171,11 @@ def _differs(guard: tuple[Any, Any, Any]) -> bool:
 _PARTS = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 
 
-_chained, _is = itertools.chain.from_iterable, operator.is_
+_is = operator.is_
 
 
 def _parts(functions: tuple[types.FunctionType, ...]) -> Iterator[Any]:
-    return _chained(map(_PARTS, functions))
+    return itertools.chain.from_iterable(map(_PARTS, functions))
 
 
 def _unequal(now: Any, before: Any) -> bool:

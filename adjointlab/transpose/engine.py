@@ -196,7 +196,7 @@ class Transposition:
         batch = tuple(leaves[0].shape[:k]) if k else ()
         derived = self._derived.get(batch)
         if not plain():
-            if torch.compiler.is_compiling():
+            if _is_compiling():
                 return self._eager("torch.compile met a size that was not seen before") if derived is None else derived
             if derived is not None and batch in self._verified:
                 # Under a trace of other people's making, no value of a tensor can be asked for.
@@ -356,7 +356,7 @@ def _keep(shortcuts: dict[str, Shortcut], name: str, derived: Derived, program: 
 
     ``shortcuts`` are those of the time before the call: what another thread has derived since has others.
     """
-    if not torch.compiler.is_compiling() and all(isinstance(x, Tensor) for x in elements):
+    if not _is_compiling() and all(isinstance(x, Tensor) for x in elements):
         found = shortcut(program.ready, derived, elements)
         if found is not None:
             shortcuts[name] = found
