@@ -90,7 +90,7 @@ class Reference:
     def quick_sample(self, x: Tensors, v: Tensors) -> Sample | None:
         """Evaluate ``f(x)`` and ``f'(x)ᴴ v`` for x in the order of memory that suits CPU kernels, if there is one.
 
-        It takes a seventeenth of the time for a convolution of one channel. To agree with it is to agree with the
+        It takes a fraction of the time for a convolution of one channel. To agree with it is to agree with the
         function; to differ from it is not yet to be wrong, for what reads strides may be another function there.
         """
         primals = tuple(map(channels_last, x))

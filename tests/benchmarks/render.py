@@ -133,7 +133,8 @@ def _sweep(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
         "times of native in multiples of ours, so that above 1 we are faster. A native run that would take more than "
         "3 s, predicted from the next smaller size, is left out (`> 3 s`); where native forward and adjoint together "
         "would take more than 2 s, so would the self-check when our operator is built, and the point is left out "
-        "altogether (`–`).\n"
+        "altogether (`–`). The targets also say how `A(x)` compares with `c(x)`, the call of the module that A "
+        "replaces.\n"
     )
     for key in ("sweep2", "sweep3"):
         if key in drawn:
