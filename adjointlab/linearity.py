@@ -19,7 +19,7 @@ from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
 from adjointlab.reporting import aligned, html_table, strict_json
 from adjointlab.rounding import DOT_UNITS, SIGMAS, dot_gap, rounding_noise
 from adjointlab.space import Space
-from adjointlab.transpose import ReadsInputError, Sample, Transposition, capture
+from adjointlab.transpose import ReadsInputError, Sample, Transposition, capture, room
 
 Tensors = tuple[Tensor, ...]
 
@@ -288,7 +288,7 @@ class _Numbers:
         rest = 1 - a - b
         right = tuple(a * s + b * t + rest * u for s, t, u in zip(at_x, at_z, at_zero, strict=True))
         found = violated("f(αx + βz) = α f(x) + β f(z)" + self._offset(), combined, right, scale, x, z)
-        far = self.far(x, at_x)
+        far = room(*x, *at_x)
         for s in dict.fromkeys((-1.0, 2.0**-6, 2.0**6, 1 / far, far)):
             if found is not None:
                 break
@@ -297,11 +297,6 @@ class _Numbers:
             size = max(abs(s), 1.0) * scale if self.offset else abs(s) * scale
             found = violated(f"f({s:g} x) = {s:g} f(x)" + self._offset(), left, right, size, x)
         return found
-
-    @staticmethod
-    def far(x: Tensors, at_x: Tensors) -> float:
-        """Return a power of two that scales x as far as there is room for."""
-        return 2.0**20 if min(float(torch.finfo(t.dtype).max) for t in (*x, *at_x)) > 1e30 else 2.0**6
 
     def sample_agrees(self, sample: Sample) -> bool:
         """Return whether the dot test holds for what the eager reference made of a random pair, and f scales."""
@@ -313,11 +308,9 @@ class _Numbers:
         gap, allowed = dot_gap(self.domain, self.codomain, sample.x, linear, sample.v, at_v, exact=False)
         if not gap <= allowed * (1 + self.offset / max(self.norm(linear), 1e-300)):  # NaN too
             return False
-        s = self.far(sample.x, sample.at_x)
-        with torch.no_grad(), self.map.captured.preserved():  # where s is large: nothing saturates, and calls are alike
-            far = _minus(self.f(tuple(s * t for t in sample.x)), at_zero)
-        near = tuple(s * t for t in linear)
-        size = self.norm(near) + s * self.offset
+        far = _minus(sample.at_far, at_zero)  # nothing saturates, and calls are alike
+        near = tuple(sample.scale * t for t in linear)
+        size = self.norm(near) + sample.scale * self.offset
         return self.norm(_minus(far, near)) <= UNITS * self.codomain.eps * size  # false for NaN
 
     def _offset(self) -> str:

@@ -67,7 +67,7 @@ def listing(graph: Graph) -> str:
     for index, node in enumerate(inputs):
         names[node] = "v" if len(inputs) == 1 else f"v{index}"
     lines: list[str] = []
-    for node in graph.module.graph.nodes:
+    for node in graph.body.nodes:
         if "stands_for" in node.meta:
             names[node] = f"shape{node.meta['stands_for']}"
         elif node.op == "call_function":

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from adjointlab.space import Space
 from adjointlab.transpose import vjp
 from adjointlab.transpose.capture import Capture, Source
-from adjointlab.transpose.sample import Sample, copies, eps, gap, nudged
+from adjointlab.transpose.sample import Sample, copies, eps, gap, gradients, nudged
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]
@@ -77,23 +77,15 @@ def _of_gradients(reference: Maps, function: Function, sample: Sample, wanted: l
 
     A straight-through estimator or a block under no_grad gives parameters a derivative that is not the function's.
     """
-
-    def gradients(function: Function, x: Tensors) -> Tensors:
-        with torch.enable_grad():
-            pairs = [(o, v) for o, v in zip(function(x), sample.v, strict=True) if o.requires_grad]
-            tensors = [tensor for _, tensor in wanted]
-            if not pairs:
-                return tuple(torch.zeros_like(tensor) for tensor in tensors)
-            outputs, cotangents = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outputs, tensors, cotangents, allow_unused=True)
-        return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True))
-
+    if isinstance(sample.gradients, str):
+        return f"the gradient in the parameters failed ({sample.gradients})"
+    (x, v), parameters, expected = sample.far, tuple(tensor for _, tensor in wanted), sample.gradients
     try:
-        expected, found = gradients(reference.function, sample.x), gradients(function, sample.x)
+        found = gradients(function, x, v, parameters)[1]
         apart = [gap((a,), (b,)) for a, b in zip(expected, found, strict=True)]
         allowed = [64 * eps((a,)) for a in expected]
         if not reference.domain.every(all(map(operator.le, apart, allowed))):  # cancellation inside? as above
-            moved = gradients(reference.function, nudged(sample.x))
+            moved = gradients(reference.function, nudged(x), v, parameters)[1]
             allowed = [u + 64 * gap((a,), (c,)) for u, a, c in zip(allowed, expected, moved, strict=True)]
     except RuntimeError as error:
         return f"the gradient in the parameters failed ({vjp.first_line(error)})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,13 +84,10 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
     programs = {"function": function, "linear": linear, "adjoint": adjoint}
     if way.mode == "compiled":
         _compile(programs, choices, way, n)
-    run_linear, run_adjoint = pair.pair(linear, adjoint, n)
-    run = pair.affine(function, linear, adjoint, n) if choices.affine else run_linear
-    account = Account(
-        "compiled" if way.mode == "compiled" else "traced", choices.requested, way.reason, readers=pruned.readers,
-        ops_before=pruned.ops_before, ops_after=ops(adjoint.graph), kernels=tuple(lines),
-        program=listing(adjoint.graph), cut=cut_off(forward),
-    )  # fmt: skip
+    of_state = None if pruned.of_state is None else program(pruned.of_state)
+    run_linear, run_adjoint = pair.pair(linear, adjoint, n, None if choices.affine else of_state)
+    run = pair.affine(function, linear, adjoint, n, of_state) if choices.affine else run_linear
+    account = replace(_account(forward, pruned, adjoint.graph, choices, way), kernels=tuple(lines))
     calls = (bound(function, run, state), bound(linear, run_linear, state), bound(adjoint, run_adjoint, state))
 
     @functools.cache
@@ -119,10 +116,36 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
         with torch.no_grad():  # one kernel for each channel
             return None if found is None else found(*[source.read() for source in state])[0][:, 0, 0]
 
-    metadata = tuple(metadata_of(source.read()) for source in state)
     return Derived(
-        *calls, account, captured, state, metadata, forward.baked, (forward, pruned), programs, fused, multiply
+        *calls,
+        account,
+        captured,
+        state,
+        _metadata(forward),
+        forward.baked,
+        (forward, pruned),
+        programs,
+        fused,
+        multiply,
     )
+
+
+def waiting(eager: Derived, forward: Graph, pruned: Pruned, choices: Choices) -> Derived:
+    """Return what has graphs that are still to be compared with the eager reference, and is that until then."""
+    account = _account(forward, pruned, pruned.graph, choices, Way(choices.modes[-1]))
+    graphs, metadata = (forward, pruned), _metadata(forward)
+    return replace(eager, account=account, state=forward.state, metadata=metadata, baked=forward.baked, graphs=graphs)
+
+
+def _account(forward: Graph, pruned: Pruned, adjoint: Graph, choices: Choices, way: Way) -> Account:
+    return Account(
+        "compiled" if way.mode == "compiled" else "traced", choices.requested, way.reason, readers=pruned.readers,
+        ops_before=pruned.ops_before, ops_after=ops(adjoint), program=listing(adjoint), cut=cut_off(forward),
+    )  # fmt: skip
+
+
+def _metadata(graph: Graph) -> tuple[Any, ...]:
+    return tuple(metadata_of(source.read()) for source in graph.state)
 
 
 def _program(graph: Graph, *, choices: Choices, mode: str, lines: list[str]) -> Program:
@@ -164,4 +187,4 @@ def _compile(programs: dict[str, Program], choices: Choices, way: Way, n_state: 
         programs["linear"].replace(run_linear, n_state)
 
 
-__all__ = ["Choices", "Way", "assemble"]
+__all__ = ["Choices", "Way", "assemble", "waiting"]

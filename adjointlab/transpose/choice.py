@@ -116,24 +116,25 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
     def once_more(name: str) -> None:
         nonlocal spent
         seen.setdefault(name, []).append(run(name))
-        times[name] = statistics.median_low(seen[name])
+        times[name] = statistics.median_low(seen[name][1:] or seen[name])  # the first pays for code and plans
         spent += seen[name][-1]
 
     for name in order:
         best = min(times.values(), default=math.inf)
-        costly = name != "native" and spent + 2 * expected[name] > budget and expected[name] > 2 * best
-        if costly or expected[name] > max((near if name == "native" else near / 2) * best, _CHEAP):
+        costly = name != "native" and spent + 2 * expected[name] > budget / 3 and expected[name] > 2 * best
+        unsure = name == "native" and site.macs <= 4 * _PROBE  # no rate was measured for it
+        if costly or expected[name] > max((near if unsure else near / 2) * best, _CHEAP):
             continue
         once_more(name)
         if times[name] > max(2 * best, _RUNS * _CHEAP):  # in less than that, threads wake up and memory is mapped
             continue
-        while len(seen[name]) < 2 or (len(seen[name]) < _RUNS and sum(seen[name]) < _RUNS * _CHEAP):
+        while len(seen[name]) < 2 or (len(seen[name]) < _RUNS and sum(seen[name]) < 2 * _CHEAP):
             once_more(name)
     close = list(times)
     rounds = max(rounds, min(12, int(2 * _CHEAP / max(min(times.values()), 1e-9))))
     for turn in range(rounds):
         best = min(times.values())
-        close = [name for name in close if times[name] <= (3 if turn < 3 else 1.5) * best]
+        close = [name for name in close if times[name] <= (2 if turn < 3 else 1.5) * best]
         if len(close) == 1 or spent > budget:
             break
         for name in close:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from adjointlab.transpose.account import Account
 from adjointlab.transpose.capture import Capture, Source
 from adjointlab.transpose.graph import Graph
-from adjointlab.transpose.program import Program, differentiated, plain
+from adjointlab.transpose.program import Program, canonical, differentiated, plain
 from adjointlab.transpose.prune import Pruned
 
 try:
@@ -116,13 +116,6 @@ _read: Callable[[Any, Any], Tensor] = operator.getitem
 _modes = torch._C._len_torch_dispatch_stack
 
 
-def canonical(tensor: Tensor) -> Tensor:
-    """Return the tensor as it was traced: contiguous, without lazy conjugation or negation."""
-    if tensor.is_complex():
-        tensor = tensor.resolve_conj()
-    return tensor.resolve_neg().contiguous()
-
-
 def metadata_of(tensor: Tensor) -> tuple[Any, ...]:
     """Return all that a program assumes of a tensor besides its values."""
     return tensor.requires_grad, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
@@ -138,4 +131,4 @@ def _differs(tensor: Tensor, baked: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or not torch.equal(tensor, baked)
 
 
-__all__ = ["Derived", "Function", "Shortcut", "Tensors", "bound", "canonical", "metadata_of", "shortcut"]
+__all__ = ["Derived", "Function", "Shortcut", "Tensors", "bound", "metadata_of", "shortcut"]

@@ -19,12 +19,12 @@ from adjointlab.errors import NotLinearError, SpaceMismatchError
 from adjointlab.space import Space
 from adjointlab.transpose.account import Account
 from adjointlab.transpose.agreement import Maps, disagreement
-from adjointlab.transpose.assemble import Choices, Way, assemble
+from adjointlab.transpose.assemble import Choices, Way, assemble, waiting
 from adjointlab.transpose.capture import Capture, capture
-from adjointlab.transpose.derived import Derived, Shortcut, Tensors, canonical, shortcut
+from adjointlab.transpose.derived import Derived, Shortcut, Tensors, shortcut
 from adjointlab.transpose.graph import Graph, own_outputs
 from adjointlab.transpose.outputs import require_outputs, space_of
-from adjointlab.transpose.program import Program, differentiated, plain
+from adjointlab.transpose.program import Program, canonical, differentiated, plain
 from adjointlab.transpose.prune import Pruned, prune
 from adjointlab.transpose.reference import Reference
 from adjointlab.transpose.sample import Sample
@@ -261,14 +261,15 @@ class Transposition:
         try:
             forward = trace_forward(self.reference.flat, specs, self.captured)
             pruned = prune(trace_vjp(forward), len(specs))
-            for graph in (forward, pruned.graph):
-                own_outputs(graph)
+            for graph in (forward, pruned.graph, pruned.of_state):
+                if graph is not None:
+                    own_outputs(graph)
         except UntraceableError as error:
             self.untraceable = error
         if not self.domain.every(self.untraceable is None):
             self.untraceable = self.untraceable or UntraceableError("it is so on another process")
             return self._eager(f"the function cannot be traced: {self.untraceable}")
-        return self._programs(forward, pruned, self.choices.modes[-1], "")
+        return waiting(self._eager(""), forward, pruned, self.choices)
 
     def _eager(self, reason: str) -> Derived:
         account = Account("eager", self.choices.requested, reason)
@@ -318,9 +319,12 @@ class Transposition:
         if graphs is None:
             return None
         reasons: list[str] = []
+        learned = tuple(tensor for tensor in (source.read() for source in graphs[0].state) if tensor.requires_grad)
+        if not self.domain.every(bool(learned)):
+            learned = ()
         with self.captured.preserved() as changes, torch.no_grad():
             x, v = self._random(batch)
-            sample = self.reference.quick_sample(x, v) or self.reference.sample(x, v)
+            sample = self.reference.quick_sample(x, v, learned) or self.reference.sample(x, v, learned)
         unchanged = self.domain.every(not changes)
         if not unchanged:
             reasons.append(f"stateful: the forward changes {', '.join(changes) or 'something on another process'}")
@@ -335,7 +339,7 @@ class Transposition:
             said = compare(sample)
             if said and sample.quick:
                 with self.captured.preserved(), torch.no_grad():
-                    sample = self.reference.sample(x, v)
+                    sample = self.reference.sample(x, v, learned)
                 said = compare(sample)
             if not said:
                 self._derived[batch] = derived

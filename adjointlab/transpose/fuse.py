@@ -27,7 +27,7 @@ def residual_and_gradient(forward: Graph, adjoint: Graph, *, weighted: bool) -> 
 
     data = inputs("y")
     weights = inputs("w") if weighted else None
-    for node in forward.module.graph.nodes:
+    for node in forward.body.nodes:
         if node.op == "call_function":
             copies[node] = graph.node_copy(node, copies.__getitem__)
 
@@ -42,11 +42,11 @@ def residual_and_gradient(forward: Graph, adjoint: Graph, *, weighted: bool) -> 
         cotangents = [combine(aten.mul.Tensor, w, r) for w, r in zip(weights, residual, strict=True)]
     back: dict[fx.Node, fx.Node] = {node: copies[twin] for node, twin in twins.items()}
     back.update(zip(adjoint.inputs, cotangents, strict=True))
-    for node in adjoint.module.graph.nodes:
+    for node in adjoint.body.nodes:
         if node.op == "call_function":
             back[node] = graph.node_copy(node, back.__getitem__)
     graph.output((*residual, *[back[out] for out in adjoint.outputs]))
-    return Graph(fx.GraphModule(forward.module, graph), forward.state, forward.baked)
+    return Graph(graph, forward.state, forward.baked)
 
 
 def without_offset(forward: Graph) -> Graph:
@@ -64,7 +64,7 @@ def without_offset(forward: Graph) -> Graph:
         )
         zeros[node].meta["val"] = value
     dependent = set(inputs)
-    for node in forward.module.graph.nodes:
+    for node in forward.body.nodes:
         if node.op != "call_function":
             continue
         copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -78,7 +78,5 @@ def without_offset(forward: Graph) -> Graph:
         difference.meta["val"] = node.meta["val"]
         outputs.append(difference)
     graph.output(tuple(outputs))
-    module = fx.GraphModule(forward.module, graph)
-    clean(module)
-    module.recompile()
-    return Graph(module, forward.state, forward.baked)
+    clean(graph)
+    return Graph(graph, forward.state, forward.baked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +18,20 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Graph:
-    """A functional program on tensors: ``module(*state, *inputs) → tuple of outputs``.
+    """A functional program on tensors: ``function(*state, *inputs) → tuple of outputs``.
 
     ``baked`` are the tensors whose values became Python numbers while tracing, with those values: the graph is out of
     date once one differs.
     """
 
-    module: fx.GraphModule
+    body: fx.Graph
     state: tuple[Source, ...]
     baked: tuple[tuple[Source, Tensor], ...] = ()
 
     @property
     def placeholders(self) -> list[fx.Node]:
         """Return the input nodes: those of the state first."""
-        return [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        return [node for node in self.body.nodes if node.op == "placeholder"]
 
     @property
     def inputs(self) -> list[fx.Node]:
@@ -38,8 +40,25 @@ class Graph:
 
     @property
     def outputs(self) -> list[fx.Node]:
-        """Return the output values, as nodes."""
-        return list(next(iter(reversed(self.module.graph.nodes))).args[0])
+        """Return the output values, as nodes; None for what is not computed."""
+        return list(next(iter(reversed(self.body.nodes))).args[0])
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        """The graph as a plain function, once it is no more changed."""
+        return compiled(self.body)
+
+
+def compiled(body: fx.Graph) -> Callable[..., Any]:
+    """Return a plain function: a graph without attributes needs no module, and torch.compile likes it so."""
+    function = type(fx.GraphModule({}, body)).forward
+
+    def run(*tensors: Tensor) -> Any:
+        return function(None, *tensors)
+
+    # A code object of its own: torch.compile counts recompilations by code, over all programs of the process.
+    run.__code__ = run.__code__.replace(co_name="program")
+    return run
 
 
 def op_name(target: Any) -> str:
@@ -73,22 +92,20 @@ def own_outputs(graph: Graph) -> None:
     """Copy outputs that share memory with an input, or depend on none: a result must be free to be written to."""
     free: set[fx.Node] = set()  # what depends on an input
     shared: set[fx.Node] = set(graph.placeholders)
-    for node in graph.module.graph.nodes:
+    for node in graph.body.nodes:
         if node in graph.inputs or any(operand in free for operand in node.all_input_nodes):
             free.add(node)
         if getattr(node.target, "overloadpacket", None) in VIEWS and node.args[0] in shared:
             shared.add(node)
-    nodes = graph.module.graph
-    end = next(iter(reversed(nodes.nodes)))
+    end = next(iter(reversed(graph.body.nodes)))
     outputs = []
     for node in graph.outputs:
-        if node in shared or node not in free or node in outputs:
-            with nodes.inserting_before(end):
-                outputs.append(call(nodes, aten.clone.default, node))
+        if node is not None and (node in shared or node not in free or node in outputs):
+            with graph.body.inserting_before(end):
+                outputs.append(call(graph.body, aten.clone.default, node))
         else:
             outputs.append(node)
     end.args = (tuple(outputs),)
-    graph.module.recompile()
 
 
 def cut_off(graph: Graph) -> str:
@@ -97,7 +114,7 @@ def cut_off(graph: Graph) -> str:
     That is one whose result is no floating-point number, or whose derivative is that of a part of it, at every input.
     """
     seen = set(graph.inputs)
-    for node in graph.module.graph.nodes:
+    for node in graph.body.nodes:
         packet = getattr(node.target, "overloadpacket", None)
         if packet in LIKE or not any(operand in seen for operand in node.all_input_nodes):
             continue
@@ -120,12 +137,27 @@ _STEPS = {
 }  # fmt: skip
 
 
-def clean(module: fx.GraphModule) -> None:
-    """Drop dead code from a functional graph, in place; its code is not made anew."""
-    graph = module.graph
+def part(graph: Graph, outputs: Sequence[fx.Node | None]) -> Graph:
+    """Return a copy of what computes some values of a graph, those that are to be its outputs."""
+    copied, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    copied.graph_copy(graph.body, copies)
+    copied.output(tuple(None if node is None else copies[node] for node in outputs))
+    clean(copied)
+    for node in copied.nodes:  # ops that compute several gradients, and are told which
+        names = [argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())]
+        if "output_mask" in names:
+            position, used = names.index("output_mask"), {user.args[1] for user in node.users}
+            node.update_arg(position, [i in used and wanted for i, wanted in enumerate(node.args[position])])
+    return Graph(copied, graph.state, graph.baked)
+
+
+def clean(graph: fx.Graph) -> None:
+    """Drop dead code from a functional graph, in place."""
     for node in reversed(list(graph.nodes)):
         if node.op in ("call_function", "get_attr") and not node.users:
             graph.erase_node(node)
 
 
-__all__ = ["LIKE", "VIEWS", "Graph", "call", "clean", "cut_off", "is_mutable", "op_name", "own_outputs"]
+__all__ = [
+    "LIKE", "VIEWS", "Graph", "call", "clean", "compiled", "cut_off", "is_mutable", "op_name", "own_outputs", "part",
+]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from adjointlab.transpose import kernels
-from adjointlab.transpose.graph import Graph, clean
+from adjointlab.transpose.graph import Graph, clean, part
 from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.simplify import circular
 
@@ -18,11 +18,10 @@ aten = torch.ops.aten
 
 def lower(graph: Graph, choose: Callable[[Site], str]) -> tuple[Graph, tuple[str, ...]]:
     """Return an equal graph with a chosen kernel for each convolution, and a line on each choice."""
-    module = fx.GraphModule(graph.module, _copy(graph.module.graph))
-    lowered = Graph(module, graph.state, graph.baked)
+    lowered = part(graph, graph.outputs)
     _backward_as_transposed(lowered)
     lines = []
-    for node in list(module.graph.nodes):
+    for node in list(lowered.body.nodes):
         if node.target is aten.convolution.default:
             site = _site(node)
             name = choose(site)
@@ -31,8 +30,8 @@ def lower(graph: Graph, choose: Callable[[Site], str]) -> tuple[Graph, tuple[str
                 first, last, site = _cyclic(node, site)
             lines.append(_describe(name, site))
             if name != "native":
-                _replace(module.graph, node, (first.args[0], last), name, site)
-    clean(module)
+                _replace(lowered.body, node, (first.args[0], last), name, site)
+    clean(lowered.body)
     return lowered, tuple(lines)
 
 
@@ -77,15 +76,9 @@ def _cyclic(node: fx.Node, site: Site) -> tuple[fx.Node, fx.Node, Site]:
     return (first, last, whole) if fits else (node, node, site)  # type: ignore[return-value]
 
 
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(graph, {}))
-    return copied
-
-
 def _backward_as_transposed(graph: Graph) -> None:
     """Write each input gradient of a convolution as the transposed convolution that it is."""
-    nodes = graph.module.graph
+    nodes = graph.body
     for node in list(nodes.nodes):
         if node.target is not aten.convolution_backward.default or node.args[10] != [True, False, False]:
             continue
@@ -106,7 +99,7 @@ def _backward_as_transposed(graph: Graph) -> None:
             )
         call.meta["val"] = item.meta["val"]
         item.replace_all_uses_with(call)
-    clean(graph.module)
+    clean(nodes)
 
 
 def _full(value: Any, length: int) -> list[int]:

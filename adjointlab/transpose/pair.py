@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from adjointlab.transpose.program import Program, plain
+from adjointlab.transpose.program import Program, canonical, differentiated, plain
 
 Tensors = tuple[Tensor, ...]
 Run = Callable[..., Tensors]
 StateGradient = Callable[[Tensors, Tensors, Tensors, tuple[bool, ...]], list[Any]]
 
 
-def pair(forward: Program, adjoint: Program, n_state: int) -> tuple[Run, Run]:
+def pair(forward: Program, adjoint: Program, n_state: int, of_state: Program | None = None) -> tuple[Run, Run]:
     """Return ``forward`` and ``adjoint`` as functions of ``(*state, *inputs)`` that are each other's derivative.
 
     Parameters
@@ -30,14 +30,16 @@ def pair(forward: Program, adjoint: Program, n_state: int) -> tuple[Run, Run]:
         ``(*state, *inputs) → outputs``, linear in the inputs.
     n_state : int
         Number of leading arguments that are state.
+    of_state : Program, optional
+        ``(*state, *x, *v) → ∂θ Re⟨A_θ x, v⟩``, None for each θ where it does not know.
 
     Returns
     -------
     tuple of callable
         The linked functions.
     """
-    of_forward = _state_gradient(forward.whole, n_state, adjoint_side=False)
-    of_adjoint = _state_gradient(forward.whole, n_state, adjoint_side=True)
+    of_forward = _state_gradient(forward.whole, of_state, n_state, adjoint_side=False)
+    of_adjoint = _state_gradient(forward.whole, of_state, n_state, adjoint_side=True)
 
     def run_adjoint(*tensors: Tensor) -> Tensors:  # the two refer to each other, so one must come before it exists
         return second(*tensors)
@@ -47,15 +49,18 @@ def pair(forward: Program, adjoint: Program, n_state: int) -> tuple[Run, Run]:
     return first, second
 
 
-def affine(forward: Program, linear: Program, adjoint: Program, n_state: int) -> Run:
+def affine(forward: Program, linear: Program, adjoint: Program, n_state: int, of_state: Program | None) -> Run:
     """Return an affine ``forward`` whose derivative is that of its linear part."""
     run_linear, run_adjoint = pair(linear, adjoint, n_state)
-    gradient = _state_gradient(forward.whole, n_state, adjoint_side=False)
+    gradient = _state_gradient(forward.whole, of_state, n_state, adjoint_side=False)
     return _link(forward, adjoint.whole, run_adjoint, run_linear, gradient, n_state)
 
 
-def _state_gradient(forward: Run, n_state: int, *, adjoint_side: bool) -> StateGradient:
-    """Return the function that computes the gradient of ``Re⟨A_θ g, v⟩`` in the wanted θ."""
+def _state_gradient(forward: Run, known: Program | None, n_state: int, *, adjoint_side: bool) -> StateGradient:
+    """Return the function that computes the gradient of ``Re⟨A_θ g, v⟩`` in the wanted θ.
+
+    By the program that is ``known`` for it, where there is one and no derivative of it is asked for.
+    """
 
     def gradient(state: Tensors, argument: Tensors, cotangents: Tensors, wanted: tuple[bool, ...]) -> list[Any]:
         x, v = (cotangents, argument) if adjoint_side else (argument, cotangents)
@@ -63,6 +68,10 @@ def _state_gradient(forward: Run, n_state: int, *, adjoint_side: bool) -> StateG
         gradients: list[Any] = [None] * n_state
         if not chosen:
             return gradients
+        if known is not None and plain() and not differentiated((*state, *x, *v)):
+            found = known.run(*state, *map(canonical, (*x, *v)))
+            if all(found[i] is not None for i in chosen):
+                return [gradient if i in chosen else None for i, gradient in enumerate(found)]
 
         def of_state(*values: Tensor) -> Tensors:
             full = list(state)

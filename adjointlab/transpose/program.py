@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 
 from adjointlab.transpose.capture import same
-from adjointlab.transpose.graph import VIEWS, Graph
+from adjointlab.transpose.graph import VIEWS, Graph, compiled
 from adjointlab.transpose.kernels import KERNELS
 
 aten = torch.ops.aten
@@ -81,6 +81,13 @@ def differentiated(tensors: tuple[Tensor, ...]) -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def canonical(tensor: Tensor) -> Tensor:
+    """Return the tensor as it was traced: contiguous, without lazy conjugation or negation."""
+    if tensor.is_complex():
+        tensor = tensor.resolve_conj()
+    return tensor.resolve_neg().contiguous()
+
+
 class Program:
     """A callable ``(*state, *inputs) → tuple of outputs`` that equals its graph.
 
@@ -89,7 +96,7 @@ class Program:
 
     def __init__(self, graph: Graph, reference: Graph) -> None:
         self.graph = graph
-        self.whole = whole(reference.module)
+        self.whole = reference.function
         self._split = _split(graph)
         self._constants: tuple[Tensor, ...] | None = None
         self._kept: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
@@ -171,7 +178,7 @@ def _split(graph: Graph) -> Split:
     level = _levels(graph)
     results = set(graph.outputs)  # never kept: the caller may write to them
     keep = [
-        n for n in graph.module.graph.nodes
+        n for n in graph.body.nodes
         if n.op == "call_function" and level[n] < 2 and n not in results and not _stays(n)
     ]  # fmt: skip
     roots = {n: frozenset(_roots(n, placeholders)) for n in keep}
@@ -201,7 +208,7 @@ def _levels(graph: Graph) -> dict[fx.Node, int]:
     """Return 0 for nodes that depend on nothing, 1 for those that depend on state only, 2 for the rest."""
     inputs = set(graph.inputs)
     level: dict[fx.Node, int] = {}
-    for node in graph.module.graph.nodes:
+    for node in graph.body.nodes:
         if node.op == "placeholder":
             level[node] = 2 if node in inputs else 1
         else:
@@ -248,7 +255,7 @@ def _extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callabl
         if node not in needed and node not in copies:
             needed.add(node)
             pending.extend(node.all_input_nodes)
-    for node in graph.module.graph.nodes:
+    for node in graph.body.nodes:
         if node in needed:
             copies[node] = part.node_copy(node, copies.__getitem__)
             if node.args and isinstance(node.args[0], (fx.Node, list)):  # they take no number for a tensor
@@ -256,7 +263,7 @@ def _extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callabl
     part.output(tuple(copies[n] if isinstance(n, fx.Node) else n for n in outputs))
     _in_place(part)
     part.lint()
-    return whole(fx.GraphModule(graph.module, part))
+    return compiled(part)
 
 
 def _in_place(part: fx.Graph) -> None:
@@ -280,15 +287,3 @@ def _in_place(part: fx.Graph) -> None:
 def of_state(graph: Graph, node: fx.Node) -> Callable[..., Any]:
     """Return the value of a node that depends on nothing but the state, as a function of that."""
     return _extract(graph, graph.placeholders[: len(graph.state)], [node])
-
-
-def whole(module: fx.GraphModule) -> Callable[..., Any]:
-    """Return a graph as a plain function: a graph without attributes needs no module, and torch.compile likes it so."""
-    function = type(module).forward
-
-    def run(*tensors: Tensor) -> Any:
-        return function(None, *tensors)
-
-    # A code object of its own: torch.compile counts recompilations by code, over all programs of the process.
-    run.__code__ = run.__code__.replace(co_name="program")
-    return run

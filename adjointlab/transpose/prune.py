@@ -1,5 +1,7 @@
 """From the graph of a VJP to the adjoint: cut loose what reads the primal for its shape only, drop the forward.
 
+The VJP is that in the input and in the state; each part is a graph by itself.
+
 The value of the primal is *demanded* by an output if some chain of ops leads from the one to the other on which every
 op reads the value of its operand, not only its metadata. If nothing demands it, the Jacobian is the same at every
 primal: the map is affine. That is a proof as far as autograd tells the truth about derivatives.
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adjointlab.transpose.graph import LIKE, Graph, clean, op_name
+from adjointlab.transpose.graph import LIKE, Graph, clean, op_name, part
 
 aten = torch.ops.aten
 
@@ -48,18 +50,27 @@ def _shape_only(node: fx.Node) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Pruned:
-    """The adjoint as a graph ``(*state, *cotangents)``, and the ops that still read the primal (none: proved)."""
+    """The adjoint as a graph ``(*state, *cotangents)``, and the ops that still read the primal (none: proved).
+
+    ``of_state`` is the graph ``(*state, *primals, *cotangents)`` of the gradients in the state, None for each that is
+    not known.
+    """
 
     graph: Graph
+    of_state: Graph | None
     readers: tuple[str, ...]
     ops_before: Counter[str]
     ops_after: Counter[str]
 
 
-def prune(vjp: Graph, n_primals: int) -> Pruned:
-    """Return the adjoint without its forward; the graph given is changed and must not be used again."""
+def prune(whole: Graph, n_primals: int) -> Pruned:
+    """Return the adjoint without its forward, and the gradients in the state with what they need of it."""
+    outputs = whole.outputs
+    vjp, of_state = part(whole, outputs[:n_primals]), None
+    if any(node is not None for node in outputs[n_primals:]):
+        of_state = part(whole, outputs[n_primals:])
     before = ops(vjp)
-    graph = vjp.module.graph
+    graph = vjp.body
     primals = vjp.inputs[:n_primals]
     tainted = _descendants(primals)
     demanded = _demanded(vjp)
@@ -90,18 +101,17 @@ def prune(vjp: Graph, n_primals: int) -> Pruned:
                 )
             zero.meta["val"] = value
             primal.replace_all_uses_with(zero)
-    clean(vjp.module)
+    clean(graph)
     for primal in primals:
         graph.erase_node(primal)
-    vjp.module.recompile()
-    return Pruned(vjp, readers, before, ops(vjp))
+    return Pruned(vjp, of_state, readers, before, ops(vjp))
 
 
 def ops(graph: Graph) -> Counter[str]:
     """Count the ops of a graph by name; what only stands for a shape is none."""
     return Counter(
         op_name(n.target)
-        for n in graph.module.graph.nodes
+        for n in graph.body.nodes
         if n.op == "call_function" and op_name(n.target) != "getitem" and "stands_for" not in n.meta
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from adjointlab.space import Space
 from adjointlab.transpose import vjp
 from adjointlab.transpose.kernels import channels_last
 from adjointlab.transpose.program import plain
-from adjointlab.transpose.sample import Sample, copies
+from adjointlab.transpose.sample import Sample, copies, gradients, room
+from adjointlab.transpose.vjp import first_line
 from adjointlab.tree import tree_flatten
 
 Tensors = tuple[Tensor, ...]
@@ -83,11 +85,11 @@ class Reference:
                 return result
         return self._vjp[0](self.flat, primals, cotangents)
 
-    def sample(self, x: Tensors, v: Tensors) -> Sample:
-        """Evaluate ``f(x)`` and ``f'ᴴ v``."""
-        return Sample(x, self.called(x), v, self.adjoint(copies(v)))
+    def sample(self, x: Tensors, v: Tensors, parameters: Tensors) -> Sample:
+        """Evaluate ``f(x)`` and ``f'ᴴ v``, and gradients in the parameters."""
+        return self._sample(x, self.called(x), v, self.adjoint(copies(v)), parameters)
 
-    def quick_sample(self, x: Tensors, v: Tensors) -> Sample | None:
+    def quick_sample(self, x: Tensors, v: Tensors, parameters: Tensors) -> Sample | None:
         """Evaluate ``f(x)`` and ``f'(x)ᴴ v`` for x in the order of memory that suits CPU kernels, if there is one.
 
         It takes a fraction of the time for a convolution of one channel. To agree with it is to agree with the
@@ -100,9 +102,21 @@ class Reference:
         try:
             result: tuple[Any, ...] = torch.func.vjp(lambda *leaves: self.called(leaves), *primals)
             at_x, pull_back = result
-            return Sample(x, at_x, v, tuple(pull_back(copies(v))), quick=True)
+            at_v = tuple(pull_back(copies(v)))
         except Exception:  # a third-party function may raise anything, of strides that it did not expect
             return None
+        return self._sample(x, at_x, v, at_v, parameters, quick=True)
+
+    def _sample(
+        self, x: Tensors, at_x: Tensors, v: Tensors, at_v: Tensors, parameters: Tensors, *, quick: bool = False
+    ) -> Sample:
+        near = Sample(x, at_x, v, at_v, room(*x, *at_x), (), (), quick)
+        found: Tensors | str
+        try:
+            at_far, found = gradients(self.called, *near.far, parameters)
+        except RuntimeError as error:  # of a derivative in a parameter
+            at_far, found = self.called(near.far[0]), first_line(error)
+        return replace(near, at_far=tuple(t.detach() for t in at_far), gradients=found)
 
 
 __all__ = ["Reference"]

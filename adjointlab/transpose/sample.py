@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +17,21 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """What the eager reference makes of random x and v: ``f(x)`` and ``f'ᴴv``."""
+    """What the eager reference makes of random x and v: ``f(x)`` and ``f'ᴴv``, and what it does far from zero."""
 
     x: Tensors
     at_x: Tensors
     v: Tensors
     at_v: Tensors
+    scale: float  # of the point far from zero, scale · x
+    at_far: Tensors
+    gradients: Tensors | str  # of Re⟨f(scale · x), v / scale⟩ in the parameters, or why there are none
     quick: bool = False  # by Reference.quick_sample
+
+    @property
+    def far(self) -> tuple[Tensors, Tensors]:
+        """Where the gradients were taken."""
+        return tuple(t * self.scale for t in self.x), tuple(t / self.scale for t in self.v)
 
 
 def copies(leaves: Tensors) -> Tensors:
@@ -34,6 +42,27 @@ def copies(leaves: Tensors) -> Tensors:
 def eps(leaves: Tensors) -> float:
     """Return the unit roundoff of the coarsest leaf."""
     return max(float(torch.finfo(t.dtype).eps) for t in leaves)
+
+
+def room(*leaves: Tensor) -> float:
+    """Return a power of two that leaves can be scaled with: as far as there is room for."""
+    return 2.0**20 if min(float(torch.finfo(t.dtype).max) for t in leaves) > 1e30 else 2.0**6
+
+
+def gradients(
+    function: Callable[[Tensors], Tensors], x: Tensors, v: Tensors, parameters: Tensors
+) -> tuple[Tensors, Tensors]:
+    """Return ``f(x)``, and the gradients of ``Re⟨f(x), v⟩`` in the parameters, zero where it does not depend on one."""
+    if not parameters:
+        return function(x), ()
+    with torch.enable_grad():
+        outputs = function(x)
+        pairs = [(o, t) for o, t in zip(outputs, v, strict=True) if o.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(parameters)
+        if pairs:
+            at, cotangents = zip(*pairs, strict=True)
+            found = torch.autograd.grad(at, parameters, cotangents, allow_unused=True)
+    return outputs, tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, parameters, strict=True))
 
 
 def nudged(leaves: Tensors) -> Tensors:

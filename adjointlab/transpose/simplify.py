@@ -88,8 +88,7 @@ Sum = tuple[Piece, ...]
 def simplify(graph: Graph) -> Graph:
     """Return an equal graph in which sums of slices are written in one pass."""
     nodes = fx.Graph()
-    nodes.output(nodes.graph_copy(graph.module.graph, {}))
-    module = fx.GraphModule(graph.module, nodes)
+    nodes.output(nodes.graph_copy(graph.body, {}))
     sums: dict[fx.Node, Sum] = {}
     worth: set[fx.Node] = set()
     written: dict[fx.Node, fx.Node] = {}
@@ -112,8 +111,8 @@ def simplify(graph: Graph) -> Graph:
             _write(nodes, node, sums, written)
             sums[node] = _whole(written[node])
             worth.discard(node)
-    clean(module)
-    return Graph(module, graph.state, graph.baked)
+    clean(nodes)
+    return Graph(nodes, graph.state, graph.baked)
 
 
 def _whole(node: fx.Node) -> Sum:

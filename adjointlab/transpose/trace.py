@@ -175,13 +175,14 @@ def trace_forward(function: Function, specs: Sequence[TensorSpec], captured: Cap
     if any(is_mutable(node.target) for node in module.graph.nodes):
         module = _functionalise(module, _fakes(module, fake), len(state))
     _raise_if_stateful(module, state)
-    _normalise(module)
-    module.recompile()
-    return Graph(module, state, baked)
+    _normalise(module.graph)
+    return Graph(module.graph, state, baked)
 
 
 def trace_vjp(forward: Graph) -> Graph:
-    """Return the graph ``(*state, *primals, *cotangents) → Aᴴ cotangents`` of the forward's VJP.
+    """Return the graph ``(*state, *primals, *cotangents) → (*Aᴴ cotangents, *gradients)`` of the forward's VJP.
+
+    Gradients are those in the state, None for what requires none, and for all of it where one cannot be traced.
 
     Raises
     ------
@@ -195,26 +196,36 @@ def trace_vjp(forward: Graph) -> Graph:
         cotangents = [torch.empty_like(node.meta["val"]) for node in forward.outputs]
         arguments = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in examples]
 
-    def pull_back(vjp: Any) -> Callable[..., Tensors]:
-        def run(*tensors: Tensor) -> Tensors:
-            state, rest = tensors[:n_state], tensors[n_state:]
+    def pull_back(vjp: Any, wanted: list[int]) -> Callable[..., Any]:
+        def run(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+            state, rest = list(tensors[:n_state]), tensors[n_state:]
 
             def function(leaves: Tensors) -> Tensors:
-                return tuple(forward.module(*state, *leaves))
+                for index, leaf in zip(wanted, leaves[n_inputs:], strict=True):
+                    state[index] = leaf
+                return tuple(forward.function(*state, *leaves[:n_inputs]))
 
-            return vjp(function, rest[:n_inputs], rest[n_inputs:])  # type: ignore[no-any-return]
+            primals = (*rest[:n_inputs], *[state[index] for index in wanted])
+            found = vjp(function, primals, rest[n_inputs:])
+            gradients = dict(zip(wanted, found[n_inputs:], strict=True))
+            return (*found[:n_inputs], *map(gradients.get, range(n_state)))
 
         return run
 
-    try:
-        module = _make(pull_back(vjp_by_func), [*arguments, *cotangents], _Values())
-    except UntraceableError:
-        module = _make(pull_back(vjp_by_grad), [*arguments, *cotangents], _Values())
+    learned = [index for index, source in enumerate(forward.state) if source.read().requires_grad]
+    tries = [(vjp_by_func, learned), *([(vjp_by_func, [])] if learned else []), (vjp_by_grad, [])]
+    module = None
+    while module is None:
+        try:
+            module = _make(pull_back(*tries.pop(0)), [*arguments, *cotangents], _Values())
+        except UntraceableError:
+            if not tries:
+                raise
     if any(is_mutable(node.target) for node in module.graph.nodes):
         module = _functionalise(module, [*arguments, *cotangents], len(arguments) + len(cotangents))
-    _normalise(module)
-    _skip(module, {aten.detach.default, aten.alias.default})
-    return Graph(module, forward.state, forward.baked)
+    _normalise(module.graph)
+    _skip(module.graph, {aten.detach.default, aten.alias.default})
+    return Graph(module.graph, forward.state, forward.baked)
 
 
 def _fakes(module: fx.GraphModule, fake: FakeTensorMode) -> list[Tensor]:
@@ -291,9 +302,8 @@ def _raise_if_stateful(module: fx.GraphModule, state: tuple[Source, ...]) -> Non
             raise UntraceableError(f"stateful: {op_name(node.target)} writes to {what} at every call")
 
 
-def _normalise(module: fx.GraphModule) -> None:
+def _normalise(graph: fx.Graph) -> None:
     """Give a functional graph its plain form: no write-backs as copies, no clones, no dead code."""
-    graph = module.graph
     for node in list(graph.nodes):
         if node.target is aten.copy.default:  # copy(dst, src) has the values of src and the metadata of dst
             target, source = node.args[0].meta["val"], node.args[1]
@@ -310,7 +320,7 @@ def _normalise(module: fx.GraphModule) -> None:
             node.target is aten.clone.default and not node.kwargs and node.args[0].op == "placeholder"
         ):
             node.replace_all_uses_with(node.args[0])
-    clean(module)
+    clean(graph)
 
 
 _SCATTERS = {aten.slice_scatter.default, aten.select_scatter.default}
@@ -342,11 +352,11 @@ def _scatter_as_cat(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(whole)
 
 
-def _skip(module: fx.GraphModule, targets: set[Any]) -> None:
-    for node in list(module.graph.nodes):
+def _skip(graph: fx.Graph, targets: set[Any]) -> None:
+    for node in list(graph.nodes):
         if node.target in targets:
             node.replace_all_uses_with(node.args[0])
-    clean(module)
+    clean(graph)
 
 
 __all__ = ["ReadsInputError", "UntraceableError", "trace_forward", "trace_vjp"]

@@ -18,7 +18,7 @@ def said(change: Callable[[Maps], Maps]) -> str:
     reference = Maps(source.reference.flat, source.reference.adjoint, source.domain, source.codomain)
     candidate = change(Maps(derived.function, derived.adjoint, source.domain, source.codomain))
     with torch.no_grad():
-        sample = source.reference.sample(*source._random(()))
+        sample = source.reference.sample(*source._random(()), tuple(state.read() for state in derived.state))
     return disagreement(reference, candidate, sample, source.captured, derived.state, compiled=False)
 
 

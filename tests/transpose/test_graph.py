@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adjointlab.space import TensorSpec
 from adjointlab.transpose.capture import capture
-from adjointlab.transpose.graph import Graph, clean, cut_off, op_name, own_outputs
+from adjointlab.transpose.graph import Graph, clean, cut_off, op_name, own_outputs, part
 from adjointlab.transpose.trace import trace_forward
 
 aten = torch.ops.aten
@@ -57,10 +57,29 @@ def test_outputs_share_no_memory_with_what_lives_on(function: Callable[[Tensor],
     assert (graph.outputs[0].target is aten.clone.default) == copied
 
 
+def test_a_part_has_what_its_outputs_need() -> None:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        image, kernel = x.view(1, 1, 4), C.view(1, 1, 4)[..., :3]
+        gradients = aten.convolution_backward(
+            x[:2].view(1, 1, 2), image, kernel, [0], [1], [0], [1], False, [0], 1, [True] * 3
+        )
+        return (x.exp(), *gradients)
+
+    graph = trace_forward(lambda leaves: function(leaves[0]), [TensorSpec((4,))], capture(function))
+    exponential, of_image, of_kernel, _ = graph.outputs
+    assert [op_name(n.target) for n in part(graph, [exponential]).body.nodes if n.op == "call_function"] == ["exp"]
+    both, single = part(graph, [of_image, None, of_kernel]), part(graph, [of_kernel])
+    x = torch.arange(4.0)
+    assert [None if t is None else t.shape for t in both.function(C, x)] == [(1, 1, 4), None, (1, 1, 3)]
+    assert torch.equal(single.function(C, x)[0], function(x)[2])
+    masks = [node.args[-1] for g in (graph, both, single) for node in g.body.nodes if "backward" in str(node.target)]
+    assert masks == [[True, True, True], [True, True, False], [False, True, False]]
+
+
 def test_dead_code_is_dropped() -> None:
     graph = graph_of(lambda x: 2 * x)
     (out,) = graph.outputs
-    with graph.module.graph.inserting_before(out):
-        graph.module.graph.call_function(aten.exp.default, (graph.inputs[0],))
-    clean(graph.module)
-    assert [op_name(n.target) for n in graph.module.graph.nodes if n.op == "call_function"] == ["mul"]
+    with graph.body.inserting_before(out):
+        graph.body.call_function(aten.exp.default, (graph.inputs[0],))
+    clean(graph.body)
+    assert [op_name(n.target) for n in graph.body.nodes if n.op == "call_function"] == ["mul"]

@@ -35,6 +35,19 @@ def test_account_of_a_chain_counts_one_op_for_each_convolution() -> None:
     assert "convolution_backward(v, shape(1, 2, 9, 8), 4.weight" in A.explain()
 
 
+def test_gradients_in_parameters_run_no_forward() -> None:
+    A = al.linear_operator(nn.Conv2d(2, 3, 3, bias=False), (1, 2, 9, 8))
+    x, y = draw(A.domain), draw(A.codomain)
+    for out, cotangent in ((A(x), y), (A.H(y), x)):
+        assert convolutions(ops_of(out.backward, cotangent)) == 1
+
+
+def test_frozen_parameters_have_no_graph_of_gradients() -> None:
+    for learned in (True, False):
+        A = al.linear_operator(nn.Conv2d(2, 3, 3, bias=False).requires_grad_(learned), (1, 2, 9, 8))
+        assert (A.source._derived[()].graphs[1].of_state is not None) == learned
+
+
 def test_eager_adjoint_runs_the_forward() -> None:
     A = al.linear_operator(nn.Conv2d(1, 1, 3, bias=False), (1, 1, 5, 5), engine="eager")
     y = draw(A.codomain)

@@ -31,7 +31,7 @@ X, V = random(2, 1, 64, 40), random(2, 3, 64, 40)
 
 
 def test_the_quick_sample_is_the_sample(layer: nn.Module) -> None:
-    quick, plain = reference(layer).quick_sample(X, V), reference(layer).sample(X, V)
+    quick, plain = reference(layer).quick_sample(X, V, ()), reference(layer).sample(X, V, ())
     assert_close(quick.at_x[0], plain.at_x[0], 1e-15)
     assert_close(quick.at_v[0], plain.at_v[0], 1e-15)
     assert quick.x is plain.x is X
@@ -45,24 +45,54 @@ def test_its_x_has_the_channels_last(layer: nn.Module) -> None:
         seen.append(x.stride())
         return layer(x)
 
-    reference(forward).quick_sample(X, V)
-    assert seen == [(2560, 1, 40, 1)]
+    reference(forward).quick_sample(X, V, ())
+    assert seen[0] == (2560, 1, 40, 1)
+    seen.clear()
     with torch.no_grad():
-        reference(forward).sample(X, V)
-    assert seen[1:] == 2 * [(2560, 2560, 40, 1)]
+        reference(forward).sample(X, V, ())
+    assert seen == 3 * [(2560, 2560, 40, 1)]
+
+
+@pytest.mark.parametrize("kind", ["quick_sample", "sample"])
+def test_a_sample_has_the_function_far_away_and_its_gradients(kind: str) -> None:
+    layer = nn.Conv2d(1, 3, 3, padding=1, dtype=torch.float64)
+    parameters = tuple(layer.parameters())
+    sample = getattr(reference(layer), kind)(X, V, (*parameters, torch.ones(2, requires_grad=True)))
+    at_far = layer(2**20 * X[0])
+    assert torch.equal(sample.at_far[0], at_far)
+    assert not sample.at_far[0].requires_grad
+    expected = torch.autograd.grad(at_far, parameters, V[0] / 2**20)
+    assert all(map(torch.equal, sample.gradients, (*expected, torch.zeros(2))))
+    assert getattr(reference(layer), kind)(X, V, ()).gradients == ()
+
+
+def test_a_derivative_that_is_refused_is_told() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, weight: Tensor) -> Tensor:
+            return weight.clone()
+
+        @staticmethod
+        def backward(ctx: object, g: Tensor) -> Tensor:
+            raise RuntimeError("no derivative\nat all")
+
+    weight = torch.ones(3, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+    sample = reference(lambda x: nn.functional.conv2d(x, Once.apply(weight))).sample(X, V, (weight,))
+    assert sample.gradients == "no derivative"
+    assert torch.equal(sample.at_far[0], 2**20 * sample.at_x[0])
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 64, 40), (1, 64, 80), (5000,), (2, 1, 6, 5)])
 def test_there_is_none_where_no_order_is_quicker(shape: tuple[int, ...]) -> None:
     domain = al.Space.of(al.TensorSpec(shape, torch.float64))
-    assert reference(lambda x: 2 * x, domain).quick_sample(random(*shape), random(*shape)) is None
+    assert reference(lambda x: 2 * x, domain).quick_sample(random(*shape), random(*shape), ()) is None
 
 
 def test_there_is_none_where_the_function_refuses_it(layer: nn.Module) -> None:
     def forward(x: Tensor) -> Tensor:
         return layer(x).view(2, -1)  # three channels, and these last: no view of that shape
 
-    assert reference(forward).quick_sample(X, random(2, 7680)) is None
+    assert reference(forward).quick_sample(X, random(2, 7680), ()) is None
     A = al.linear_operator(forward, IMAGE)
     assert A.engine == "traced", A.explain()
     assert al.check_adjoint(A).passed
@@ -74,7 +104,7 @@ def test_a_function_that_reads_strides_is_compared_with_the_plain_reference(laye
         return y.as_strided((y.numel(),), (1,)) * torch.arange(1.0, 1 + y.numel(), dtype=y.dtype)
 
     v = random(15360)
-    quick, plain = reference(forward).quick_sample(X, v), reference(forward).sample(X, v)
+    quick, plain = reference(forward).quick_sample(X, v, ()), reference(forward).sample(X, v, ())
     assert float((quick.at_x[0] - plain.at_x[0]).norm()) > 1  # another function, there
     assert float((quick.at_v[0] - plain.at_v[0]).norm()) > 1
     A = al.linear_operator(forward, IMAGE)
@@ -118,5 +148,5 @@ def test_there_is_none_where_a_derivative_refuses_it(kind: type[Exception]) -> N
                 raise kind("other strides")
             return 2 * gradient
 
-    assert reference(Strict.apply).quick_sample(X, X) is None
+    assert reference(Strict.apply).quick_sample(X, X, ()) is None
     assert al.linear_operator(Strict.apply, IMAGE).engine == "traced"
