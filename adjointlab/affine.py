@@ -83,11 +83,13 @@ class AffineOperator(nn.Module):
         self.training = training
 
 
-def residual_and_gradient(A: LinearOperator | AffineOperator, x: Any, y: Any, weight: Any) -> tuple[Any, Any] | None:
-    """Return ``f(x) − y`` and ``Aᴴ w ⊙ (f(x) − y)`` from one graph, or None where there is none to run."""
+def residual_and_gradient(
+    A: LinearOperator | AffineOperator, x: Any, y: Any, weight: Any, *, residual: bool
+) -> tuple[Any, Any] | None:
+    """Return ``f(x) − y`` if asked for, and ``Aᴴ w ⊙ (f(x) − y)``: from one graph, or None where none is to run."""
     if isinstance(A, AffineOperator):
-        return A._source.residual_and_gradient(x, y, weight)
-    return A.residual_and_gradient(x, y, weight)
+        return A._source.residual_and_gradient(x, y, weight, residual=residual)
+    return A.residual_and_gradient(x, y, weight, residual=residual)
 
 
 def affine_operator(

@@ -78,23 +78,23 @@ class LeastSquares(nn.Module):
 
     def gradient(self, x: Any) -> Any:
         """Return ``Aᴴ W (Ax − y)``."""
-        return self._residual_and_gradient(x)[2]
+        return self._residual_and_gradient(x, residual=False)[2]  # which may not need the residual itself
 
     def value_and_gradient(self, x: Any) -> tuple[Tensor, Any]:
         """Return ``(F(x), Aᴴ W (Ax − y))`` with one forward and one adjoint."""
-        residual, weighted, gradient = self._residual_and_gradient(x)
+        residual, weighted, gradient = self._residual_and_gradient(x, residual=True)
         return self._value(residual, self._weighted(residual) if weighted is None else weighted), gradient
 
-    def _residual_and_gradient(self, x: Any) -> tuple[Any, Any, Any]:
+    def _residual_and_gradient(self, x: Any, *, residual: bool) -> tuple[Any, Any, Any]:
         """Return ``Ax − y``, its weighted form if that was computed, and the gradient: from one graph if possible."""
         entries = None if self.weight is None else diagonal_entries(self.weight)
         if self.weight is None or entries is not None:
-            fused = residual_and_gradient(self.A, x, self.y, entries)
+            fused = residual_and_gradient(self.A, x, self.y, entries, residual=residual)
             if fused is not None:
                 return fused[0], None, fused[1]
-        residual = self.residual(x)
-        weighted = self._weighted(residual)
-        return residual, weighted, self.A.H(weighted)
+        apart = self.residual(x)
+        weighted = self._weighted(apart)
+        return apart, weighted, self.A.H(weighted)
 
     def _weighted(self, residual: Any) -> Any:
         return residual if self.weight is None else self.weight(residual)

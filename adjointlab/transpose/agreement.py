@@ -95,17 +95,21 @@ def _of_gradients(reference: Maps, function: Function, sample: Sample, wanted: l
     return ""
 
 
-def alike(function: Function, reference: Function, nodes: Iterable[fx.Node]) -> bool:
-    """Return whether two functions of leaves like those of nodes agree on random data.
+def examples(nodes: Iterable[fx.Node]) -> Tensors:
+    """Return random leaves like those of nodes."""
+    draw = torch.Generator().manual_seed(21)
+    values = [node.meta["val"] for node in nodes]
+    return tuple(torch.randn(v.shape, generator=draw).to(v.device, v.dtype) for v in values)
+
+
+def alike(function: Function, reference: Function, leaves: Tensors) -> bool:
+    """Return whether two functions agree on random leaves.
 
     For what is made of parts that were compared with eager: neither is run where that was not so.
     """
-    draw = torch.Generator().manual_seed(21)
-    values = [node.meta["val"] for node in nodes]
-    leaves = tuple(torch.randn(v.shape, generator=draw).to(v.device, v.dtype) for v in values)
     with torch.no_grad():
         expected, found = reference(leaves), function(leaves)
     return all(gap((a,), (b,)) <= 64 * eps((a,)) for a, b in zip(expected, found, strict=True))
 
 
-__all__ = ["Maps", "alike", "disagreement"]
+__all__ = ["Maps", "alike", "disagreement", "examples"]

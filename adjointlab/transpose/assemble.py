@@ -13,13 +13,13 @@ from torch import Tensor
 from adjointlab.space import Space
 from adjointlab.transpose import choice, kernels, pair
 from adjointlab.transpose.account import Account, listing
-from adjointlab.transpose.agreement import alike
+from adjointlab.transpose.agreement import alike, examples
 from adjointlab.transpose.capture import Capture
 from adjointlab.transpose.derived import Derived, Function, Tensors, bound, metadata_of
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.graph import Graph, cut_off
 from adjointlab.transpose.kernels import Site
-from adjointlab.transpose.lower import lower, multiplier
+from adjointlab.transpose.lower import joined, lower, multiplier
 from adjointlab.transpose.program import Program, of_state
 from adjointlab.transpose.prune import Pruned, ops
 from adjointlab.transpose.simplify import simplify
@@ -91,19 +91,25 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
     calls = (bound(function, run, state), bound(linear, run_linear, state), bound(adjoint, run_adjoint, state))
 
     @functools.cache
-    def fused(weighted: bool) -> Program | None:
-        whole = program(residual_and_gradient(forward, pruned.graph, weighted=weighted))
+    def fused(weighted: bool, residual: bool) -> Program | None:
+        graph = residual_and_gradient(forward, pruned.graph, weighted=weighted, residual=residual)
+        programs = [program(graph)]
         if way.mode == "compiled" and way.dynamic is None:
-            whole.compile(choices.options)
+            programs[0].compile(choices.options)
+        elif way.mode == "lowered":
+            by_fft = joined(lower(simplify(graph), kernels.transformed)[0])
+            programs += [] if by_fft is None else [Program(by_fft, graph)]
 
         def parts(leaves: Tensors) -> Tensors:
             m, k = len(forward.inputs), len(forward.outputs)
-            residual = tuple(a - b for a, b in zip(calls[0](leaves[:m]), leaves[m : m + k], strict=True))
-            cotangents = tuple(map(torch.mul, leaves[m + k :], residual)) if weighted else residual
-            return (*residual, *calls[2](cotangents))
+            apart = tuple(a - b for a, b in zip(calls[0](leaves[:m]), leaves[m : m + k], strict=True))
+            cotangents = tuple(map(torch.mul, leaves[m + k :], apart)) if weighted else apart
+            return (*(apart if residual else ()), *calls[2](cotangents))
 
-        leaves = (*forward.inputs, *forward.outputs, *(forward.outputs if weighted else ()))
-        return whole if domain.every(alike(bound(whole, whole.whole, state), parts, leaves)) else None
+        leaves = examples((*forward.inputs, *forward.outputs, *(forward.outputs if weighted else ())))
+        runs = {each: bound(each, each.whole, state) for each in programs}
+        agreeing = [each for each, run in runs.items() if domain.every(alike(run, parts, leaves))]
+        return choice.quickest({each: functools.partial(runs[each], leaves) for each in agreeing}, leaves[0].device)
 
     @functools.cache
     def find() -> Callable[..., Any] | None:
@@ -172,7 +178,8 @@ def _multiplier(forward: Graph, adjoint: Graph, run: Function, *, affine: bool) 
     if node is None or not (affine or multiplier(lower(simplify(forward), kernels.transformed)[0]) is not None):
         return None
     program = Program(by_fft, adjoint)
-    return of_state(by_fft, node) if alike(bound(program, program.whole, adjoint.state), run, adjoint.inputs) else None
+    same = alike(bound(program, program.whole, adjoint.state), run, examples(adjoint.inputs))
+    return of_state(by_fft, node) if same else None
 
 
 def _compile(programs: dict[str, Program], choices: Choices, way: Way, n_state: int) -> None:

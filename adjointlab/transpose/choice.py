@@ -6,12 +6,13 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from adjointlab.transpose.kernels import KERNELS, PREPARE, Site, available, flipped_site
+from adjointlab.transpose.kernels import KERNELS, PREPARE, Site, available, flipped_site, window
 
 # Rates of the cost model, in multiplications or FFT steps a second: measured on two cores of a current server for the
 # CPU (see docs/benchmarks.md), taken from published throughputs for CUDA. They need to be right to a factor of a few
@@ -40,9 +41,8 @@ def predicted(name: str, site: Site) -> float:
         rate = {"cpu": 1.6e10 if cached else 5e9, "cuda": 1e11}[kind]
         return count * (_TAP_OVERHEAD + size * site.dtype.itemsize / 4 / rate)
     if name == "polyphase":
-        wide = site.stride[-1] * (site.phases - 1) + site.extent[-1]
         size = site.batch * math.prod(site.output_shape)
-        return _PHASES_OVERHEAD + site.macs * wide / site.kernel[-1] / 7e10 + size * 1e-9
+        return _PHASES_OVERHEAD + size * c_in * math.prod(window(site)) / 7e10 + size * 1e-9
     if kind != "cpu":
         return _OVERHEAD + site.macs / 1e12
     return _OVERHEAD + site.macs / _direct_rate(site)
@@ -72,6 +72,8 @@ _CHEAP = 1e-3  # what is expected to take less is run: the model is at its worst
 _COLD = {"fft": 8e-5, "tapped": 2e-5}  # what kernels of many ops lose between other work, and not in a row of runs
 _PROBE = 1e6  # multiplications that show a direct kernel's rate: a few milliseconds of the slowest
 _OVERHEADS = 3e-4  # seconds
+_TURNS = 6
+T = TypeVar("T")
 
 
 def choose(site: Site, *, measure: bool, thorough: bool = False) -> str:
@@ -143,6 +145,21 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
     fastest = min(times, key=times.__getitem__)
     native = times["native"] / 1.2 if "native" in times else expected["native"] / 1.5  # it is the more accurate
     return "native" if native <= times[fastest] else fastest
+
+
+def quickest(ways: Mapping[T, Callable[[], object]], device: torch.device) -> T | None:
+    """Return the key of the way that is quickest as measured, in turns; None if there is none."""
+    if len(ways) < 2:
+        return next(iter(ways), None)
+    seen: dict[T, list[float]] = {key: [] for key in ways}
+    for _ in range(_TURNS):
+        for key, way in ways.items():
+            _wait(device)
+            start = time.perf_counter()
+            way()
+            _wait(device)
+            seen[key].append(time.perf_counter() - start)
+    return min(seen, key=lambda key: statistics.median_low(seen[key][1:]))
 
 
 def _expected(name: str, site: Site) -> float:

@@ -32,9 +32,9 @@ class Derived:
     """A function and its adjoint for one size of everything; ``linear`` is the function without its offset.
 
     ``captured`` is what the function depended on, ``state`` where the programs read tensors, ``metadata`` what these
-    looked like, ``baked`` the tensors whose values are in the programs. ``fused`` makes the program of residual and
-    gradient, with weights or without; ``multiplier`` returns what the adjoint multiplies spectra with, if it does
-    nothing else.
+    looked like, ``baked`` the tensors whose values are in the programs. ``fused(weighted, residual)`` makes the program
+    of the least-squares gradient, with the residual as a result or without; ``multiplier`` returns what the adjoint
+    multiplies spectra with, if it does nothing else.
     """
 
     function: Function
@@ -47,7 +47,7 @@ class Derived:
     baked: tuple[tuple[Source, Tensor], ...] = ()
     graphs: tuple[Graph, Pruned] | None = None
     programs: Mapping[str, Program] = field(default_factory=dict)  # of function, linear and adjoint
-    fused: Callable[[bool], Program | None] | None = None
+    fused: Callable[[bool, bool], Program | None] | None = None
     multiplier: Callable[[], Tensor | None] | None = None
 
     @property

@@ -147,14 +147,15 @@ class Transposition:
             _keep(shortcuts, name, derived, derived.programs[name], x)
         return y
 
-    def residual_and_gradient(self, x: Any, y: Any, weight: Any) -> tuple[Any, Any] | None:
-        """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` from one graph, or None where there is none to run."""
+    def residual_and_gradient(self, x: Any, y: Any, weight: Any, *, residual: bool) -> tuple[Any, Any] | None:
+        """Return ``f(x) − y`` if asked for, and ``f'ᴴ w ⊙ (f(x) − y)``, from one graph; None where none is to run."""
         name, elements = ("gradient", (x, y)) if weight is None else ("weighted gradient", (x, y, weight))
+        name += " and residual" if residual else ""
         soon = None if _is_compiling() else self._shortcuts.get(name)
         outputs = None if soon is None else soon(*elements)
         if outputs is None and self.domain.is_autocast:
             with self.domain.without_autocast():
-                return self.residual_and_gradient(x, y, weight)
+                return self.residual_and_gradient(x, y, weight, residual=residual)
         if outputs is None:
             shortcuts, spaces = self._shortcuts, (self.domain, self.codomain, self.codomain)
             given = [space.leaves(element) for space, element in zip(spaces, elements, strict=False)]
@@ -166,13 +167,13 @@ class Transposition:
             state = tuple(source.read() for source in derived.state)
             if derived.fused is None or not plain() or differentiated((*leaves, *state)):
                 return None
-            program = derived.fused(weight is not None)
+            program = derived.fused(weight is not None, residual)
             if program is None:
                 return None
             outputs = program.run(*state, *map(canonical, leaves))
             _keep(shortcuts, name, derived, program, *elements)
-        n = len(self.codomain.specs)
-        return self.codomain.unflatten(outputs[:n]), self.domain.unflatten(outputs[n:])
+        n = len(self.codomain.specs) if residual else 0
+        return self.codomain.unflatten(outputs[:n]) if residual else None, self.domain.unflatten(outputs[n:])
 
     @_alone
     def adjoint_multiplier(self) -> Tensor | None:

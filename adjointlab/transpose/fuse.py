@@ -10,8 +10,8 @@ from adjointlab.transpose.graph import Graph, clean
 aten = torch.ops.aten
 
 
-def residual_and_gradient(forward: Graph, adjoint: Graph, *, weighted: bool) -> Graph:
-    """Return the graph ``(*state, *x, *y[, *w]) → (*residual, *gradient)`` from those of ``f`` and ``f'ᴴ``."""
+def residual_and_gradient(forward: Graph, adjoint: Graph, *, weighted: bool, residual: bool) -> Graph:
+    """Return the graph ``(*state, *x, *y[, *w]) → ([*residual,] *gradient)`` from those of ``f`` and ``f'ᴴ``."""
     graph = fx.Graph()
     copies = {node: graph.node_copy(node) for node in forward.placeholders}
     twins = dict(zip(adjoint.placeholders, forward.placeholders[: len(forward.state)], strict=False))
@@ -36,16 +36,16 @@ def residual_and_gradient(forward: Graph, adjoint: Graph, *, weighted: bool) -> 
         node.meta["val"] = a.meta["val"]
         return node
 
-    residual = [combine(aten.sub.Tensor, copies[out], y) for out, y in zip(outputs, data, strict=True)]
-    cotangents = residual
+    apart = [combine(aten.sub.Tensor, copies[out], y) for out, y in zip(outputs, data, strict=True)]
+    cotangents = apart
     if weights is not None:
-        cotangents = [combine(aten.mul.Tensor, w, r) for w, r in zip(weights, residual, strict=True)]
+        cotangents = [combine(aten.mul.Tensor, w, r) for w, r in zip(weights, apart, strict=True)]
     back: dict[fx.Node, fx.Node] = {node: copies[twin] for node, twin in twins.items()}
     back.update(zip(adjoint.inputs, cotangents, strict=True))
     for node in adjoint.body.nodes:
         if node.op == "call_function":
             back[node] = graph.node_copy(node, back.__getitem__)
-    graph.output((*residual, *[back[out] for out in adjoint.outputs]))
+    graph.output((*(apart if residual else ()), *[back[out] for out in adjoint.outputs]))
     return Graph(graph, forward.state, forward.baked)
 
 

@@ -40,7 +40,7 @@ class Site(NamedTuple):
     # Set by `sized`, since torch.compile looks into everything that is computed later:
     fft_size: Ints = ()
     around: Ints = ()  # padding of the plain convolution that a transposed one of stride 1 is with the flipped kernel
-    phases: int = 1  # neighbouring outputs that are computed as so many channels
+    phases: Ints = ()  # neighbouring outputs that are computed as so many channels
 
     @property
     def dims(self) -> Ints:
@@ -79,10 +79,10 @@ def sized(site: Site) -> Site:
     around = site.padding
     if site.transposed:
         around = tuple(e - 1 - p for e, p in zip(site.extent, site.padding, strict=True))
-    phases = _VECTOR
-    while phases > 1 and (phases * site.output_shape[0] > _VECTOR or 2 * phases > site.output_shape[-1]):
-        phases //= 2
-    return site._replace(fft_size=tuple(sizes), around=around, phases=phases)
+    phases = [*site.stride] if site.transposed else [1] * len(site.stride)
+    while 2 * math.prod(phases) * site.output_shape[0] <= _VECTOR and 4 * phases[-1] <= site.output_shape[-1]:
+        phases[-1] *= 2
+    return site._replace(fft_size=tuple(sizes), around=around, phases=tuple(phases))
 
 
 def fast_length(n: int) -> int:
@@ -147,23 +147,53 @@ def spectrum(weight: Tensor, site: Site) -> Tensor:
 
 def fft(x: Tensor, transform: Tensor, bias: Tensor | None, site: Site) -> Tensor:
     """Return the convolution as a product of transforms."""
-    size, dims, g = site.fft_size, site.dims, site.groups
+    return _synthesis(_product(_analysis(x, site), transform, site), bias, site)
+
+
+def gradient(x: Tensor, y: Tensor, transforms: tuple[Tensor, Tensor], sites: tuple[Site, Site]) -> Tensor:
+    """Return ``B(Ax − y)`` for two products of transforms of the same length: the difference is taken of spectra.
+
+    That needs three transforms, where one product after the other needs four.
+    """
+    first, second = sites
+    spectrum = _product(_analysis(x, first), transforms[0], first).sub_(_analysis(y, second))
+    return _synthesis(_product(spectrum, transforms[1], second), None, second)
+
+
+def joined(first: Site, second: Site) -> bool:
+    """Return whether the second product of transforms would take apart all that the first has put together."""
+    whole = first.output_shape[1:] == first.fft_size == second.fft_size == second.input_shape[1:]
+    return whole and all(s == 1 for s in (*first.stride, *second.stride))
+
+
+def _analysis(x: Tensor, site: Site) -> Tensor:
+    """Return the transform of what a site reads."""
     if site.transposed and any(s > 1 for s in site.stride):
         spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], site.stride, strict=True)))
         where: Any = (..., *[slice(None, None, s) for s in site.stride])
         spread[where] = x
         x = spread
-    source = torch.fft.rfftn(x, s=size, dim=dims)
-    batch, frequencies = x.shape[0], source.shape[2:]
+    found: Tensor = torch.fft.rfftn(x, s=site.fft_size, dim=site.dims)
+    return found
+
+
+def _product(source: Tensor, transform: Tensor, site: Site) -> Tensor:
+    """Return the spectrum of the result; the source's memory may be used for it."""
+    (batch, _, *frequencies), g = source.shape, site.groups
     if transform.shape[1] == transform.shape[2] == 1:
         product = source.reshape(batch, g, *frequencies).mul_(transform[:, 0, 0])  # no one else has it
     elif transform.shape[2] == 1:
         product = source.reshape(batch, g, 1, *frequencies) * transform[:, :, 0]
     else:
         product = (source.reshape(batch, g, 1, -1, *frequencies) * transform).sum(3)
-    product = product.reshape(batch, -1, *frequencies)
+    return product.reshape(batch, -1, *frequencies)
+
+
+def _synthesis(product: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+    """Return the result with a spectrum."""
+    dims = site.dims
     rows = torch.fft.ifftn(product, dim=dims[:-1]) if len(dims) > 1 else product
-    y: Tensor = torch.fft.irfft(_spread(rows), n=size[-1], dim=-1)
+    y: Tensor = torch.fft.irfft(_spread(rows), n=site.fft_size[-1], dim=-1)
     steps = [1] * len(dims) if site.transposed else site.stride
     wanted = [slice(0, (n - 1) * s + 1, s) for n, s in zip(site.output_shape[1:], steps, strict=True)]
     inside: Any = (..., *wanted)
@@ -207,43 +237,85 @@ def tapped(x: Tensor, weights: Tensor, bias: Tensor | None, site: Site) -> Tenso
 
 
 def bands(weight: Tensor, site: Site) -> Tensor:
-    """Return the kernels of all phases of a plain convolution: the same one, each shifted by a stride from the last."""
+    """Return the kernels of all phases: for each of neighbouring outputs, its taps where it reads the common window."""
     kernel = flip(weight, site) if site.transposed else weight
-    (*_, s), (*_, d), (*_, e), count = site.stride, site.dilation, site.extent, site.phases
-    spread = kernel.new_zeros(kernel.shape[0], count, *kernel.shape[1:-1], s * (count - 1) + e)
-    for phase in range(count):
-        spread[:, phase, ..., s * phase : s * phase + e : d] = kernel
+    places = [_places(i, site) for i in range(len(site.kernel))]
+    spread = kernel.new_zeros(kernel.shape[0], math.prod(site.phases), kernel.shape[1], *window(site))
+    for phase, along in enumerate(itertools.product(*places)):
+        taps, taken = zip(*along, strict=True)
+        spread[(slice(None), phase, slice(None), *taken)] = kernel[(slice(None), slice(None), *taps)]
     spread = spread.flatten(0, 1)
     if len(site.kernel) == 1:
         spread = spread.unsqueeze(2)
     return spread if len(site.kernel) == 3 else channels_last(spread)  # for volumes, blocked channels are faster
 
 
+def window(site: Site) -> list[int]:
+    """Return the size of the window of inputs that all phases of an output read."""
+    return [max(taken.stop for _, taken in _places(i, site)) for i in range(len(site.kernel))]
+
+
+def _places(dim: int, site: Site) -> list[tuple[slice, slice]]:
+    """Return, for each phase along a dimension, which taps of the kernel it has and where they are in its window."""
+    count, k, s, p, d = (t[dim] for t in (site.phases, site.kernel, site.stride, site.around, site.dilation))
+    if count == 1:
+        return [(slice(0, k), slice(0, k))]
+    up, down = (1, s) if site.transposed else (s, 1)  # the output at t reads inputs at (up t + d j − p) / down
+    found = []
+    for phase in range(count):
+        taps = [j for j in range(k) if (up * phase + d * j - p) % down == 0]
+        if not taps:
+            found.append((slice(0, 0), slice(0, 0)))
+            continue
+        first, last = ((up * phase + d * j - p) // down + p // down for j in (taps[0], taps[-1]))
+        step = down // math.gcd(d, down)
+        found.append((slice(taps[0], taps[-1] + 1, step), slice(first, last + 1, d * step // down)))
+    return found
+
+
 def polyphase(x: Tensor, kernel: Tensor, bias: Tensor | None, site: Site) -> Tensor:
-    """Return a plain convolution whose last stride is that of several outputs, which are channels of it.
+    """Return a convolution, transposed or not, as a plain one of which neighbouring outputs are the channels.
 
     Direct kernels have channels for their vectors. An image of one channel leaves these empty; here, neighbouring
-    outputs fill them, for a few multiplications by zero. The kernels of oneDNN are called by name since PyTorch takes
-    slower ones for small images, and for volumes with a 3×3×3 kernel.
+    outputs fill them, for a few multiplications by zero. Outputs of a transposed convolution with a stride read
+    different taps in turn: with the stride's outputs as channels, nothing is multiplied by the zeros between inputs.
+    The kernels of oneDNN are called by name since PyTorch takes slower ones for small images, and for volumes with a
+    3×3×3 kernel.
     """
-    padding, count, wanted = [*site.around], site.phases, site.output_shape[-1]
-    stride, dilation = [*site.stride[:-1], count * site.stride[-1]], [*site.dilation[:-1], 1]
+    padding = [p // s if site.transposed else p for p, s in zip(site.around, site.stride, strict=True)]
+    stride = [c // s if site.transposed else c * s for c, s in zip(site.phases, site.stride, strict=True)]
+    dilation = [d if c == 1 else 1 for c, d in zip(site.phases, site.dilation, strict=True)]
+    blocks = [-(-n // c) for n, c in zip(site.output_shape[1:], site.phases, strict=True)]
     if x.ndim == 3:
         x, padding, stride, dilation = x.unsqueeze(2), [0, *padding], [1, *stride], [1, *dilation]
-    blocks = -(-wanted // count)
-    missing = (blocks - 1) * stride[-1] + kernel.shape[-1] - x.shape[-1] - 2 * padding[-1]
-    if missing > 0:
-        x = aten.constant_pad_nd.default(x, [0, missing])
-    bias = None if bias is None else bias.repeat_interleave(count)
+    wanted, extent = [1, *blocks][-len(stride) :], kernel.shape[2:]
+    missing = [
+        max(0, (q - 1) * s + d * (k - 1) + 1 - n - 2 * p)
+        for q, s, d, k, n, p in zip(wanted, stride, dilation, extent, x.shape[2:], padding, strict=True)
+    ]
+    if any(missing):
+        x = aten.constant_pad_nd.default(x, [n for m in reversed(missing) for n in (0, m)])
+    bias = None if bias is None else bias.repeat_interleave(math.prod(site.phases))
     if torch.compiler.is_compiling():  # which knows no shape of the other
         y = torch.convolution(x, kernel, bias, stride, padding, dilation, False, [0] * len(stride), site.groups)
     else:
         y = torch.mkldnn_convolution(x, kernel, bias, padding, stride, dilation, site.groups)
-    y = y if y.shape[-1] == blocks else y[..., :blocks]
-    y = y.view(y.shape[0], -1, count, *y.shape[2:]).movedim(2, -1)
-    y = y.reshape(x.shape[0], *site.output_shape[:-1], blocks * count)
-    found: Tensor = y if blocks * count == wanted else y[..., :wanted].contiguous()
-    return found
+    if list(y.shape[2:]) != wanted:
+        inside: Any = (..., *[slice(0, q) for q in wanted])
+        y = y[inside]
+    return _interleaved(y.reshape(x.shape[0], -1, *site.phases, *blocks), site)
+
+
+def _interleaved(y: Tensor, site: Site) -> Tensor:
+    """Return the image of which ``y[:, :, *phase, *block]`` are the outputs."""
+    count = len(site.kernel)
+    order = [n for i in range(count) for n in (2 + count + i, 2 + i)]
+    shape = [c * q for c, q in zip(y.shape[2 : 2 + count], y.shape[2 + count :], strict=True)]
+    y = y.permute(0, 1, *order).reshape(y.shape[0], -1, *shape)
+    if y.shape[1:] == site.output_shape:
+        return y
+    inside: Any = (..., *[slice(0, n) for n in site.output_shape[1:]])
+    return y[inside].contiguous()
 
 
 def channels_last(image: Tensor) -> Tensor:
@@ -278,8 +350,14 @@ def available(site: Site) -> list[str]:
     wide = site.dtype in (torch.float32, torch.float64)  # complex convolutions reach here as three real ones
     if plain and wide and site.input_shape[0] == site.output_shape[0] == site.groups:
         names.append("tapped")
-    vectors = site.groups == 1 and (site.phases > 1 or len(site.kernel) == 3) and site.output_shape[-1] > 1
-    if plain and vectors and site.dtype == torch.float32 and site.device.type == "cpu" and _ONEDNN:
+    vectors = site.groups == 1 and (math.prod(site.phases) > 1 or len(site.kernel) == 3) and site.output_shape[-1] > 1
+    if (
+        (reaches or not site.transposed)
+        and vectors
+        and site.dtype == torch.float32
+        and site.device.type == "cpu"
+        and _ONEDNN
+    ):
         names.append("polyphase")
     # Rounding errors of the direct sum grow like √terms · eps / 7, those of the transform like √log₂(points) · eps / 2:
     # a product of transforms is used where it loses at most a factor of four.

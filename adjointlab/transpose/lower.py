@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,28 @@ def lower(graph: Graph, choose: Callable[[Site], str]) -> tuple[Graph, tuple[str
                 _replace(lowered.body, node, (first.args[0], last), name, site)
     clean(lowered.body)
     return lowered, tuple(lines)
+
+
+def joined(graph: Graph) -> Graph | None:
+    """Return an equal graph in which ``B(Ax − y)`` with two products of transforms is one, or None without any."""
+    lowered = part(graph, graph.outputs)
+    found = False
+    for node in list(lowered.body.nodes):
+        if node.target is not kernels.fft or node.args[2] is not None:
+            continue
+        difference, second, _, to = node.args
+        if difference.target is not aten.sub.Tensor or difference.args[0].target is not kernels.fft:
+            continue
+        (inner, y), (x, first, bias, site) = difference.args, difference.args[0].args
+        alone = len(difference.users) == len(inner.users) == 1 and bias is None
+        if alone and inner.meta["val"].shape == y.meta["val"].shape and kernels.joined(site, to):
+            with lowered.body.inserting_before(node):
+                call = lowered.body.call_function(kernels.gradient, (x, y, (first, second), (site, to)))
+            call.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(call)
+            found = True
+    clean(lowered.body)
+    return lowered if found else None
 
 
 def multiplier(graph: Graph) -> fx.Node | None:
@@ -134,8 +157,11 @@ def _describe(name: str, site: Site) -> str:
     kind = "transposed convolution" if site.transposed else "convolution"
     size = "×".join(map(str, site.kernel))
     c_in, c_out = site.input_shape[0], site.output_shape[0]
-    details = {"fft": f" of size {'×'.join(map(str, site.fft_size))}", "polyphase": f" in {site.phases} phases"}
+    details = {
+        "fft": f" of size {'×'.join(map(str, site.fft_size))}",
+        "polyphase": f" in {math.prod(site.phases)} phases",
+    }
     return f"{name}{details.get(name, '')}, for the {kind} {c_in}→{c_out} with a {size} kernel"
 
 
-__all__ = ["lower", "multiplier"]
+__all__ = ["joined", "lower", "multiplier"]

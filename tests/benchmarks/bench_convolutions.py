@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from contenders import Convolution, Setup, adjoint_ways, assert_equal, forward_ways
+from contenders import Convolution, Setup, adjoint_ways, assert_equal, forward_ways, gradient_ways, strided_ways
 
 import adjointlab as al
 
@@ -20,6 +21,22 @@ ROWS = [
     Convolution(1, 1, 8, (48,) * 3, 3),
     Convolution(1, 1, 1, (64,) * 3, 7),
     Convolution(4, 1, 1, (65536,), 9),
+]
+
+CYCLIC = [
+    Convolution(1, 1, 1, (256,) * 2, 11, circular=True),
+    Convolution(1, 1, 1, (512,) * 2, 31, circular=True),
+    Convolution(1, 1, 1, (1024,) * 2, 11, circular=True),
+    Convolution(1, 1, 1, (64,) * 3, 7, circular=True),
+]
+STRIDED = [
+    Convolution(1, 1, 1, (512,) * 2, 5, 2),
+    Convolution(1, 1, 1, (512,) * 2, 11, 2),
+    Convolution(1, 1, 1, (512,) * 2, 9, 4),
+    Convolution(1, 3, 64, (128,) * 2, 3, 2),
+    Convolution(1, 64, 64, (64,) * 2, 3, 2),
+    Convolution(1, 1, 1, (64,) * 3, 5, 2),
+    Convolution(4, 1, 1, (65536,), 9, 4),
 ]
 
 
@@ -36,7 +53,7 @@ def _sweep() -> list[Convolution]:
 
 def _tiny(case: Convolution) -> Convolution:
     shape = tuple(min(n, {1: 256, 2: 32, 3: 12}[case.ndim]) for n in case.shape)
-    return Convolution(case.batch, min(case.c_in, 8), min(case.c_out, 8), shape, min(case.width, 7))
+    return replace(case, c_in=min(case.c_in, 8), c_out=min(case.c_out, 8), shape=shape, width=min(case.width, 7))
 
 
 @functools.lru_cache(maxsize=2)
@@ -46,7 +63,8 @@ def _setup(case: Convolution, device: torch.device) -> Setup:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        cases = _sweep() if metafunc.function is test_sweep else ROWS
+        of = {test_sweep: _sweep(), test_strided: STRIDED, test_gradient: ROWS + CYCLIC}
+        cases = of.get(metafunc.function, ROWS)
         if metafunc.config.getoption("--quick", default=False):
             cases = list(dict.fromkeys(map(_tiny, cases)))
         metafunc.parametrize("case", cases, ids=str)
@@ -74,6 +92,18 @@ def test_gradient(setup: Setup, compare: Any) -> None:
     objective = al.LeastSquares(A, v)
     ways = {"gradient": lambda: objective.gradient(x), "forward": lambda: A(x), "adjoint": lambda: A.H(v)}
     compare(ways, section="gradient", most=51, **setup.case.facts)
+
+
+def test_strided(setup: Setup, compare: Any) -> None:
+    ways = strided_ways(setup)
+    assert_equal(ways, "conv_transpose")
+    compare(ways, section="strided", **setup.case.facts)
+
+
+def test_learning(setup: Setup, compare: Any) -> None:
+    ways = gradient_ways(setup)
+    assert_equal(ways, "module", tolerance=1e-4)  # sums over all of the image
+    compare(ways, section="learning", **setup.case.facts)
 
 
 # -- sweeps: ours against native ---------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Every way at hand to compute a convolution and its adjoint: by torch, by hand, by JAX, PyLops, SciPy and deepinv.
 
-All kernels have an odd width and are padded with zeros to keep the size. What a way may prepare (a flipped kernel, a
-kernel's transform, a compiled function) is ready before it is timed.
+All kernels have an odd width and are padded to keep the size, but for the stride: with zeros, unless it says circular.
+What a way may prepare (a flipped kernel, a kernel's transform, a compiled function) is ready before it is timed.
 """
 
 from __future__ import annotations
@@ -34,28 +34,37 @@ Skipped = dict[str, str]
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution with a kernel of odd width in every dimension, padded with zeros to keep the size."""
+    """A convolution with a kernel of odd width in every dimension, padded to keep the size if there is no stride."""
 
     batch: int
     c_in: int
     c_out: int
     shape: tuple[int, ...]
     width: int
+    stride: int = 1
+    circular: bool = False
 
     def __str__(self) -> str:
         n, ndim = self.shape[0], len(self.shape)
         power = {1: "", 2: "²", 3: "³"}[ndim]
         batch = f"{self.batch} × " if self.batch > 1 else ""
-        return f"{batch}{self.c_in}→{self.c_out}, {n}{power}, {self.width}{power}"
+        stride = f", stride {self.stride}" if self.stride > 1 else ""
+        border = ", circular" if self.circular else ""
+        return f"{batch}{self.c_in}→{self.c_out}, {n}{power}, {self.width}{power}{stride}{border}"
 
     @property
     def ndim(self) -> int:
         return len(self.shape)
 
     @property
+    def result(self) -> tuple[int, ...]:
+        """Size of the result."""
+        return tuple(-(-n // self.stride) for n in self.shape)
+
+    @property
     def macs(self) -> int:
         """Number of multiplications of the direct sum."""
-        return self.batch * self.c_in * self.c_out * math.prod(self.shape) * self.width**self.ndim
+        return self.batch * self.c_in * self.c_out * math.prod(self.result) * self.width**self.ndim
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -71,24 +80,28 @@ class Setup:
     def __init__(self, case: Convolution, device: torch.device) -> None:
         self.case, self.device = case, device
         draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
-        self.module = MODULE[case.ndim](case.c_in, case.c_out, case.width, padding=case.width // 2, bias=False)
+        self.half = case.width // 2
+        border = "circular" if case.circular else "zeros"
+        settings = {"stride": case.stride, "padding": self.half, "padding_mode": border, "bias": False}
+        self.module = MODULE[case.ndim](case.c_in, case.c_out, case.width, **settings)
         weight = draw(case.c_out, case.c_in, *[case.width] * case.ndim) / math.sqrt(case.c_in * case.width**case.ndim)
         self.module.weight = nn.Parameter(weight)
         self.module.to(device)
         self.weight = self.module.weight.detach()
         self.x = draw(case.batch, case.c_in, *case.shape).to(device)
-        self.v = draw(case.batch, case.c_out, *case.shape).to(device)
-        self.half = case.width // 2
+        self.v = draw(case.batch, case.c_out, *case.result).to(device)
 
     @functools.cached_property
     def operator(self) -> al.LinearOperator:
         return al.linear_operator(self.module, self.x)
 
     def native_forward(self) -> Tensor:
-        return CONV[self.case.ndim](self.x, self.weight, padding=self.half)
+        return CONV[self.case.ndim](self.x, self.weight, stride=self.case.stride, padding=self.half)
 
     def native_adjoint(self) -> Tensor:
-        return TRANSPOSED[self.case.ndim](self.v, self.weight, padding=self.half)
+        stride, shapes = self.case.stride, zip(self.case.shape, self.case.result, strict=True)
+        rest = [n - 1 - (m - 1) * stride for n, m in shapes]  # inputs behind the last one that has an output
+        return TRANSPOSED[self.case.ndim](self.v, self.weight, stride=stride, padding=self.half, output_padding=rest)
 
 
 def adjoint_ways(s: Setup) -> tuple[Ways, Skipped]:
@@ -108,6 +121,40 @@ def adjoint_ways(s: Setup) -> tuple[Ways, Skipped]:
         "FFT": by_fft(s, adjoint=True),
     }
     return _with_libraries(s, ways, adjoint=True)
+
+
+def strided_ways(s: Setup) -> Ways:
+    """Return what computes the adjoint at v of a convolution with a stride."""
+    n = s.case.ndim
+    steps, ones, zeros, half = [s.case.stride] * n, [1] * n, [0] * n, [s.half] * n
+    A = s.operator
+    ways: Ways = {
+        "adjointlab": lambda: A.H(s.v),
+        "eager vjp": lambda: torch.func.vjp(s.module, s.x)[1](s.v)[0],
+        "convolution_backward": lambda: aten.convolution_backward(
+            s.v, s.x, s.weight, None, steps, half, ones, False, zeros, 1, [True, False, False]
+        )[0],
+        "conv_transpose": s.native_adjoint,
+    }
+    jax = _library("jax")
+    if jax is not None and s.device.type == "cpu":
+        ways["JAX"] = _jax(jax, s, adjoint=True)
+    return ways
+
+
+def gradient_ways(s: Setup) -> Ways:
+    """Return what computes the gradients of ``⟨Ax, v⟩`` in x and in the kernel, as training does."""
+    x = s.x.clone().requires_grad_()
+    wanted = (x, s.module.weight.requires_grad_())
+
+    def through(function: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        @torch.enable_grad()
+        def run() -> Tensor:
+            return torch.autograd.grad(function(x), wanted, s.v)[1]
+
+        return run
+
+    return {"adjointlab": through(s.operator), "module": through(s.module)}
 
 
 def forward_ways(s: Setup) -> tuple[Ways, Skipped]:
@@ -190,7 +237,8 @@ def _jax(jax: Any, s: Setup, adjoint: bool) -> Callable[[], Any]:
     precision = jax.lax.Precision.HIGHEST
 
     def forward(x: Any) -> Any:
-        return jax.lax.conv_general_dilated(x, weight, [1] * s.case.ndim, padding, precision=precision)
+        steps = [s.case.stride] * s.case.ndim
+        return jax.lax.conv_general_dilated(x, weight, steps, padding, precision=precision)
 
     argument = jax.numpy.asarray((s.v if adjoint else s.x).numpy())
     if adjoint:

@@ -8,9 +8,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from targets import Row, fastest, select, targets, to_hand, whole_to_parts
+from targets import Row, fastest, ratio, select, targets, to_hand, whole_to_parts
 
-SECTIONS = {"rows", "gradient", "sweep", "bare", "differences", "overhead", "memory", "import", "build", "solvers"}
+SECTIONS = {
+    "rows",
+    "strided",
+    "gradient",
+    "learning",
+    "sweep",
+    "bare",
+    "differences",
+    "overhead",
+    "memory",
+    "import",
+    "build",
+    "solvers",
+}
 ABOUT = """\
 # Benchmarks
 
@@ -84,6 +97,7 @@ def _targets(decided: list[tuple[str, Any]]) -> str:
 def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
     yield from _contenders(rows, "adjoint", "A.H(v)", drawn)
     yield from _contenders(rows, "forward", "A(x)", drawn)
+    yield from _strided(rows)
     if found := select(rows, "gradient"):
         yield "## The gradient of least squares\n"
         body = [
@@ -91,6 +105,11 @@ def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
             for r in found
         ]
         yield table(("case", "gradient(x), ms", "A(x), ms", "A.H(v), ms", "gradient / (A(x) + A.H(v))"), body)
+    if found := select(rows, "learning"):
+        yield "## Gradients in the kernel\n"
+        yield "Those of `⟨A(x), v⟩` in x and in the kernel, by `torch.autograd.grad`, as training computes them.\n"
+        body = [(r["case"], _ms(r["seconds"]["adjointlab"]), f"{ratio(r, 'module', 'adjointlab'):.2f}") for r in found]
+        yield table(("case", "through A, ms", "through the module, in multiples"), body)
     yield from _sweep(rows, drawn)
     yield from _graphs(rows)
     yield from _costs(rows)
@@ -121,6 +140,18 @@ def _contenders(rows: list[Row], which: str, label: str, drawn: dict[str, str]) 
     yield table(("channels, size, kernel", f"{label}, ms", *names), body)
     if which in drawn:
         yield f"![{title}: every way, in multiples of ours]({drawn[which]})\n"
+
+
+def _strided(rows: list[Row]) -> Iterable[str]:
+    if found := select(rows, "strided"):
+        yield "## The adjoint of a convolution with a stride\n"
+        yield "Milliseconds of `A.H(v)`, then every other way in multiples of that.\n"
+        names = [name for name in found[0]["seconds"] if name != "adjointlab"]
+        body = [
+            (r["case"], _ms(r["seconds"]["adjointlab"]), *(f"{ratio(r, name, 'adjointlab'):.2f}" for name in names))
+            for r in found
+        ]
+        yield table(("case", "A.H(v), ms", *names), body)
 
 
 def _sweep(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:

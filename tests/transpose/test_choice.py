@@ -1,5 +1,6 @@
 """Which kernel is chosen, given what they would take."""
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -82,3 +83,10 @@ def test_the_part_that_is_run_has_outputs_whatever_the_padding() -> None:
     part = choice._part(wide, 1e-4)
     assert min(part.output_shape) >= 1
     assert part.macs < site.macs
+
+
+def test_the_quickest_way_is_found() -> None:
+    ways = {"slow": lambda: time.sleep(2e-3), "quick": lambda: None, "slower": lambda: time.sleep(4e-3)}
+    assert choice.quickest(ways, torch.device("cpu")) == "quick"
+    assert choice.quickest({"only": lambda: pytest.fail("there is no need to run it")}, torch.device("cpu")) == "only"
+    assert choice.quickest({}, torch.device("cpu")) is None

@@ -102,7 +102,26 @@ def test_half_precision_stays_native() -> None:
 def test_phases_fill_a_vector_with_channels(width: int, channels: int) -> None:
     site = square(width, 3, 2, transposed=False)
     found = sized(site._replace(output_shape=(channels, width, width))).phases
-    assert found == max((p for p in (1, 2, 4, 8, 16) if p * channels <= 16 and 2 * p <= width), default=1)
+    assert found == (1, max((p for p in (1, 2, 4, 8, 16) if p * channels <= 16 and 2 * p <= width), default=1))
+
+
+@pytest.mark.parametrize(
+    ("stride", "phases"), [((2, 2), (2, 8)), ((3, 1), (3, 4)), ((1, 5), (1, 10)), ((7, 7), (7, 7))]
+)
+def test_outputs_between_those_of_a_stride_are_phases(stride: tuple[int, int], phases: tuple[int, int]) -> None:
+    site = square(40, 3, 2, transposed=True)._replace(stride=stride, padding=(0, 0))
+    site = sized(site._replace(output_shape=(1, *[39 * s + 3 for s in stride])))
+    assert site.phases == phases
+    assert "polyphase" in available(site)
+
+
+@given(site=sites().filter(lambda site: site.transposed and site.groups == 1))
+@settings(max_examples=40, deadline=None)
+def test_phases_share_the_taps_of_a_stride(site: Site) -> None:
+    """Each tap is in the kernel of one of as many neighbouring outputs as the stride counts, and once there."""
+    _, weight, _ = problem(site)
+    taps = math.prod(site.kernel) * site.input_shape[0] * site.output_shape[0]
+    assert int((kernels.bands(weight, site) != 0).sum()) == taps * math.prod(site.phases) // math.prod(site.stride)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
