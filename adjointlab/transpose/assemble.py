@@ -162,7 +162,7 @@ def _program(graph: Graph, *, choices: Choices, mode: str, lines: list[str]) -> 
 
     if mode == "plain" or not choices.lowering:
         return Program(graph, graph)
-    lowered, chosen = lower(simplify(graph), choose)
+    lowered, chosen = lower(simplify(graph), choose, choice.by_transforms)
     lines.extend(line for line in chosen if line not in lines)
     return Program(lowered, graph)
 

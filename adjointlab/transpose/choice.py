@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from adjointlab.transpose.kernels import KERNELS, PREPARE, Site, available, flipped_site, window
+from adjointlab.transpose.kernels import KERNELS, PREPARE, Site, available, flipped_site, phases_cost
 
 # Rates of the cost model, in multiplications or FFT steps a second: measured on two cores of a current server for the
 # CPU (see docs/benchmarks.md), taken from published throughputs for CUDA. They need to be right to a factor of a few
@@ -41,11 +41,21 @@ def predicted(name: str, site: Site) -> float:
         rate = {"cpu": 1.6e10 if cached else 5e9, "cuda": 1e11}[kind]
         return count * (_TAP_OVERHEAD + size * site.dtype.itemsize / 4 / rate)
     if name == "polyphase":
-        size = site.batch * math.prod(site.output_shape)
-        return _PHASES_OVERHEAD + size * c_in * math.prod(window(site)) / 7e10 + size * 1e-9
+        return _PHASES_OVERHEAD + phases_cost(site)
     if kind != "cpu":
         return _OVERHEAD + site.macs / 1e12
     return _OVERHEAD + site.macs / _direct_rate(site)
+
+
+def by_transforms(site: Site) -> bool:
+    """Return whether a gradient in a kernel is clearly faster as a product of transforms than as PyTorch computes it.
+
+    ``site`` is the convolution that it is, whose kernel is the cotangent. By the model alone: to run the other takes as
+    long as all else of a build.
+    """
+    channels = site.batch * site.output_shape[0]
+    rate = 5e9 * (math.sqrt(channels) if len(site.kernel) < 3 else 1) if site.device.type == "cpu" else 1e12
+    return "fft" in available(site) and 2 * predicted("fft", site) < site.macs / rate
 
 
 def _direct_rate(site: Site) -> float:

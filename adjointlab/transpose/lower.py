@@ -10,18 +10,24 @@ import torch
 from torch import fx
 
 from adjointlab.transpose import kernels
-from adjointlab.transpose.graph import Graph, clean, part
+from adjointlab.transpose.graph import Graph, call, clean, part
 from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.simplify import circular
 
 aten = torch.ops.aten
 
 
-def lower(graph: Graph, choose: Callable[[Site], str]) -> tuple[Graph, tuple[str, ...]]:
-    """Return an equal graph with a chosen kernel for each convolution, and a line on each choice."""
+def lower(
+    graph: Graph, choose: Callable[[Site], str], transform: Callable[[Site], bool] = lambda _: False
+) -> tuple[Graph, tuple[str, ...]]:
+    """Return an equal graph with a chosen kernel for each convolution, and a line on each choice.
+
+    ``transform`` says whether a gradient in a kernel is to be a product of transforms.
+    """
     lowered = part(graph, graph.outputs)
+    _separate(lowered.body)
     _backward_as_transposed(lowered)
-    lines = []
+    lines = _gradients_in_kernels(lowered.body, transform)
     for node in list(lowered.body.nodes):
         if node.target is aten.convolution.default:
             site = _site(node)
@@ -123,6 +129,55 @@ def _backward_as_transposed(graph: Graph) -> None:
         call.meta["val"] = item.meta["val"]
         item.replace_all_uses_with(call)
     clean(nodes)
+
+
+def _separate(nodes: fx.Graph) -> None:
+    """Have each gradient of a convolution computed by itself: only so does each get the kernel that suits it."""
+    for node in list(nodes.nodes):
+        if node.target is aten.convolution_backward.default and len(node.users) > 1:
+            for item in list(node.users):
+                mask = [index == item.args[1] for index in range(3)]
+                with nodes.inserting_before(item):
+                    alone = nodes.call_function(node.target, (*node.args[:-1], mask))
+                alone.meta["val"] = node.meta["val"]
+                item.update_arg(0, alone)
+            nodes.erase_node(node)
+
+
+def _gradients_in_kernels(nodes: fx.Graph, transform: Callable[[Site], bool]) -> list[str]:
+    """Write gradients in a kernel as the convolutions that they are, of the input with the cotangent, where wanted.
+
+    Channels take the place of the batch, stride and dilation that of each other.
+    """
+    lines = []
+    for node in list(nodes.nodes):
+        if node.target is not aten.convolution_backward.default or node.args[10] != [False, True, False]:
+            continue
+        v, x, weight, _, stride, padding, dilation, transposed, _, groups, _ = node.args
+        source, cotangent, kernel = (n.meta["val"].transpose(0, 1) for n in (x, v, weight))
+        if transposed or groups != 1 or source.dtype.is_complex:
+            continue
+        count = kernel.ndim - 2
+        site = kernels.sized(Site(
+            source.shape[0], tuple(source.shape[1:]), tuple(kernel.shape[1:]), tuple(cotangent.shape[2:]),
+            tuple(_full(dilation, count)), tuple(_full(padding, count)), tuple(_full(stride, count)),
+            False, (0,) * count, 1, source.dtype, source.device,
+        ))  # fmt: skip
+        if not transform(site):
+            continue
+        (item,) = node.users
+        with nodes.inserting_before(node):
+            swapped = call(nodes, aten.transpose.int, x, 0, 1), call(nodes, aten.transpose.int, v, 0, 1)
+            spectrum = nodes.call_function(kernels.spectrum, (swapped[1], site))
+            product = nodes.call_function(kernels.fft, (swapped[0], spectrum, None, site))
+            spectrum.meta["val"], product.meta["val"] = cotangent, kernel
+            found = call(nodes, aten.transpose.int, product, 0, 1)
+            found = call(nodes, aten.clone.default, found, memory_format=torch.contiguous_format)
+        item.replace_all_uses_with(found)
+        size = "×".join(map(str, kernel.shape[2:]))
+        lines.append(f"fft of size {'×'.join(map(str, site.fft_size))}, for the gradient in a {size} kernel")
+    clean(nodes)
+    return lines
 
 
 def _full(value: Any, length: int) -> list[int]:

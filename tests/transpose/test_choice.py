@@ -90,3 +90,15 @@ def test_the_quickest_way_is_found() -> None:
     assert choice.quickest(ways, torch.device("cpu")) == "quick"
     assert choice.quickest({"only": lambda: pytest.fail("there is no need to run it")}, torch.device("cpu")) == "only"
     assert choice.quickest({}, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("channels", "n", "k", "expected"), [((1, 1), 512, 31, True), ((1, 1), 512, 3, False), ((64, 64), 64, 3, False)]
+)
+def test_large_gradients_in_kernels_are_products_of_transforms(
+    channels: tuple[int, int], n: int, k: int, expected: bool
+) -> None:
+    site = square(n, k, 2, transposed=False)._replace(
+        batch=channels[0], kernel=(n, n), output_shape=(channels[1], k, k)
+    )
+    assert choice.by_transforms(sized(site)) == expected

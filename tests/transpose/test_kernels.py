@@ -97,21 +97,31 @@ def test_half_precision_stays_native() -> None:
     assert available(square(64, 11, 2, transposed=False, dtype=torch.bfloat16)) == ["native"]
 
 
-@pytest.mark.parametrize("width", [17, 31, 32, 64, 500])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("width", [3, 4, 17, 500])
 @pytest.mark.parametrize("channels", [1, 3, 20])
-def test_phases_fill_a_vector_with_channels(width: int, channels: int) -> None:
-    site = square(width, 3, 2, transposed=False)
-    found = sized(site._replace(output_shape=(channels, width, width))).phases
-    assert found == (1, max((p for p in (1, 2, 4, 8, 16) if p * channels <= 16 and 2 * p <= width), default=1))
+def test_phases_fill_a_vector_with_channels(width: int, channels: int, dims: int) -> None:
+    site = square(width, 3, dims, transposed=False)
+    phases = sized(site._replace(output_shape=(channels, *[width] * dims))).phases
+    room = 1 << int(math.log2(max(1, width / 2))) * dims  # at most half of the outputs of a dimension are neighbours
+    assert math.prod(phases) == min(room, max(1, 1 << int(math.log2(16 / channels)))) if channels < 16 else 1
+    assert all(2 * c <= width for c in phases if c > 1)
 
 
 @pytest.mark.parametrize(
-    ("stride", "phases"), [((2, 2), (2, 8)), ((3, 1), (3, 4)), ((1, 5), (1, 10)), ((7, 7), (7, 7))]
+    ("n", "k", "dims", "phases"),
+    [(64, 3, 2, (1, 16)), (512, 11, 2, (4, 4)), (128, 3, 3, (4, 4, 1)), (999, 9, 1, (16,))],
 )
-def test_outputs_between_those_of_a_stride_are_phases(stride: tuple[int, int], phases: tuple[int, int]) -> None:
+def test_blocks_of_phases_are_compact_where_that_pays(n: int, k: int, dims: int, phases: tuple[int, ...]) -> None:
+    assert square(n, k, dims, transposed=False).phases == phases
+
+
+@pytest.mark.parametrize(("stride", "total"), [((2, 2), 16), ((3, 1), 12), ((1, 5), 10), ((7, 7), 49)])
+def test_outputs_between_those_of_a_stride_are_phases(stride: tuple[int, int], total: int) -> None:
     site = square(40, 3, 2, transposed=True)._replace(stride=stride, padding=(0, 0))
     site = sized(site._replace(output_shape=(1, *[39 * s + 3 for s in stride])))
-    assert site.phases == phases
+    assert math.prod(site.phases) == total
+    assert all(c % s == 0 for c, s in zip(site.phases, stride, strict=True))
     assert "polyphase" in available(site)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_trace import ops_of
 from torch import nn
 
 import adjointlab as al
@@ -134,3 +135,50 @@ def test_phases_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
     x, v = A.domain.randn(generator), A.codomain.randn(generator)
     for a, b in ((eager(x), A(x)), (eager.H(v), A.H(v))):
         assert float((a - b).norm()) <= 8 * A.domain.eps * float(a.norm())
+
+
+LEARNED = [
+    (nn.Conv1d, (3, 2, 50), {"out_channels": 3, "kernel_size": 7, "padding": 2, "stride": 3}),
+    (nn.Conv2d, (2, 1, 20, 23), {"out_channels": 1, "kernel_size": (5, 4), "dilation": (2, 3), "padding": 4}),
+    (nn.Conv2d, (1, 3, 20, 23), {"out_channels": 2, "kernel_size": 3, "padding_mode": "circular", "padding": 1}),
+    (nn.Conv3d, (2, 1, 9, 8, 10), {"out_channels": 2, "kernel_size": 3, "stride": 2, "bias": True}),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "settings"), LEARNED, ids=str)
+def test_gradients_in_kernels_by_transforms(
+    monkeypatch: pytest.MonkeyPatch, layer: type[nn.Module], shape: tuple[int, ...], settings: dict
+) -> None:
+    monkeypatch.setattr(choice, "by_transforms", lambda _: True)
+    module = layer(shape[1], **{"bias": False, "dtype": torch.float64, **settings})
+    A = al.affine_operator(module, shape) if module.bias is not None else al.linear_operator(module, shape)
+    assert A.engine == "traced", A.explain()
+    assert "for the gradient in a" in A.explain()
+    generator = torch.Generator().manual_seed(0)
+    x, v = A.domain.randn(generator).requires_grad_(), A.codomain.randn(generator)
+    wanted = (x, *module.parameters())
+    found, expected = (torch.autograd.grad(f(x), wanted, v) for f in (A, module))
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).norm()) <= 32 * A.domain.eps * float(b.norm())
+        assert a.is_contiguous()
+
+
+def test_each_gradient_in_a_chain_has_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "by_transforms", lambda _: True)
+    monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
+    chain = nn.Sequential(*[nn.Conv2d(1, 1, 9, bias=False, dtype=torch.float64) for _ in range(3)])
+    A = al.linear_operator(chain, (1, 1, 40, 40))
+    x, v = A.domain.randn(), A.codomain.randn()
+    wanted = tuple(chain.parameters())
+    for a, b in zip(*(torch.autograd.grad(f(x), wanted, v) for f in (A, chain)), strict=True):
+        assert float((a - b).norm()) <= 32 * A.domain.eps * float(b.norm())
+    result = A(x)
+    assert "aten::convolution_backward" not in ops_of(lambda: torch.autograd.grad(result, wanted, v))
+
+
+@pytest.mark.parametrize("module", [nn.Conv2d(2, 2, 3, groups=2, bias=False), nn.ConvTranspose2d(2, 2, 3, bias=False)])
+def test_other_gradients_in_kernels_stay_native(monkeypatch: pytest.MonkeyPatch, module: nn.Module) -> None:
+    monkeypatch.setattr(choice, "by_transforms", lambda _: True)
+    A = al.linear_operator(module, (1, 2, 20, 20))
+    assert A.engine == "traced"
+    assert "for the gradient" not in A.explain()
