@@ -288,7 +288,7 @@ class _Numbers:
         rest = 1 - a - b
         right = tuple(a * s + b * t + rest * u for s, t, u in zip(at_x, at_z, at_zero, strict=True))
         found = violated("f(αx + βz) = α f(x) + β f(z)" + self._offset(), combined, right, scale, x, z)
-        far = room(*x, *at_x)
+        far = room((*x, *at_x))
         for s in dict.fromkeys((-1.0, 2.0**-6, 2.0**6, 1 / far, far)):
             if found is not None:
                 break

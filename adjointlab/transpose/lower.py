@@ -50,9 +50,12 @@ def joined(graph: Graph) -> Graph | None:
         if node.target is not kernels.fft or node.args[2] is not None:
             continue
         difference, second, _, to = node.args
-        if difference.target is not aten.sub.Tensor or difference.args[0].target is not kernels.fft:
+        if difference.target is not aten.sub.Tensor or difference.kwargs:  # which may be a factor
             continue
-        (inner, y), (x, first, bias, site) = difference.args, difference.args[0].args
+        inner, y = difference.args
+        if not isinstance(y, fx.Node) or inner.target is not kernels.fft:
+            continue
+        x, first, bias, site = inner.args
         alone = len(difference.users) == len(inner.users) == 1 and bias is None
         if alone and inner.meta["val"].shape == y.meta["val"].shape and kernels.joined(site, to):
             with lowered.body.inserting_before(node):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,11 +85,14 @@ class Reference:
         return self._vjp[0](self.flat, primals, cotangents)
 
     def sample(self, x: Tensors, v: Tensors, parameters: Tensors) -> Sample:
-        """Evaluate ``f(x)`` and ``f'ᴴ v``, and gradients in the parameters."""
-        return self._sample(x, self.called(x), v, self.adjoint(copies(v)), parameters)
+        """Evaluate ``f(x)`` and ``f'ᴴ v``, gradients in the parameters, and f far from zero."""
+        at_x, found = self._learned(x, v, parameters)
+        scale = room((*x, *at_x))
+        at_far = self.called(tuple(scale * t for t in x))
+        return Sample(x, at_x, v, self.adjoint(copies(v)), found, scale, at_far)
 
     def quick_sample(self, x: Tensors, v: Tensors, parameters: Tensors) -> Sample | None:
-        """Evaluate ``f(x)`` and ``f'(x)ᴴ v`` for x in the order of memory that suits CPU kernels, if there is one.
+        """Evaluate the same, but ``f'ᴴ v`` far from zero, in the order of memory that CPU kernels like if there is one.
 
         It takes a fraction of the time for a convolution of one channel. To agree with it is to agree with the
         function; to differ from it is not yet to be wrong, for what reads strides may be another function there.
@@ -100,23 +102,21 @@ class Reference:
         if self.domain.is_sharded or same or sum(t.numel() for t in x) < _WORTH:
             return None
         try:
-            result: tuple[Any, ...] = torch.func.vjp(lambda *leaves: self.called(leaves), *primals)
-            at_x, pull_back = result
-            at_v = tuple(pull_back(copies(v)))
+            at_x, found = self._learned(x, v, parameters)
+            scale = room((*x, *at_x))
+            far = tuple(scale * t for t in primals)
+            result: tuple[Any, ...] = torch.func.vjp(lambda *leaves: self.called(leaves), *far)
+            at_far, pull_back = result
+            return Sample(x, at_x, v, tuple(pull_back(copies(v))), found, scale, at_far, quick=True)
         except Exception:  # a third-party function may raise anything, of strides that it did not expect
             return None
-        return self._sample(x, at_x, v, at_v, parameters, quick=True)
 
-    def _sample(
-        self, x: Tensors, at_x: Tensors, v: Tensors, at_v: Tensors, parameters: Tensors, *, quick: bool = False
-    ) -> Sample:
-        near = Sample(x, at_x, v, at_v, room(*x, *at_x), (), (), quick)
-        found: Tensors | str
+    def _learned(self, x: Tensors, v: Tensors, parameters: Tensors) -> tuple[Tensors, Tensors | str]:
+        """Return ``f(x)``, and the gradients of ``Re⟨f(x), v⟩`` in the parameters, or why there are none."""
         try:
-            at_far, found = gradients(self.called, *near.far, parameters)
+            return gradients(self.called, x, copies(v), parameters)
         except RuntimeError as error:  # of a derivative in a parameter
-            at_far, found = self.called(near.far[0]), first_line(error)
-        return replace(near, at_far=tuple(t.detach() for t in at_far), gradients=found)
+            return self.called(x), first_line(error)
 
 
 __all__ = ["Reference"]

@@ -17,21 +17,16 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """What the eager reference makes of random x and v: ``f(x)`` and ``f'ᴴv``, and what it does far from zero."""
+    """What the eager reference makes of random x and v: ``f(x)`` and ``f'ᴴv``, and what it is far from zero."""
 
     x: Tensors
     at_x: Tensors
     v: Tensors
     at_v: Tensors
-    scale: float  # of the point far from zero, scale · x
-    at_far: Tensors
-    gradients: Tensors | str  # of Re⟨f(scale · x), v / scale⟩ in the parameters, or why there are none
+    gradients: Tensors | str  # of Re⟨f(x), v⟩ in the parameters, or why there are none
+    scale: float
+    at_far: Tensors  # f(scale · x)
     quick: bool = False  # by Reference.quick_sample
-
-    @property
-    def far(self) -> tuple[Tensors, Tensors]:
-        """Where the gradients were taken."""
-        return tuple(t * self.scale for t in self.x), tuple(t / self.scale for t in self.v)
 
 
 def copies(leaves: Tensors) -> Tensors:
@@ -44,7 +39,7 @@ def eps(leaves: Tensors) -> float:
     return max(float(torch.finfo(t.dtype).eps) for t in leaves)
 
 
-def room(*leaves: Tensor) -> float:
+def room(leaves: Tensors) -> float:
     """Return a power of two that leaves can be scaled with: as far as there is room for."""
     return 2.0**20 if min(float(torch.finfo(t.dtype).max) for t in leaves) > 1e30 else 2.0**6
 
@@ -60,9 +55,10 @@ def gradients(
         pairs = [(o, t) for o, t in zip(outputs, v, strict=True) if o.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(parameters)
         if pairs:
-            at, cotangents = zip(*pairs, strict=True)
-            found = torch.autograd.grad(at, parameters, cotangents, allow_unused=True)
-    return outputs, tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, parameters, strict=True))
+            tracked, cotangents = zip(*pairs, strict=True)
+            found = torch.autograd.grad(tracked, parameters, cotangents, allow_unused=True)
+    filled = tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, parameters, strict=True))
+    return tuple(o.detach() for o in outputs), filled
 
 
 def nudged(leaves: Tensors) -> Tensors:

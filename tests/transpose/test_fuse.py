@@ -96,6 +96,16 @@ def test_a_weighted_gradient_takes_four(monkeypatch: pytest.MonkeyPatch) -> None
     assert transforms(al.LeastSquares(objective.A, objective.y, objective.y.abs()), x) == 4
 
 
+@pytest.mark.parametrize("alpha", [1, 2])
+def test_only_differences_of_data_are_taken_of_spectra(monkeypatch: pytest.MonkeyPatch, alpha: int) -> None:
+    objective, x = circular(monkeypatch)
+    inner, number = objective.A.module, 3.0 if alpha == 1 else torch.ones(3, 2, 20, 24, dtype=torch.float64)
+    A = al.affine_operator(lambda x: inner(torch.sub(inner(x), number, alpha=alpha)), x)
+    objective = al.LeastSquares(A, objective.y)
+    expected = A.linear.H(A(x) - objective.y)
+    assert float((objective.gradient(x) - expected).norm()) <= 32 * A.domain.eps * float(expected.norm())
+
+
 def test_a_difference_of_spectra_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, x = circular(monkeypatch)
     expected = objective.A.H(objective.A(x) - objective.y)

@@ -143,6 +143,16 @@ def test_parameters_get_the_gradient_that_autograd_gives_them() -> None:
     assert "gradient in" in operator.explain()
 
 
+def test_parameters_of_an_offset_get_it_too() -> None:
+    module = nn.Conv1d(1, 1, 3, padding=1)
+    nn.utils.parametrize.register_parametrization(module, "bias", Binary())
+    operator = al.affine_operator(module, X)
+    wanted = tuple(module.parameters())
+    for a, b in zip(*(torch.autograd.grad(f(X).sum(), wanted) for f in (operator, module)), strict=True):
+        assert torch.allclose(a, b)
+    assert operator.engine == "eager"
+
+
 def test_forward_mode_twice() -> None:
     class Exponential(nn.Module):
         def __init__(self) -> None:
