@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from adjointlab.transpose.graph import Graph, op_name
-from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.simplify import accumulate
+from adjointlab.transpose.site import Site
 
 
 @dataclass(frozen=True)

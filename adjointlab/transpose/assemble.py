@@ -18,11 +18,11 @@ from adjointlab.transpose.capture import Capture
 from adjointlab.transpose.derived import Derived, Function, Tensors, bound, metadata_of
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.graph import Graph, cut_off
-from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.lower import joined, lower, multiplier
 from adjointlab.transpose.program import Program, of_state
 from adjointlab.transpose.prune import Pruned, ops
 from adjointlab.transpose.simplify import simplify
+from adjointlab.transpose.site import Site
 
 Maps = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 

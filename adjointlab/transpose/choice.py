@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from adjointlab.transpose.kernels import KERNELS, PREPARE, Site, available, flipped_site, phases_cost
+from adjointlab.transpose.kernels import KERNELS, PREPARE, available
+from adjointlab.transpose.site import Site, flipped_site, phases_cost
 
 # Rates of the cost model, in multiplications or FFT steps a second: measured on two cores of a current server for the
 # CPU (see docs/benchmarks.md), taken from published throughputs for CUDA. They need to be right to a factor of a few

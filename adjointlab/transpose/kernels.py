@@ -1,10 +1,6 @@
 """Equal ways to compute one convolution: native, flipped, tap by tap, several outputs at a time, by FFT.
 
 Each takes what depends on the weight ready-made.
-
-A *site* is a call of ``aten.convolution``: with ``transposed=False`` the correlation
-``y[m] = Σ_j w[j] x[m s + d j − p]``, with ``transposed=True`` its transpose ``y[t] = Σ x[m] w[j]`` over all m, j with
-``t = m s + d j − p``. Channels are summed over within each group.
 """
 
 from __future__ import annotations
@@ -12,122 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adjointlab.transpose.site import Site
+
 aten = torch.ops.aten
-_VECTOR = 16  # channels that the CPU's direct kernels compute at once
-Ints = tuple[int, ...]
-
-
-class Site(NamedTuple):
-    """One convolution: the sizes of all that it reads, and its settings."""
-
-    batch: int
-    input_shape: Ints  # (C_in, *spatial)
-    output_shape: Ints  # (C_out, *spatial)
-    kernel: Ints
-    stride: Ints
-    padding: Ints
-    dilation: Ints
-    transposed: bool
-    output_padding: Ints
-    groups: int
-    dtype: torch.dtype
-    device: torch.device
-    # Set by `sized`, since torch.compile looks into everything that is computed later:
-    fft_size: Ints = ()
-    around: Ints = ()  # padding of the plain convolution that a transposed one of stride 1 is with the flipped kernel
-    phases: Ints = ()  # neighbouring outputs that are computed as so many channels
-
-    @property
-    def dims(self) -> Ints:
-        """Positions of the spatial dimensions in a tensor."""
-        return tuple(range(2, 2 + len(self.kernel)))
-
-    @property
-    def extent(self) -> Ints:
-        """How far a kernel reaches, dilation included."""
-        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
-
-    @property
-    def macs(self) -> int:
-        """Number of multiplications of the direct sum."""
-        spatial = self.input_shape[1:] if self.transposed else self.output_shape[1:]
-        return (
-            self.batch * self.input_shape[0] * self.output_shape[0] // self.groups
-            * math.prod(spatial) * math.prod(self.kernel)
-        )  # fmt: skip
-
-
-def sized(site: Site) -> Site:
-    """Return the site with the lengths at which a cyclic convolution has the wanted outputs, fast for an FFT.
-
-    And with the padding of its plain convolution, and the number of its phases.
-    """
-    sizes = []
-    for i, (n, out, p, s) in enumerate(
-        zip(site.input_shape[1:], site.output_shape[1:], site.padding, site.stride, strict=True)
-    ):
-        if site.transposed:  # the first p entries of the full result wrap around behind the wanted ones
-            need = max(out + p, (n - 1) * s + 1, site.extent[i])
-        else:  # indices −p … n + p − 1 are read: those below zero wrap around to where the input is zero
-            need = max(n + p, (out - 1) * s + 1, site.extent[i])
-        sizes.append(fast_length(need))
-    around = site.padding
-    if site.transposed:
-        around = tuple(e - 1 - p for e, p in zip(site.extent, site.padding, strict=True))
-    site = site._replace(fft_size=tuple(sizes), around=around)
-    return site._replace(phases=_phases(site))
-
-
-def _phases(site: Site) -> Ints:
-    """Return how many neighbouring outputs along each dimension are channels: as many as fill a vector, at least cost.
-
-    The outputs between inputs of a transposed convolution with a stride always are.
-    """
-    least = site.stride if site.transposed else (1,) * len(site.stride)
-    options = [
-        [s << i for i in range(_VECTOR.bit_length()) if i == 0 or 2 * (s << i) <= n]
-        for s, n in zip(least, site.output_shape[1:], strict=True)
-    ]
-    fitting = [block for block in itertools.product(*options) if math.prod(block) * site.output_shape[0] <= _VECTOR]
-    fullest = max(map(math.prod, fitting), default=0)
-    blocks = [block for block in fitting if math.prod(block) == fullest]
-    return min(blocks, key=lambda block: phases_cost(site._replace(phases=block)), default=least)
-
-
-def phases_cost(site: Site) -> float:
-    """Return the expected seconds of a convolution in phases, on a current CPU.
-
-    A block reads a window of inputs: the closer to a cube, the fewer multiplications by zero. Its outputs are put back
-    in their places: the more of them are neighbours in memory, the faster.
-    """
-    work, size = float(site.input_shape[0]), site.batch * math.prod(site.output_shape)
-    for c, s, e, p in zip(site.phases, site.stride, site.extent, site.around, strict=True):
-        work *= (c + e - 2 - p) // s + p // s + 1 if site.transposed else s * (c - 1) + e
-    *others, last = site.phases
-    move = 1.5 if last == 1 else 1 + 2.5 * math.log2(max(1, _VECTOR / last))  # tenths of a nanosecond for each output
-    several = 1e-5 if last > 1 and any(c > 1 for c in others) else 0.0
-    return size * (work / 7e10 + move * 1e-10) + several
-
-
-def fast_length(n: int) -> int:
-    """Return the smallest even length of at least n that suits a transform of real numbers."""
-    n += n % 2
-    while not smooth(n):
-        n += 2
-    return n
-
-
-def smooth(n: int) -> bool:
-    """Return whether a length has no prime factor above 11: those that libraries have code of their own for."""
-    for prime in (2, 3, 5, 7, 11):
-        while n % prime == 0:
-            n //= prime
-    return n == 1
 
 
 def native(x: Tensor, weight: Tensor, bias: Tensor | None, site: Site) -> Tensor:
@@ -142,11 +30,6 @@ def flip(weight: Tensor, site: Site) -> Tensor:
     c_in, per_group = weight.shape[:2]
     swapped = weight.reshape(site.groups, c_in // site.groups, per_group, *site.kernel).transpose(1, 2)
     return swapped.reshape(site.groups * per_group, c_in // site.groups, *site.kernel).flip(site.dims).contiguous()
-
-
-def flipped_site(site: Site) -> Site:
-    """Return the plain convolution that a transposed one of stride 1 is with the flipped kernel."""
-    return sized(site._replace(padding=site.around, transposed=False))
 
 
 def flipped(x: Tensor, kernel: Tensor, bias: Tensor | None, site: Site) -> Tensor:
@@ -187,12 +70,6 @@ def gradient(x: Tensor, y: Tensor, transforms: tuple[Tensor, Tensor], sites: tup
     first, second = sites
     spectrum = _product(_analysis(x, first), transforms[0], first).sub_(_analysis(y, second))
     return _synthesis(_product(spectrum, transforms[1], second), None, second)
-
-
-def joined(first: Site, second: Site) -> bool:
-    """Return whether the second product of transforms would take apart all that the first has put together."""
-    whole = first.output_shape[1:] == first.fft_size == second.fft_size == second.input_shape[1:]
-    return whole and all(s == 1 for s in (*first.stride, *second.stride))
 
 
 def _analysis(x: Tensor, site: Site) -> Tensor:

@@ -11,8 +11,8 @@ from torch import fx
 
 from adjointlab.transpose import kernels
 from adjointlab.transpose.graph import Graph, call, clean, part
-from adjointlab.transpose.kernels import Site
 from adjointlab.transpose.simplify import circular
+from adjointlab.transpose.site import Site, sized, smooth, spectra_meet
 
 aten = torch.ops.aten
 
@@ -57,7 +57,7 @@ def joined(graph: Graph) -> Graph | None:
             continue
         x, first, bias, site = inner.args
         alone = len(difference.users) == len(inner.users) == 1 and bias is None
-        if alone and inner.meta["val"].shape == y.meta["val"].shape and kernels.joined(site, to):
+        if alone and inner.meta["val"].shape == y.meta["val"].shape and spectra_meet(site, to):
             with lowered.body.inserting_before(node):
                 call = lowered.body.call_function(kernels.gradient, (x, y, (first, second), (site, to)))
             call.meta["val"] = node.meta["val"]
@@ -102,7 +102,7 @@ def _cyclic(node: fx.Node, site: Site) -> tuple[fx.Node, fx.Node, Site]:
     )  # fmt: skip
     strided = (source if site.transposed else result).shape[2:]
     fits = all(
-        kernels.smooth(n) and (m - 1) * s < n and e <= n
+        smooth(n) and (m - 1) * s < n and e <= n
         for n, m, s, e in zip(whole.fft_size, strided, site.stride, site.extent, strict=True)
     )
     return (first, last, whole) if fits else (node, node, site)  # type: ignore[return-value]
@@ -161,7 +161,7 @@ def _gradients_in_kernels(nodes: fx.Graph, transform: Callable[[Site], bool]) ->
         if transposed or groups != 1 or source.dtype.is_complex:
             continue
         count = kernel.ndim - 2
-        site = kernels.sized(Site(
+        site = sized(Site(
             source.shape[0], tuple(source.shape[1:]), tuple(kernel.shape[1:]), tuple(cotangent.shape[2:]),
             tuple(_full(dilation, count)), tuple(_full(padding, count)), tuple(_full(stride, count)),
             False, (0,) * count, 1, source.dtype, source.device,
@@ -196,7 +196,7 @@ def _site(node: fx.Node) -> Site:
         tuple(_full(stride, count)), tuple(_full(padding, count)), tuple(_full(dilation, count)),
         bool(transposed), tuple(_full(output_padding, count)), int(groups), source.dtype, source.device,  # type: ignore[arg-type]
     )  # fmt: skip
-    return kernels.sized(site)
+    return sized(site)
 
 
 def _replace(nodes: fx.Graph, node: fx.Node, ends: tuple[Any, fx.Node], name: str, site: Site) -> None:

@@ -9,7 +9,7 @@ from sites import square
 
 from adjointlab.transpose import choice, kernels
 from adjointlab.transpose.choice import choose
-from adjointlab.transpose.kernels import sized
+from adjointlab.transpose.site import flipped_site, sized
 
 
 def test_large_kernels_go_to_the_transform_without_measuring() -> None:
@@ -60,7 +60,7 @@ def test_what_is_far_behind_is_not_run(timed: Callable[..., list[str]]) -> None:
 def test_a_transposed_convolution_is_computed_as_the_plain_one_that_it_is(timed: Callable[..., list[str]]) -> None:
     seen = timed(fft=1e-4)
     plain, transposed = (square(512, 11, 2, transposed=transposed) for transposed in (False, True))
-    assert kernels.flipped_site(transposed) == plain
+    assert flipped_site(transposed) == plain
     assert choose(plain, measure=True) == "fft"
     seen.clear()
     assert choose(transposed, measure=True) == "fft"

@@ -7,6 +7,7 @@ from torch import nn
 
 import adjointlab as al
 from adjointlab.transpose import choice, kernels
+from adjointlab.transpose.site import Site
 
 CASES = [
     (nn.Conv1d, (1, 1, 200), {"kernel_size": 31, "padding": 15}),
@@ -26,7 +27,7 @@ def test_forced_kernels_equal_plain(
 ) -> None:
     dtype = torch.float32 if forced == "polyphase" else torch.float64
 
-    def choose(site: kernels.Site, **options: bool) -> str:
+    def choose(site: Site, **options: bool) -> str:
         return forced if forced in kernels.available(site) else "native"
 
     monkeypatch.setattr(choice, "choose", choose)
