@@ -118,7 +118,8 @@ _modes = torch._C._len_torch_dispatch_stack
 
 def metadata_of(tensor: Tensor) -> tuple[Any, ...]:
     """Return all that a program assumes of a tensor besides its values."""
-    return tensor.requires_grad, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    lazy = tensor.is_conj(), tensor.is_neg()
+    return tensor.requires_grad, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, lazy
 
 
 def _as_before(tensor: Tensor, metadata: tuple[Any, ...]) -> bool:

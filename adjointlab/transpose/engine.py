@@ -261,10 +261,11 @@ class Transposition:
         specs = self.domain.with_batch(batch).specs
         try:
             forward = trace_forward(self.reference.flat, specs, self.captured)
+            own_outputs(forward)
             pruned = prune(trace_vjp(forward), len(specs))
-            for graph in (forward, pruned.graph, pruned.of_state):
-                if graph is not None:
-                    own_outputs(graph)
+            own_outputs(pruned.graph)
+            if pruned.of_state is not None:
+                own_outputs(pruned.of_state)
         except UntraceableError as error:
             self.untraceable = error
         if not self.domain.every(self.untraceable is None):

@@ -89,22 +89,27 @@ VIEWS = {
 
 
 def own_outputs(graph: Graph) -> None:
-    """Copy outputs that share memory with an input, or depend on none: a result must be free to be written to."""
+    """Copy outputs that share memory with an input or each other, or depend on no input: results may be written to."""
     free: set[fx.Node] = set()  # what depends on an input
     shared: set[fx.Node] = set(graph.placeholders)
+    owner: dict[fx.Node, fx.Node] = {}  # whose memory views look at
     for node in graph.body.nodes:
         if node in graph.inputs or any(operand in free for operand in node.all_input_nodes):
             free.add(node)
-        if getattr(node.target, "overloadpacket", None) in VIEWS and node.args[0] in shared:
-            shared.add(node)
+        if getattr(node.target, "overloadpacket", None) in VIEWS:
+            owner[node] = owner.get(node.args[0], node.args[0])
+            if node.args[0] in shared:
+                shared.add(node)
     end = next(iter(reversed(graph.body.nodes)))
-    outputs = []
+    outputs, taken = [], set[fx.Node]()
     for node in graph.outputs:
-        if node is not None and (node in shared or node not in free or node in outputs):
+        memory = owner.get(node, node)
+        if node is not None and (node in shared or node not in free or memory in taken):
             with graph.body.inserting_before(end):
                 outputs.append(call(graph.body, aten.clone.default, node))
         else:
             outputs.append(node)
+            taken.add(memory)
     end.args = (tuple(outputs),)
 
 

@@ -190,7 +190,8 @@ def polyphase(x: Tensor, kernel: Tensor, bias: Tensor | None, site: Site) -> Ten
     """
     padding = [p // s if site.transposed else p for p, s in zip(site.around, site.stride, strict=True)]
     stride = [c // s if site.transposed else c * s for c, s in zip(site.phases, site.stride, strict=True)]
-    dilation = [d if c == 1 else 1 for c, d in zip(site.phases, site.dilation, strict=True)]
+    # oneDNN reads past the end where a kernel of one entry is dilated.
+    dilation = [d if c == 1 < k else 1 for c, d, k in zip(site.phases, site.dilation, site.kernel, strict=True)]
     blocks = [-(-n // c) for n, c in zip(site.output_shape[1:], site.phases, strict=True)]
     if x.ndim == 3:
         x, padding, stride, dilation = x.unsqueeze(2), [0, *padding], [1, *stride], [1, *dilation]
@@ -256,14 +257,10 @@ def available(site: Site) -> list[str]:
     wide = site.dtype in (torch.float32, torch.float64)  # complex convolutions reach here as three real ones
     if plain and wide and site.input_shape[0] == site.output_shape[0] == site.groups:
         names.append("tapped")
-    vectors = site.groups == 1 and (math.prod(site.phases) > 1 or len(site.kernel) == 3) and site.output_shape[-1] > 1
-    if (
-        (reaches or not site.transposed)
-        and vectors
-        and site.dtype == torch.float32
-        and site.device.type == "cpu"
-        and _ONEDNN
-    ):
+    # For results one column wide, oneDNN computes garbage.
+    vectors = (math.prod(site.phases) > 1 or len(site.kernel) == 3) and site.output_shape[-1] > site.phases[-1]
+    onednn = site.dtype == torch.float32 and site.device.type == "cpu" and _ONEDNN
+    if (reaches or not site.transposed) and site.groups == 1 and vectors and onednn:
         names.append("polyphase")
     # Rounding errors of the direct sum grow like √terms · eps / 7, those of the transform like √log₂(points) · eps / 2:
     # a product of transforms is used where it loses at most a factor of four.

@@ -56,7 +56,8 @@ def gradients(
         found: Sequence[Tensor | None] = [None] * len(parameters)
         if pairs:
             tracked, cotangents = zip(*pairs, strict=True)
-            found = torch.autograd.grad(tracked, parameters, cotangents, allow_unused=True)
+            # Parameters may be made from others in a graph that is the user's, who still needs it.
+            found = torch.autograd.grad(tracked, parameters, cotangents, allow_unused=True, retain_graph=True)
     filled = tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, parameters, strict=True))
     return tuple(o.detach() for o in outputs), filled
 

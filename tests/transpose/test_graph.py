@@ -57,6 +57,16 @@ def test_outputs_share_no_memory_with_what_lives_on(function: Callable[[Tensor],
     assert (graph.outputs[0].target is aten.clone.default) == copied
 
 
+def test_outputs_share_no_memory_with_each_other() -> None:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        y = x + 1
+        return y, y.view(2, 2), y[1:], x.exp()
+
+    graph = trace_forward(lambda leaves: function(leaves[0]), [TensorSpec((4,))], capture(function))
+    own_outputs(graph)
+    assert [node.target is aten.clone.default for node in graph.outputs] == [False, True, True, False]
+
+
 def test_a_part_has_what_its_outputs_need() -> None:
     def function(x: Tensor) -> tuple[Tensor, ...]:
         image, kernel = x.view(1, 1, 4), C.view(1, 1, 4)[..., :3]

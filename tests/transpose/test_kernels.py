@@ -98,6 +98,18 @@ def test_half_precision_stays_native() -> None:
     assert available(square(64, 11, 2, transposed=False, dtype=torch.bfloat16)) == ["native"]
 
 
+def test_a_kernel_of_one_entry_is_not_dilated() -> None:
+    """With a bias, oneDNN reads past the end of the image, and may crash."""
+    site = Site(
+        2, (1, 8, 2), (1, 7, 2), (2, 1), (1, 3), (0, 1), (1, 4), False, (0, 0), 1, torch.float32, torch.device("cpu")
+    )
+    x, weight, bias = problem(sized(site))
+    assert "polyphase" in available(sized(site))
+    expected = run("native", site, x, weight, bias)
+    for _ in range(20):
+        assert torch.allclose(run("polyphase", sized(site), x, weight, bias), expected, atol=1e-6)
+
+
 @given(site=sites().filter(lambda site: site.transposed and site.groups == 1))
 @settings(max_examples=40, deadline=None)
 def test_phases_share_the_taps_of_a_stride(site: Site) -> None:

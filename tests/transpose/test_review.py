@@ -153,6 +153,58 @@ def test_parameters_of_an_offset_get_it_too() -> None:
     assert operator.engine == "eager"
 
 
+@pytest.mark.parametrize("factor", [1.3, 0.0])
+def test_parameters_get_it_in_half_precision_too(factor: float) -> None:
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, w: Tensor) -> Tensor:
+            return w.clone()
+
+        @staticmethod
+        def backward(ctx: object, g: Tensor) -> Tensor:
+            return factor * g
+
+    w = torch.ones(8, dtype=torch.bfloat16, requires_grad=True)
+    operator = al.linear_operator(lambda x: x * Scaled.apply(w), torch.zeros(8, dtype=torch.bfloat16))
+    v = torch.ones(8, dtype=torch.bfloat16)
+    assert torch.equal(torch.autograd.grad(operator(v).sum(), w)[0], factor * v)
+
+
+def test_a_graph_of_the_user_outlives_the_check() -> None:
+    theta = torch.ones(6, requires_grad=True)
+    w = theta.exp()
+    operator = al.linear_operator(lambda x: w * x + theta * x, (6,))
+    operator(torch.ones(6)).sum().backward()
+    assert torch.allclose(theta.grad, theta.detach().exp() + 1)
+
+
+def test_gradients_in_parameters_share_no_memory() -> None:
+    a, b = torch.ones(4, requires_grad=True), torch.ones(2, 2, requires_grad=True)
+    operator = al.linear_operator(lambda x: x * (a + b.view(4)), (4,))
+    for _ in range(2):
+        operator(torch.ones(4)).sum().backward()
+    assert torch.equal(a.grad, torch.full((4,), 2.0))
+    assert torch.equal(b.grad, torch.full((2, 2), 2.0))
+
+
+def test_a_parameter_that_has_become_lazy_is_seen() -> None:
+    module = nn.Conv1d(1, 1, 3, bias=False, dtype=torch.complex64).requires_grad_(False)
+    operator = al.linear_operator(module, (1, 1, 8))
+    x = operator.domain.randn()
+    operator(x)
+    module.weight = nn.Parameter(module.weight.detach().conj(), requires_grad=False)
+    assert torch.allclose(operator(x), module(x))
+
+
+def test_results_share_no_memory_inside_of_transforms() -> None:
+    operator = al.linear_operator(lambda x: x[:, 2:-2], (3, 10))
+    x = torch.randn(5, 3, 10)
+    before = x.clone()
+    torch.vmap(operator)(x).zero_()
+    torch.compile(lambda x: operator(x).zero_(), backend="eager")(x[0])
+    assert torch.equal(x, before)
+
+
 def test_forward_mode_twice() -> None:
     class Exponential(nn.Module):
         def __init__(self) -> None:
