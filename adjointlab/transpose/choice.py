@@ -139,13 +139,14 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
         if costly or expected[name] > max((near if unsure else near / 2) * best, _CHEAP):
             continue
         once_more(name)
-        # In less than that, threads wake up and memory is mapped; the first run of what promised more may have compiled.
+        # In less than that, threads wake up and memory is mapped; and what promised more may have been compiled in it.
         if times[name] > max(2 * best, _RUNS * _CHEAP) and expected[name] > 2 * best:
             continue
         while len(seen[name]) < 2 or (len(seen[name]) < _RUNS and sum(seen[name]) < 2 * _CHEAP):
             once_more(name)
     close = list(times)
-    rounds = max(rounds, min(12, int(2 * _CHEAP / max(min(times.values()), 1e-9))))
+    worth = (6 if "native" in times else 2) * _CHEAP  # to leave native for what is no faster is the worse error
+    rounds = max(rounds, min(12, int(worth / max(min(times.values()), 1e-9))))
     for turn in range(rounds):
         best = min(times.values())
         close = [name for name in close if times[name] <= (2 if turn < 3 else 1.5) * best]
