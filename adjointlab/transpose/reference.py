@@ -113,6 +113,7 @@ class Reference:
 
     def _learned(self, x: Tensors, v: Tensors, parameters: Tensors) -> tuple[Tensors, Tensors | str]:
         """Return ``f(x)``, and the gradients of ``Re⟨f(x), v⟩`` in the parameters, or why there are none."""
+        # Not far from zero, where what an offset adds to them would be lost.
         try:
             return gradients(self.called, x, copies(v), parameters)
         except RuntimeError as error:  # of a derivative in a parameter
