@@ -262,7 +262,7 @@ class LinearOperator(nn.Module):
     # -- being a module ----------------------------------------------------------------------------------------------
 
     def residual_and_gradient(self, x: Any, y: Any, weight: Any, *, residual: bool) -> tuple[Any, Any] | None:
-        """Return ``Ax − y`` and ``Aᴴ w ⊙ (Ax − y)`` from one graph, where A itself is derived; else None."""
+        """Return ``Ax − y`` if asked for, and ``Aᴴ w ⊙ (Ax − y)``: from one graph where A is derived, else None."""
         source = self._body.source
         return None if source is None or self._side else source.residual_and_gradient(x, y, weight, residual=residual)
 

@@ -207,3 +207,18 @@ def no_side_effects(function: Any, *arguments: Any) -> Iterator[None]:
         assert before.keys() == after.keys()
         changed = [name for name in before if not _same(before[name], after[name])]
         assert not changed, f"changed: {changed}"
+
+
+def with_backward(forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Return a function of one tensor whose gradient is written by hand, and may be any."""
+
+    class Custom(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, w: Tensor) -> Tensor:
+            return forward(w)
+
+        @staticmethod
+        def backward(ctx: object, g: Tensor) -> Tensor:
+            return backward(g)
+
+    return Custom.apply

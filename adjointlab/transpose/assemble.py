@@ -93,12 +93,12 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
     @functools.cache
     def fused(weighted: bool, residual: bool) -> Program | None:
         graph = residual_and_gradient(forward, pruned.graph, weighted=weighted, residual=residual)
-        programs = [program(graph)]
+        wholes = [program(graph)]
         if way.mode == "compiled" and way.dynamic is None:
-            programs[0].compile(choices.options)
+            wholes[0].compile(choices.options)
         elif way.mode == "lowered":
             by_fft = joined(lower(simplify(graph), kernels.transformed)[0])
-            programs += [] if by_fft is None else [Program(by_fft, graph)]
+            wholes += [] if by_fft is None else [Program(by_fft, graph)]
 
         def parts(leaves: Tensors) -> Tensors:
             m, k = len(forward.inputs), len(forward.outputs)
@@ -107,7 +107,7 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
             return (*(apart if residual else ()), *calls[2](cotangents))
 
         leaves = examples((*forward.inputs, *forward.outputs, *(forward.outputs if weighted else ())))
-        runs = {each: bound(each, each.whole, state) for each in programs}
+        runs = {each: bound(each, each.whole, state) for each in wholes}
         agreeing = [each for each, run in runs.items() if domain.every(alike(run, parts, leaves))]
         return choice.quickest({each: functools.partial(runs[each], leaves) for each in agreeing}, leaves[0].device)
 

@@ -82,8 +82,8 @@ _RUNS = 4  # of a cheap kernel before it is judged: threads have to wake up
 _CHEAP = 1e-3  # what is expected to take less is run: the model is at its worst there
 _COLD = {"fft": 8e-5, "tapped": 2e-5}  # what kernels of many ops lose between other work, and not in a row of runs
 _PROBE = 1e6  # multiplications that show a direct kernel's rate: a few milliseconds of the slowest
-_OVERHEADS = 3e-4  # seconds
-_TURNS = 6
+_OVERHEADS = 3e-4  # seconds of a part's run in which calls and threads do not count
+_TURNS = 6  # of whole programs, the first of which pays for plans
 T = TypeVar("T")
 
 
@@ -167,11 +167,7 @@ def quickest(ways: Mapping[T, Callable[[], object]], device: torch.device) -> T 
     seen: dict[T, list[float]] = {key: [] for key in ways}
     for _ in range(_TURNS):
         for key, way in ways.items():
-            _wait(device)
-            start = time.perf_counter()
-            way()
-            _wait(device)
-            seen[key].append(time.perf_counter() - start)
+            seen[key].append(_timed(way, device))
     return min(seen, key=lambda key: statistics.median_low(seen[key][1:]))
 
 
@@ -219,13 +215,17 @@ def _runner(site: Site) -> Callable[[str], float]:
     def run(name: str) -> float:
         if name not in prepared:
             prepared[name] = PREPARE[name](weight, site)
-        _wait(site.device)
-        start = time.perf_counter()
-        KERNELS[name](x, prepared[name], None, site)
-        _wait(site.device)
-        return time.perf_counter() - start
+        return _timed(functools.partial(KERNELS[name], x, prepared[name], None, site), site.device)
 
     return run
+
+
+def _timed(way: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    way()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adjointlab.transpose.site import Site
+from adjointlab.transpose.site import Site, window
 
 aten = torch.ops.aten
 
@@ -154,11 +154,6 @@ def bands(weight: Tensor, site: Site) -> Tensor:
     if len(site.kernel) == 1:
         spread = spread.unsqueeze(2)
     return spread if len(site.kernel) == 3 else channels_last(spread)  # for volumes, blocked channels are faster
-
-
-def window(site: Site) -> list[int]:
-    """Return the size of the window of inputs that all phases of an output read."""
-    return [max(taken.stop for _, taken in _places(i, site)) for i in range(len(site.kernel))]
 
 
 def _places(dim: int, site: Site) -> list[tuple[slice, slice]]:

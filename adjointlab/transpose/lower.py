@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from adjointlab.transpose import kernels
 from adjointlab.transpose.graph import Graph, call, clean, part
@@ -59,9 +59,9 @@ def joined(graph: Graph) -> Graph | None:
         alone = len(difference.users) == len(inner.users) == 1 and bias is None
         if alone and inner.meta["val"].shape == y.meta["val"].shape and spectra_meet(site, to):
             with lowered.body.inserting_before(node):
-                call = lowered.body.call_function(kernels.gradient, (x, y, (first, second), (site, to)))
-            call.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(call)
+                whole = lowered.body.call_function(kernels.gradient, (x, y, (first, second), (site, to)))
+            whole.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(whole)
             found = True
     clean(lowered.body)
     return lowered if found else None
@@ -160,12 +160,7 @@ def _gradients_in_kernels(nodes: fx.Graph, transform: Callable[[Site], bool]) ->
         source, cotangent, kernel = (n.meta["val"].transpose(0, 1) for n in (x, v, weight))
         if transposed or groups != 1 or source.dtype.is_complex:
             continue
-        count = kernel.ndim - 2
-        site = sized(Site(
-            source.shape[0], tuple(source.shape[1:]), tuple(kernel.shape[1:]), tuple(cotangent.shape[2:]),
-            tuple(_full(dilation, count)), tuple(_full(padding, count)), tuple(_full(stride, count)),
-            False, (0,) * count, 1, source.dtype, source.device,
-        ))  # fmt: skip
+        site = _sited(source, kernel, cotangent.shape[2:], (dilation, padding, stride), False, [0], 1)
         if not transform(site):
             continue
         (item,) = node.users
@@ -177,8 +172,7 @@ def _gradients_in_kernels(nodes: fx.Graph, transform: Callable[[Site], bool]) ->
             found = call(nodes, aten.transpose.int, product, 0, 1)
             found = call(nodes, aten.clone.default, found, memory_format=torch.contiguous_format)
         item.replace_all_uses_with(found)
-        size = "×".join(map(str, kernel.shape[2:]))
-        lines.append(f"fft of size {'×'.join(map(str, site.fft_size))}, for the gradient in a {size} kernel")
+        lines.append(f"fft of size {_by(site.fft_size)}, for the gradient in a {_by(kernel.shape[2:])} kernel")
     clean(nodes)
     return lines
 
@@ -190,13 +184,14 @@ def _full(value: Any, length: int) -> list[int]:
 def _site(node: fx.Node) -> Site:
     x, weight, _, stride, padding, dilation, transposed, output_padding, groups = node.args
     source, kernel, result = (n.meta["val"] for n in (x, weight, node))  # type: ignore[union-attr]
-    count = kernel.ndim - 2
-    site = Site(
-        source.shape[0], tuple(source.shape[1:]), tuple(result.shape[1:]), tuple(kernel.shape[2:]),
-        tuple(_full(stride, count)), tuple(_full(padding, count)), tuple(_full(dilation, count)),
-        bool(transposed), tuple(_full(output_padding, count)), int(groups), source.dtype, source.device,  # type: ignore[arg-type]
-    )  # fmt: skip
-    return sized(site)
+    return _sited(source, result, kernel.shape[2:], (stride, padding, dilation), transposed, output_padding, groups)
+
+
+def _sited(source: Tensor, result: Tensor, kernel: Any, settings: Any, transposed: Any, rest: Any, groups: Any) -> Site:
+    """Return the site of a convolution with the given stride, padding and dilation, one number for all or each."""
+    stride, padding, dilation, rest = (tuple(_full(value, len(kernel))) for value in (*settings, rest))
+    shapes = source.shape[0], tuple(source.shape[1:]), tuple(result.shape[1:]), tuple(kernel)
+    return sized(Site(*shapes, stride, padding, dilation, bool(transposed), rest, groups, source.dtype, source.device))
 
 
 def _replace(nodes: fx.Graph, node: fx.Node, ends: tuple[Any, fx.Node], name: str, site: Site) -> None:
@@ -213,13 +208,13 @@ def _replace(nodes: fx.Graph, node: fx.Node, ends: tuple[Any, fx.Node], name: st
 
 def _describe(name: str, site: Site) -> str:
     kind = "transposed convolution" if site.transposed else "convolution"
-    size = "×".join(map(str, site.kernel))
     c_in, c_out = site.input_shape[0], site.output_shape[0]
-    details = {
-        "fft": f" of size {'×'.join(map(str, site.fft_size))}",
-        "polyphase": f" in {math.prod(site.phases)} phases",
-    }
-    return f"{name}{details.get(name, '')}, for the {kind} {c_in}→{c_out} with a {size} kernel"
+    details = {"fft": f" of size {_by(site.fft_size)}", "polyphase": f" in {math.prod(site.phases)} phases"}
+    return f"{name}{details.get(name, '')}, for the {kind} {c_in}→{c_out} with a {_by(site.kernel)} kernel"
+
+
+def _by(sizes: Iterable[int]) -> str:
+    return "×".join(map(str, sizes))
 
 
 __all__ = ["joined", "lower", "multiplier"]

@@ -100,13 +100,20 @@ def phases_cost(site: Site) -> float:
     A block reads a window of inputs: the closer to a cube, the fewer multiplications by zero. Its outputs are put back
     in their places: the more of them are neighbours in memory, the faster.
     """
-    work, size = float(site.input_shape[0]), site.batch * math.prod(site.output_shape)
-    for c, s, e, p in zip(site.phases, site.stride, site.extent, site.around, strict=True):
-        work *= (c + e - 2 - p) // s + p // s + 1 if site.transposed else s * (c - 1) + e
+    work, size = site.input_shape[0] * math.prod(window(site)), site.batch * math.prod(site.output_shape)
     *others, last = site.phases
     move = 1.5 if last == 1 else 1 + 2.5 * math.log2(max(1, _VECTOR / last))  # tenths of a nanosecond for each output
     several = 1e-5 if last > 1 and any(c > 1 for c in others) else 0.0
     return size * (work / 7e10 + move * 1e-10) + several
+
+
+def window(site: Site) -> list[int]:
+    """Return how many inputs along each dimension the phases of an output read, one that stands alone without gaps."""
+    sizes = []
+    for c, k, s, e, p in zip(site.phases, site.kernel, site.stride, site.extent, site.around, strict=True):
+        together = (c + e - 2 - p) // s + p // s + 1 if site.transposed else s * (c - 1) + e
+        sizes.append(k if c == 1 else together)
+    return sizes
 
 
 def fast_length(n: int) -> int:
@@ -136,4 +143,4 @@ def spectra_meet(first: Site, second: Site) -> bool:
     return whole and all(s == 1 for s in (*first.stride, *second.stride))
 
 
-__all__ = ["Ints", "Site", "fast_length", "flipped_site", "phases_cost", "sized", "smooth", "spectra_meet"]
+__all__ = ["Ints", "Site", "fast_length", "flipped_site", "phases_cost", "sized", "smooth", "spectra_meet", "window"]

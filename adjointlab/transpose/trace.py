@@ -214,13 +214,14 @@ def trace_vjp(forward: Graph) -> Graph:
 
     learned = [index for index, source in enumerate(forward.state) if source.read().requires_grad]
     tries = [(vjp_by_func, learned), *([(vjp_by_func, [])] if learned else []), (vjp_by_grad, [])]
-    module = None
-    while module is None:
+    for vjp, wanted in tries:
         try:
-            module = _make(pull_back(*tries.pop(0)), [*arguments, *cotangents], _Values())
-        except UntraceableError:
-            if not tries:
-                raise
+            module = _make(pull_back(vjp, wanted), [*arguments, *cotangents], _Values())
+            break
+        except UntraceableError as error:
+            refusal = error
+    else:
+        raise refusal
     if any(is_mutable(node.target) for node in module.graph.nodes):
         module = _functionalise(module, [*arguments, *cotangents], len(arguments) + len(cotangents))
     _normalise(module.graph)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws import assert_close, draw
+from laws import assert_close, draw, with_backward
 from torch import Tensor, nn
 
 import adjointlab as al
@@ -68,17 +68,12 @@ def test_a_sample_has_the_function_far_away_and_its_gradients(kind: str) -> None
 
 
 def test_a_derivative_that_is_refused_is_told() -> None:
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, weight: Tensor) -> Tensor:
-            return weight.clone()
+    def refuse(g: Tensor) -> Tensor:
+        raise RuntimeError("no derivative\nat all")
 
-        @staticmethod
-        def backward(ctx: object, g: Tensor) -> Tensor:
-            raise RuntimeError("no derivative\nat all")
-
+    refusing = with_backward(torch.clone, refuse)
     weight = torch.ones(3, 1, 1, 1, dtype=torch.float64, requires_grad=True)
-    sample = reference(lambda x: nn.functional.conv2d(x, Once.apply(weight))).sample(X, V, (weight,))
+    sample = reference(lambda x: nn.functional.conv2d(x, refusing(weight))).sample(X, V, (weight,))
     assert sample.gradients == "no derivative"
     assert torch.equal(sample.at_far[0], 2**20 * sample.at_x[0])
 

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from laws import assert_close
+from laws import assert_close, with_backward
 from torch import Tensor, nn
 
 import adjointlab as al
@@ -117,19 +117,12 @@ def test_changes_are_seen_under_transforms() -> None:
     assert torch.allclose(torch.vmap(operator.H)(X[None])[0], module(X))
 
 
-class StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, w: Tensor) -> Tensor:
-        return w.sign()
-
-    @staticmethod
-    def backward(ctx: object, g: Tensor) -> Tensor:
-        return g
+straight_through = with_backward(torch.sign, lambda g: g)
 
 
 class Binary(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
-        return StraightThrough.apply(w)
+        return straight_through(w)
 
 
 def test_parameters_get_the_gradient_that_autograd_gives_them() -> None:
@@ -155,17 +148,9 @@ def test_parameters_of_an_offset_get_it_too() -> None:
 
 @pytest.mark.parametrize("factor", [1.3, 0.0])
 def test_parameters_get_it_in_half_precision_too(factor: float) -> None:
-    class Scaled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, w: Tensor) -> Tensor:
-            return w.clone()
-
-        @staticmethod
-        def backward(ctx: object, g: Tensor) -> Tensor:
-            return factor * g
-
+    scaled = with_backward(torch.clone, lambda g: factor * g)
     w = torch.ones(8, dtype=torch.bfloat16, requires_grad=True)
-    operator = al.linear_operator(lambda x: x * Scaled.apply(w), torch.zeros(8, dtype=torch.bfloat16))
+    operator = al.linear_operator(lambda x: x * scaled(w), torch.zeros(8, dtype=torch.bfloat16))
     v = torch.ones(8, dtype=torch.bfloat16)
     assert torch.equal(torch.autograd.grad(operator(v).sum(), w)[0], factor * v)
 
