@@ -107,26 +107,8 @@ class Setup:
 def adjoint_ways(s: Setup) -> tuple[Ways, Skipped]:
     """Return what computes the adjoint of a convolution at v."""
     n = s.case.ndim
-    ones, zeros, half = [1] * n, [0] * n, [s.half] * n
-    kernel = s.weight.transpose(0, 1).flip(tuple(range(2, 2 + n))).contiguous()
-    A = s.operator
-    ways: Ways = {
-        "adjointlab": lambda: A.H(s.v),
-        "eager vjp": lambda: torch.func.vjp(s.module, s.x)[1](s.v)[0],
-        "convolution_backward": lambda: aten.convolution_backward(
-            s.v, s.x, s.weight, None, ones, half, ones, False, zeros, 1, [True, False, False]
-        )[0],
-        "conv_transpose": s.native_adjoint,
-        "flipped conv": lambda: CONV[n](s.v, kernel, padding=s.half),
-        "FFT": by_fft(s, adjoint=True),
-    }
-    return _with_libraries(s, ways, adjoint=True)
-
-
-def strided_ways(s: Setup) -> Ways:
-    """Return what computes the adjoint at v of a convolution with a stride."""
-    n = s.case.ndim
     steps, ones, zeros, half = [s.case.stride] * n, [1] * n, [0] * n, [s.half] * n
+    kernel = s.weight.transpose(0, 1).flip(tuple(range(2, 2 + n))).contiguous()
     A = s.operator
     ways: Ways = {
         "adjointlab": lambda: A.H(s.v),
@@ -136,10 +118,9 @@ def strided_ways(s: Setup) -> Ways:
         )[0],
         "conv_transpose": s.native_adjoint,
     }
-    jax = _library("jax")
-    if jax is not None and s.device.type == "cpu":
-        ways["JAX"] = _jax(jax, s, adjoint=True)
-    return ways
+    if s.case.stride == 1:
+        ways |= {"flipped conv": lambda: CONV[n](s.v, kernel, padding=s.half), "FFT": by_fft(s, adjoint=True)}
+    return _with_libraries(s, ways, adjoint=True)
 
 
 def gradient_ways(s: Setup) -> Ways:
@@ -211,8 +192,8 @@ def _with_libraries(s: Setup, ways: Ways, *, adjoint: bool) -> tuple[Ways, Skipp
             skipped[name] = "not installed"
         elif name != "deepinv" and s.device.type != "cpu":
             skipped[name] = "on the CPU only"
-        elif name in {"PyLops", "SciPy"} and s.case.c_in * s.case.c_out > 1:
-            skipped[name] = "one channel only"
+        elif name in {"PyLops", "SciPy"} and (s.case.c_in * s.case.c_out > 1 or s.case.stride > 1):
+            skipped[name] = "one channel and no stride only"
         else:
             found = make(library, s, adjoint)
             if found is not None:

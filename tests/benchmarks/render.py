@@ -95,9 +95,10 @@ def _targets(decided: list[tuple[str, Any]]) -> str:
 
 
 def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
-    yield from _contenders(rows, "adjoint", "A.H(v)", drawn)
-    yield from _contenders(rows, "forward", "A(x)", drawn)
-    yield from _strided(rows)
+    adjoint, forward = (select(rows, "rows", map=name) for name in ("adjoint", "forward"))
+    yield from _contenders(adjoint, "The adjoint of a convolution", "A.H(v)", drawn.get("adjoint"))
+    yield from _contenders(forward, "The convolution itself", "A(x)", drawn.get("forward"))
+    yield from _contenders(select(rows, "strided"), "The adjoint of a convolution with a stride", "A.H(v)", None)
     if found := select(rows, "gradient"):
         yield "## The gradient of least squares\n"
         body = [
@@ -116,11 +117,9 @@ def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
     yield from _solvers(rows)
 
 
-def _contenders(rows: list[Row], which: str, label: str, drawn: dict[str, str]) -> Iterable[str]:
-    found = select(rows, "rows", map=which)
+def _contenders(found: list[Row], title: str, label: str, figure: str | None) -> Iterable[str]:
     if not found:
         return
-    title = "The adjoint of a convolution" if which == "adjoint" else "The convolution itself"
     yield f"## {title}\n"
     yield (
         f"Milliseconds of `{label}`, then every other way in multiples of that: above 1 it is slower than `{label}`. "
@@ -138,20 +137,8 @@ def _contenders(rows: list[Row], which: str, label: str, drawn: dict[str, str]) 
             cells.append(f"**{cell}**" if name == best else cell)
         body.append((r["case"], _ms(own), *cells))
     yield table(("channels, size, kernel", f"{label}, ms", *names), body)
-    if which in drawn:
-        yield f"![{title}: every way, in multiples of ours]({drawn[which]})\n"
-
-
-def _strided(rows: list[Row]) -> Iterable[str]:
-    if found := select(rows, "strided"):
-        yield "## The adjoint of a convolution with a stride\n"
-        yield "Milliseconds of `A.H(v)`, then every other way in multiples of that.\n"
-        names = [name for name in found[0]["seconds"] if name != "adjointlab"]
-        body = [
-            (r["case"], _ms(r["seconds"]["adjointlab"]), *(f"{ratio(r, name, 'adjointlab'):.2f}" for name in names))
-            for r in found
-        ]
-        yield table(("case", "A.H(v), ms", *names), body)
+    if figure:
+        yield f"![{title}: every way, in multiples of ours]({figure})\n"
 
 
 def _sweep(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
