@@ -18,7 +18,8 @@ from adjointlab.transpose.capture import Capture
 from adjointlab.transpose.derived import Derived, Function, Tensors, bound, metadata_of
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.graph import Graph, cut_off
-from adjointlab.transpose.lower import joined, lower, multiplier
+from adjointlab.transpose.lower import as_transposed, lower, multiplier
+from adjointlab.transpose.normal import by_autocorrelation, by_spectra
 from adjointlab.transpose.program import Program, of_state
 from adjointlab.transpose.prune import Pruned, ops
 from adjointlab.transpose.simplify import simplify
@@ -96,9 +97,12 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
         wholes = [program(graph)]
         if way.mode == "compiled" and way.dynamic is None:
             wholes[0].compile(choices.options)
-        elif way.mode == "lowered":
-            by_fft = joined(lower(simplify(graph), kernels.transformed)[0])
-            wholes += [] if by_fft is None else [Program(by_fft, graph)]
+        elif way.mode == "lowered" and not (weighted or residual or domain.is_sharded):
+            normal = by_spectra(lower(simplify(graph), kernels.transformed)[0])
+            if normal is None:
+                spread = by_autocorrelation(as_transposed(simplify(graph)))
+                normal = None if spread is None else lower(spread, _choose(choices))[0]
+            wholes += [] if normal is None else [Program(normal, graph, steady=len(forward.outputs))]
 
         def parts(leaves: Tensors) -> Tensors:
             m, k = len(forward.inputs), len(forward.outputs)
@@ -156,15 +160,15 @@ def _metadata(graph: Graph) -> tuple[Any, ...]:
 
 def _program(graph: Graph, *, choices: Choices, mode: str, lines: list[str]) -> Program:
     """Return a graph as a program, lowered unless that is turned off; add a line on each kernel."""
-
-    def choose(site: Site) -> str:
-        return choice.choose(site, measure=True, thorough=choices.autotune)
-
     if mode == "plain" or not choices.lowering:
         return Program(graph, graph)
-    lowered, chosen = lower(simplify(graph), choose, choice.by_transforms)
+    lowered, chosen = lower(simplify(graph), _choose(choices), choice.by_transforms)
     lines.extend(line for line in chosen if line not in lines)
     return Program(lowered, graph)
+
+
+def _choose(choices: Choices) -> Callable[[Site], str]:
+    return functools.partial(choice.choose, measure=True, thorough=choices.autotune)
 
 
 def _multiplier(forward: Graph, adjoint: Graph, run: Function, *, affine: bool) -> Callable[..., Any] | None:

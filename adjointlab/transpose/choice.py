@@ -83,7 +83,7 @@ _CHEAP = 1e-3  # what is expected to take less is run: the model is at its worst
 _COLD = {"fft": 8e-5, "tapped": 2e-5}  # what kernels of many ops lose between other work, and not in a row of runs
 _PROBE = 1e6  # multiplications that show a direct kernel's rate: a few milliseconds of the slowest
 _OVERHEADS = 3e-4  # seconds of a part's run in which calls and threads do not count
-_SAME = 1 << 15  # entries of an image from which on PyTorch runs the same kernels for all sizes (20480, in 2.14)
+_SAME = 1 << 15  # entries of an image from which on PyTorch runs one kernel for narrow weights (20480, in 2.14)
 _TURNS = 6  # of whole programs, the first of which pays for plans
 T = TypeVar("T")
 
@@ -164,14 +164,19 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
 
 
 def quickest(ways: Mapping[T, Callable[[], object]], device: torch.device) -> T | None:
-    """Return the key of the way that is quickest as measured, in turns; None if there is none."""
+    """Return the key of the way that is quickest as measured, in turns; None if there is none.
+
+    The first one is, unless another is clearly faster.
+    """
     if len(ways) < 2:
         return next(iter(ways), None)
     seen: dict[T, list[float]] = {key: [] for key in ways}
     for _ in range(_TURNS):
         for key, way in ways.items():
             seen[key].append(_timed(way, device))
-    return min(seen, key=lambda key: statistics.median_low(seen[key][1:]))
+    times = {key: statistics.median_low(samples[1:]) for key, samples in seen.items()}
+    times[next(iter(times))] /= 1.1
+    return min(times, key=times.__getitem__)
 
 
 def _expected(name: str, site: Site) -> float:
@@ -194,7 +199,8 @@ def _part(site: Site, share: float) -> Site:
 
     The native kernel of the part is that of the whole: small images have slower ones.
     """
-    share = min(1.0, max(share, _SAME / (site.batch * math.prod(site.input_shape))))
+    if min(site.kernel) <= 3 or len(site.kernel) == 1:
+        share = min(1.0, max(share, _SAME / (site.batch * math.prod(site.input_shape))))
     batch = max(1, int(site.batch * share))
     scale = (share * site.batch / batch) ** (1 / len(site.kernel))
     source, target = [], []

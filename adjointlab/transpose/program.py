@@ -1,9 +1,10 @@
 """A graph made callable: what depends on no input is computed once, and again when what it depends on changes.
 
 The nodes fall into three parts. *Constants* (sampling grids, windows) depend on nothing and are computed at the first
-call. The *prologue* (flipped kernels, a kernel's transform) depends on the state only; it is kept while the state's
-values are the same. Values are compared, not version counters: ``weight.data.mul_(2)`` leaves no other trace. So only a
-small state is worth it; a large one is read in the *main* part, at every call.
+call. *Prologues* (flipped kernels, a kernel's transform) depend on the state only, each on some tensors of it; they are
+kept while these have the same values. Values are compared, not version counters: ``weight.data.mul_(2)`` leaves no
+other trace. So only a small state is worth it; a large one is read in the *main* part, at every call. Inputs that are
+known to be *steady*, such as the data of least squares, are treated like state, up to a size that memory allows.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch.autograd import forward_ad
 from adjointlab.transpose.capture import same
 from adjointlab.transpose.graph import VIEWS, Graph, compiled
 from adjointlab.transpose.kernels import KERNELS
+from adjointlab.transpose.normal import less_border
 
 aten = torch.ops.aten
 
 _SMALL = 1 << 16  # entries of state that are compared at each call, some ten microseconds' worth
+_KEPT = 1 << 24  # entries of steady inputs of which a copy is kept: 64 MiB in single precision
 
 # Ops that cost as much to keep as to make: they stay where they are used, as views do.
 _FACTORIES = {
@@ -59,7 +62,7 @@ _BUILTIN: dict[Any, Callable[..., Any]] = {
 }
 
 
-_FRESH = {torch.convolution, *KERNELS.values()}
+_FRESH = {torch.convolution, less_border, *KERNELS.values()}
 _IN_PLACE = {torch.add: torch.Tensor.add_, torch.sub: torch.Tensor.sub_, torch.mul: torch.Tensor.mul_}
 
 
@@ -88,18 +91,21 @@ def canonical(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
+Prologue = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
 class Program:
     """A callable ``(*state, *inputs) → tuple of outputs`` that equals its graph.
 
     ``reference`` is an equal graph of differentiable ATen ops alone: what transforms and other compilers get to see.
+    The last so many inputs are ``steady``: they are often the same in one call as in the last.
     """
 
-    def __init__(self, graph: Graph, reference: Graph) -> None:
+    def __init__(self, graph: Graph, reference: Graph, steady: int = 0) -> None:
         self.graph = graph
         self.whole = reference.function
-        self._split = _split(graph)
+        self._split = _split(graph, steady)
         self._constants: tuple[Tensor, ...] | None = None
-        self._kept: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs, under whatever transform or trace is under way."""
@@ -107,42 +113,47 @@ class Program:
 
     def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs for real tensors, without recording of gradients."""
-        constants, prologue, main, watched, n_state = self._split
+        constants, prologues, main = self._split
         if self._constants is None:
             with torch.no_grad():
                 self._constants = constants() if constants else ()
-        if prologue is None:
-            return main(*tensors, *self._constants)  # type: ignore[no-any-return]
-        prepared = self._prepare(prologue, tuple([tensors[i] for i in watched]), tensors[:n_state])
+        prepared: list[Tensor] = []
+        for prologue, watched in prologues:
+            prepared += prologue(tuple([tensors[i] for i in watched]), self._constants)
         return main(*tensors, *self._constants, *prepared)  # type: ignore[no-any-return]
 
     @property
     def ready(self) -> Callable[..., tuple[Tensor, ...]]:
         """``run`` of a program that has run: its main part alone, where that is all there is to run."""
-        constants, prologue, main, *_ = self._split
-        return self.run if constants or prologue else main
+        constants, prologues, main = self._split
+        return self.run if constants or prologues else main
 
     def compile(self, options: dict[str, Any]) -> None:
         """Put the main part through ``torch.compile`` as one region: a break in it is an error, to fall back from."""
-        constants, prologue, main, watched, n_state = self._split
-        self._split = (constants, prologue, _compiled(main, {"fullgraph": True, **options}), watched, n_state)
+        constants, prologues, main = self._split
+        self._split = (constants, prologues, _compiled(main, {"fullgraph": True, **options}))
 
     def replace(self, function: Callable[..., Any], n_state: int) -> None:
         """Run an equal function of the inputs alone, which reads the state by itself."""
-        self._split = (None, None, lambda *tensors: function(*tensors[n_state:]), (), n_state)
+        self._split = (None, (), lambda *tensors: function(*tensors[n_state:]))
 
-    def _prepare(
-        self, prologue: Callable[..., Any], now: tuple[Tensor, ...], state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        if self._kept is not None:
-            before, outputs = self._kept
+
+def _kept(function: Callable[..., Any]) -> Prologue:
+    """Return a function of tensors and constants that returns its last results while the tensors are the same."""
+    last: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+
+    def call(now: tuple[Tensor, ...], constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal last
+        if last is not None:
+            before, outputs = last  # both at once: another thread may be in here
             if all(map(same, now, before)):
                 return outputs
-        assert self._constants is not None
         with torch.no_grad():
-            outputs = tuple(prologue(*state, *self._constants))
-            self._kept = (tuple(t.detach().clone() for t in now), outputs)
+            outputs = tuple(function(*now, *constants))
+            last = (tuple(t.detach().clone() for t in now), outputs)
         return outputs
+
+    return call
 
 
 def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
@@ -168,49 +179,55 @@ def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable
     return run
 
 
-Split = tuple[Callable[..., Any] | None, Callable[..., Any] | None, Callable[..., Any], tuple[int, ...], int]
+Split = tuple[Callable[..., Any] | None, tuple[tuple[Prologue, tuple[int, ...]], ...], Callable[..., Any]]
 
 
-def _split(graph: Graph) -> Split:
-    """Return the parts of the graph; all but the main one may be missing."""
+def _split(graph: Graph, steady: int) -> Split:
+    """Return the parts of the graph: constants if any, prologues with the tensors that they watch, and the main one."""
     placeholders = graph.placeholders
-    n_state = len(graph.state)
-    level = _levels(graph)
+    moving = set(graph.inputs[: len(graph.inputs) - steady])
+    level = _levels(graph, moving)
     results = set(graph.outputs)  # never kept: the caller may write to them
     keep = [
         n for n in graph.body.nodes
         if n.op == "call_function" and level[n] < 2 and n not in results and not _stays(n)
     ]  # fmt: skip
     roots = {n: frozenset(_roots(n, placeholders)) for n in keep}
-    small = {
-        n for n in keep
-        if level[n] == 0 or (sum(placeholders[i].meta["val"].numel() for i in roots[n]) <= _SMALL
-        and all(placeholders[i].meta["val"].device.type == "cpu" for i in roots[n]))
-    }  # fmt: skip
+    small = {n for n in keep if level[n] == 0 or _worth_comparing(roots[n], placeholders, len(graph.state))}
     # Only what the rest uses is kept; tuples of tensors (of convolution_backward, say) through their items.
     frontier = [n for n in keep if n in small and isinstance(n.meta.get("val"), Tensor) and _leaves(n, small)]
     constants = [n for n in frontier if level[n] == 0]
-    prologue = [n for n in frontier if level[n] == 1]
-    # A constant that only the prologue uses is an input of the prologue as well.
+    apart: dict[frozenset[int], list[fx.Node]] = {}  # by what they depend on: each is recomputed for that only
+    for n in frontier:
+        if level[n] == 1:
+            apart.setdefault(roots[n], []).append(n)
+    # A constant that only a prologue uses is an input of that as well.
     inner = [n for n in keep if level[n] == 0 and n not in constants and isinstance(n.meta.get("val"), Tensor)]
     known = constants + [n for n in inner if any(level[user] == 1 for user in n.users)]
-    watched = tuple(sorted(set().union(*(roots[n] for n in prologue)))) if prologue else ()
-    return (
-        _extract(graph, [], known) if known else None,
-        _extract(graph, [*placeholders[:n_state], *known], prologue) if prologue else None,
-        _extract(graph, [*placeholders, *known, *prologue], graph.outputs),
-        watched,
-        n_state,
-    )
+    prologues = []
+    for watched, nodes in apart.items():
+        inputs = sorted(watched)
+        function = _extract(graph, [*[placeholders[i] for i in inputs], *known], nodes)
+        prologues.append((_kept(function), tuple(inputs)))
+    ready = [*known, *[n for nodes in apart.values() for n in nodes]]
+    main = _extract(graph, [*placeholders, *ready], graph.outputs)
+    return _extract(graph, [], known) if known else None, tuple(prologues), main
 
 
-def _levels(graph: Graph) -> dict[fx.Node, int]:
-    """Return 0 for nodes that depend on nothing, 1 for those that depend on state only, 2 for the rest."""
-    inputs = set(graph.inputs)
+def _worth_comparing(roots: frozenset[int], placeholders: list[fx.Node], n_state: int) -> bool:
+    """Return whether it costs little to see that the values of some tensors are the same, or much is gained by it."""
+    values = {i: placeholders[i].meta["val"] for i in roots}
+    of_state = sum(value.numel() for i, value in values.items() if i < n_state)
+    of_inputs = sum(value.numel() for i, value in values.items() if i >= n_state)
+    return of_state <= _SMALL and of_inputs <= _KEPT and all(v.device.type == "cpu" for v in values.values())
+
+
+def _levels(graph: Graph, moving: set[fx.Node]) -> dict[fx.Node, int]:
+    """Return 0 for nodes that depend on nothing, 1 for those that depend on no moving input, 2 for the rest."""
     level: dict[fx.Node, int] = {}
     for node in graph.body.nodes:
         if node.op == "placeholder":
-            level[node] = 2 if node in inputs else 1
+            level[node] = 2 if node in moving else 1
         else:
             level[node] = max((level[operand] for operand in node.all_input_nodes), default=0)
     return level

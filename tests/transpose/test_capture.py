@@ -13,6 +13,7 @@ from laws import assert_close, draw
 from torch import nn
 
 import adjointlab as al
+from adjointlab.transpose.capture import same
 
 every_engine = pytest.mark.parametrize("engine", ["eager", "traced", "auto"])
 GLOBAL = torch.ones(3)
@@ -631,3 +632,36 @@ def test_what_an_operator_inside_of_a_function_depends_on_grows(change, engine: 
     inner = al.linear_operator(map_.forward, (3,), engine=engine)
     inner(inner.domain.zeros())
     follows(lambda x: 2 * inner(x), lambda: change(map_), engine)
+
+
+LARGE = 1 << 15
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.int32, torch.bool]
+)
+@pytest.mark.parametrize("size", [9, LARGE, LARGE + 1])
+def test_tensors_are_the_same_where_no_entry_differs(dtype: torch.dtype, size: int) -> None:
+    a = (10 * torch.randn(size, generator=torch.Generator().manual_seed(0))).to(dtype)
+    assert same(a, a.clone())
+    assert same(a[1:], a.clone()[1:])
+    for place in (0, size // 2, size - 1):
+        b = a.clone()
+        b[place] = ~b[place] if dtype == torch.bool else 2 * b[place] + 1
+        assert not same(a, b)
+    assert not same(a, torch.cat([a, a]))
+    assert not same(a.reshape(1, -1), a)
+
+
+def test_whatever_their_memory_is_like_tensors_are_compared_by_value() -> None:
+    a = torch.randn(2, LARGE, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    assert same(a.T, a.T.clone(memory_format=torch.contiguous_format))
+    assert same(a.conj(), a.conj().resolve_conj())
+    assert not same(a.conj(), a)
+    assert same(a.conj().imag, -a.imag)  # lazily negative
+    gap = a.real.clone()
+    gap[0, 5] = torch.nan
+    assert same(gap, gap.clone())
+    assert not same(gap, a.real)
+    parameter = nn.Parameter(a.real.clone())
+    assert same(parameter, a.real.clone())

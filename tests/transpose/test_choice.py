@@ -71,8 +71,8 @@ def test_a_transposed_convolution_is_computed_as_the_plain_one_that_it_is(timed:
 def test_the_part_that_is_run_is_a_convolution_of_the_same_kind() -> None:
     for transposed in (False, True):
         site = square(512, 11, 2, transposed=transposed)
-        part = choice._part(site, 0.2)
-        assert 0.1 < part.macs / site.macs < 0.4
+        part = choice._part(site, 0.01)
+        assert 0.005 < part.macs / site.macs < 0.02
         x = torch.randn(part.batch, *part.input_shape)
         weight = torch.randn(1, 1, 11, 11)
         assert kernels.native(x, weight, None, part).shape == (part.batch, *part.output_shape)

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from laws import assert_close, draw
+from test_trace import ops_of
 from torch import Tensor, fx, nn
 
 import adjointlab as al
+from adjointlab.transpose import choice, kernels
 from adjointlab.transpose.program import _in_place
 
 X, W = torch.zeros(1, 1, 6), torch.zeros(1, 1, 3)
@@ -92,3 +94,29 @@ def test_results_are_those_of_the_eager_engine() -> None:
     assert torch.equal(x, kept[0])
     assert all(map(torch.equal, y, kept[1]))
     assert torch.equal(module.mask, mask)
+
+
+class Prepared(nn.Module):
+    """Two convolutions whose kernels are prepared: each by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(1, 1, 9, padding=4, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+def test_what_is_prepared_is_made_again_for_what_has_changed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
+    module = Prepared().double().requires_grad_(requires_grad=False)
+    A = al.linear_operator(module, al.TensorSpec((1, 1, 20, 20), torch.float64))
+    x = draw(A.domain, 1)
+
+    def transforms() -> int:
+        return sum(name == "aten::_fft_r2c" for name in ops_of(A, x))
+
+    assert [transforms() for _ in range(2)] == [2, 2]  # those of the image
+    module.a.weight.data.mul_(2)
+    assert [transforms() for _ in range(2)] == [3, 2]
+    assert_close(A(x), module(x), 8 * A.domain.eps)
