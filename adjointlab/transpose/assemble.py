@@ -20,7 +20,7 @@ from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.graph import Graph, cut_off
 from adjointlab.transpose.lower import as_transposed, lower, multiplier
 from adjointlab.transpose.normal import by_autocorrelation, by_spectra
-from adjointlab.transpose.program import Program, of_state
+from adjointlab.transpose.program import Program, Steady, of_state
 from adjointlab.transpose.prune import Pruned, ops
 from adjointlab.transpose.simplify import simplify
 from adjointlab.transpose.site import Site
@@ -92,28 +92,27 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
     calls = (bound(function, run, state), bound(linear, run_linear, state), bound(adjoint, run_adjoint, state))
 
     @functools.cache
-    def fused(weighted: bool, residual: bool) -> Program | None:
+    def fused(weighted: bool, residual: bool) -> Program | Steady | None:
         graph = residual_and_gradient(forward, pruned.graph, weighted=weighted, residual=residual)
-        wholes = [program(graph)]
+        whole, normal, m, k = program(graph), None, len(forward.inputs), len(forward.outputs)
         if way.mode == "compiled" and way.dynamic is None:
-            wholes[0].compile(choices.options)
+            whole.compile(choices.options)
         elif way.mode == "lowered" and not (weighted or residual or domain.is_sharded):
-            normal = by_spectra(lower(simplify(graph), kernels.transformed)[0])
-            if normal is None:
-                spread = by_autocorrelation(as_transposed(simplify(graph)))
-                normal = None if spread is None else lower(spread, _choose(choices))[0]
-            wholes += [] if normal is None else [Program(normal, graph, steady=len(forward.outputs))]
+            normal = _normal(graph, choices, steady=k)
 
         def parts(leaves: Tensors) -> Tensors:
-            m, k = len(forward.inputs), len(forward.outputs)
             apart = tuple(a - b for a, b in zip(calls[0](leaves[:m]), leaves[m : m + k], strict=True))
             cotangents = tuple(map(torch.mul, leaves[m + k :], apart)) if weighted else apart
             return (*(apart if residual else ()), *calls[2](cotangents))
 
         leaves = examples((*forward.inputs, *forward.outputs, *(forward.outputs if weighted else ())))
-        runs = {each: bound(each, each.whole, state) for each in wholes}
+        runs = {each: bound(each, each.whole, state) for each in (whole, normal) if each is not None}
         agreeing = [each for each, run in runs.items() if domain.every(alike(run, parts, leaves))]
-        return choice.quickest({each: functools.partial(runs[each], leaves) for each in agreeing}, leaves[0].device)
+        if whole not in agreeing:
+            return None
+        ways = {each: functools.partial(runs[each], leaves) for each in agreeing}
+        best = choice.quickest(ways, leaves[0].device)
+        return whole if best is whole or normal is None else Steady(whole, normal, k)
 
     @functools.cache
     def find() -> Callable[..., Any] | None:
@@ -169,6 +168,15 @@ def _program(graph: Graph, *, choices: Choices, mode: str, lines: list[str]) -> 
 
 def _choose(choices: Choices) -> Callable[[Site], str]:
     return functools.partial(choice.choose, measure=True, thorough=choices.autotune)
+
+
+def _normal(graph: Graph, choices: Choices, steady: int) -> Program | None:
+    """Return the gradient of least squares with ``AᴴA`` as one, which keeps ``Aᴴy``, if A is a convolution."""
+    normal = by_spectra(lower(simplify(graph), kernels.transformed)[0])
+    if normal is None:
+        spread = by_autocorrelation(as_transposed(simplify(graph)))
+        normal = None if spread is None else lower(spread, _choose(choices))[0]
+    return None if normal is None else Program(normal, graph, steady)
 
 
 def _multiplier(forward: Graph, adjoint: Graph, run: Function, *, affine: bool) -> Callable[..., Any] | None:

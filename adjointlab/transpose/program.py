@@ -138,6 +138,29 @@ class Program:
         self._split = (None, (), lambda *tensors: function(*tensors[n_state:]))
 
 
+class Steady:
+    """Two equal programs: one for inputs that are likely to be those of the last call, which it keeps, one for others.
+
+    What is likely is seen from where the inputs lie in memory and how often they were written to; whether they are the
+    same, the program sees from their values.
+    """
+
+    def __init__(self, others: Program, keeping: Program, steady: int) -> None:
+        self._others, self._keeping, self._steady = others, keeping, steady
+        self._last: list[tuple[int, int]] = []
+
+    def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs for real tensors, without recording of gradients."""
+        now = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors[-self._steady :]]
+        likely, self._last = now == self._last, now
+        return (self._keeping if likely else self._others).run(*tensors)
+
+    @property
+    def ready(self) -> Callable[..., tuple[Tensor, ...]]:
+        """``run``: there is nothing to leave out."""
+        return self.run
+
+
 def _kept(function: Callable[..., Any]) -> Prologue:
     """Return a function of tensors and constants that returns its last results while the tensors are the same."""
     last: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
