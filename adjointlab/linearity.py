@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
 from adjointlab.reporting import aligned, html_table, strict_json
-from adjointlab.rounding import DOT_UNITS, SIGMAS, dot_gap, rounding_noise
+from adjointlab.rounding import DOT_UNITS, SIGMAS, dot_gap, norm, rounding_noise
 from adjointlab.space import Space
 from adjointlab.transpose import ReadsInputError, Sample, Transposition, capture, room
 
@@ -305,13 +305,25 @@ class _Numbers:
             at_zero = self.codomain.leaves(self.map.function(zero))  # by a graph that has been compared with f
         self.offset = self.norm(at_zero)
         linear, at_v = _minus(sample.at_x, at_zero), tuple(t.detach() for t in sample.at_v)
+        more = 1 + self.offset / max(self.norm(linear), 1e-300)
         gap, allowed = dot_gap(self.domain, self.codomain, sample.x, linear, sample.v, at_v, exact=False)
-        if not gap <= allowed * (1 + self.offset / max(self.norm(linear), 1e-300)):  # NaN too
+        if not gap <= allowed * more:  # NaN too
+            noise = 0.0, SIGMAS * self.rounding_of(sample, at_v)
+            gap, allowed = dot_gap(
+                self.domain, self.codomain, sample.x, linear, sample.v, at_v, exact=False, noise=noise
+            )
+        if not gap <= allowed * more:
             return False
         far = _minus(sample.at_far, at_zero)  # nothing saturates, and calls are alike
         near = tuple(sample.scale * t for t in linear)
         size = self.norm(near) + sample.scale * self.offset
         return self.norm(_minus(far, near)) <= UNITS * self.codomain.eps * size  # false for NaN
+
+    def rounding_of(self, sample: Sample, at_v: Tensors) -> float:
+        """Return ``‖e‖`` as the derived adjoint shows it, which has been compared with the eager one."""
+        with torch.no_grad():
+            derived = self.domain.leaves(self.map.adjoint(self.codomain.unflatten(sample.v)))
+        return norm(_minus(derived, at_v), self.domain)
 
     def _offset(self) -> str:
         return ", apart from f(0)," if self.offset else ""

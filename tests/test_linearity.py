@@ -11,6 +11,7 @@ from operator_zoo import BY_NAME, ZOO, Entry
 from torch import nn
 
 import adjointlab as al
+from adjointlab import linearity
 
 every_entry = pytest.mark.parametrize(("entry", "dtype"), widest(ZOO))
 
@@ -124,3 +125,35 @@ def test_keyword_arguments() -> None:
 def test_nan_weights_are_refuted() -> None:
     weight = torch.full((3,), torch.nan)
     assert al.check_linearity(lambda x: weight * x, (3,)).verdict == "refuted"
+
+
+def test_rounding_of_the_quick_sample_is_measured_before_the_laws_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Conv2d(1, 1, 5, padding=2, bias=False)
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    right, known = linearity.dot_gap, []
+
+    def unlucky(*arguments: object, noise: tuple[float, float] = (0.0, 0.0), **options: object) -> tuple[float, float]:
+        gap, allowed = right(*arguments, noise=noise, **options)
+        known.append(noise)
+        return (gap, allowed) if any(noise) else (1.1 * allowed, allowed)
+
+    monkeypatch.setattr(linearity, "dot_gap", unlucky)
+    assert al.check_linearity(module, (1, 1, 32, 32)).verdict == "proved"
+    assert len(known) == 2
+    assert known[1][1] > 0
+    assert len(calls) < 8  # the laws take ten more
+
+
+def test_a_hidden_factor_is_seen_whatever_the_rounding() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, v):
+            return 2.001 * v
+
+    report = al.check_linearity(Double.apply, (64, 64))
+    assert not report.differentiable

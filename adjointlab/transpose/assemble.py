@@ -18,9 +18,8 @@ from adjointlab.transpose.capture import Capture
 from adjointlab.transpose.derived import Derived, Function, Tensors, bound, metadata_of
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.graph import Graph, cut_off
-from adjointlab.transpose.lower import as_transposed, lower, multiplier
-from adjointlab.transpose.normal import by_autocorrelation, by_spectra
-from adjointlab.transpose.program import Program, Steady, of_state
+from adjointlab.transpose.lower import joined, lower, multiplier
+from adjointlab.transpose.program import Program, of_state
 from adjointlab.transpose.prune import Pruned, ops
 from adjointlab.transpose.simplify import simplify
 from adjointlab.transpose.site import Site
@@ -92,27 +91,25 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
     calls = (bound(function, run, state), bound(linear, run_linear, state), bound(adjoint, run_adjoint, state))
 
     @functools.cache
-    def fused(weighted: bool, residual: bool) -> Program | Steady | None:
+    def fused(weighted: bool, residual: bool) -> Program | None:
         graph = residual_and_gradient(forward, pruned.graph, weighted=weighted, residual=residual)
-        whole, normal, m, k = program(graph), None, len(forward.inputs), len(forward.outputs)
+        wholes = [program(graph)]
         if way.mode == "compiled" and way.dynamic is None:
-            whole.compile(choices.options)
-        elif way.mode == "lowered" and not (weighted or residual or domain.is_sharded):
-            normal = _normal(graph, choices, steady=k)
+            wholes[0].compile(choices.options)
+        elif way.mode == "lowered":
+            by_fft = joined(lower(simplify(graph), kernels.transformed)[0])
+            wholes += [] if by_fft is None else [Program(by_fft, graph)]
 
         def parts(leaves: Tensors) -> Tensors:
+            m, k = len(forward.inputs), len(forward.outputs)
             apart = tuple(a - b for a, b in zip(calls[0](leaves[:m]), leaves[m : m + k], strict=True))
             cotangents = tuple(map(torch.mul, leaves[m + k :], apart)) if weighted else apart
             return (*(apart if residual else ()), *calls[2](cotangents))
 
         leaves = examples((*forward.inputs, *forward.outputs, *(forward.outputs if weighted else ())))
-        runs = {each: bound(each, each.whole, state) for each in (whole, normal) if each is not None}
+        runs = {each: bound(each, each.whole, state) for each in wholes}
         agreeing = [each for each, run in runs.items() if domain.every(alike(run, parts, leaves))]
-        if whole not in agreeing:
-            return None
-        ways = {each: functools.partial(runs[each], leaves) for each in agreeing}
-        best = choice.quickest(ways, leaves[0].device)
-        return whole if best is whole or normal is None else Steady(whole, normal, k)
+        return choice.quickest({each: functools.partial(runs[each], leaves) for each in agreeing}, leaves[0].device)
 
     @functools.cache
     def find() -> Callable[..., Any] | None:
@@ -159,24 +156,15 @@ def _metadata(graph: Graph) -> tuple[Any, ...]:
 
 def _program(graph: Graph, *, choices: Choices, mode: str, lines: list[str]) -> Program:
     """Return a graph as a program, lowered unless that is turned off; add a line on each kernel."""
+
+    def choose(site: Site) -> str:
+        return choice.choose(site, measure=True, thorough=choices.autotune)
+
     if mode == "plain" or not choices.lowering:
         return Program(graph, graph)
-    lowered, chosen = lower(simplify(graph), _choose(choices), choice.by_transforms)
+    lowered, chosen = lower(simplify(graph), choose, choice.by_transforms)
     lines.extend(line for line in chosen if line not in lines)
     return Program(lowered, graph)
-
-
-def _choose(choices: Choices) -> Callable[[Site], str]:
-    return functools.partial(choice.choose, measure=True, thorough=choices.autotune)
-
-
-def _normal(graph: Graph, choices: Choices, steady: int) -> Program | None:
-    """Return the gradient of least squares with ``AᴴA`` as one, which keeps ``Aᴴy``, if A is a convolution."""
-    normal = by_spectra(lower(simplify(graph), kernels.transformed)[0])
-    if normal is None:
-        spread = by_autocorrelation(as_transposed(simplify(graph)))
-        normal = None if spread is None else lower(spread, _choose(choices))[0]
-    return None if normal is None else Program(normal, graph, steady)
 
 
 def _multiplier(forward: Graph, adjoint: Graph, run: Function, *, affine: bool) -> Callable[..., Any] | None:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from adjointlab.transpose.account import Account
 from adjointlab.transpose.capture import Capture, Source
 from adjointlab.transpose.graph import Graph
-from adjointlab.transpose.program import Program, Steady, canonical, differentiated, plain
+from adjointlab.transpose.program import Program, canonical, differentiated, plain
 from adjointlab.transpose.prune import Pruned
 
 try:
@@ -47,7 +47,7 @@ class Derived:
     baked: tuple[tuple[Source, Tensor], ...] = ()
     graphs: tuple[Graph, Pruned] | None = None
     programs: Mapping[str, Program] = field(default_factory=dict)  # of function, linear and adjoint
-    fused: Callable[[bool, bool], Program | Steady | None] | None = None
+    fused: Callable[[bool, bool], Program | None] | None = None
     multiplier: Callable[[], Tensor | None] | None = None
 
     @property

@@ -24,7 +24,7 @@ from adjointlab.transpose.capture import Capture, capture
 from adjointlab.transpose.derived import Derived, Shortcut, Tensors, shortcut
 from adjointlab.transpose.graph import Graph, own_outputs
 from adjointlab.transpose.outputs import require_outputs, space_of
-from adjointlab.transpose.program import Program, Steady, canonical, differentiated, plain
+from adjointlab.transpose.program import Program, canonical, differentiated, plain
 from adjointlab.transpose.prune import Pruned, prune
 from adjointlab.transpose.reference import Reference
 from adjointlab.transpose.sample import Sample
@@ -357,9 +357,7 @@ class Transposition:
         return domain.leaves(domain.randn(generator)), codomain.leaves(codomain.randn(generator))
 
 
-def _keep(
-    shortcuts: dict[str, Shortcut], name: str, derived: Derived, program: Program | Steady, *elements: Any
-) -> None:
+def _keep(shortcuts: dict[str, Shortcut], name: str, derived: Derived, program: Program, *elements: Any) -> None:
     """Have the next call take the shorter way.
 
     ``shortcuts`` are those of the time before the call: what another thread has derived since has others.

@@ -62,6 +62,16 @@ def fft(x: Tensor, transform: Tensor, bias: Tensor | None, site: Site) -> Tensor
     return _synthesis(_product(_analysis(x, site), transform, site), bias, site)
 
 
+def gradient(x: Tensor, y: Tensor, transforms: tuple[Tensor, Tensor], sites: tuple[Site, Site]) -> Tensor:
+    """Return ``B(Ax − y)`` for two products of transforms of the same length: the difference is taken of spectra.
+
+    That needs three transforms, where one product after the other needs four.
+    """
+    first, second = sites
+    spectrum = _product(_analysis(x, first), transforms[0], first).sub_(_analysis(y, second))
+    return _synthesis(_product(spectrum, transforms[1], second), None, second)
+
+
 def _analysis(x: Tensor, site: Site) -> Tensor:
     """Return the transform of what a site reads."""
     if site.transposed and any(s > 1 for s in site.stride):

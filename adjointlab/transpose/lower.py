@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from adjointlab.transpose import kernels
 from adjointlab.transpose.graph import Graph, call, clean, part
 from adjointlab.transpose.simplify import circular
-from adjointlab.transpose.site import Site, sized, smooth
+from adjointlab.transpose.site import Site, sized, smooth, spectra_meet
 
 aten = torch.ops.aten
 
@@ -24,7 +24,9 @@ def lower(
 
     ``transform`` says whether a gradient in a kernel is to be a product of transforms.
     """
-    lowered = as_transposed(graph)
+    lowered = part(graph, graph.outputs)
+    _separate(lowered.body)
+    _backward_as_transposed(lowered)
     lines = _gradients_in_kernels(lowered.body, transform)
     for node in list(lowered.body.nodes):
         if node.target is aten.convolution.default:
@@ -38,6 +40,31 @@ def lower(
                 _replace(lowered.body, node, (first.args[0], last), name, site)
     clean(lowered.body)
     return lowered, tuple(lines)
+
+
+def joined(graph: Graph) -> Graph | None:
+    """Return an equal graph in which ``B(Ax − y)`` with two products of transforms is one, or None without any."""
+    lowered = part(graph, graph.outputs)
+    found = False
+    for node in list(lowered.body.nodes):
+        if node.target is not kernels.fft or node.args[2] is not None:
+            continue
+        difference, second, _, to = node.args
+        if difference.target is not aten.sub.Tensor or difference.kwargs:  # which may be a factor
+            continue
+        inner, y = difference.args
+        if not isinstance(y, fx.Node) or inner.target is not kernels.fft:
+            continue
+        x, first, bias, site = inner.args
+        alone = len(difference.users) == len(inner.users) == 1 and bias is None
+        if alone and inner.meta["val"].shape == y.meta["val"].shape and spectra_meet(site, to):
+            with lowered.body.inserting_before(node):
+                whole = lowered.body.call_function(kernels.gradient, (x, y, (first, second), (site, to)))
+            whole.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(whole)
+            found = True
+    clean(lowered.body)
+    return lowered if found else None
 
 
 def multiplier(graph: Graph) -> fx.Node | None:
@@ -81,11 +108,9 @@ def _cyclic(node: fx.Node, site: Site) -> tuple[fx.Node, fx.Node, Site]:
     return (first, last, whole) if fits else (node, node, site)  # type: ignore[return-value]
 
 
-def as_transposed(graph: Graph) -> Graph:
-    """Return an equal graph in which each input gradient of a convolution is the transposed convolution that it is."""
-    graph = part(graph, graph.outputs)
+def _backward_as_transposed(graph: Graph) -> None:
+    """Write each input gradient of a convolution as the transposed convolution that it is."""
     nodes = graph.body
-    _separate(nodes)
     for node in list(nodes.nodes):
         if node.target is not aten.convolution_backward.default or node.args[10] != [True, False, False]:
             continue
@@ -107,7 +132,6 @@ def as_transposed(graph: Graph) -> Graph:
         call.meta["val"] = item.meta["val"]
         item.replace_all_uses_with(call)
     clean(nodes)
-    return graph
 
 
 def _separate(nodes: fx.Graph) -> None:
@@ -193,4 +217,4 @@ def _by(sizes: Iterable[int]) -> str:
     return "×".join(map(str, sizes))
 
 
-__all__ = ["as_transposed", "lower", "multiplier"]
+__all__ = ["joined", "lower", "multiplier"]

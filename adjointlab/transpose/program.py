@@ -3,8 +3,7 @@
 The nodes fall into three parts. *Constants* (sampling grids, windows) depend on nothing and are computed at the first
 call. *Prologues* (flipped kernels, a kernel's transform) depend on the state only, each on some tensors of it; they are
 kept while these have the same values. Values are compared, not version counters: ``weight.data.mul_(2)`` leaves no
-other trace. So only a small state is worth it; a large one is read in the *main* part, at every call. Inputs that are
-known to be *steady*, such as the data of least squares, are treated like state, up to a size that memory allows.
+other trace. So only a small state is worth it; a large one is read in the *main* part, at every call.
 """
 
 from __future__ import annotations
@@ -19,12 +18,10 @@ from torch.autograd import forward_ad
 from adjointlab.transpose.capture import same
 from adjointlab.transpose.graph import VIEWS, Graph, compiled
 from adjointlab.transpose.kernels import KERNELS
-from adjointlab.transpose.normal import less_border
 
 aten = torch.ops.aten
 
 _SMALL = 1 << 16  # entries of state that are compared at each call, some ten microseconds' worth
-_KEPT = 1 << 24  # entries of steady inputs of which a copy is kept: 64 MiB in single precision
 
 # Ops that cost as much to keep as to make: they stay where they are used, as views do.
 _FACTORIES = {
@@ -62,7 +59,7 @@ _BUILTIN: dict[Any, Callable[..., Any]] = {
 }
 
 
-_FRESH = {torch.convolution, less_border, *KERNELS.values()}
+_FRESH = {torch.convolution, *KERNELS.values()}
 _IN_PLACE = {torch.add: torch.Tensor.add_, torch.sub: torch.Tensor.sub_, torch.mul: torch.Tensor.mul_}
 
 
@@ -98,13 +95,12 @@ class Program:
     """A callable ``(*state, *inputs) → tuple of outputs`` that equals its graph.
 
     ``reference`` is an equal graph of differentiable ATen ops alone: what transforms and other compilers get to see.
-    The last so many inputs are ``steady``: they are often the same in one call as in the last.
     """
 
-    def __init__(self, graph: Graph, reference: Graph, steady: int = 0) -> None:
+    def __init__(self, graph: Graph, reference: Graph) -> None:
         self.graph = graph
         self.whole = reference.function
-        self._split = _split(graph, steady)
+        self._split = _split(graph)
         self._constants: tuple[Tensor, ...] | None = None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -136,29 +132,6 @@ class Program:
     def replace(self, function: Callable[..., Any], n_state: int) -> None:
         """Run an equal function of the inputs alone, which reads the state by itself."""
         self._split = (None, (), lambda *tensors: function(*tensors[n_state:]))
-
-
-class Steady:
-    """Two equal programs: one for inputs that are likely to be those of the last call, which it keeps, one for others.
-
-    What is likely is seen from where the inputs lie in memory and how often they were written to; whether they are the
-    same, the program sees from their values.
-    """
-
-    def __init__(self, others: Program, keeping: Program, steady: int) -> None:
-        self._others, self._keeping, self._steady = others, keeping, steady
-        self._last: list[tuple[int, int]] = []
-
-    def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs for real tensors, without recording of gradients."""
-        now = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors[-self._steady :]]
-        likely, self._last = now == self._last, now
-        return (self._keeping if likely else self._others).run(*tensors)
-
-    @property
-    def ready(self) -> Callable[..., tuple[Tensor, ...]]:
-        """``run``: there is nothing to leave out."""
-        return self.run
 
 
 def _kept(function: Callable[..., Any]) -> Prologue:
@@ -205,18 +178,21 @@ def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable
 Split = tuple[Callable[..., Any] | None, tuple[tuple[Prologue, tuple[int, ...]], ...], Callable[..., Any]]
 
 
-def _split(graph: Graph, steady: int) -> Split:
+def _split(graph: Graph) -> Split:
     """Return the parts of the graph: constants if any, prologues with the tensors that they watch, and the main one."""
     placeholders = graph.placeholders
-    moving = set(graph.inputs[: len(graph.inputs) - steady])
-    level = _levels(graph, moving)
+    level = _levels(graph)
     results = set(graph.outputs)  # never kept: the caller may write to them
     keep = [
         n for n in graph.body.nodes
         if n.op == "call_function" and level[n] < 2 and n not in results and not _stays(n)
     ]  # fmt: skip
     roots = {n: frozenset(_roots(n, placeholders)) for n in keep}
-    small = {n for n in keep if level[n] == 0 or _worth_comparing(roots[n], placeholders, len(graph.state))}
+    small = {
+        n for n in keep
+        if level[n] == 0 or (sum(placeholders[i].meta["val"].numel() for i in roots[n]) <= _SMALL
+        and all(placeholders[i].meta["val"].device.type == "cpu" for i in roots[n]))
+    }  # fmt: skip
     # Only what the rest uses is kept; tuples of tensors (of convolution_backward, say) through their items.
     frontier = [n for n in keep if n in small and isinstance(n.meta.get("val"), Tensor) and _leaves(n, small)]
     constants = [n for n in frontier if level[n] == 0]
@@ -237,20 +213,13 @@ def _split(graph: Graph, steady: int) -> Split:
     return _extract(graph, [], known) if known else None, tuple(prologues), main
 
 
-def _worth_comparing(roots: frozenset[int], placeholders: list[fx.Node], n_state: int) -> bool:
-    """Return whether it costs little to see that the values of some tensors are the same, or much is gained by it."""
-    values = {i: placeholders[i].meta["val"] for i in roots}
-    of_state = sum(value.numel() for i, value in values.items() if i < n_state)
-    of_inputs = sum(value.numel() for i, value in values.items() if i >= n_state)
-    return of_state <= _SMALL and of_inputs <= _KEPT and all(v.device.type == "cpu" for v in values.values())
-
-
-def _levels(graph: Graph, moving: set[fx.Node]) -> dict[fx.Node, int]:
-    """Return 0 for nodes that depend on nothing, 1 for those that depend on no moving input, 2 for the rest."""
+def _levels(graph: Graph) -> dict[fx.Node, int]:
+    """Return 0 for nodes that depend on nothing, 1 for those that depend on state only, 2 for the rest."""
+    inputs = set(graph.inputs)
     level: dict[fx.Node, int] = {}
     for node in graph.body.nodes:
         if node.op == "placeholder":
-            level[node] = 2 if node in moving else 1
+            level[node] = 2 if node in inputs else 1
         else:
             level[node] = max((level[operand] for operand in node.all_input_nodes), default=0)
     return level

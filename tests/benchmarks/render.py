@@ -101,17 +101,11 @@ def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
     yield from _contenders(select(rows, "strided"), "The adjoint of a convolution with a stride", "A.H(v)", None)
     if found := select(rows, "gradient"):
         yield "## The gradient of least squares\n"
-        yield "For data that are those of the call before, as in a descent, and for data that are new in every call.\n"
         body = [
-            (
-                r["case"],
-                *(_ms(r["seconds"][w]) for w in ("gradient", "forward", "adjoint")),
-                *(f"{whole_to_parts(r, w):.2f}" for w in ("gradient", "new data")),
-            )
+            (r["case"], *(_ms(r["seconds"][w]) for w in ("gradient", "forward", "adjoint")), f"{whole_to_parts(r):.2f}")
             for r in found
         ]
-        heads = ("case", "gradient(x), ms", "A(x), ms", "A.H(v), ms", "gradient / (A(x) + A.H(v))", "with new data")
-        yield table(heads, body)
+        yield table(("case", "gradient(x), ms", "A(x), ms", "A.H(v), ms", "gradient / (A(x) + A.H(v))"), body)
     if found := select(rows, "learning"):
         yield "## Gradients in the kernel\n"
         yield "Those of `⟨A(x), v⟩` in x and in the kernel, by `torch.autograd.grad`, as training computes them.\n"

@@ -121,10 +121,10 @@ def _gradient(rows: list[Row]) -> list[Target]:
     return [Target("`gradient(x)` against `A(x)` and `A.H(v)` together, worst row", 1.1, measured, case)]
 
 
-def whole_to_parts(row: Row, way: str = "gradient") -> float:
-    """Return the time of a gradient in multiples of a forward and an adjoint."""
+def whole_to_parts(row: Row) -> float:
+    """Return the time of the gradient in multiples of a forward and an adjoint."""
     seconds = row["seconds"]
-    return float(seconds[way] / (seconds["forward"] + seconds["adjoint"]))
+    return float(seconds["gradient"] / (seconds["forward"] + seconds["adjoint"]))
 
 
 def _bare(rows: list[Row]) -> list[Target]:

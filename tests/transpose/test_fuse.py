@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from test_trace import ops_of
 from torch import nn
 
 import adjointlab as al
-from adjointlab.transpose import assemble
+from adjointlab.transpose import assemble, choice, kernels
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -50,3 +51,65 @@ def test_a_fused_graph_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch
     for residual in (True, False):
         assert operator.residual_and_gradient(x, y, None, residual=residual) is None
     assert torch.allclose(al.least_squares_gradient(operator, x, y), operator.H(operator(x) - y))
+
+
+def circular(monkeypatch: pytest.MonkeyPatch, **settings: object) -> tuple[al.LeastSquares, torch.Tensor]:
+    """Return an objective whose gradient is by transforms, and an x."""
+    monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
+    monkeypatch.setattr(choice, "quickest", lambda ways, _: list(ways)[-1])
+    module = nn.Conv2d(2, 2, 9, padding=4, **{"padding_mode": "circular", "groups": 2, "bias": False, **settings})
+    operator = al.linear_operator(module.double().requires_grad_(False), (3, 2, 20, 24))
+    generator = torch.Generator().manual_seed(0)
+    return al.LeastSquares(operator, operator.codomain.randn(generator)), operator.domain.randn(generator)
+
+
+def transforms(objective: al.LeastSquares, x: torch.Tensor) -> int:
+    """Return how many transforms a gradient takes: those of real numbers, one for each."""
+    objective.gradient(x)
+    return sum(name in {"aten::_fft_r2c", "aten::_fft_c2r"} for name in ops_of(objective.gradient, x))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_cyclic_gradient_takes_three_transforms(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    objective, x = circular(monkeypatch, groups=groups)
+    assert transforms(objective, x) == 3
+    expected = objective.A.H(objective.A(x) - objective.y)
+    assert float((objective.gradient(x) - expected).norm()) <= 32 * objective.A.domain.eps * float(expected.norm())
+    value, gradient = objective.value_and_gradient(x)
+    assert float((gradient - expected).norm()) <= 32 * objective.A.domain.eps * float(expected.norm())
+    assert float(value) == pytest.approx(float(objective(x)), rel=1e-14)
+    with torch.no_grad():  # data and kernel are read at every call
+        objective.y.mul_(2)
+        objective.A.module.weight.mul_(3)
+    expected = objective.A.H(objective.A(x) - objective.y)
+    assert float((objective.gradient(x) - expected).norm()) <= 32 * objective.A.domain.eps * float(expected.norm())
+
+
+@pytest.mark.parametrize("settings", [{"padding_mode": "zeros"}, {"stride": 2}, {"padding_mode": "reflect"}], ids=str)
+def test_other_gradients_take_four(monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]) -> None:
+    objective, x = circular(monkeypatch, **settings)
+    assert transforms(objective, x) == 4
+
+
+def test_a_weighted_gradient_takes_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, x = circular(monkeypatch)
+    assert transforms(al.LeastSquares(objective.A, objective.y, objective.y.abs()), x) == 4
+
+
+@pytest.mark.parametrize("alpha", [1, 2])
+def test_only_differences_of_data_are_taken_of_spectra(monkeypatch: pytest.MonkeyPatch, alpha: int) -> None:
+    objective, x = circular(monkeypatch)
+    inner, number = objective.A.module, 3.0 if alpha == 1 else torch.ones(3, 2, 20, 24, dtype=torch.float64)
+    A = al.affine_operator(lambda x: inner(torch.sub(inner(x), number, alpha=alpha)), x)
+    objective = al.LeastSquares(A, objective.y)
+    expected = A.linear.H(A(x) - objective.y)
+    assert float((objective.gradient(x) - expected).norm()) <= 32 * A.domain.eps * float(expected.norm())
+
+
+def test_a_difference_of_spectra_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, x = circular(monkeypatch)
+    expected = objective.A.H(objective.A(x) - objective.y)
+    right = kernels.gradient
+    monkeypatch.setattr(kernels, "gradient", lambda x, y, *rest: right(x, -y, *rest))
+    assert transforms(objective, x) == 4
+    assert torch.allclose(objective.gradient(x), expected)
