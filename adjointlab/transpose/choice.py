@@ -192,10 +192,11 @@ def _expected(name: str, site: Site) -> float:
 def _part(site: Site, share: float) -> Site:
     """Return the site on a part of the batch and image, as close to ``share`` of the work as sizes allow.
 
-    The native kernel of the part is that of the whole: small images have slower ones.
+    The native kernel of the part is that of the whole, where that is no great work: small images have slower ones.
     """
-    if min(site.kernel) <= 3 or len(site.kernel) == 1:
-        share = min(1.0, max(share, _SAME / (site.batch * math.prod(site.input_shape))))
+    whole = min(1.0, _SAME / (site.batch * math.prod(site.input_shape)))
+    if (min(site.kernel) <= 3 or len(site.kernel) == 1) and whole * site.macs <= 16 * _PROBE:
+        share = max(share, whole)
     batch = max(1, int(site.batch * share))
     scale = (share * site.batch / batch) ** (1 / len(site.kernel))
     source, target = [], []

@@ -11,6 +11,7 @@ from the last checkpoint; by hand, the same command does that. ``--kill-rank 2 -
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 from datetime import timedelta
@@ -77,24 +78,9 @@ class Checkpoint:
         return part, done
 
 
-def main() -> None:
-    """Deblur."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=48)
-    parser.add_argument("--iterations", type=int, default=500)
-    parser.add_argument("--every", type=int, default=5, help="iterations between checkpoints")
-    parser.add_argument("--folder", type=Path, default=Path("checkpoints"))
-    parser.add_argument("--output", type=Path, help="where to save the whole result and the data, for small ones")
-    parser.add_argument("--tol", type=float, default=1e-8)
-    parser.add_argument("--damp", type=float, default=0.1)
-    parser.add_argument("--kill-rank", type=int, default=-1, help="kill this process, the first time")
-    parser.add_argument("--kill-at", type=int, default=7, help="... at this iteration")
-    options = parser.parse_args()
-
+def deblur(options: argparse.Namespace) -> None:
+    """Deblur, and report from the first process."""
     cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5))
     mesh = dist.init_device_mesh("cuda" if cuda else "cpu", (dist.get_world_size(),))
     X = distributed.space((1, 1, *[options.size] * 3), mesh, [Shard(2)], dtype=torch.float64)
     A = distributed.convolution(gaussian_blur(5, 1.0).to(X.specs[0].device), X)
@@ -126,6 +112,28 @@ def main() -> None:
         whole, data = distributed.gather(solution.x, X), distributed.gather(y, A.codomain)
         if dist.get_rank() == 0:
             torch.save({"x": whole, "y": data, "start": start, "converged": solution.converged}, options.output)
+
+
+def main() -> None:
+    """Deblur."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=48)
+    parser.add_argument("--iterations", type=int, default=500)
+    parser.add_argument("--every", type=int, default=5, help="iterations between checkpoints")
+    parser.add_argument("--folder", type=Path, default=Path("checkpoints"))
+    parser.add_argument("--output", type=Path, help="where to save the whole result and the data, for small ones")
+    parser.add_argument("--tol", type=float, default=1e-8)
+    parser.add_argument("--damp", type=float, default=0.1)
+    parser.add_argument("--kill-rank", type=int, default=-1, help="kill this process, the first time")
+    parser.add_argument("--kill-at", type=int, default=7, help="... at this iteration")
+    options = parser.parse_args()
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5))
+    deblur(options)
+    gc.collect()  # operators and spaces hold the mesh, and torch 2.14 may abort at exit where that is still there
     dist.destroy_process_group()
 
 
