@@ -11,7 +11,6 @@ from adjointlab.affine import AffineOperator, residual_and_gradient
 from adjointlab.blocks import diagonal, diagonal_entries
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
-from adjointlab.space import Space
 from adjointlab.tree import tree_flatten
 
 
@@ -59,8 +58,8 @@ class LeastSquares(nn.Module):
     @property
     def y(self) -> Any:
         """The data."""
-        codomain: Space = self._modules["A"].codomain  # type: ignore[union-attr,assignment]  # past a search by name
-        return codomain.unflatten([self._buffers[name] for name in self._names])
+        A: Any = self._modules["A"]  # past a search by name, which costs a microsecond
+        return A.codomain.unflatten([self._buffers[name] for name in self._names])
 
     def residual(self, x: Any) -> Any:
         """Return ``Ax − y``."""
@@ -89,9 +88,8 @@ class LeastSquares(nn.Module):
 
     def _residual_and_gradient(self, x: Any, *, residual: bool) -> tuple[Any, Any, Any]:
         """Return ``Ax − y``, its weighted form if that was computed, and the gradient: from one graph if possible."""
-        weight = self.weight
-        entries = None if weight is None else diagonal_entries(weight)
-        if weight is None or entries is not None:
+        entries = None if self.weight is None else diagonal_entries(self.weight)
+        if self.weight is None or entries is not None:
             A: Any = self._modules["A"]
             fused = residual_and_gradient(A, x, self.y, entries, residual=residual)
             if fused is not None:

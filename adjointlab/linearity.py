@@ -7,6 +7,7 @@ A *proof* is a derivative that does not read the input (the map is affine), no n
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -306,12 +307,11 @@ class _Numbers:
         self.offset = self.norm(at_zero)
         linear, at_v = _minus(sample.at_x, at_zero), tuple(t.detach() for t in sample.at_v)
         more = 1 + self.offset / max(self.norm(linear), 1e-300)
-        gap, allowed = dot_gap(self.domain, self.codomain, sample.x, linear, sample.v, at_v, exact=False)
+        pairs = sample.x, linear, sample.v, at_v
+        test = functools.partial(dot_gap, self.domain, self.codomain, *pairs, exact=False)
+        gap, allowed = test()
         if not gap <= allowed * more:  # NaN too
-            noise = 0.0, SIGMAS * self.rounding_of(sample, at_v)
-            gap, allowed = dot_gap(
-                self.domain, self.codomain, sample.x, linear, sample.v, at_v, exact=False, noise=noise
-            )
+            gap, allowed = test(noise=(0.0, SIGMAS * self.rounding_of(sample, at_v)))
         if not gap <= allowed * more:
             return False
         far = _minus(sample.at_far, at_zero)  # nothing saturates, and calls are alike

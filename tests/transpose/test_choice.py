@@ -93,16 +93,15 @@ def test_the_part_that_is_run_has_the_kernel_of_the_whole() -> None:
     assert choice._part(small, 1e-4) == small
 
 
-def test_native_stays_where_its_best_run_is_close_to_the_best() -> None:
+def test_native_stays_where_its_best_run_is_close_to_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1e-4, 3e-4])  # the machine is slow from the second run on
 
     def run(name: str) -> float:
         return next(times, 3e-4) if name == "native" else 2e-4 if name == "polyphase" else 1.0
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(choice, "_runner", lambda site: run)
-        site = square(64, 7, 2, transposed=False)
-        assert choice._fastest.__wrapped__(site, ("native", "polyphase"), True) == "native"
+    monkeypatch.setattr(choice, "_runner", lambda site: run)
+    site = square(64, 7, 2, transposed=False)
+    assert choice._fastest.__wrapped__(site, ("native", "polyphase"), True) == "native"
 
 
 def test_the_quickest_way_is_found() -> None:
