@@ -219,12 +219,13 @@ def _runner(site: Site) -> Callable[[str], float]:
     first, second = (c_in, c_out // site.groups) if site.transposed else (c_out, c_in // site.groups)
     x = draw(site.batch, *site.input_shape).to(site.device)
     weight = draw(first, second, *site.kernel).to(site.device)
-    prepared: dict[str, Tensor] = {"native": weight}
+    ways: dict[str, Callable[[], Tensor]] = {}
 
     def run(name: str) -> float:
-        if name not in prepared:
-            prepared[name] = PREPARE[name](weight, site)
-        return _timed(functools.partial(KERNELS[name], x, prepared[name], None, site), site.device)
+        if name not in ways:
+            prepared = PREPARE[name](weight, site) if name in PREPARE else weight
+            ways[name] = functools.partial(KERNELS[name](site), x, prepared, None)
+        return _timed(ways[name], site.device)
 
     return run
 

@@ -1,6 +1,7 @@
 """Equal ways to compute one convolution: native, flipped, tap by tap, several outputs at a time, by FFT.
 
-Each takes what depends on the weight ready-made.
+Each is made for a site, as a function of the input, of what depends on the weight (ready-made) and of the bias: what
+follows from sizes and settings alone is not computed at every call.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from torch import Tensor
 from adjointlab.transpose.site import Site, window
 
 aten = torch.ops.aten
+Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def native(x: Tensor, weight: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+def native(site: Site) -> Kernel:
     """Return the convolution as PyTorch computes it."""
-    return torch.convolution(
-        x, weight, bias, site.stride, site.padding, site.dilation, site.transposed, site.output_padding, site.groups
-    )
+    settings = site.stride, site.padding, site.dilation, site.transposed, site.output_padding, site.groups
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.convolution(x, weight, bias, *settings)
+
+    return run
 
 
 def flip(weight: Tensor, site: Site) -> Tensor:
@@ -32,10 +37,9 @@ def flip(weight: Tensor, site: Site) -> Tensor:
     return swapped.reshape(site.groups * per_group, c_in // site.groups, *site.kernel).flip(site.dims).contiguous()
 
 
-def flipped(x: Tensor, kernel: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+def flipped(site: Site) -> Kernel:
     """Return a transposed convolution of stride 1 as a plain one with the flipped kernel."""
-    none = site.output_padding  # or it were no plain convolution
-    return torch.convolution(x, kernel, bias, site.stride, site.around, site.dilation, False, none, site.groups)
+    return native(site._replace(padding=site.around, transposed=False))
 
 
 def spectrum(weight: Tensor, site: Site) -> Tensor:
@@ -57,19 +61,27 @@ def spectrum(weight: Tensor, site: Site) -> Tensor:
     return result
 
 
-def fft(x: Tensor, transform: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+def fft(site: Site) -> Kernel:
     """Return the convolution as a product of transforms."""
-    return _synthesis(_product(_analysis(x, site), transform, site), bias, site)
+
+    def run(x: Tensor, transform: Tensor, bias: Tensor | None) -> Tensor:
+        return _synthesis(_product(_analysis(x, site), transform), bias, site)
+
+    return run
 
 
-def gradient(x: Tensor, y: Tensor, transforms: tuple[Tensor, Tensor], sites: tuple[Site, Site]) -> Tensor:
-    """Return ``B(Ax − y)`` for two products of transforms of the same length: the difference is taken of spectra.
+def gradient(sites: tuple[Site, Site]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return ``(x, y, a, b) ↦ B(Ax − y)`` for two products with transforms, of one length: subtracted are spectra.
 
     That needs three transforms, where one product after the other needs four.
     """
     first, second = sites
-    spectrum = _product(_analysis(x, first), transforms[0], first).sub_(_analysis(y, second))
-    return _synthesis(_product(spectrum, transforms[1], second), None, second)
+
+    def run(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        spectrum = _product(_analysis(x, first), a).sub_(_analysis(y, second))
+        return _synthesis(_product(spectrum, b), None, second)
+
+    return run
 
 
 def _analysis(x: Tensor, site: Site) -> Tensor:
@@ -83,9 +95,9 @@ def _analysis(x: Tensor, site: Site) -> Tensor:
     return found
 
 
-def _product(source: Tensor, transform: Tensor, site: Site) -> Tensor:
+def _product(source: Tensor, transform: Tensor) -> Tensor:
     """Return the spectrum of the result; the source's memory may be used for it."""
-    (batch, _, *frequencies), g = source.shape, site.groups
+    (batch, _, *frequencies), g = source.shape, transform.shape[0]
     if transform.shape[1] == transform.shape[2] == 1:
         product = source.reshape(batch, g, *frequencies).mul_(transform[:, 0, 0])  # no one else has it
     elif transform.shape[2] == 1:
@@ -128,18 +140,26 @@ def taps(weight: Tensor, site: Site) -> Tensor:
     return kernel.reshape(kernel.shape[0], -1).T.reshape(-1, kernel.shape[0], *[1] * len(site.kernel)).contiguous()
 
 
-def tapped(x: Tensor, weights: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+def tapped(site: Site) -> Kernel:
     """Return a depthwise convolution as a sum of shifted images, one pass over memory for each tap."""
-    x = aten.constant_pad_nd.default(x, [p for p in reversed(site.around) for _ in range(2)])
+    border = [p for p in reversed(site.around) for _ in range(2)]
     reach = [(n - 1) * s + 1 for n, s in zip(site.output_shape[1:], site.stride, strict=True)]
-    total: Tensor | None = None
-    for weight, tap in zip(weights, itertools.product(*map(range, site.kernel)), strict=True):
-        window = [slice(i * d, i * d + r, s) for i, d, r, s in zip(tap, site.dilation, reach, site.stride, strict=True)]
-        where: Any = (..., *window)
-        shifted = x[where]
-        total = shifted * weight if total is None else total.addcmul_(shifted, weight)
-    assert total is not None
-    return total if bias is None else total.add_(bias.reshape(-1, *[1] * len(site.kernel)))
+    settings = list(zip(site.dilation, reach, site.stride, strict=True))
+    windows: list[Any] = [
+        (..., *[slice(i * d, i * d + r, s) for i, (d, r, s) in zip(tap, settings, strict=True)])
+        for tap in itertools.product(*map(range, site.kernel))
+    ]
+
+    def run(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+        x = aten.constant_pad_nd.default(x, border)
+        total: Tensor | None = None
+        for weight, where in zip(weights, windows, strict=True):
+            shifted = x[where]
+            total = shifted * weight if total is None else total.addcmul_(shifted, weight)
+        assert total is not None
+        return total if bias is None else total.add_(bias.reshape(-1, *[1] * len(site.kernel)))
+
+    return run
 
 
 def bands(weight: Tensor, site: Site) -> Tensor:
@@ -174,7 +194,7 @@ def _places(dim: int, site: Site) -> list[tuple[slice, slice]]:
     return found
 
 
-def polyphase(x: Tensor, kernel: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+def polyphase(site: Site) -> Kernel:
     """Return a convolution, transposed or not, as a plain one of which neighbouring outputs are the channels.
 
     Direct kernels have channels for their vectors. An image of one channel leaves these empty; here, neighbouring
@@ -188,36 +208,47 @@ def polyphase(x: Tensor, kernel: Tensor, bias: Tensor | None, site: Site) -> Ten
     # oneDNN reads past the end where a kernel of one entry is dilated.
     dilation = [d if c == 1 < k else 1 for c, d, k in zip(site.phases, site.dilation, site.kernel, strict=True)]
     blocks = [-(-n // c) for n, c in zip(site.output_shape[1:], site.phases, strict=True)]
-    if x.ndim == 3:
-        x, padding, stride, dilation = x.unsqueeze(2), [0, *padding], [1, *stride], [1, *dilation]
-    wanted, extent = [1, *blocks][-len(stride) :], kernel.shape[2:]
-    missing = [
-        max(0, (q - 1) * s + d * (k - 1) + 1 - n - 2 * p)
-        for q, s, d, k, n, p in zip(wanted, stride, dilation, extent, x.shape[2:], padding, strict=True)
-    ]
-    if any(missing):
-        x = aten.constant_pad_nd.default(x, [n for m in reversed(missing) for n in (0, m)])
-    bias = None if bias is None else bias.repeat_interleave(math.prod(site.phases))
-    if torch.compiler.is_compiling():  # which knows no shape of the other
-        y = torch.convolution(x, kernel, bias, stride, padding, dilation, False, [0] * len(stride), site.groups)
-    else:
-        y = torch.mkldnn_convolution(x, kernel, bias, padding, stride, dilation, site.groups)
-    if list(y.shape[2:]) != wanted:
-        inside: Any = (..., *[slice(0, q) for q in wanted])
-        y = y[inside]
-    return _interleaved(y.reshape(x.shape[0], -1, *site.phases, *blocks), site)
+    reached = [d * (k - 1) + 1 for d, k in zip(dilation, window(site), strict=True)]
+    room = [n + 2 * p - e for n, p, e in zip(site.input_shape[1:], padding, reached, strict=True)]
+    missing = [max(0, (q - 1) * s - r) for q, s, r in zip(blocks, stride, room, strict=True)]
+    border = [n for m in reversed(missing) for n in (0, m)] if any(missing) else None
+    fits = all((r + m) // s + 1 == q for r, m, s, q in zip(room, missing, stride, blocks, strict=True))
+    flat = len(blocks) == 1
+    if flat:
+        padding, stride, dilation = [0, *padding], [1, *stride], [1, *dilation]
+    inside: Any = (..., *[slice(0, q) for q in blocks])
+    count, one = math.prod(site.phases), [0] * len(stride)
+    interleaved = _interleaved(site, blocks)
+
+    def run(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        if flat:
+            x = x.unsqueeze(2)
+        if border:
+            x = aten.constant_pad_nd.default(x, border)
+        bias = None if bias is None else bias.repeat_interleave(count)
+        if torch.compiler.is_compiling():  # which knows no shape of the other
+            y = torch.convolution(x, kernel, bias, stride, padding, dilation, False, one, site.groups)
+        else:
+            y = torch.mkldnn_convolution(x, kernel, bias, padding, stride, dilation, site.groups)
+        return interleaved(y if fits else y[inside])
+
+    return run
 
 
-def _interleaved(y: Tensor, site: Site) -> Tensor:
-    """Return the image of which ``y[:, :, *phase, *block]`` are the outputs."""
-    count = len(site.kernel)
-    order = [n for i in range(count) for n in (2 + count + i, 2 + i)]
-    shape = [c * q for c, q in zip(y.shape[2 : 2 + count], y.shape[2 + count :], strict=True)]
-    y = y.permute(0, 1, *order).reshape(y.shape[0], -1, *shape)
-    if y.shape[1:] == site.output_shape:
-        return y
+def _interleaved(site: Site, blocks: list[int]) -> Callable[[Tensor], Tensor]:
+    """Return the image that phases are the outputs of, which are channels."""
+    count = len(blocks)
+    order = [0, 1, *[n for i in range(count) for n in (2 + count + i, 2 + i)]]
+    phases = [site.output_shape[0], *site.phases, *blocks]
+    shape = [site.output_shape[0], *[c * q for c, q in zip(site.phases, blocks, strict=True)]]
     inside: Any = (..., *[slice(0, n) for n in site.output_shape[1:]])
-    return y[inside].contiguous()
+    whole = tuple(shape) == site.output_shape
+
+    def run(y: Tensor) -> Tensor:
+        y = y.reshape(-1, *phases).permute(order).reshape(-1, *shape)
+        return y if whole else y[inside].contiguous()
+
+    return run
 
 
 def channels_last(image: Tensor) -> Tensor:
@@ -231,7 +262,7 @@ def channels_last(image: Tensor) -> Tensor:
     return image.as_strided(image.shape, (image.stride(0), 1, *image.stride()[2:]))
 
 
-KERNELS: dict[str, Callable[..., Tensor]] = {
+KERNELS: dict[str, Callable[[Site], Kernel]] = {
     "native": native, "flipped": flipped, "tapped": tapped, "polyphase": polyphase, "fft": fft,
 }  # fmt: skip
 PREPARE: dict[str, Callable[[Tensor, Site], Tensor]] = {

@@ -59,7 +59,7 @@ def joined(graph: Graph) -> Graph | None:
         alone = len(difference.users) == len(inner.users) == 1 and bias is None
         if alone and inner.meta["val"].shape == y.meta["val"].shape and spectra_meet(site, to):
             with lowered.body.inserting_before(node):
-                whole = lowered.body.call_function(kernels.gradient, (x, y, (first, second), (site, to)))
+                whole = lowered.body.call_function(kernels.gradient, (x, y, first, second, (site, to)))
             whole.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(whole)
             found = True

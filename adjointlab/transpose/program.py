@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from adjointlab.transpose.capture import same
 from adjointlab.transpose.graph import VIEWS, Graph, compiled
-from adjointlab.transpose.kernels import KERNELS
+from adjointlab.transpose.kernels import KERNELS, gradient
 
 aten = torch.ops.aten
 
@@ -59,7 +59,8 @@ _BUILTIN: dict[Any, Callable[..., Any]] = {
 }
 
 
-_FRESH = {torch.convolution, *KERNELS.values()}
+_SITED: set[Any] = {*KERNELS.values(), gradient}
+_FRESH = {torch.convolution, *_SITED}
 _IN_PLACE = {torch.add: torch.Tensor.add_, torch.sub: torch.Tensor.sub_, torch.mul: torch.Tensor.mul_}
 
 
@@ -88,7 +89,7 @@ def canonical(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
-Prologue = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
+Prologue = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]  # of tensors and constants
 
 
 class Program:
@@ -114,8 +115,8 @@ class Program:
             with torch.no_grad():
                 self._constants = constants() if constants else ()
         prepared: list[Tensor] = []
-        for prologue, watched in prologues:
-            prepared += prologue(tuple([tensors[i] for i in watched]), self._constants)
+        for prologue in prologues:
+            prepared += prologue(tensors, self._constants)
         return main(*tensors, *self._constants, *prepared)  # type: ignore[no-any-return]
 
     @property
@@ -134,19 +135,22 @@ class Program:
         self._split = (None, (), lambda *tensors: function(*tensors[n_state:]))
 
 
-def _kept(function: Callable[..., Any]) -> Prologue:
-    """Return a function of tensors and constants that returns its last results while the tensors are the same."""
-    last: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+def _kept(function: Callable[..., Any], watched: list[int]) -> Prologue:
+    """Return a function of the watched ones of tensors that returns its last results while these are the same."""
+    last: tuple[list[tuple[int, Tensor]], tuple[Tensor, ...]] | None = None
 
-    def call(now: tuple[Tensor, ...], constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def call(tensors: tuple[Tensor, ...], constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         nonlocal last
         if last is not None:
             before, outputs = last  # both at once: another thread may be in here
-            if all(map(same, now, before)):
+            for i, tensor in before:
+                if not same(tensors[i], tensor):
+                    break
+            else:
                 return outputs
         with torch.no_grad():
-            outputs = tuple(function(*now, *constants))
-            last = (tuple(t.detach().clone() for t in now), outputs)
+            outputs = tuple(function(*[tensors[i] for i in watched], *constants))
+            last = [(i, tensors[i].detach().clone()) for i in watched], outputs
         return outputs
 
     return call
@@ -175,11 +179,11 @@ def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable
     return run
 
 
-Split = tuple[Callable[..., Any] | None, tuple[tuple[Prologue, tuple[int, ...]], ...], Callable[..., Any]]
+Split = tuple[Callable[..., Any] | None, tuple[Prologue, ...], Callable[..., Any]]
 
 
 def _split(graph: Graph) -> Split:
-    """Return the parts of the graph: constants if any, prologues with the tensors that they watch, and the main one."""
+    """Return the parts of the graph: constants if any, prologues, and the main one."""
     placeholders = graph.placeholders
     level = _levels(graph)
     results = set(graph.outputs)  # never kept: the caller may write to them
@@ -207,7 +211,7 @@ def _split(graph: Graph) -> Split:
     for watched, nodes in apart.items():
         inputs = sorted(watched)
         function = _extract(graph, [*[placeholders[i] for i in inputs], *known], nodes)
-        prologues.append((_kept(function), tuple(inputs)))
+        prologues.append(_kept(function, inputs))
     ready = [*known, *[n for nodes in apart.values() for n in nodes]]
     main = _extract(graph, [*placeholders, *ready], graph.outputs)
     return _extract(graph, [], known) if known else None, tuple(prologues), main
@@ -271,6 +275,10 @@ def _extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callabl
                 copies[node].target = _BUILTIN.get(node.target, node.target)
     part.output(tuple(copies[n] if isinstance(n, fx.Node) else n for n in outputs))
     _in_place(part)
+    for node in part.nodes:
+        if node.target in _SITED:  # after this, it is no more to be told by its name
+            *tensors, site = node.args
+            node.target, node.args = node.target(site), tuple(tensors)
     part.lint()
     return compiled(part)
 

@@ -75,7 +75,7 @@ def test_the_part_that_is_run_is_a_convolution_of_the_same_kind() -> None:
         assert 0.005 < part.macs / site.macs < 0.02
         x = torch.randn(part.batch, *part.input_shape)
         weight = torch.randn(1, 1, 11, 11)
-        assert kernels.native(x, weight, None, part).shape == (part.batch, *part.output_shape)
+        assert kernels.native(part)(x, weight, None).shape == (part.batch, *part.output_shape)
 
 
 def test_the_part_that_is_run_has_outputs_whatever_the_padding() -> None:

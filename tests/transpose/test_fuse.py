@@ -1,12 +1,14 @@
 """The gradient of least squares as one graph equals forward and adjoint one after the other."""
 
+from typing import Any
+
 import pytest
 import torch
 from test_trace import ops_of
 from torch import nn
 
 import adjointlab as al
-from adjointlab.transpose import assemble, choice, kernels
+from adjointlab.transpose import assemble, choice, kernels, program
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -110,6 +112,11 @@ def test_a_difference_of_spectra_that_is_wrong_is_not_used(monkeypatch: pytest.M
     objective, x = circular(monkeypatch)
     expected = objective.A.H(objective.A(x) - objective.y)
     right = kernels.gradient
-    monkeypatch.setattr(kernels, "gradient", lambda x, y, *rest: right(x, -y, *rest))
+
+    def wrong(sites: Any) -> Any:
+        return lambda x, y, *rest: right(sites)(x, -y, *rest)
+
+    monkeypatch.setattr(kernels, "gradient", wrong)
+    monkeypatch.setattr(program, "_SITED", {*program._SITED, wrong})
     assert transforms(objective, x) == 4
     assert torch.allclose(objective.gradient(x), expected)

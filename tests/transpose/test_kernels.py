@@ -56,7 +56,7 @@ def problem(site: Site, dtype: torch.dtype | None = None) -> tuple[Tensor, Tenso
 
 def run(name: str, site: Site, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     prepared = PREPARE[name](weight, site) if name in PREPARE else weight
-    return KERNELS[name](x, prepared, bias, site)
+    return KERNELS[name](site)(x, prepared, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -8,8 +8,9 @@ from laws import assert_close, draw, with_backward
 from torch import Tensor, nn
 
 import adjointlab as al
-from adjointlab.transpose import choice, kernels
+from adjointlab.transpose import choice, kernels, program
 from adjointlab.transpose.reference import Reference
+from adjointlab.transpose.site import Site
 
 IMAGE = al.Space.of(al.TensorSpec((2, 1, 64, 40), torch.float64))
 
@@ -112,7 +113,12 @@ def test_a_function_that_reads_strides_is_compared_with_the_plain_reference(laye
 
 def test_a_wrong_kernel_is_not_taken_for_the_difference_that_strides_make(monkeypatch: pytest.MonkeyPatch) -> None:
     right = kernels.KERNELS["flipped"]
-    monkeypatch.setitem(kernels.KERNELS, "flipped", lambda *arguments: 3 * right(*arguments))
+
+    def wrong(site: Site) -> kernels.Kernel:
+        return lambda *tensors: 3 * right(site)(*tensors)
+
+    monkeypatch.setitem(kernels.KERNELS, "flipped", wrong)
+    monkeypatch.setattr(program, "_SITED", {*program._SITED, wrong})
     monkeypatch.setattr(
         choice, "choose", lambda site, **_: "flipped" if "flipped" in kernels.available(site) else "native"
     )
