@@ -70,7 +70,7 @@ def _direct_rate(site: Site) -> float:
     elif site.transposed:
         rate = min(8e9 if narrow else 3e10, 4e8 * (c_in * c_out) ** 0.85)
     else:
-        rate = min(2e10, 1e9 * (c_in * c_out) ** 0.75)
+        rate = min(6e10, 1e9 * (c_in * c_out) ** 0.75)
     return rate
 
 
@@ -85,31 +85,46 @@ _PROBE = 1e6  # multiplications that show a direct kernel's rate: a few millisec
 _OVERHEADS = 3e-4  # seconds of a part's run in which calls and threads do not count
 _SAME = 1 << 15  # entries of an image from which on PyTorch runs one kernel for narrow weights (20480, in 2.14)
 _TURNS = 6  # of whole programs, the first of which pays for plans
+_STALL = 1e-3  # seconds, between what a loop for all threads takes and a time slice of another process
+_GRAIN = 1 << 15  # entries that PyTorch has one thread take
 T = TypeVar("T")
+
+
+class _BusyError(Exception):
+    """Other work holds the processors: what a run takes says nothing of the kernel."""
 
 
 def choose(site: Site, *, measure: bool, thorough: bool = False) -> str:
     """Return the kernel for a site: by the model where it is clear, else by a short measurement if allowed.
 
-    ``thorough`` measures every kernel that could be near, whatever it costs.
+    ``thorough`` measures every kernel that could be near, whatever it costs. Where other work holds the processors, the
+    model decides, too: a kernel that all threads work at waits for time slices then, for up to a hundred times as long
+    as it takes.
     """
     names = available(site)
     if len(names) > 1 and measure and site.device.type != "meta":
-        if "flipped" in names:  # all others compute the plain convolution with the flipped kernel: often known by now
-            plain = choose(flipped_site(site), measure=True, thorough=thorough)
-            best = "flipped" if plain == "native" else plain
-            if predicted("native", site) > _CLEAR * predicted(best, site) and not thorough:
-                return best
-            names = ["native", best]
-        return _fastest(site, tuple(names), thorough)
+        try:
+            return _measured(site, names, thorough=thorough)
+        except _BusyError:
+            pass
     times = {name: predicted(name, site) for name in names}
     best = min(times, key=times.__getitem__)
     return best if 2 * times[best] < times["native"] else "native"
 
 
+def _measured(site: Site, names: list[str], *, thorough: bool) -> str:
+    if "flipped" in names:  # all others compute the plain convolution with the flipped kernel: often known by now
+        plain = choose(flipped_site(site), measure=True, thorough=thorough)
+        best = "flipped" if plain == "native" else plain
+        if predicted("native", site) > _CLEAR * predicted(best, site) and not thorough:
+            return best
+        names = ["native", best]
+    return _fastest(site, tuple(names), thorough)
+
+
 @functools.cache
 def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
-    """Return the kernel that is fastest as measured; cached, as the machine does not change.
+    """Return the kernel that is fastest as measured; cached, as the machine does not change, unless it is busy.
 
     Kernels run in the order of their expected times, so that one that is far behind what was seen need not run.
     """
@@ -164,13 +179,17 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
 
 
 def quickest(ways: Mapping[T, Callable[[], object]], device: torch.device) -> T | None:
-    """Return the key of the way that is quickest as measured, in turns; None if there is none."""
+    """Return the key of the way that is quickest as measured, in turns, the first if that fails; None without any."""
+    first = next(iter(ways), None)
     if len(ways) < 2:
-        return next(iter(ways), None)
+        return first
     seen: dict[T, list[float]] = {key: [] for key in ways}
-    for _ in range(_TURNS):
-        for key, way in ways.items():
-            seen[key].append(_timed(way, device))
+    try:
+        for _ in range(_TURNS):
+            for key, way in ways.items():
+                seen[key].append(_clocked(way, device))
+    except _BusyError:
+        return first
     return min(seen, key=lambda key: statistics.median_low(seen[key][1:]))
 
 
@@ -225,9 +244,19 @@ def _runner(site: Site) -> Callable[[str], float]:
         if name not in ways:
             prepared = PREPARE[name](weight, site) if name in PREPARE else weight
             ways[name] = functools.partial(KERNELS[name](site), x, prepared, None)
-        return _timed(ways[name], site.device)
+        return _clocked(ways[name], site.device)
 
     return run
+
+
+def _clocked(way: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a run; raise where threads are kept waiting after it."""
+    taken = _timed(way, device)
+    if device.type == "cpu":
+        loop = torch.zeros(_GRAIN * torch.get_num_threads(), dtype=torch.uint8).add_
+        if all(_timed(lambda: loop(1), device) > _STALL for _ in range(3)):  # one alone can be an accident
+            raise _BusyError("threads are kept waiting")
+    return taken
 
 
 def _timed(way: Callable[[], object], device: torch.device) -> float:

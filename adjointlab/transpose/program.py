@@ -260,7 +260,10 @@ def _leaves(node: fx.Node, kept: set[fx.Node]) -> bool:
 def _extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callable[..., Any]:
     """Return the part of the graph that computes ``outputs`` from ``inputs`` as a function."""
     part = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {node: part.placeholder(node.name) for node in inputs}
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = part.placeholder(node.name)
+        copies[node].meta = node.meta
     needed: set[fx.Node] = set()
     pending = [n for n in outputs if isinstance(n, fx.Node)]
     while pending:

@@ -90,7 +90,10 @@ def test_forward(setup: Setup, compare: Any) -> None:
 def test_gradient(setup: Setup, compare: Any) -> None:
     A, x, v = setup.operator, setup.x, setup.v
     objective = al.LeastSquares(A, v)
-    ways = {"gradient": lambda: objective.gradient(x), "forward": lambda: A(x), "adjoint": lambda: A.H(v)}
+    ways = {
+        "gradient": lambda: objective.gradient(x), "parts": lambda: (A(x), A.H(v))[1],
+        "forward": lambda: A(x), "adjoint": lambda: A.H(v),
+    }  # fmt: skip
     compare(ways, section="gradient", most=51, **setup.case.facts)
 
 

@@ -101,11 +101,22 @@ def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
     yield from _contenders(select(rows, "strided"), "The adjoint of a convolution with a stride", "A.H(v)", None)
     if found := select(rows, "gradient"):
         yield "## The gradient of least squares\n"
+        yield (
+            "`gradient(x)` is compared with `A(x)` and then `A.H(v)`, timed as one: what a gradient consists of.\n"
+            "Timed alone, run after run, `A(x)` writes to the memory of its last result, which is in the cache still.\n"
+            "Between other work it is not; the last column has the sum of both alone.\n"
+        )
+        ways = ("gradient", "parts", "forward", "adjoint")
         body = [
-            (r["case"], *(_ms(r["seconds"][w]) for w in ("gradient", "forward", "adjoint")), f"{whole_to_parts(r):.2f}")
+            (
+                r["case"],
+                *(_ms(r["seconds"][w]) for w in ways),
+                *(f"{whole_to_parts(r, alone=a):.2f}" for a in (False, True)),
+            )
             for r in found
         ]
-        yield table(("case", "gradient(x), ms", "A(x), ms", "A.H(v), ms", "gradient / (A(x) + A.H(v))"), body)
+        head = ("gradient(x), ms", "A(x), then A.H(v), ms", "A(x) alone, ms", "A.H(v) alone, ms")
+        yield table(("case", *head, "gradient / both", "gradient / sum"), body)
     if found := select(rows, "learning"):
         yield "## Gradients in the kernel\n"
         yield "Those of `⟨A(x), v⟩` in x and in the kernel, by `torch.autograd.grad`, as training computes them.\n"

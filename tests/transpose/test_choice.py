@@ -104,7 +104,44 @@ def test_native_stays_where_its_best_run_is_close_to_the_best(monkeypatch: pytes
     assert choice._fastest.__wrapped__(site, ("native", "polyphase"), True) == "native"
 
 
-def test_the_quickest_way_is_found() -> None:
+@pytest.mark.parametrize(("loops", "busy"), [((2e-3, 8e-3, 8e-3), True), ((2e-3, 1e-5), False), ((1e-5,), False)])
+def test_a_run_counts_unless_threads_are_kept_waiting(
+    monkeypatch: pytest.MonkeyPatch, loops: tuple[float, ...], *, busy: bool
+) -> None:
+    times = iter([0.5, *loops])
+    monkeypatch.setattr(choice, "_timed", lambda way, device: (way(), next(times))[1])
+    if busy:
+        with pytest.raises(choice._BusyError, match="kept waiting"):
+            choice._clocked(lambda: None, torch.device("cpu"))
+    else:
+        assert choice._clocked(lambda: None, torch.device("cpu")) == 0.5
+    assert not list(times)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_on_a_busy_machine_the_model_decides_for_now(monkeypatch: pytest.MonkeyPatch, *, transposed: bool) -> None:
+    site = square(64, 7, 2, transposed=transposed)._replace(padding=(2, 2))  # no other test measures it
+    by_model = choose(site, measure=False)
+    assert by_model != "native"
+
+    def busy(way: Callable[[], object], device: torch.device) -> float:
+        raise choice._BusyError
+
+    choice._fastest.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(choice, "_clocked", busy)
+        assert choose(site, measure=True) == by_model
+        assert choose(site, measure=True, thorough=True) == by_model
+        assert choice.quickest({"first": lambda: None, "second": lambda: None}, site.device) == "first"
+    assert choice._fastest.cache_info().currsize == 0
+    monkeypatch.setattr(choice, "_clocked", lambda way, device: 1.0)
+    assert choose(site, measure=True) == "native"
+    assert choice._fastest.cache_info().currsize > 0
+    choice._fastest.cache_clear()
+
+
+def test_the_quickest_way_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_clocked", choice._timed)  # whatever else the machine does
     ways = {"slow": lambda: time.sleep(2e-3), "quick": lambda: None, "slower": lambda: time.sleep(4e-3)}
     assert choice.quickest(ways, torch.device("cpu")) == "quick"
     assert choice.quickest({"only": lambda: pytest.fail("there is no need to run it")}, torch.device("cpu")) == "only"

@@ -12,7 +12,7 @@ from test_trace import ops_of
 from torch import Tensor, fx, nn
 
 import adjointlab as al
-from adjointlab.transpose import choice, kernels
+from adjointlab.transpose import choice, kernels, program
 from adjointlab.transpose.program import _in_place
 
 X, W = torch.zeros(1, 1, 6), torch.zeros(1, 1, 3)
@@ -94,6 +94,21 @@ def test_results_are_those_of_the_eager_engine() -> None:
     assert torch.equal(x, kept[0])
     assert all(map(torch.equal, y, kept[1]))
     assert torch.equal(module.mask, mask)
+
+
+def test_data_are_subtracted_from_a_convolution_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def subtracted(r: Tensor, y: Tensor) -> Tensor:
+        seen.append(y)
+        return r.sub_(y)
+
+    monkeypatch.setitem(program._IN_PLACE, torch.sub, subtracted)
+    A = al.linear_operator(nn.Conv1d(2, 3, 3, bias=False).double().requires_grad_(requires_grad=False), (1, 2, 9))
+    x, y = draw(A.domain, 1), draw(A.codomain, 2)
+    assert_close(al.LeastSquares(A, y).gradient(x), A.H(A(x) - y), A.domain.eps)
+    assert seen
+    assert seen[-1] is y
 
 
 class Prepared(nn.Module):
