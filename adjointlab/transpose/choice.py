@@ -88,6 +88,7 @@ _TURNS = 6  # of whole programs, the first of which pays for plans
 _STALL = 1e-3  # seconds, between what a loop for all threads takes and a time slice of another process
 _GRAIN = 1 << 15  # entries that PyTorch has one thread take
 T = TypeVar("T")
+Clock = Callable[[Callable[[], object], torch.device], float]
 
 
 class _BusyError(Exception):
@@ -97,9 +98,9 @@ class _BusyError(Exception):
 def choose(site: Site, *, measure: bool, thorough: bool = False) -> str:
     """Return the kernel for a site: by the model where it is clear, else by a short measurement if allowed.
 
-    ``thorough`` measures every kernel that could be near, whatever it costs. Where other work holds the processors, the
-    model decides, too: a kernel that all threads work at waits for time slices then, for up to a hundred times as long
-    as it takes.
+    Where other work holds the processors, the model decides as well: a kernel that all threads work at waits for time
+    slices then, up to a hundred times as long as it takes. ``thorough`` measures every kernel that could be near,
+    whatever it costs and whatever else runs.
     """
     names = available(site)
     if len(names) > 1 and measure and site.device.type != "meta":
@@ -132,12 +133,13 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
     # with many intermediate results would be measured as they are in a young process, at half of their speed.
     torch.empty(_LARGE, dtype=torch.uint8)
     near, budget, rounds = (10 * _NEAR, math.inf, 7) if thorough else (_NEAR, _BUDGET, 1)
-    expected = {name: _expected(name, site) for name in names}
+    clock = _timed if thorough else _clocked
+    expected = {name: _expected(name, site, clock) for name in names}
     least = min(expected.values())
     order = [n for n in sorted(names, key=expected.__getitem__) if expected[n] <= max(near * least, _CHEAP)]
     if len(order) == 1:
         return order[0]
-    run = _runner(site)
+    run = _runner(site, clock)
     seen: dict[str, list[float]] = {}
     times: dict[str, float] = {}  # the typical one of each
     spent = 0.0
@@ -193,7 +195,7 @@ def quickest(ways: Mapping[T, Callable[[], object]], device: torch.device) -> T 
     return min(seen, key=lambda key: statistics.median_low(seen[key][1:]))
 
 
-def _expected(name: str, site: Site) -> float:
+def _expected(name: str, site: Site, clock: Clock) -> float:
     """Return the expected time of a kernel, that of a direct one from its rate on a part of the image.
 
     The rates of direct kernels differ a hundredfold with channels, size and processor, which no model knows.
@@ -203,7 +205,7 @@ def _expected(name: str, site: Site) -> float:
     work, taken, part = _PROBE, 0.0, site
     while taken < _OVERHEADS and 4 * work <= site.macs:  # what takes less says more of calls and threads than of rates
         part = _part(site, work / site.macs)
-        run = _runner(part)
+        run = _runner(part, clock)
         taken, work = min(run(name) for _ in range(3)), 4 * work
     return taken * site.macs / part.macs
 
@@ -230,7 +232,7 @@ def _part(site: Site, share: float) -> Site:
     )
 
 
-def _runner(site: Site) -> Callable[[str], float]:
+def _runner(site: Site, clock: Clock) -> Callable[[str], float]:
     """Return a function that runs the kernel of a name on random data, and returns the seconds that it took."""
     generator = torch.Generator().manual_seed(0)
     draw = functools.partial(torch.randn, generator=generator, dtype=site.dtype)
@@ -244,7 +246,7 @@ def _runner(site: Site) -> Callable[[str], float]:
         if name not in ways:
             prepared = PREPARE[name](weight, site) if name in PREPARE else weight
             ways[name] = functools.partial(KERNELS[name](site), x, prepared, None)
-        return _clocked(ways[name], site.device)
+        return clock(ways[name], site.device)
 
     return run
 
