@@ -152,6 +152,6 @@ def test_sweep(case: Convolution, which: str, device: torch.device, compare: Any
         ways = {"adjointlab": lambda: A(x), "native": s.native_forward, "module": lambda: s.module(x)}
     if skipped:
         ways = {"adjointlab": ways["adjointlab"]}
-    medians = compare(ways, share=0.1, most=101, skipped=skipped, **facts)
+    medians = compare(ways, share=0.1, most=401, skipped=skipped, **facts)
     if "native" in ways:
         _learn(case, *((None, medians["native"]) if which == "adjoint" else (medians["native"], None)))
