@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from targets import Row, select
+from targets import Row, latest, select
 
 COLOURS = {
     "eager vjp": "#7f7f7f", "convolution_backward": "#a05a2c", "conv_transpose": "#d1495b", "conv": "#d1495b",
@@ -31,7 +31,7 @@ def draw(rows: list[Row], folder: Path) -> dict[str, str]:
             if found := select(rows, "rows", map=which):
                 drawn[which] = _save(_ratios(found, which), folder, which)
         for ndim in (2, 3):
-            found = select(rows, "sweep", ndim=ndim, batch=1, channels="1→1")
+            found = latest(select(rows, "sweep", ndim=ndim, batch=1, channels="1→1"))
             if found:
                 drawn[f"sweep{ndim}"] = _save(_costs(found, ndim), folder, f"sweep-{ndim}d")
     return drawn

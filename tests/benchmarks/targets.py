@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = dict[str, Any]
+SLOWER = 1.1  # times native that no point of the sweep may take
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Target:
 def select(rows: Iterable[Row], section: str, **facts: Any) -> list[Row]:
     """Return the rows of a section that were timed and have these facts."""
     return [r for r in rows if r["section"] == section and r["seconds"] and all(r[k] == v for k, v in facts.items())]
+
+
+def latest(rows: list[Row]) -> list[Row]:
+    """Return the rows of a sweep, those that were measured again as they were then."""
+    return list({(row["map"], row["case"]): row for row in rows}.values())
 
 
 def ratio(row: Row, a: str, b: str) -> float:
@@ -89,7 +95,7 @@ def _rows(rows: list[Row]) -> list[Target]:
 
 
 def _sweep(rows: list[Row]) -> list[Target]:
-    found = [r for r in select(rows, "sweep") if "native" in r["seconds"]]
+    found = [r for r in latest(select(rows, "sweep")) if "native" in r["seconds"]]
     # What a call costs on an image of 7×7: where that explains the difference, the kernel was chosen well.
     call = max([0.0, *(r["seconds"]["adjointlab"] - r["seconds"]["conv_transpose"] for r in select(rows, "overhead"))])
     parts = [(dims, [r for r in found if f"{r['ndim']}-D" in dims]) for dims in ("2-D, 3-D", "1-D")]
@@ -104,13 +110,15 @@ def _slowest(found: list[Row], dims: str, call: float, native: str) -> Target:
         return float(seconds["adjointlab"] / seconds.get(native, seconds["native"]))
 
     measured, case = _worst(found, beside)
-    above = [r for r in found if beside(r) > 1.1]
-    beyond = sum(beside(r) * (1 - call / r["seconds"]["adjointlab"]) > 1.1 for r in above)
+    above = [r for r in found if beside(r) > SLOWER]
+    beyond = sum(beside(r) * (1 - call / r["seconds"]["adjointlab"]) > SLOWER for r in above)
     which = {r["case"]: r["map"] for r in found if beside(r) == measured}[case]
     rivals = {"module": "the module and `conv_transpose`", "native": "the bare kernels `F.conv` and `conv_transpose`"}
     text = f"against {rivals[native]} over the sweep, {dims}, worst point"
     detail = f"{which}, {case}; {len(above)} of {len(found)} points above, {beyond} without the overhead of a call"
-    return Target(text, 1.1, measured, detail)
+    if again := [r for r in found if r.get("again")]:
+        detail += f", {len(again)} measured again"
+    return Target(text, SLOWER, measured, detail)
 
 
 def _gradient(rows: list[Row]) -> list[Target]:
