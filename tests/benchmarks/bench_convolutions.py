@@ -95,7 +95,7 @@ def test_gradient(setup: Setup, compare: Any) -> None:
         "gradient": lambda: objective.gradient(x), "parts": lambda: (A(x), A.H(v))[1],
         "forward": lambda: A(x), "adjoint": lambda: A.H(v),
     }  # fmt: skip
-    compare(ways, section="gradient", most=51, **setup.case.facts)
+    compare(ways, section="gradient", share=0.6, most=401, **setup.case.facts)
 
 
 def test_strided(setup: Setup, compare: Any) -> None:
