@@ -91,7 +91,8 @@ def _phases(site: Site) -> Ints:
     fitting = [block for block in itertools.product(*options) if math.prod(block) * site.output_shape[0] <= _VECTOR]
     fullest = max(map(math.prod, fitting), default=0)
     blocks = [block for block in fitting if math.prod(block) == fullest]
-    return min(blocks, key=lambda block: phases_cost(site._replace(phases=block)), default=least)
+    # Of equal ones, that along outer dimensions: its outputs are moved in longer pieces.
+    return min(reversed(blocks), key=lambda block: phases_cost(site._replace(phases=block)), default=least)
 
 
 def phases_cost(site: Site) -> float:

@@ -29,6 +29,11 @@ def test_blocks_of_phases_are_compact_where_that_pays(n: int, k: int, dims: int,
     assert square(n, k, dims, transposed=False).phases == phases
 
 
+def test_of_equal_blocks_the_outer_one_is_taken() -> None:
+    site = sized(square(48, 3, 3, transposed=False)._replace(output_shape=(8, 48, 48, 48)))
+    assert site.phases == (2, 1, 1)
+
+
 @pytest.mark.parametrize(("stride", "total"), [((2, 2), 16), ((3, 1), 12), ((1, 5), 10), ((7, 7), 49)])
 def test_outputs_between_those_of_a_stride_are_phases(stride: tuple[int, int], total: int) -> None:
     site = square(40, 3, 2, transposed=True)._replace(stride=stride, padding=(0, 0))
