@@ -189,11 +189,15 @@ def same(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors are equal, NaN being equal to NaN; of large ones, whether they are bit for bit."""
     if a.dtype is not b.dtype:
         return False
+    if a.layout is torch.strided and a.numel() < _MANY and torch.equal(a, b):
+        return True  # most often, and at every call: before all that takes longer to ask
+    if a.shape != b.shape:
+        return False
     if a.layout is not torch.strided:
-        return a is b or (a.shape == b.shape and bool((a.to_dense() == b.to_dense()).all()))
-    if a.numel() >= _MANY and a.shape == b.shape and _is_plain(a) and _is_plain(b):
+        return a is b or bool((a.to_dense() == b.to_dense()).all())
+    if a.numel() >= _MANY and _is_plain(a) and _is_plain(b):
         return np.array_equal(_words(a), _words(b))  # three times as fast as torch.equal
-    return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _is_plain(tensor: Tensor) -> bool:

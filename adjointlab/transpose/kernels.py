@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adjointlab.transpose.site import Site, window
+from adjointlab.transpose.site import Site, flipped_site, window
 
 aten = torch.ops.aten
 Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -39,7 +39,7 @@ def flip(weight: Tensor, site: Site) -> Tensor:
 
 def flipped(site: Site) -> Kernel:
     """Return a transposed convolution of stride 1 as a plain one with the flipped kernel."""
-    return native(site._replace(padding=site.around, transposed=False))
+    return native(flipped_site(site))
 
 
 def spectrum(weight: Tensor, site: Site) -> Tensor:
@@ -217,7 +217,7 @@ def polyphase(site: Site) -> Kernel:
     if flat:
         padding, stride, dilation = [0, *padding], [1, *stride], [1, *dilation]
     inside: Any = (..., *[slice(0, q) for q in blocks])
-    count, one = math.prod(site.phases), [0] * len(stride)
+    count, none = math.prod(site.phases), [0] * len(stride)
     interleaved = _interleaved(site, blocks)
 
     def run(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
@@ -227,7 +227,7 @@ def polyphase(site: Site) -> Kernel:
             x = aten.constant_pad_nd.default(x, border)
         bias = None if bias is None else bias.repeat_interleave(count)
         if torch.compiler.is_compiling():  # which knows no shape of the other
-            y = torch.convolution(x, kernel, bias, stride, padding, dilation, False, one, site.groups)
+            y = torch.convolution(x, kernel, bias, stride, padding, dilation, False, none, site.groups)
         else:
             y = torch.mkldnn_convolution(x, kernel, bias, padding, stride, dilation, site.groups)
         return interleaved(y if fits else y[inside])
@@ -236,7 +236,7 @@ def polyphase(site: Site) -> Kernel:
 
 
 def _interleaved(site: Site, blocks: list[int]) -> Callable[[Tensor], Tensor]:
-    """Return the image that phases are the outputs of, which are channels."""
+    """Return a function that puts outputs which were computed as channels in their places in the image."""
     count = len(blocks)
     order = [0, 1, *[n for i in range(count) for n in (2 + count + i, 2 + i)]]
     phases = [site.output_shape[0], *site.phases, *blocks]

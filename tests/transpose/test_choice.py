@@ -23,7 +23,15 @@ def test_many_channels_stay_native_without_measuring() -> None:
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+def fresh() -> Iterator[None]:
+    """Forget the choices made before the test, and those made in it."""
+    choice._fastest.cache_clear()
+    yield
+    choice._fastest.cache_clear()
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, fresh: None) -> Callable[..., list[str]]:
     """Give kernels made-up times; returns the list of those that were run."""
 
     def install(**seconds: float) -> list[str]:
@@ -34,11 +42,9 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]
             return seconds.get(name, 1.0)
 
         monkeypatch.setattr(choice, "_runner", lambda site, clock: run)
-        choice._fastest.cache_clear()
         return seen
 
-    yield install
-    choice._fastest.cache_clear()
+    return install
 
 
 def test_thorough_choice_is_the_measured_one(timed: Callable[..., list[str]]) -> None:
@@ -118,16 +124,16 @@ def test_a_run_counts_unless_threads_are_kept_waiting(
     assert not list(times)
 
 
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_on_a_busy_machine_the_model_decides_for_now(monkeypatch: pytest.MonkeyPatch, *, transposed: bool) -> None:
-    site = square(64, 7, 2, transposed=transposed)._replace(padding=(2, 2))  # no other test measures it
+    site = square(64, 7, 2, transposed=transposed)
     by_model = choose(site, measure=False)
     assert by_model != "native"
 
     def busy(way: Callable[[], object], device: torch.device) -> float:
         raise choice._BusyError
 
-    choice._fastest.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(choice, "_clocked", busy)
         assert choose(site, measure=True) == by_model
@@ -136,7 +142,6 @@ def test_on_a_busy_machine_the_model_decides_for_now(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(choice, "_timed", lambda way, device: 1.0)  # all take the same
     assert choose(site, measure=True, thorough=True) == "native"
     assert choice._fastest.cache_info().currsize > 0
-    choice._fastest.cache_clear()
 
 
 def test_the_quickest_way_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
