@@ -3,7 +3,9 @@ r"""The dot-product test's statistic: ``|⟨Ax, y⟩ − ⟨x, By⟩|``, and how
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from adjointlab.space import Space
 
 Tensors = tuple[Tensor, ...]
+T = TypeVar("T")
 
 DOT_UNITS = 4  # rounding errors up to this many units of eps pass without being measured, see dot_gap
 SIGMAS = 8  # how many times a measured rounding error passes
@@ -124,6 +127,44 @@ def norm(leaves: Tensors, space: Space | None = None) -> float:
     return math.hypot(*map(float, lengths))
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Have float32 be float32 in a block, where torch's settings allow less: TF32 has 11 bits, bfloat16 has 8.
+
+    What compares two ways to compute the same is about the mathematics, and 32 units of TF32 would hide three per cent.
+    For convolutions on CUDA, torch's default is TF32.
+    """
+    backends: Any = torch.backends  # whose types leave some of these out
+    cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
+    newer = (cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul)
+    before = [setting.fp32_precision for setting in newer]
+    # torch has older settings besides, and wants both to say the same.
+    convolutions = _readable(lambda: cudnn.allow_tf32)
+    products = _readable(torch.get_float32_matmul_precision)
+
+    def set_to(convolutions: bool | None, products: str | None, precisions: Sequence[str]) -> None:
+        if convolutions is not None:
+            cudnn.allow_tf32 = convolutions
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        for setting, precision in zip(newer, precisions, strict=True):
+            setting.fp32_precision = precision
+
+    set_to(convolutions and False, products and "highest", ["ieee"] * len(newer))
+    try:
+        yield
+    finally:
+        set_to(convolutions, products, before)
+
+
+def _readable(older: Callable[[], T]) -> T | None:
+    """Return one of torch's older settings; None where the newer ones have been set, under which it cannot be read."""
+    try:
+        return older()
+    except RuntimeError:
+        return None
+
+
 def _inner(space: Space, a: Tensors, b: Tensors) -> complex:
     """Return ``⟨a, b⟩`` in double precision, summed pairwise: float64 itself deserves sums better than its own."""
     wide = _WIDE[space.is_complex]
@@ -131,4 +172,4 @@ def _inner(space: Space, a: Tensors, b: Tensors) -> complex:
     return complex(space.total(terms)) if space.is_sharded else complex(sum(map(complex, terms)))
 
 
-__all__ = ["DOT_UNITS", "SIGMAS", "dot_gap", "norm", "rounding_noise"]
+__all__ = ["DOT_UNITS", "SIGMAS", "dot_gap", "full_precision", "norm", "rounding_noise"]

@@ -293,7 +293,7 @@ class Space:
             The random element.
         """
         draws = (
-            torch.randn(s.shape, dtype=s.drawn_dtype, generator=source)
+            torch.randn(s.shape, dtype=s.drawn_dtype, generator=source, device="cpu")
             for s, source in zip(self.specs, self.sources(generator), strict=True)
         )
         return self.unflatten([d.to(device=s.device, dtype=s.dtype) for d, s in zip(draws, self.specs, strict=True)])

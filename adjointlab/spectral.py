@@ -102,7 +102,7 @@ def _columns(A: LinearOperator, *, coordinates: bool) -> Tensor:
 
     chunk = max(1, _CHUNK // (domain.size + codomain.size))
     together = len(positions) > 1
-    dense = torch.empty(0)
+    dense = torch.empty(0, device=device)
     for start in range(0, len(positions), chunk):
         where = positions[start : start + chunk]
         basis = torch.zeros(len(where), domain.size, dtype=dtype, device=device)
@@ -222,7 +222,7 @@ def _lanczos(
     # VᵀGV is made from the products themselves, so that a restart needs no bookkeeping.
     most = min(_BASIS, dimension)
     basis = start.new_zeros(most, start.numel())
-    projected = torch.zeros(most, most, dtype=torch.float64)
+    projected = torch.zeros(most, most, dtype=torch.float64, device="cpu")
     direction, k = start / across(torch.linalg.vector_norm(start), 2), 0
     best = torch.zeros((), dtype=torch.float64, device=start.device)
     for _ in range(maxiter):
@@ -431,7 +431,7 @@ def _probes(A: LinearOperator, samples: int, generator: torch.Generator | None) 
     generator = generator or torch.Generator().manual_seed(0)
     for _ in range(samples):
         pairs = zip(A.domain.specs, A.domain.sources(generator), strict=True)
-        draws = [torch.randint(0, 2, s.shape, generator=source).mul(2).sub(1) for s, source in pairs]
+        draws = [torch.randint(0, 2, s.shape, generator=source, device="cpu").mul(2).sub(1) for s, source in pairs]
         z = A.domain.unflatten([d.to(s.device, s.dtype) for d, s in zip(draws, A.domain.specs, strict=True)])
         yield z, A(z)
 

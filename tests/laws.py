@@ -53,6 +53,11 @@ def call(function: Callable[..., Any], x: Any) -> Any:
     return function(*x) if isinstance(x, tuple) else function(x)
 
 
+def seeded(seed: int) -> torch.Generator:
+    """Return a generator for the device that tensors are made on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def draw(space: al.Space, seed: int = 0) -> Any:
     return space.randn(torch.Generator().manual_seed(seed))
 

@@ -687,7 +687,7 @@ class ScaledByNumpy(nn.Module):
         self.register_buffer("kernel", torch.randn(3, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * float(np.linalg.norm(self.kernel.numpy()))
+        return x * float(np.linalg.norm(self.kernel.cpu().numpy()))
 
 
 class BranchOnBuffer(nn.Module):

@@ -10,5 +10,18 @@ def square(n: int, k: int, dims: int, *, transposed: bool, dtype: torch.dtype = 
     shape = (1, *[n] * dims)
     one, zero = (1,) * dims, (0,) * dims
     return sized(
-        Site(1, shape, shape, (k,) * dims, one, (k // 2,) * dims, one, transposed, zero, 1, dtype, torch.device("cpu"))
+        Site(
+            1,
+            shape,
+            shape,
+            (k,) * dims,
+            one,
+            (k // 2,) * dims,
+            one,
+            transposed,
+            zero,
+            1,
+            dtype,
+            torch.get_default_device(),
+        )
     )

@@ -23,6 +23,8 @@ from adjointlab.demo.common import Stage, gaussian, recover
 from adjointlab.demo.mri import MultiCoil, coil_maps, sampling_mask, volume
 from adjointlab.demo.photograph import enlarge
 
+pytestmark = pytest.mark.cpu  # as a demonstration is, unless it is told otherwise
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -35,7 +37,8 @@ def shown(tmp_path_factory):
     """The report of a quick run, and its folder."""
     folder = tmp_path_factory.mktemp("figures")
     console = Console(file=io.StringIO(), width=118)
-    assert demo.run(folder, quick=True, console=console)
+    with torch.device("cpu"):
+        assert demo.run(folder, quick=True, console=console)
     return console.file.getvalue(), folder
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from laws import seeded
 from torch import Tensor, nn
 
 import adjointlab as al
@@ -35,7 +36,7 @@ def put(t: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def dense() -> tuple[Tensor, al.LinearOperator]:
-    w = torch.randn(6, 5, dtype=C, generator=torch.Generator().manual_seed(1))
+    w = torch.randn(6, 5, dtype=C, generator=seeded(1))
     return w, al.linear_operator(lambda x: x @ w, torch.zeros(3, 6, dtype=C))
 
 
@@ -141,7 +142,7 @@ def test_pairs_of_callables() -> None:
 def test_without_a_reference_what_can_be_repaired_is_named() -> None:
     class Opaque:  # autograd sees nothing of it, and it is too large to be made dense
         def __call__(self, x: Tensor) -> Tensor:
-            return torch.from_numpy(x.numpy() * (1 + 2j))
+            return torch.as_tensor(x.cpu().numpy() * (1 + 2j))
 
     x = torch.zeros(1000, dtype=C)
     assert al.check_adjoint(Opaque(), lambda y: (1 - 2j) * y, domain=x).passed
@@ -152,7 +153,7 @@ def test_without_a_reference_what_can_be_repaired_is_named() -> None:
 
 
 def test_small_operators_have_the_dense_matrix_as_reference() -> None:
-    opaque = lambda x: torch.from_numpy(x.numpy()[::-1].copy())  # noqa: E731
+    opaque = lambda x: torch.as_tensor(x.cpu().numpy()[::-1].copy())  # noqa: E731
     assert "shifted by one pixel" in al.check_adjoint(opaque, lambda y: y.flip(0).roll(1), domain=(9,)).diagnosis
 
 
@@ -164,7 +165,7 @@ def test_hidden_inputs_are_seen_in_derived_adjoints() -> None:
 def test_functions_that_are_not_linear_are_said_to_be() -> None:
     assert "A is not linear" in al.check_adjoint(lambda x: x + 1, lambda y: y, domain=(5,)).diagnosis
     assert "A is not linear" in al.check_adjoint(torch.relu, lambda y: y, domain=(50,)).diagnosis
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     noisy = al.check_adjoint(lambda x: x, lambda y: y * torch.rand(5, generator=generator), domain=(5,))
     assert "not deterministic" in noisy.diagnosis
 
@@ -240,7 +241,7 @@ def test_missed_row_probability_is_one_half_precision_and_none_in_single() -> No
 
 def test_missed_row_probability_is_what_happens() -> None:
     n, missed, expected = 2048, 0, 0.0
-    d = (torch.rand(n, generator=torch.Generator().manual_seed(0)) * 0.1 + 1).half()
+    d = (torch.rand(n, generator=seeded(0)) * 0.1 + 1).half()
     operator = al.diagonal(d)
     for seed in range(40):
         report = al.check_adjoint(operator, lambda y, seed=seed: put(d * y, 500 + seed, 0.0), trials=1, seed=seed)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from laws import seeded
 from torch import Tensor
 
 import adjointlab as al
@@ -33,7 +34,7 @@ def make(dims: int, variant: str, dtype: torch.dtype = torch.float64) -> tuple[A
     """Return A, its weight, and what makes the adjoint for a (wrong) weight."""
     options = dict(VARIANTS[variant])
     shape = SHAPES[dims]
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     out, groups = options.pop("out", shape[1]), options.get("groups", 1)
     weight = torch.randn(out, shape[1] // groups, *[3] * dims, dtype=dtype, generator=generator)
 
@@ -100,7 +101,7 @@ def test_complex_mistakes_of_convolutions_are_named(dims: int, variant: str) -> 
 
 
 def test_another_dilation_and_another_step_are_named() -> None:
-    w = torch.randn(1, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w = torch.randn(1, 1, 3, dtype=torch.float64, generator=seeded(0))
     x = torch.zeros(1, 1, 40, dtype=torch.float64)
     A = al.linear_operator(lambda x: F.conv1d(x, w, padding=1), x)
     wider = al.check_adjoint(A, lambda y: F.conv_transpose1d(y, w, padding=2, dilation=2)).diagnosis

@@ -256,7 +256,7 @@ def test_autocast_changes_nothing() -> None:
     x, y = A.domain.randn(), A.codomain.randn()
     F = al.LeastSquares(A, y)
     for _ in range(2):  # before there is a fused program, and after
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             value, gradient = F.value_and_gradient(x)
         assert value.dtype == gradient.dtype == torch.float32
         assert_close((value, gradient), (F(x), A.H(A(x) - y)), A.domain.eps)

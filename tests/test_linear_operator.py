@@ -221,7 +221,8 @@ def adjoint_of_a_complex_multiple(entry: Entry, dtype: torch.dtype, engine: str)
 def negative(entry: Entry, dtype: torch.dtype, engine: str) -> None:
     A = operator(entry, dtype, engine)
     y = draw(A.codomain)
-    assert distance((-A).H(y), tree_map(torch.neg, A.H(y))) == 0
+    in_order = torch.get_default_device().type == "cpu"  # elsewhere, sums have another order at each call
+    assert_close((-A).H(y), tree_map(torch.neg, A.H(y)), 0 if in_order else eps(A.domain, A.codomain))
 
 
 @law(widest_only)
@@ -444,6 +445,7 @@ def test_repr_names_the_spaces() -> None:
 # -------------------------------------------------------------------------------------------------------- the domain
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "domain",
     [

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from laws import no_side_effects, widest
+from laws import no_side_effects, seeded, widest
 from operator_zoo import BY_NAME, ZOO, Entry
 from torch import nn
 
@@ -127,6 +127,7 @@ def test_nan_weights_are_refuted() -> None:
     assert al.check_linearity(lambda x: weight * x, (3,)).verdict == "refuted"
 
 
+@pytest.mark.cpu
 def test_rounding_of_the_quick_sample_is_measured_before_the_laws_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Conv2d(1, 1, 5, padding=2, bias=False)
     calls = []
@@ -148,7 +149,7 @@ def test_rounding_of_the_quick_sample_is_measured_before_the_laws_are_tried(monk
 @pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1.001, False)])
 def test_measured_rounding_hides_no_factor(factor: float, agrees: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Conv2d(1, 1, 5, padding=2, bias=False)
-    module.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    module.weight.data.normal_(generator=seeded(0))
     source = al.linear_operator(module, (1, 1, 32, 32)).source
     sample, adjoint = source.verify(), source.adjoint
     wrong = dataclasses.replace(sample, at_v=tuple(factor * t for t in sample.at_v))

@@ -134,7 +134,7 @@ NOT_LINEAR: dict[str, tuple[Callable[[], Any], tuple[int, ...], str]] = {
 NOT_DIFFERENTIABLE: dict[str, tuple[Callable[[], Any], tuple[int, ...], str]] = {
     "detached": (lambda: lambda x: 2 * x.detach(), (2, 6), "detach"),
     "partly-detached": (lambda: _partly_detached, (2, 6), "detach"),
-    "through-numpy": (lambda: lambda x: torch.from_numpy(2 * x.detach().numpy()), (2, 6), "detach|numpy"),
+    "through-numpy": (lambda: lambda x: torch.as_tensor(2 * x.detach().cpu().numpy()), (2, 6), "detach|numpy"),
     "no-grad": (lambda: torch.no_grad()(lambda x: 2 * x), (2, 6), "detach|no_grad"),
     "wrong-backward": (lambda: WrongBackward.apply, (2, 6), "backward"),
     "detached-scale": (lambda: lambda x: x + x.detach(), (2, 6), "detach"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from laws import assert_close, draw, norm
+from laws import assert_close, draw, norm, seeded
 from solver_problems import Peak, every_solver
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +23,7 @@ def convolution(
     options = {"padding": width // 2, "padding_mode": "circular", "bias": False, "groups": channels} | o
     layer = kind(channels, options.pop("out", channels), width, **options).to(dtype)
     with torch.no_grad():
-        layer.weight.copy_(torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(3)))
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=seeded(3)))
     return layer
 
 
@@ -196,7 +196,7 @@ def test_offset_of_an_affine_operator() -> None:
 
 def test_every_problem_of_a_batch_by_itself() -> None:
     A = make(batch_dims=1)
-    y = torch.randn(4, 1, 12, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y = torch.randn(4, 1, 12, 10, dtype=torch.float64, generator=seeded(1))
     y[1] = 0
     y[2, 0, 3, 3] = torch.nan
     found, expected = both_ways(al.solvers.cgls, A, y, maxiter=7, tol=1e-9)

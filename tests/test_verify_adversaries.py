@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from laws import seeded
 from torch import Tensor, nn
 
 import adjointlab as al
 
-WEIGHT = torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+WEIGHT = torch.randn(3, 2, 3, 3, generator=seeded(0))
 SHAPE = (2, 2, 12, 12)
 A = al.linear_operator(lambda x: F.conv2d(x, WEIGHT, padding=1), SHAPE)
 
@@ -55,7 +56,7 @@ def test_rounded_weights_are_named() -> None:
 
 
 def test_without_a_reference_precision_is_judged_by_size() -> None:
-    opaque = lambda x: torch.from_numpy(x.numpy()[::-1].copy())  # noqa: E731  # too large to be made dense
+    opaque = lambda x: torch.as_tensor(x.cpu().numpy()[::-1].copy())  # noqa: E731  # too large to be made dense
     assert al.check_adjoint(opaque, lambda y: y.flip(0), domain=(3000,)).passed
     assert not al.check_adjoint(opaque, lambda y: y.flip(0).bfloat16().float(), domain=(3000,)).passed
 

@@ -20,7 +20,7 @@ ArrayMap = Callable[[Array], Array]
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     """Return the NumPy dtype of the same numbers."""
     try:
-        return torch.empty(0, dtype=dtype).numpy().dtype
+        return torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
     except TypeError:
         raise SpaceMismatchError(
             f"expected a dtype that NumPy has, got {dtype}: convert the operator, e.g. A.to(torch.float32)"

@@ -70,7 +70,7 @@ class Sharding:
     def generator(self, generator: torch.Generator | None) -> torch.Generator:
         """Return a generator for this shard, with a seed from the one given, or else from the mesh's first process."""
         where = coordinate(self.mesh)
-        seed = torch.randint(1 << 31, (), generator=generator)
+        seed = torch.randint(1 << 31, (), generator=generator, device="cpu")
         if generator is None:
             first = not any(where)
             mine = torch.full((1,), float(seed) if first else 0.0, dtype=torch.float64, device=self.mesh.device_type)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from adjointlab.rounding import full_precision
 from adjointlab.space import Space
 from adjointlab.transpose import vjp
 from adjointlab.transpose.capture import Capture, Source
@@ -29,6 +30,7 @@ class Maps:
     codomain: Space
 
 
+@full_precision()
 def disagreement(  # two pairs of maps, and what they are compared on
     reference: Maps, derived: Maps, sample: Sample, captured: Capture, state: tuple[Source, ...], *, compiled: bool
 ) -> str:
@@ -107,9 +109,10 @@ def examples(nodes: Iterable[fx.Node]) -> Tensors:
     """Return random leaves like those of nodes."""
     draw = torch.Generator().manual_seed(21)
     values = [node.meta["val"] for node in nodes]
-    return tuple(torch.randn(v.shape, generator=draw).to(v.device, v.dtype) for v in values)
+    return tuple(torch.randn(v.shape, generator=draw, device="cpu").to(v.device, v.dtype) for v in values)
 
 
+@full_precision()
 def alike(function: Function, reference: Function, leaves: Tensors) -> bool:
     """Return whether two functions agree on random leaves.
 

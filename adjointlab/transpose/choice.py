@@ -12,14 +12,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from adjointlab.transpose.capture import comparable
 from adjointlab.transpose.kernels import KERNELS, PREPARE, available
 from adjointlab.transpose.site import Site, flipped_site, phases_cost
 
 # Rates of the cost model, in multiplications or FFT steps a second: measured on two cores of a current server for the
-# CPU (see docs/benchmarks.md), taken from published throughputs for CUDA. They need to be right to a factor of a few
+# CPU (see docs/benchmarks.md), and on an H200 for CUDA. They need to be right to a factor of a few
 # only: what is closer than that is settled by a short measurement, or left native.
-_FFT_RATE = {"cpu": 8e9, "cuda": 4e11}
-_FFT_OVERHEAD = {"cpu": 2e-4, "cuda": 1e-4}
+_FFT_RATE = {"cpu": 8e9, "cuda": 9e11}
+_FFT_OVERHEAD = {"cpu": 2e-4, "cuda": 1.6e-4}
 _PRODUCT_RATE = {"cpu": 6e8, "cuda": 1e11}
 _TAP_OVERHEAD = 1e-5
 _PHASES_OVERHEAD = 6e-5
@@ -44,7 +45,7 @@ def predicted(name: str, site: Site) -> float:
     if name == "polyphase":
         return _PHASES_OVERHEAD + phases_cost(site)
     if kind != "cpu":
-        return _OVERHEAD + site.macs / 1e12
+        return _OVERHEAD + site.macs / min(1e13, (1e11 if site.transposed else 3e11) * c_in * c_out / site.groups**2)
     return _OVERHEAD + site.macs / _direct_rate(site)
 
 
@@ -131,7 +132,7 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
     """
     # glibc maps blocks as large as an image afresh each time, until one as large has been freed: without this, kernels
     # with many intermediate results would be measured as they are in a young process, at half of their speed.
-    torch.empty(_LARGE, dtype=torch.uint8)
+    torch.empty(_LARGE, dtype=torch.uint8, device="cpu")
     near, budget, rounds = (10 * _NEAR, math.inf, 7) if thorough else (_NEAR, _BUDGET, 1)
     clock = _timed if thorough else _clocked
     expected = {name: _expected(name, site, clock) for name in names}
@@ -153,7 +154,7 @@ def _fastest(site: Site, names: tuple[str, ...], thorough: bool) -> str:
     for name in order:
         best = min(times.values(), default=math.inf)
         costly = name != "native" and spent + 2 * expected[name] > budget / 3 and expected[name] > 2 * best
-        unsure = name == "native" and site.macs <= 4 * _PROBE  # no rate was measured for it
+        unsure = name == "native" and not _is_probed(name, site)  # no rate was measured for it
         if costly or expected[name] > max((near if unsure else near / 2) * best, _CHEAP):
             continue
         once_more(name)
@@ -200,7 +201,7 @@ def _expected(name: str, site: Site, clock: Clock) -> float:
 
     The rates of direct kernels differ a hundredfold with channels, size and processor, which no model knows.
     """
-    if name not in {"native", "flipped"} or site.macs <= 4 * _PROBE:
+    if not _is_probed(name, site):
         return predicted(name, site)
     work, taken, part = _PROBE, 0.0, site
     while taken < _OVERHEADS and 4 * work <= site.macs:  # what takes less says more of calls and threads than of rates
@@ -208,6 +209,11 @@ def _expected(name: str, site: Site, clock: Clock) -> float:
         run = _runner(part, clock)
         taken, work = min(run(name) for _ in range(3)), 4 * work
     return taken * site.macs / part.macs
+
+
+def _is_probed(name: str, site: Site) -> bool:
+    """Return whether a part of the image is run: on an accelerator, each size of it would need a plan of its own."""
+    return name in {"native", "flipped"} and site.macs > 4 * _PROBE and site.device.type == "cpu"
 
 
 def _part(site: Site, share: float) -> Site:
@@ -235,17 +241,27 @@ def _part(site: Site, share: float) -> Site:
 def _runner(site: Site, clock: Clock) -> Callable[[str], float]:
     """Return a function that runs the kernel of a name on random data, and returns the seconds that it took."""
     generator = torch.Generator().manual_seed(0)
-    draw = functools.partial(torch.randn, generator=generator, dtype=site.dtype)
+    draw = functools.partial(torch.randn, generator=generator, dtype=site.dtype, device="cpu")
     c_in, c_out = site.input_shape[0], site.output_shape[0]
     first, second = (c_in, c_out // site.groups) if site.transposed else (c_out, c_in // site.groups)
     x = draw(site.batch, *site.input_shape).to(site.device)
     weight = draw(first, second, *site.kernel).to(site.device)
     ways: dict[str, Callable[[], Tensor]] = {}
 
+    def way(name: str) -> Callable[[], Tensor]:
+        kernel = KERNELS[name](site)
+        if name not in PREPARE:
+            return lambda: kernel(x, weight, None)
+        if not comparable(site.device):  # then it is prepared at every call
+            return lambda: kernel(x, PREPARE[name](weight, site), None)
+        prepared = PREPARE[name](weight, site)
+        return lambda: kernel(x, prepared, None)
+
     def run(name: str) -> float:
         if name not in ways:
-            prepared = PREPARE[name](weight, site) if name in PREPARE else weight
-            ways[name] = functools.partial(KERNELS[name](site), x, prepared, None)
+            ways[name] = way(name)
+            if site.device.type != "cpu":  # the first run of a kind there loads a library: up to a second
+                ways[name]()
         return clock(ways[name], site.device)
 
     return run
@@ -255,7 +271,7 @@ def _clocked(way: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of a run; raise where threads are kept waiting after it."""
     taken = _timed(way, device)
     if device.type == "cpu":
-        loop = torch.zeros(_GRAIN * torch.get_num_threads(), dtype=torch.uint8).add_
+        loop = torch.zeros(_GRAIN * torch.get_num_threads(), dtype=torch.uint8, device=device).add_
         if all(_timed(lambda: loop(1), device) > _STALL for _ in range(3)):  # one alone can be an accident
             raise _BusyError("threads are kept waiting")
     return taken

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import forward_ad
 
-from adjointlab.transpose.capture import same
+from adjointlab.transpose.capture import comparable, same
 from adjointlab.transpose.graph import VIEWS, Graph, compiled
 from adjointlab.transpose.kernels import KERNELS, gradient
 
@@ -195,7 +195,7 @@ def _split(graph: Graph) -> Split:
     small = {
         n for n in keep
         if level[n] == 0 or (sum(placeholders[i].meta["val"].numel() for i in roots[n]) <= _SMALL
-        and all(placeholders[i].meta["val"].device.type == "cpu" for i in roots[n]))
+        and all(comparable(placeholders[i].meta["val"].device) for i in roots[n]))
     }  # fmt: skip
     # Only what the rest uses is kept; tuples of tensors (of convolution_backward, say) through their items.
     frontier = [n for n in keep if n in small and isinstance(n.meta.get("val"), Tensor) and _leaves(n, small)]

@@ -80,7 +80,8 @@ def prune(whole: Graph, n_primals: int) -> Pruned:
         for position in _shape_only(node):
             operand = node.args[position]
             if operand in tainted:
-                node.update_arg(position, _stand_in(graph, node, operand))
+                # Kernels for CUDA take statistics of a batch from there if they are given any, and compute them if not.
+                node.update_arg(position, None if _may_be_none(node, position) else _stand_in(graph, node, operand))
     readers: tuple[str, ...] = ()
     if any(primal in demanded for primal in primals):
         cotangents = _descendants(vjp.inputs[n_primals:])
@@ -147,6 +148,10 @@ def _demanded(graph: Graph) -> set[fx.Node]:
         fx.map_arg((values, node.kwargs), read.append)
         pending.extend(read)
     return found
+
+
+def _may_be_none(node: fx.Node, position: int) -> bool:
+    return isinstance(node.target._schema.arguments[position].type, torch.OptionalType)  # type: ignore[union-attr]
 
 
 def _stand_in(graph: fx.Graph, before: fx.Node, operand: fx.Node) -> fx.Node:

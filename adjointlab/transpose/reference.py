@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.rounding import full_precision
 from adjointlab.space import Space
 from adjointlab.transpose import vjp
 from adjointlab.transpose.kernels import channels_last
@@ -84,6 +85,7 @@ class Reference:
                 return result
         return self._vjp[0](self.flat, primals, cotangents)
 
+    @full_precision()
     def sample(self, x: Tensors, v: Tensors, parameters: Tensors) -> Sample:
         """Evaluate ``f(x)`` and ``f'ᴴ v``, gradients in the parameters, and f far from zero."""
         at_x, found = self._learned(x, v, parameters)
@@ -91,6 +93,7 @@ class Reference:
         at_far = self.called(tuple(scale * t for t in x))
         return Sample(x, at_x, v, self.adjoint(copies(v)), found, scale, at_far)
 
+    @full_precision()
     def quick_sample(self, x: Tensors, v: Tensors, parameters: Tensors) -> Sample | None:
         """Evaluate the same, but ``f'ᴴ v`` far from zero, in the order of memory that CPU kernels like if there is one.
 
@@ -99,7 +102,8 @@ class Reference:
         """
         primals = tuple(map(channels_last, x))
         same = all(a is b for a, b in zip(primals, x, strict=True))
-        if self.domain.is_sharded or same or sum(t.numel() for t in x) < _WORTH:
+        elsewhere = any(t.device.type != "cpu" for t in x)
+        if self.domain.is_sharded or same or elsewhere or sum(t.numel() for t in x) < _WORTH:
             return None
         try:
             at_x, found = self._learned(x, v, parameters)

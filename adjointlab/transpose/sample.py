@@ -65,7 +65,7 @@ def gradients(
 def nudged(leaves: Tensors) -> Tensors:
     """Return the leaves changed at random by one unit of rounding."""
     draw = torch.Generator().manual_seed(1)
-    return tuple(t * (1 + eps(leaves) * torch.randn(t.shape, generator=draw).to(t)) for t in leaves)
+    return tuple(t * (1 + eps(leaves) * torch.randn(t.shape, generator=draw, device="cpu").to(t)) for t in leaves)
 
 
 def gap(expected: Tensors, found: Tensors, space: Space | None = None) -> float:

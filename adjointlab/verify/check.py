@@ -14,6 +14,7 @@ from adjointlab.derive import linear_operator
 from adjointlab.errors import AdjointMismatchError, SpaceMismatchError
 from adjointlab.linearity import like_parameters
 from adjointlab.operators import LinearOperator
+from adjointlab.rounding import full_precision
 from adjointlab.space import Space
 from adjointlab.tree import tree_flatten
 from adjointlab.verify.diagnosis import Figure, diagnose
@@ -116,7 +117,7 @@ def check_adjoint(
         powers=claim.powers,
     )
     broken = ""
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         try:
             test.run(trials, given)
         except BrokenError as error:
@@ -299,7 +300,7 @@ def _dense(forward: Side) -> Side | None:
         for index in range(spec.numel):
             for unit in (1.0, 1j) if spec.is_complex else (1.0,):
                 e = space.leaves(space.zeros())
-                e[number].view(-1)[index] = torch.tensor(unit)
+                e[number].view(-1)[index].fill_(unit)
                 columns.append(_coordinates(forward(e)))
     matrix = torch.stack(columns)
 

@@ -300,7 +300,7 @@ def _scaled_image(side: Side, at_z: Tensors, z: Tensors, power: int) -> Tensors 
 
 def product_within(bound: float, kind: tuple[bool, float]) -> float:
     """Return ``P(|u v| ≤ bound)`` for normal u and v: complex of variance one, or real and the product scaled."""
-    u = torch.logspace(-9, 1.2, 4001, dtype=torch.float64)
+    u = torch.logspace(-9, 1.2, 4001, dtype=torch.float64, device="cpu")
     if kind[0]:
         density, within = 2 * u * torch.exp(-u.square()), -torch.expm1(-(bound / u).square())
     else:

@@ -89,7 +89,7 @@ class Evidence:
 
     def entries(self, entries: Sequence[int]) -> Evidence:
         """Return the evidence of some batch entries."""
-        chosen = torch.tensor(entries)
+        chosen = torch.tensor(entries, device="cpu")
 
         def view(t: Tensor) -> Tensor:
             return t.index_select(0, chosen.to(t.device))

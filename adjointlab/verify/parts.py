@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,7 +113,7 @@ def worst_impulse(adjoint: Side, reference: Side, y: Tensors) -> tuple[int, tupl
     while low >= sizes[leaf]:
         low -= sizes[leaf]
         leaf += 1
-    index = torch.unravel_index(torch.tensor(low), y[leaf].shape) if y[leaf].ndim else ()
+    index = np.unravel_index(low, y[leaf].shape) if y[leaf].ndim else ()
     return leaf, tuple(int(k) for k in index)
 
 

@@ -19,7 +19,7 @@ def permuted(evidence: Evidence) -> str:
         found, expected = (_rows(t, dim + 1) for (t,) in (evidence.found, evidence.expected))
         order = _matching(found, expected, evidence.tolerance)
         if order is not None:
-            index = torch.tensor(order)
+            index = torch.tensor(order, device="cpu")
             guess = evidence.fit(evidence.changed(after=lambda t, d=dim, i=index: t.index_select(d, i.to(t.device))))  # type: ignore[misc]
             if guess.fits:
                 return Guess.words(f"entries along dim {dim} permuted: {_cycles(order)}", guess.factor)
@@ -48,7 +48,9 @@ def _permuted_input(evidence: Evidence) -> str:
         )
         order = _matching(found, expected, evidence.tolerance)
         if order is not None:
-            index = torch.tensor(order).argsort()  # of y: what comes in at k is treated as if it were at order[k]
+            index = torch.tensor(
+                order, device="cpu"
+            ).argsort()  # of y: what comes in at k is treated as if it were at order[k]
             guess = evidence.fit(evidence.changed(before=lambda t, d=dim, i=index: t.index_select(d, i.to(t.device))))  # type: ignore[misc]
             if guess.fits:
                 return Guess.words(f"entries of y along dim {dim} permuted: {_cycles(index.tolist())}", guess.factor)

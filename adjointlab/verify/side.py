@@ -126,7 +126,7 @@ def _listed(dims: list[int]) -> str:
 def impulse(space: Space, leaf: int, index: tuple[int, ...]) -> Tensors:
     """Return the leaves of the unit vector at ``index`` of one leaf."""
     leaves = space.leaves(space.zeros())
-    leaves[leaf][index] = torch.tensor(_PHASE if leaves[leaf].is_complex() else 1.0)
+    leaves[leaf][index].fill_(_PHASE if leaves[leaf].is_complex() else 1.0)
     return leaves
 
 

@@ -33,7 +33,7 @@ SOME = ("conv2d-reflect-", "conv1d-unbatched", "conv2d-complex-kernel-on-real", 
 def test_matrix_and_its_adjoint(entry: Entry, dtype: torch.dtype) -> None:
     A = operator(entry, dtype, "traced")
     S = to_scipy(A)
-    expected = al.to_dense(A, real=None if A.is_complex_linear else True).numpy()
+    expected = al.to_dense(A, real=None if A.is_complex_linear else True).cpu().numpy()
     bound = 64 * max(A.domain.eps, A.codomain.eps)
     assert gap(matrix_of(S), expected) <= bound
     assert gap(matrix_of(S.H), expected.conj().T) <= bound
@@ -43,10 +43,10 @@ def test_matrix_and_its_adjoint(entry: Entry, dtype: torch.dtype) -> None:
 def test_dtype_is_preserved(dtype: torch.dtype) -> None:
     A = al.linear_operator(nn.Linear(4, 3, bias=False, dtype=dtype), torch.zeros(4, dtype=dtype))
     S = to_scipy(A)
-    expected = torch.empty(0, dtype=dtype).numpy().dtype
+    expected = torch.empty(0, dtype=dtype).cpu().numpy().dtype
     x = np.ones(4, expected)
     assert S.dtype == S.matvec(x).dtype == S.rmatvec(np.ones(3, expected)).dtype == expected
-    assert from_scipy(S).domain == al.Space.of((4,), dtype=dtype)
+    assert from_scipy(S, device=torch.get_default_device()).domain == al.Space.of((4,), dtype=dtype)
 
 
 def test_dtypes_that_numpy_lacks_are_refused() -> None:
@@ -66,6 +66,7 @@ def test_read_only_and_foreign_arrays_are_taken_and_never_changed() -> None:
     assert np.array_equal(S.matvec(np.arange(6)[::2]), [0.0, 2.0, 4.0])
 
 
+@pytest.mark.cpu
 def test_memory_is_shared_where_it_can_be() -> None:
     pointers = []
 
@@ -82,7 +83,7 @@ def test_memory_is_shared_where_it_can_be() -> None:
 def test_a_real_operator_acts_on_complex_vectors() -> None:
     A = al.linear_operator(nn.Linear(4, 3, bias=False, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
     x = np.arange(4) + 1j
-    assert gap(to_scipy(A).matvec(x), al.to_dense(A).detach().numpy() @ x) <= 16 * A.domain.eps
+    assert gap(to_scipy(A).matvec(x), al.to_dense(A).detach().cpu().numpy() @ x) <= 16 * A.domain.eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
@@ -90,11 +91,11 @@ def test_solvers_of_scipy(dtype: torch.dtype) -> None:
     w = torch.randn(9, 5, dtype=dtype)
     A = al.linear_operator(lambda x: w @ x, torch.zeros(5, dtype=dtype))
     S, y = to_scipy(A), torch.randn(9, dtype=dtype)
-    expected = torch.linalg.lstsq(w, y[:, None]).solution[:, 0].numpy()
+    expected = torch.linalg.lstsq(w, y[:, None]).solution[:, 0].cpu().numpy()
     bound = 1e4 * A.domain.eps * float(torch.linalg.cond(w)) ** 2
     for solver in (sp.lsqr, sp.lsmr):
-        assert gap(solver(S, y.numpy(), atol=1e-14, btol=1e-14)[0], expected) <= bound
-    values = torch.linalg.svdvals(w).numpy()
+        assert gap(solver(S, y.cpu().numpy(), atol=1e-14, btol=1e-14)[0], expected) <= bound
+    values = torch.linalg.svdvals(w).cpu().numpy()
     assert gap(np.sort(sp.svds(S, k=2)[1]), values[:2][::-1]) <= bound
     assert gap(np.sort(sp.eigsh(to_scipy(A.gram), k=2)[0]), values[:2][::-1] ** 2) <= bound
 
@@ -103,7 +104,7 @@ def test_real_linear_maps_through_real_views() -> None:
     A = al.linear_operator(torch.fft.rfft, torch.zeros(6, dtype=torch.float64))
     S = to_scipy(A)
     assert (S.shape, S.dtype) == ((8, 6), np.float64)
-    values = torch.linalg.svdvals(al.to_dense(A, real=True))
+    values = torch.linalg.svdvals(al.to_dense(A, real=True)).cpu()
     assert gap(sp.svds(S, k=1)[1], values[:1]) <= 1e3 * A.domain.eps
 
 
@@ -118,7 +119,7 @@ def test_from_scipy(make: Any, dtype: Any) -> None:
 
 
 def test_from_scipy_is_differentiable() -> None:
-    A = from_scipy(np.arange(6.0).reshape(2, 3))
+    A = from_scipy(np.arange(6.0).reshape(2, 3), device=torch.get_default_device())
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(A, x)
     assert torch.autograd.gradgradcheck(lambda x: A(x).square(), x)
@@ -126,12 +127,12 @@ def test_from_scipy_is_differentiable() -> None:
 
 def test_there_and_back() -> None:
     A = al.linear_operator(nn.Conv1d(1, 2, 3, bias=False, dtype=torch.complex128), (1, 1, 7))
-    assert gap(al.to_dense(from_scipy(to_scipy(A))), al.to_dense(A)) <= 16 * A.domain.eps
+    assert gap(al.to_dense(from_scipy(to_scipy(A))), al.to_dense(A).cpu()) <= 16 * A.domain.eps
 
 
 def test_what_comes_back_is_no_part_of_what_was_given() -> None:
     S = sp.LinearOperator((2, 3), matvec=lambda x: x[1:], rmatvec=lambda y: np.append(0, y), dtype=np.float64)
     x = torch.arange(3.0, dtype=torch.float64)
-    y = from_scipy(S)(x)
+    y = from_scipy(S, device=x.device)(x)
     y += 10
     assert torch.equal(x, torch.arange(3.0, dtype=torch.float64))

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 def _draw(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype).to(device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype, device="cpu").to(device)
 
 
 # -- against bare kernels ----------------------------------------------------------------------------------------------
@@ -193,8 +193,8 @@ def _median(rounds: int, probe: Callable[[], dict[str, float]]) -> dict[str, flo
 
 
 @pytest.mark.parametrize("kind", ["import", "build"])
-def test_start(kind: str, quick: bool, benchmark: Any) -> None:
-    found = _median(1 if quick else 3, functools.partial(_probe, kind))
+def test_start(kind: str, quick: bool, device: torch.device, benchmark: Any) -> None:
+    found = _median(1 if quick else 3, functools.partial(_probe, kind, *([device] if kind == "build" else [])))
     benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(section=kind, case=kind, seconds=found)
 

@@ -17,7 +17,7 @@ PACKAGES = ("adjointlab", "torch", "numpy", "scipy", "pylops", "jax", "jaxlib", 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("adjointlab benchmarks")
     group.addoption("--quick", action="store_true", help="tiny sizes and few rounds: does everything run?")
-    group.addoption("--on", default="cuda" if torch.cuda.is_available() else "cpu", help="the torch device")
+    group.addoption("--share", type=float, default=1.0, help="the part of its usual time that each comparison gets")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -34,6 +34,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "quick": config.getoption("--quick"),
+        "share": config.getoption("--share"),
     }
 
 
@@ -44,12 +45,22 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.config.getoption("--on", default="cpu"))
+    return torch.device(request.config.getoption("--on"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_by_default(device: torch.device) -> Iterator[None]:
+    """Have no default device, under which each call of torch takes longer."""
+    torch.set_default_device(None)
+    yield
+    torch.set_default_device(None if device.type == "cpu" else device)
 
 
 @pytest.fixture
-def compare(benchmark: Any, quick: bool, device: torch.device) -> Iterator[Callable[..., dict[str, float]]]:
+def compare(
+    benchmark: Any, quick: bool, device: torch.device, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., dict[str, float]]]:
     """Time ways in turns: `compare(ways, share=seconds for each, **facts)`, the first one being ours."""
-    comparison = Comparison(benchmark, device, quick=quick)
+    comparison = Comparison(benchmark, device, quick=quick, part=request.config.getoption("--share", default=1.0))
     with torch.no_grad():
         yield comparison

@@ -79,7 +79,7 @@ class Setup:
 
     def __init__(self, case: Convolution, device: torch.device) -> None:
         self.case, self.device = case, device
-        draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+        draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), device="cpu")
         self.half = case.width // 2
         border = "circular" if case.circular else "zeros"
         settings = {"stride": case.stride, "padding": self.half, "padding_mode": border, "bias": False}
@@ -187,11 +187,13 @@ def _with_libraries(s: Setup, ways: Ways, *, adjoint: bool) -> tuple[Ways, Skipp
         ("JAX", "jax", _jax), ("PyLops", "pylops", _pylops), ("SciPy", "scipy.signal", _scipy),
         ("deepinv", "deepinv", _deepinv),
     ):  # fmt: skip
-        library = _library(module)
+        library = _library(module, s.device.type)
         if library is None:
             skipped[name] = "not installed"
-        elif name != "deepinv" and s.device.type != "cpu":
+        elif name in {"PyLops", "SciPy"} and s.device.type != "cpu":
             skipped[name] = "on the CPU only"
+        elif name == "JAX" and s.device.type != "cpu" and library.default_backend() == "cpu":
+            skipped[name] = "installed for the CPU only"
         elif name in {"PyLops", "SciPy"} and (s.case.c_in * s.case.c_out > 1 or s.case.stride > 1):
             skipped[name] = "one channel and no stride only"
         else:
@@ -202,8 +204,10 @@ def _with_libraries(s: Setup, ways: Ways, *, adjoint: bool) -> tuple[Ways, Skipp
 
 
 @functools.cache
-def _library(name: str) -> ModuleType | None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+def _library(name: str, device: str) -> ModuleType | None:
+    if device == "cpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or it takes most of the memory for itself
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what libraries say when they are imported
         try:
@@ -213,7 +217,7 @@ def _library(name: str) -> ModuleType | None:
 
 
 def _jax(jax: Any, s: Setup, adjoint: bool) -> Callable[[], Any]:
-    weight = jax.numpy.asarray(s.weight.numpy())
+    weight = jax.numpy.asarray(s.weight.cpu().numpy())
     padding = [(s.half, s.half)] * s.case.ndim
     precision = jax.lax.Precision.HIGHEST
 
@@ -221,7 +225,7 @@ def _jax(jax: Any, s: Setup, adjoint: bool) -> Callable[[], Any]:
         steps = [s.case.stride] * s.case.ndim
         return jax.lax.conv_general_dilated(x, weight, steps, padding, precision=precision)
 
-    argument = jax.numpy.asarray((s.v if adjoint else s.x).numpy())
+    argument = jax.numpy.asarray((s.v if adjoint else s.x).cpu().numpy())
     if adjoint:
         transpose = jax.linear_transpose(forward, jax.ShapeDtypeStruct(tuple(s.x.shape), argument.dtype))
         run = jax.jit(lambda v: transpose(v)[0])

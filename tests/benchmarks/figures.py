@@ -20,7 +20,7 @@ STYLE = {
 }  # fmt: skip
 
 
-def draw(rows: list[Row], folder: Path) -> dict[str, str]:
+def draw(rows: list[Row], folder: Path, page: str) -> dict[str, str]:
     """Draw what there are measurements for; return the figures' paths relative to the page, by name."""
     import matplotlib as mpl
 
@@ -29,18 +29,18 @@ def draw(rows: list[Row], folder: Path) -> dict[str, str]:
     with mpl.rc_context(STYLE):
         for which in ("adjoint", "forward"):
             if found := select(rows, "rows", map=which):
-                drawn[which] = _save(_ratios(found, which), folder, which)
+                drawn[which] = _save(_ratios(found, which), folder, f"{page}-{which}")
         for ndim in (2, 3):
             found = latest(select(rows, "sweep", ndim=ndim, batch=1, channels="1→1"))
             if found:
-                drawn[f"sweep{ndim}"] = _save(_costs(found, ndim), folder, f"sweep-{ndim}d")
+                drawn[f"sweep{ndim}"] = _save(_costs(found, ndim), folder, f"{page}-sweep-{ndim}d")
     return drawn
 
 
 def _save(figure: Any, folder: Path, name: str) -> str:
     from matplotlib import pyplot as plt
 
-    path = folder / f"benchmarks-{name}.png"
+    path = folder / f"{name}.png"
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
     return f"figures/{path.name}"

@@ -26,8 +26,8 @@ _LONG = 0.4  # seconds above which a way is timed once only: what takes so long 
 class Comparison:
     """Times ways in turns, and leaves all medians and counts with pytest-benchmark."""
 
-    def __init__(self, benchmark: Any, device: torch.device, *, quick: bool = False) -> None:
-        self.benchmark, self.device, self.quick = benchmark, device, quick
+    def __init__(self, benchmark: Any, device: torch.device, *, quick: bool = False, part: float = 1.0) -> None:
+        self.benchmark, self.device, self.quick, self.part = benchmark, device, quick, part
 
     def __call__(
         self,
@@ -43,7 +43,7 @@ class Comparison:
 
         Before each timed run there are `rest` seconds of sleep, in which the threads of the way before it go to sleep.
         """
-        share, most = (share / 10, 3) if self.quick else (share, most)
+        share, most = (share / 10, 3) if self.quick else (share * self.part, most)
         names = list(ways)
         ours = names[0]
         costs = {name: self._warmed(ways[name]) for name in names}

@@ -26,17 +26,18 @@ def imports() -> dict[str, float]:
     return {"torch": torch_time, "adjointlab": package, "all names": names}
 
 
-def build() -> dict[str, float]:
+def build(device: str) -> dict[str, float]:
     """Return the seconds until the first adjoint of a convolution, of the first operator in a process and of others."""
     import torch
 
     import adjointlab as al
 
     def once(size: int, width: int) -> float:
-        module = torch.nn.Conv2d(1, 1, width, padding=width // 2, bias=False)
-        v = torch.randn(1, 1, size, size)
+        module = torch.nn.Conv2d(1, 1, width, padding=width // 2, bias=False, device=device)
+        v = torch.randn(1, 1, size, size, device=device)
+        float(v.sum())  # a device has begun
         start = time.perf_counter()
-        al.linear_operator(module, v).H(v)
+        float(al.linear_operator(module, v).H(v).sum())
         return time.perf_counter() - start
 
     first = once(128, 5)
@@ -87,4 +88,8 @@ def memory(size: int = 1024) -> dict[str, float]:
 
 if __name__ == "__main__":
     kind, *rest = sys.argv[1:]
-    print(json.dumps({"import": imports, "build": build, "memory": memory}[kind](*map(int, rest))))
+    print(
+        json.dumps(
+            {"import": imports, "build": build, "memory": memory}[kind](*[int(r) if r.isdigit() else r for r in rest])
+        )
+    )

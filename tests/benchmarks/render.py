@@ -1,4 +1,7 @@
-"""Render pytest-benchmark's JSON: `python render.py results.json docs` writes docs/benchmarks.md and its figures."""
+"""Render pytest-benchmark's JSON: `python render.py results.json docs` writes docs/benchmarks.md and its figures.
+
+Results on another device than the CPU have a page of their own, docs/benchmarks-cuda.md.
+"""
 
 from __future__ import annotations
 
@@ -42,16 +45,25 @@ def main(source: str, folder: str) -> None:
     rows = [b["extra_info"] for b in results["benchmarks"] if b.get("extra_info", {}).get("section")]
     for row in rows:
         row.setdefault("seconds", {})
-    complete = {row["section"] for row in rows} == SECTIONS and not results["machine_info"]["adjointlab"]["quick"]
+    own = results["machine_info"]["adjointlab"]
+    on_cpu = own["device"] == "CPU"
+    wanted = SECTIONS if on_cpu else {"rows", "gradient", "sweep"}  # all else is the processor's business
+    complete = wanted <= {row["section"] for row in rows} and not own["quick"]
+    name = "benchmarks" if on_cpu else "benchmarks-cuda"
     target = Path(folder) if complete else Path(source).with_suffix("")
     (target / "figures").mkdir(parents=True, exist_ok=True)
     decided = targets(rows)
     from figures import draw
 
-    drawn = draw(rows, target / "figures")
-    parts = [ABOUT, _setting(results), _targets(decided), *_sections(rows, drawn)]
-    (target / "benchmarks.md").write_text("\n".join(parts))
-    print(f"Rendered into {target}/benchmarks.md")
+    drawn = draw(rows, target / "figures", name)
+    parts = [
+        ABOUT if on_cpu else ABOUT.replace("# Benchmarks", f"# Benchmarks on {own['device']}"),
+        _setting(results),
+        _targets(decided),
+        *_sections(rows, drawn),
+    ]
+    (target / f"{name}.md").write_text("\n".join(parts))
+    print(f"Rendered into {target}/{name}.md")
     for _, group in decided:
         for t in group:
             verdict = "met" if t.met else "NOT MET"
@@ -69,6 +81,10 @@ def _setting(results: dict[str, Any]) -> str:
         f"- Date: {results['datetime'][:10]}.",
         "- Single precision; batch 1 unless a row says otherwise; kernels padded with zeros to keep the size.",
     ]
+    if own["device"] != "CPU":
+        lines.append("- Every run is waited for, so that what a call costs the processor counts. TF32 is off.")
+    if own.get("share", 1.0) != 1.0:
+        lines.append(f"- Each comparison was given {own['share']:g} of its usual time.")
     if own["quick"]:
         lines.insert(0, "- **A quick run, with tiny sizes: it says that everything runs, and nothing about speed.**")
     return "\n".join(lines) + "\n"

@@ -29,7 +29,7 @@ T = np.linspace(0.0, 1.0, N)
 
 
 def t(a: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(a))
+    return torch.as_tensor(np.ascontiguousarray(a))
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -228,7 +228,7 @@ def test_enough_operators_are_compared() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_derived_adjoint_is_the_one_of_pylops(name: str) -> None:
     make, forward, example = CASES[name]
-    theirs, ours = bridge.from_pylops(make()), al.linear_operator(forward, example)
+    theirs, ours = bridge.from_pylops(make(), device=torch.get_default_device()), al.linear_operator(forward, example)
     bound = 64 * ours.domain.eps
     for a, b in ((ours, theirs), (ours.H, theirs.H)):
         assert relative_gap(al.to_dense(a, real=True), al.to_dense(b, real=True)) <= bound

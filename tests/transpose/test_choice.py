@@ -124,6 +124,7 @@ def test_a_run_counts_unless_threads_are_kept_waiting(
     assert not list(times)
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_on_a_busy_machine_the_model_decides_for_now(monkeypatch: pytest.MonkeyPatch, *, transposed: bool) -> None:
@@ -152,6 +153,7 @@ def test_the_quickest_way_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.quickest({}, torch.device("cpu")) is None
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("channels", "n", "k", "expected"), [((1, 1), 512, 31, True), ((1, 1), 512, 3, False), ((64, 64), 64, 3, False)]
 )

@@ -81,7 +81,7 @@ def test_results_are_the_callers_own(A: al.LinearOperator, x: Tensor) -> None:
         lambda x: x.to("meta"),
         lambda x: x.to_sparse(),
         lambda x: [x],
-        lambda x: x.numpy(),
+        lambda x: x.cpu().numpy(),
         lambda x: None,
     ],
 )
@@ -131,7 +131,7 @@ def test_modes_and_transforms_do_not_take_it(A: al.LinearOperator, x: Tensor) ->
         assert_close(forward_ad.unpack_dual(watched(dual)).tangent, 3 * A(x), A.domain.eps)
     with FakeTensorMode(allow_non_fake_inputs=True):
         taken.append(short(A, x))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         assert watched(x).dtype == torch.float32
         assert watched(x).dtype == torch.float32
     assert taken
@@ -142,7 +142,7 @@ def test_modes_and_transforms_do_not_take_it(A: al.LinearOperator, x: Tensor) ->
 def test_one_made_under_autocast_is_for_without(A: al.LinearOperator, x: Tensor) -> None:
     expected = A(x)
     A.source._shortcuts.clear()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         assert torch.equal(A(x), expected)
         assert not short(A, x)
         assert torch.equal(A(x), expected)

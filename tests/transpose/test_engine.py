@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from laws import seeded
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,7 +76,7 @@ def test_compiled_engine_does_not_recompile_for_every_batch_size() -> None:
         operator.H(torch.ones(batch, 1, 8, 8, dtype=torch.float64))
     after = compiled
     for batch in (5, 6, 9):
-        v = torch.randn(batch, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(batch))
+        v = torch.randn(batch, 1, 8, 8, dtype=torch.float64, generator=seeded(batch))
         assert agree(torch.func.vjp(module, v)[1](v)[0], operator.H(v))
     assert operator.engine == "compiled"
     assert compiled == after

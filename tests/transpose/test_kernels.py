@@ -41,16 +41,16 @@ def sites(draw: st.DrawFn) -> Site:
             for n, s, d, k, e in zip(size, stride, dilation, kernel, extra, strict=True)
         ]
     shapes = (2, (c_in, *size), (c_out, *out), kernel)
-    kind = (torch.float64, torch.device("cpu"))
+    kind = (torch.float64, torch.get_default_device())
     return sized(Site(*shapes, stride, padding, dilation, transposed, extra, groups, *kind))
 
 
 def problem(site: Site, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(1)
+    draw = torch.Generator(site.device).manual_seed(1)
     c_in, c_out = site.input_shape[0], site.output_shape[0]
     first, second = (c_in, c_out // site.groups) if site.transposed else (c_out, c_in // site.groups)
     shapes = [(site.batch, *site.input_shape), (first, second, *site.kernel), (c_out,)]
-    x, weight, bias = (torch.randn(s, generator=draw, dtype=dtype or site.dtype) for s in shapes)
+    x, weight, bias = (torch.randn(s, generator=draw, dtype=dtype or site.dtype, device=site.device) for s in shapes)
     return x, weight, bias
 
 
@@ -119,6 +119,7 @@ def test_phases_share_the_taps_of_a_stride(site: Site) -> None:
     assert int((kernels.bands(weight, site) != 0).sum()) == taps * math.prod(site.phases) // math.prod(site.stride)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_phases_are_for_single_precision(dtype: torch.dtype) -> None:
     assert "polyphase" in available(square(64, 5, 2, transposed=False))
@@ -138,6 +139,7 @@ def test_images_of_one_channel_are_in_both_orders(shape: tuple[int, ...]) -> Non
         assert found is image
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("size", [(128, 20), (16, 8, 12), (9, 20)])
 def test_rows_are_spread_without_a_change_of_value(size: tuple[int, ...]) -> None:
     dims = tuple(range(2, 2 + len(size)))

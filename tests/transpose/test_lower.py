@@ -9,6 +9,8 @@ import adjointlab as al
 from adjointlab.transpose import choice, kernels
 from adjointlab.transpose.site import Site
 
+PHASES = pytest.param("polyphase", marks=pytest.mark.cpu)  # oneDNN's
+NUMPY = pytest.param("numpy", marks=pytest.mark.cpu)
 CASES = [
     (nn.Conv1d, (1, 1, 200), {"kernel_size": 31, "padding": 15}),
     (nn.Conv2d, (1, 1, 48, 48), {"kernel_size": 11, "padding": 5, "padding_mode": "circular"}),
@@ -20,7 +22,7 @@ CASES = [
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-@pytest.mark.parametrize("forced", ["fft", "tapped", "flipped", "polyphase"])
+@pytest.mark.parametrize("forced", ["fft", "tapped", "flipped", PHASES])
 @pytest.mark.parametrize(("layer", "shape", "settings"), CASES)
 def test_forced_kernels_equal_plain(
     monkeypatch: pytest.MonkeyPatch, layer: type[nn.Module], shape: tuple[int, ...], settings: dict, forced: str
@@ -104,8 +106,8 @@ def test_lowering_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "convolution_backward" in text
 
 
-@pytest.mark.parametrize("kernel", ["fft", "polyphase", "tapped"])
-@pytest.mark.parametrize("change", ["in place", "data", "assignment", "numpy", "load_state_dict"])
+@pytest.mark.parametrize("kernel", ["fft", PHASES, "tapped"])
+@pytest.mark.parametrize("change", ["in place", "data", "assignment", NUMPY, "load_state_dict"])
 def test_a_changed_kernel_is_seen(change: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "choose", lambda *_, **__: kernel)
     module = nn.Conv2d(1, 1, 7, padding=3, bias=False)
@@ -127,6 +129,7 @@ def test_a_changed_kernel_is_seen(change: str, kernel: str, monkeypatch: pytest.
     assert torch.equal(operator.H(v), 2 * before)
 
 
+@pytest.mark.cpu
 def test_phases_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "choose", lambda *_, **__: "polyphase")
     module = nn.Conv2d(1, 2, 3, padding=1, bias=False).requires_grad_(requires_grad=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from laws import assert_close, draw
+from laws import assert_close, draw, seeded
 from test_trace import ops_of
 from torch import Tensor, fx, nn
 
@@ -71,7 +71,7 @@ class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = (nn.Conv1d(2, 2, 3, padding=1, bias=False) for _ in range(2))
-        self.register_buffer("mask", torch.rand(2, 9, generator=torch.Generator().manual_seed(2)))
+        self.register_buffer("mask", torch.rand(2, 9, generator=seeded(2)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         y = self.a(x)
@@ -122,6 +122,7 @@ class Prepared(nn.Module):
         return self.a(x) + self.b(x)
 
 
+@pytest.mark.cpu
 def test_what_is_prepared_is_made_again_for_what_has_changed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
     module = Prepared().double().requires_grad_(requires_grad=False)

@@ -67,7 +67,7 @@ def test_eager_adjoint_runs_the_forward() -> None:
         ("interpolate-bicubic", "aten::upsample_bicubic2d"),
         ("unfold", "aten::im2col"),
         ("rfft-7", "aten::_fft_r2c"),
-        ("batch-norm2d", "aten::native_batch_norm"),
+        ("batch-norm3d-plain", "aten::native_batch_norm"),
     ],
 )
 def test_adjoint_has_no_forward_op(name: str, forward: str) -> None:

@@ -5,12 +5,12 @@ import functools
 
 import pytest
 import torch
-from laws import assert_close, with_backward
+from laws import assert_close, seeded, with_backward
 from torch import Tensor, nn
 
 import adjointlab as al
 
-X = torch.randn(1, 1, 12, generator=torch.Generator().manual_seed(0))
+X = torch.randn(1, 1, 12, generator=seeded(0))
 SCALE = 2.0
 
 
@@ -244,7 +244,9 @@ class Product(nn.Module):
 def test_autocast_changes_nothing(engine: str, inside: bool) -> None:
     module = Product()
     plain = al.linear_operator(module, (5, 5), engine="eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):  # nor does it where an operator is built
+    with torch.autocast(
+        torch.get_default_device().type, dtype=torch.bfloat16, enabled=inside
+    ):  # nor does it where an operator is built
         operator = al.linear_operator(module, (5, 5), engine=engine)
         affine = al.affine_operator(lambda x: module(x) + 1, (5, 5), engine="auto" if engine == "compiled" else engine)
     assert operator.codomain == affine.codomain == plain.codomain
@@ -261,7 +263,7 @@ def test_autocast_changes_nothing(engine: str, inside: bool) -> None:
 
     expected, leaf = results(), x.clone().requires_grad_()
     for _ in range(2):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             found, tracked = results(), operator.H(operator(leaf))
         assert [t.dtype for t in found] == [t.dtype for t in expected]
         for a, b in zip(found, expected, strict=True):
@@ -277,7 +279,7 @@ def test_autocast_changes_nothing_of_a_pair_by_hand() -> None:
     A = al.LinearOperator(lambda x: matrix @ x, lambda y: matrix.T @ y, space, space)
     x = torch.randn(5)
     expected = [A(x), A.H(x), A.gram(x), al.solvers.cgls(A, x, damp=1.0).x, al.to_dense(A)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         found = [A(x), A.H(x), A.gram(x), al.solvers.cgls(A, x, damp=1.0).x, al.to_dense(A)]
         assert al.check_adjoint(A).passed
     for a, b in zip(found, expected, strict=True):

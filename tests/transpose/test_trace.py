@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws import assert_close, draw, norm, operator
+from laws import assert_close, draw, norm, operator, seeded
 from operator_zoo import BY_NAME, ZOO
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -50,6 +50,7 @@ def test_operators_larger_than_memory_can_be_built(make) -> None:
     assert "adjoint program" in A.explain()
 
 
+@pytest.mark.cpu
 def test_constants_are_evaluated_once() -> None:
     A = operator(BY_NAME["radon"], torch.float64, "traced")
     y = draw(A.codomain)
@@ -123,6 +124,6 @@ def test_default_dtype_does_not_matter() -> None:
 
 
 def test_a_generator_of_its_own_is_no_constant_to_lift() -> None:
-    A = al.linear_operator(lambda x: x * torch.randn(3, generator=torch.Generator().manual_seed(0)), torch.zeros(3))
+    A = al.linear_operator(lambda x: x * torch.randn(3, generator=seeded(0)), torch.zeros(3))
     assert A.engine == "eager"
     assert "depends on a Generator" in A.explain()
