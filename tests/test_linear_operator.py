@@ -445,13 +445,12 @@ def test_repr_names_the_spaces() -> None:
 # -------------------------------------------------------------------------------------------------------- the domain
 
 
-@pytest.mark.cpu
 @pytest.mark.parametrize(
     "domain",
     [
         torch.full((1, 1, 5, 4), torch.nan, dtype=torch.float64),
         (1, 1, 5, 4),
-        al.TensorSpec((1, 1, 5, 4), torch.float64, torch.device("cpu")),
+        al.TensorSpec((1, 1, 5, 4), torch.float64, torch.get_default_device()),
         al.Space.of((1, 1, 5, 4), dtype=torch.float64),
     ],
     ids=["example", "shape", "spec", "space"],

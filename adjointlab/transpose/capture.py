@@ -200,11 +200,6 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def comparable(device: torch.device) -> bool:
-    """Return whether it is cheap to compare values there: an accelerator would first finish all that it has to do."""
-    return device.type == "cpu"
-
-
 def _is_plain(tensor: Tensor) -> bool:
     """Return whether a tensor is made of whole words of memory, and nothing else."""
     start, size = tensor.storage_offset() * tensor.itemsize, tensor.numel() * tensor.itemsize

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from adjointlab.transpose.capture import comparable
-from adjointlab.transpose.kernels import KERNELS, PREPARE, available
+from adjointlab.transpose.capture import same
+from adjointlab.transpose.kernels import KERNELS, PREPARE, available, is_kept
 from adjointlab.transpose.site import Site, flipped_site, phases_cost
 
 # Rates of the cost model, in multiplications or FFT steps a second: measured on two cores of a current server for the
@@ -246,16 +245,17 @@ def _runner(site: Site, clock: Clock) -> Callable[[str], float]:
     first, second = (c_in, c_out // site.groups) if site.transposed else (c_out, c_in // site.groups)
     x = draw(site.batch, *site.input_shape).to(site.device)
     weight = draw(first, second, *site.kernel).to(site.device)
-    ways: dict[str, Callable[[], Tensor]] = {}
+    ways: dict[str, Callable[[], object]] = {}
 
-    def way(name: str) -> Callable[[], Tensor]:
+    def way(name: str) -> Callable[[], object]:
         kernel = KERNELS[name](site)
         if name not in PREPARE:
             return lambda: kernel(x, weight, None)
-        if not comparable(site.device):  # then it is prepared at every call
-            return lambda: kernel(x, PREPARE[name](weight, site), None)
-        prepared = PREPARE[name](weight, site)
-        return lambda: kernel(x, prepared, None)
+        prepare = PREPARE[name]
+        if not is_kept(prepare, site.device):
+            return lambda: kernel(x, prepare(weight, site), None)
+        prepared, before = prepare(weight, site), weight.clone()
+        return lambda: same(weight, before) and kernel(x, prepared, None)
 
     def run(name: str) -> float:
         if name not in ways:

@@ -270,6 +270,15 @@ PREPARE: dict[str, Callable[[Tensor, Site], Tensor]] = {
 }  # fmt: skip
 
 
+def is_kept(prepare: object, device: torch.device) -> bool:
+    """Return whether what ``prepare`` makes of a kernel is kept for later calls.
+
+    To see that the kernel is still the same is to compare its values, for which an accelerator has to finish all that
+    it has been given: there, only a transform takes longer.
+    """
+    return device.type == "cpu" or prepare is spectrum
+
+
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 

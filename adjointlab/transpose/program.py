@@ -3,7 +3,8 @@
 The nodes fall into three parts. *Constants* (sampling grids, windows) depend on nothing and are computed at the first
 call. *Prologues* (flipped kernels, a kernel's transform) depend on the state only, each on some tensors of it; they are
 kept while these have the same values. Values are compared, not version counters: ``weight.data.mul_(2)`` leaves no
-other trace. So only a small state is worth it; a large one is read in the *main* part, at every call.
+other trace. So only a small state is worth it; a large one is read in the *main* part, at every call. So is what
+an accelerator makes faster than it answers (``kernels.is_kept``).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import forward_ad
 
-from adjointlab.transpose.capture import comparable, same
+from adjointlab.transpose.capture import same
 from adjointlab.transpose.graph import VIEWS, Graph, compiled
-from adjointlab.transpose.kernels import KERNELS, gradient
+from adjointlab.transpose.kernels import KERNELS, gradient, is_kept
 
 aten = torch.ops.aten
 
@@ -141,6 +142,9 @@ def _kept(function: Callable[..., Any], watched: list[int]) -> Prologue:
 
     def call(tensors: tuple[Tensor, ...], constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         nonlocal last
+        if tensors[watched[0]].is_cuda and torch.cuda.is_current_stream_capturing():
+            # No value can be asked for, and what is made belongs to the CUDA graph.
+            return tuple(function(*[tensors[i] for i in watched], *constants))
         if last is not None:
             before, outputs = last  # both at once: another thread may be in here
             for i, tensor in before:
@@ -195,7 +199,7 @@ def _split(graph: Graph) -> Split:
     small = {
         n for n in keep
         if level[n] == 0 or (sum(placeholders[i].meta["val"].numel() for i in roots[n]) <= _SMALL
-        and all(comparable(placeholders[i].meta["val"].device) for i in roots[n]))
+        and all(is_kept(n.target, placeholders[i].meta["val"].device) for i in roots[n]))
     }  # fmt: skip
     # Only what the rest uses is kept; tuples of tensors (of convolution_backward, say) through their items.
     frontier = [n for n in keep if n in small and isinstance(n.meta.get("val"), Tensor) and _leaves(n, small)]

@@ -43,8 +43,8 @@ def _shape_only(node: fx.Node) -> tuple[int, ...]:
         return (1,)
     if packet in (aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward) and not args[6][1]:  # type: ignore[index]
         return (1,)
-    if packet is aten.native_batch_norm_backward and not args[7] and args[9] == [True, False, False]:
-        return (1, 5, 6)
+    if _is_batch_norm(node):
+        return (1, 5, 6) if args[5] is None or not args[5].meta["val"].numel() else (1,)  # type: ignore[union-attr]
     return _SHAPE_ONLY.get(packet, ())
 
 
@@ -72,6 +72,8 @@ def prune(whole: Graph, n_primals: int) -> Pruned:
     before = ops(vjp)
     graph = vjp.body
     primals = vjp.inputs[:n_primals]
+    for node in list(graph.nodes):
+        _take_running_statistics(graph, node)
     tainted = _descendants(primals)
     demanded = _demanded(vjp)
     for node in list(graph.nodes):
@@ -80,8 +82,7 @@ def prune(whole: Graph, n_primals: int) -> Pruned:
         for position in _shape_only(node):
             operand = node.args[position]
             if operand in tainted:
-                # Kernels for CUDA take statistics of a batch from there if they are given any, and compute them if not.
-                node.update_arg(position, None if _may_be_none(node, position) else _stand_in(graph, node, operand))
+                node.update_arg(position, _stand_in(graph, node, operand))
     readers: tuple[str, ...] = ()
     if any(primal in demanded for primal in primals):
         cotangents = _descendants(vjp.inputs[n_primals:])
@@ -150,8 +151,25 @@ def _demanded(graph: Graph) -> set[fx.Node]:
     return found
 
 
-def _may_be_none(node: fx.Node, position: int) -> bool:
-    return isinstance(node.target._schema.arguments[position].type, torch.OptionalType)  # type: ignore[union-attr]
+def _take_running_statistics(graph: fx.Graph, node: fx.Node) -> None:
+    """Have a batch norm in evaluation read the running statistics themselves, not what the forward saved of them.
+
+    Kernels for the CPU save nothing and read nothing; those for CUDA do both.
+    """
+    if _is_batch_norm(node) and node.args[5] is not None and node.args[5].meta["val"].numel():  # type: ignore[union-attr]
+        mean, variance = node.args[3:5]
+        with graph.inserting_before(node):
+            moved = graph.call_function(aten.add.Tensor, (variance, node.args[8]))
+            inverse = graph.call_function(aten.rsqrt.default, (moved,))
+        moved.meta["val"] = inverse.meta["val"] = node.args[6].meta["val"]  # type: ignore[union-attr]
+        node.update_arg(5, mean)
+        node.update_arg(6, inverse)
+
+
+def _is_batch_norm(node: fx.Node) -> bool:
+    """Return whether a node is the derivative in x of a batch norm in evaluation."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet is aten.native_batch_norm_backward and not node.args[7] and node.args[9] == [True, False, False]
 
 
 def _stand_in(graph: fx.Graph, before: fx.Node, operand: fx.Node) -> fx.Node:

@@ -18,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("adjointlab benchmarks")
     group.addoption("--quick", action="store_true", help="tiny sizes and few rounds: does everything run?")
     group.addoption("--share", type=float, default=1.0, help="the part of its usual time that each comparison gets")
+    group.addoption("--remark", default="", help="a sentence on how it was measured, for the page")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -35,6 +36,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "threads": torch.get_num_threads(),
         "quick": config.getoption("--quick"),
         "share": config.getoption("--share"),
+        "remark": config.getoption("--remark"),
     }
 
 

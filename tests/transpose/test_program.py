@@ -123,6 +123,24 @@ class Prepared(nn.Module):
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("kernel", "op"), [("fft", "aten::_fft_r2c"), ("flipped", "aten::flip")])
+def test_an_accelerator_keeps_transforms_alone(
+    monkeypatch: pytest.MonkeyPatch, device: str, kernel: str, op: str
+) -> None:
+    monkeypatch.setattr(program, "is_kept", lambda made_by, _: kernels.is_kept(made_by, torch.device(device)))
+    monkeypatch.setattr(choice, "choose", lambda site, **_: kernel if kernel in kernels.available(site) else "native")
+    module = nn.Conv2d(1, 1, 9, padding=4, bias=False).double().requires_grad_(requires_grad=False)
+    A = al.linear_operator(module, al.TensorSpec((1, 1, 20, 20), torch.float64))
+    v = draw(A.codomain)
+    before = A.H(v)
+    made = {"fft": 1, "flipped": 1 if device == "cuda" else 0}[kernel]  # that of the image; that of the kernel
+    assert [ops_of(A.H, v).count(op) for _ in range(2)] == [made, made]
+    module.weight.data.mul_(2)
+    assert torch.equal(A.H(v), 2 * before)
+
+
+@pytest.mark.cpu
 def test_what_is_prepared_is_made_again_for_what_has_changed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
     module = Prepared().double().requires_grad_(requires_grad=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws import assert_close, draw, seeded, with_backward
+from laws import assert_close, draw, with_backward
 from torch import Tensor, nn
 
 import adjointlab as al
@@ -12,7 +12,10 @@ from adjointlab.transpose import choice, kernels, program
 from adjointlab.transpose.reference import Reference
 from adjointlab.transpose.site import Site
 
-IMAGE = al.Space.of(al.TensorSpec((2, 1, 64, 40), torch.float64))
+pytestmark = pytest.mark.cpu  # for which the quick sample is
+
+CPU = torch.device("cpu")
+IMAGE = al.Space.of(al.TensorSpec((2, 1, 64, 40), torch.float64, CPU))
 
 
 def reference(function: object, domain: al.Space = IMAGE) -> Reference:
@@ -25,13 +28,12 @@ def layer() -> nn.Module:
 
 
 def random(*shape: int) -> tuple[Tensor]:
-    return (torch.randn(shape, dtype=torch.float64, generator=seeded(0)),)
+    return (torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), device=CPU),)
 
 
 X, V = random(2, 1, 64, 40), random(2, 3, 64, 40)
 
 
-@pytest.mark.cpu
 def test_the_quick_sample_is_the_sample(layer: nn.Module) -> None:
     quick, plain = reference(layer).quick_sample(X, V, ()), reference(layer).sample(X, V, ())
     assert_close(quick.at_x[0], plain.at_x[0], 1e-15)
@@ -40,7 +42,6 @@ def test_the_quick_sample_is_the_sample(layer: nn.Module) -> None:
     assert quick.v is plain.v is V
 
 
-@pytest.mark.cpu
 def test_its_x_has_the_channels_last(layer: nn.Module) -> None:
     seen = []
 
@@ -56,7 +57,6 @@ def test_its_x_has_the_channels_last(layer: nn.Module) -> None:
     assert seen == 3 * [(2560, 2560, 40, 1)]
 
 
-@pytest.mark.cpu
 @pytest.mark.parametrize("kind", ["quick_sample", "sample"])
 def test_a_sample_has_the_function_far_away_and_its_gradients(kind: str) -> None:
     layer = nn.Conv2d(1, 3, 3, padding=1, dtype=torch.float64)
@@ -98,7 +98,6 @@ def test_there_is_none_where_the_function_refuses_it(layer: nn.Module) -> None:
     assert al.check_adjoint(A).passed
 
 
-@pytest.mark.cpu
 def test_a_function_that_reads_strides_is_compared_with_the_plain_reference(layer: nn.Module) -> None:
     def forward(x: Tensor) -> Tensor:
         y = layer(x)

@@ -52,7 +52,7 @@ def test_operators_larger_than_memory_can_be_built(make) -> None:
 
 @pytest.mark.cpu
 def test_constants_are_evaluated_once() -> None:
-    A = operator(BY_NAME["radon"], torch.float64, "traced")
+    A = al.linear_operator(*BY_NAME["radon"].build(torch.float64))
     y = draw(A.codomain)
     A.H(y)
     ops = ops_of(A.H, y)
