@@ -262,7 +262,7 @@ class _Numbers:
     def norm(self, y: Tensors) -> float:
         return float(self.codomain.norm(self.codomain.unflatten(y)))
 
-    @full_precision()
+    @full_precision
     def counterexample(self) -> Counterexample | None:
         x, z = self.draw(self.domain), self.draw(self.domain)
         zero = tuple(torch.zeros_like(t) for t in x)
@@ -300,7 +300,7 @@ class _Numbers:
             found = violated(f"f({s:g} x) = {s:g} f(x)" + self._offset(), left, right, size, x)
         return found
 
-    @full_precision()
+    @full_precision
     def sample_agrees(self, sample: Sample) -> bool:
         """Return whether the dot test holds for what the eager reference made of a random pair, and f scales."""
         with torch.no_grad():
@@ -344,7 +344,7 @@ class _Numbers:
             gap = self.norm(_minus(left, right))
         return gap <= 1e-2 * self.norm(left)  # a map that is only real-linear differs by order one
 
-    @full_precision()
+    @full_precision
     def adjoint_agrees(self) -> bool:
         """Return whether ``Re⟨f(x) − f(0), y⟩ = Re⟨x, f'ᴴ y⟩`` for random x, y, f'ᴴ being the eager one."""
         for _ in range(3):

@@ -3,8 +3,9 @@ r"""The dot-product test's statistic: ``|⟨Ax, y⟩ − ⟨x, By⟩|``, and how
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ContextDecorator
 from typing import Any, TypeVar
 
 import torch
@@ -127,13 +128,36 @@ def norm(leaves: Tensors, space: Space | None = None) -> float:
     return math.hypot(*map(float, lengths))
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
+class _FullPrecision(ContextDecorator):
     """Have float32 be float32 in a block, where torch's settings allow less: TF32 has 11 bits, bfloat16 has 8.
 
     What compares two ways to compute the same is about the mathematics, and 32 units of TF32 would hide three per cent.
-    For convolutions on CUDA, torch's default is TF32.
+    For convolutions on CUDA, torch's default is TF32. The settings are those of the process: the first block that is
+    entered, in whatever thread, changes them, and the last one that is left restores them.
     """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._restore: Callable[[], None] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._restore = _set_full_precision()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._restore is not None:
+                self._restore()
+
+
+full_precision = _FullPrecision()
+
+
+def _set_full_precision() -> Callable[[], None]:
+    """Set torch to full precision, and return what sets it back."""
     backends: Any = torch.backends  # whose types leave some of these out
     cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
     newer = (cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul)
@@ -151,10 +175,7 @@ def full_precision() -> Iterator[None]:
             setting.fp32_precision = precision
 
     set_to(convolutions and False, products and "highest", ["ieee"] * len(newer))
-    try:
-        yield
-    finally:
-        set_to(convolutions, products, before)
+    return lambda: set_to(convolutions, products, before)
 
 
 def _readable(older: Callable[[], T]) -> T | None:

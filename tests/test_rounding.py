@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,13 +66,34 @@ def test_settings_are_left_as_they_were(name: str, raises: bool) -> None:
     SETTINGS[name]()
     before = newer(), older()
     try:
-        with full_precision():
+        with full_precision:
             assert set(newer()) == {"ieee"}
             assert torch.get_float32_matmul_precision() == "highest"
             if raises:
                 raise KeyError
     except KeyError:
         pass
+    assert (newer(), older()) == before
+
+
+def test_settings_come_back_when_the_last_block_is_left() -> None:
+    """Blocks of several threads overlap in any order."""
+    BACKENDS.cudnn.allow_tf32 = True
+    before = newer(), older()
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with full_precision:
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    with full_precision:
+        thread.start()
+        entered.wait()
+    assert set(newer()) == {"ieee"}
+    leave.set()
+    thread.join()
     assert (newer(), older()) == before
 
 

@@ -30,7 +30,7 @@ class Maps:
     codomain: Space
 
 
-@full_precision()
+@full_precision
 def disagreement(  # two pairs of maps, and what they are compared on
     reference: Maps, derived: Maps, sample: Sample, captured: Capture, state: tuple[Source, ...], *, compiled: bool
 ) -> str:
@@ -112,7 +112,7 @@ def examples(nodes: Iterable[fx.Node]) -> Tensors:
     return tuple(torch.randn(v.shape, generator=draw, device="cpu").to(v.device, v.dtype) for v in values)
 
 
-@full_precision()
+@full_precision
 def alike(function: Function, reference: Function, leaves: Tensors) -> bool:
     """Return whether two functions agree on random leaves.
 

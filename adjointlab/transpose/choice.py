@@ -16,8 +16,8 @@ from adjointlab.transpose.kernels import KERNELS, PREPARE, available, is_kept
 from adjointlab.transpose.site import Site, flipped_site, phases_cost
 
 # Rates of the cost model, in multiplications or FFT steps a second: measured on two cores of a current server for the
-# CPU (see docs/benchmarks.md), and on an H200 for CUDA. They need to be right to a factor of a few
-# only: what is closer than that is settled by a short measurement, or left native.
+# CPU (see docs/benchmarks.md), and on an H200 for CUDA. They need to be right to a factor of a few only: what is closer
+# than that is settled by a short measurement, or left native.
 _FFT_RATE = {"cpu": 8e9, "cuda": 9e11}
 _FFT_OVERHEAD = {"cpu": 2e-4, "cuda": 1.6e-4}
 _PRODUCT_RATE = {"cpu": 6e8, "cuda": 1e11}

@@ -85,7 +85,7 @@ class Reference:
                 return result
         return self._vjp[0](self.flat, primals, cotangents)
 
-    @full_precision()
+    @full_precision
     def sample(self, x: Tensors, v: Tensors, parameters: Tensors) -> Sample:
         """Evaluate ``f(x)`` and ``f'ᴴ v``, gradients in the parameters, and f far from zero."""
         at_x, found = self._learned(x, v, parameters)
@@ -93,7 +93,7 @@ class Reference:
         at_far = self.called(tuple(scale * t for t in x))
         return Sample(x, at_x, v, self.adjoint(copies(v)), found, scale, at_far)
 
-    @full_precision()
+    @full_precision
     def quick_sample(self, x: Tensors, v: Tensors, parameters: Tensors) -> Sample | None:
         """Evaluate the same, but ``f'ᴴ v`` far from zero, in the order of memory that CPU kernels like if there is one.
 

@@ -117,7 +117,7 @@ def check_adjoint(
         powers=claim.powers,
     )
     broken = ""
-    with torch.no_grad(), full_precision():
+    with torch.no_grad(), full_precision:
         try:
             test.run(trials, given)
         except BrokenError as error:

@@ -48,9 +48,8 @@ def _permuted_input(evidence: Evidence) -> str:
         )
         order = _matching(found, expected, evidence.tolerance)
         if order is not None:
-            index = torch.tensor(
-                order, device="cpu"
-            ).argsort()  # of y: what comes in at k is treated as if it were at order[k]
+            # Of y: what comes in at k is treated as if it were at order[k].
+            index = torch.tensor(order, device="cpu").argsort()
             guess = evidence.fit(evidence.changed(before=lambda t, d=dim, i=index: t.index_select(d, i.to(t.device))))  # type: ignore[misc]
             if guess.fits:
                 return Guess.words(f"entries of y along dim {dim} permuted: {_cycles(index.tolist())}", guess.factor)

@@ -83,7 +83,9 @@ def _setting(results: dict[str, Any]) -> str:
     ]
     if own["device"] != "CPU":
         lines.append("- Every run is waited for, so that what a call costs the processor counts. TF32 is off.")
-        lines.append("- The limits below were set for the CPU, whose `conv_transpose` leaves more to gain than cuDNN's.")
+        lines.append(
+            "- The limits below were set for the CPU, whose `conv_transpose` leaves more to gain than cuDNN's."
+        )
     if own.get("remark"):
         lines.append(f"- {own['remark']}")
     if own.get("share", 1.0) != 1.0:
