@@ -9,19 +9,5 @@ def square(n: int, k: int, dims: int, *, transposed: bool, dtype: torch.dtype = 
     """Return a convolution of one channel that keeps the size, which is the same in all dimensions."""
     shape = (1, *[n] * dims)
     one, zero = (1,) * dims, (0,) * dims
-    return sized(
-        Site(
-            1,
-            shape,
-            shape,
-            (k,) * dims,
-            one,
-            (k // 2,) * dims,
-            one,
-            transposed,
-            zero,
-            1,
-            dtype,
-            torch.get_default_device(),
-        )
-    )
+    settings = one, (k // 2,) * dims, one, transposed, zero, 1, dtype, torch.get_default_device()
+    return sized(Site(1, shape, shape, (k,) * dims, *settings))

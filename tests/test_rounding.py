@@ -14,11 +14,13 @@ import adjointlab as al
 from adjointlab.rounding import full_precision
 
 BACKENDS: Any = torch.backends
+PARTS = (
+    BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv, BACKENDS.mkldnn.matmul,
+)  # fmt: skip
 
 
 def newer() -> list[str]:
-    settings = (BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv)
-    return [setting.fp32_precision for setting in (*settings, BACKENDS.mkldnn.matmul)]
+    return [setting.fp32_precision for setting in PARTS]
 
 
 def older() -> list[Any]:
@@ -39,8 +41,7 @@ def _restored() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     BACKENDS.cudnn.allow_tf32 = convolutions
     BACKENDS.fp32_precision = "none"
-    parts = (BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv)
-    for setting, value in zip((*parts, BACKENDS.mkldnn.matmul), before, strict=True):
+    for setting, value in zip(PARTS, before, strict=True):
         setting.fp32_precision = value
 
 

@@ -142,8 +142,7 @@ def _kept(function: Callable[..., Any], watched: list[int]) -> Prologue:
 
     def call(tensors: tuple[Tensor, ...], constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         nonlocal last
-        if tensors[watched[0]].is_cuda and torch.cuda.is_current_stream_capturing():
-            # No value can be asked for, and what is made belongs to the CUDA graph.
+        if _is_captured(tensors[watched[0]]):  # no value can be asked for, and what is made belongs to the CUDA graph
             return tuple(function(*[tensors[i] for i in watched], *constants))
         if last is not None:
             before, outputs = last  # both at once: another thread may be in here
@@ -158,6 +157,11 @@ def _kept(function: Callable[..., Any], watched: list[int]) -> Prologue:
         return outputs
 
     return call
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Return whether what is computed from a tensor now is recorded for a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:

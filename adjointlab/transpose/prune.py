@@ -44,7 +44,7 @@ def _shape_only(node: fx.Node) -> tuple[int, ...]:
     if packet in (aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward) and not args[6][1]:  # type: ignore[index]
         return (1,)
     if _is_batch_norm(node):
-        return (1, 5, 6) if args[5] is None or not args[5].meta["val"].numel() else (1,)  # type: ignore[union-attr]
+        return (1,) if _has_statistics(node) else (1, 5, 6)
     return _SHAPE_ONLY.get(packet, ())
 
 
@@ -156,7 +156,7 @@ def _take_running_statistics(graph: fx.Graph, node: fx.Node) -> None:
 
     Kernels for the CPU save nothing and read nothing; those for CUDA do both.
     """
-    if _is_batch_norm(node) and node.args[5] is not None and node.args[5].meta["val"].numel():  # type: ignore[union-attr]
+    if _is_batch_norm(node) and _has_statistics(node):
         mean, variance = node.args[3:5]
         with graph.inserting_before(node):
             moved = graph.call_function(aten.add.Tensor, (variance, node.args[8]))
@@ -170,6 +170,12 @@ def _is_batch_norm(node: fx.Node) -> bool:
     """Return whether a node is the derivative in x of a batch norm in evaluation."""
     packet = getattr(node.target, "overloadpacket", None)
     return packet is aten.native_batch_norm_backward and not node.args[7] and node.args[9] == [True, False, False]
+
+
+def _has_statistics(node: fx.Node) -> bool:
+    """Return whether the derivative of a batch norm is given statistics: what kernels for the CPU save is empty."""
+    saved = node.args[5]
+    return isinstance(saved, fx.Node) and bool(saved.meta["val"].numel())
 
 
 def _stand_in(graph: fx.Graph, before: fx.Node, operand: fx.Node) -> fx.Node:

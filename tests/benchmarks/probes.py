@@ -1,4 +1,4 @@
-"""What has to be measured in a fresh process: `python probes.py import|build|memory [size]` prints numbers as JSON."""
+"""What needs a fresh process to measure: `python probes.py import|build DEVICE|memory SIZE` prints numbers as JSON."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build(device: str) -> dict[str, float]:
         v = torch.randn(1, 1, size, size, device=device)
         float(v.sum())  # a device has begun
         start = time.perf_counter()
-        float(al.linear_operator(module, v).H(v).sum())
+        float(al.linear_operator(module, v).H(v).detach().sum())  # when it is there
         return time.perf_counter() - start
 
     first = once(128, 5)
@@ -49,7 +49,7 @@ def build(device: str) -> dict[str, float]:
     }
 
 
-def memory(size: int = 1024) -> dict[str, float]:
+def memory(size: str) -> dict[str, float]:
     """Return the peak bytes that torch's allocator holds above baseline, for 12 convolutions of 8 channels."""
     import torch
     from torch import nn
@@ -59,7 +59,7 @@ def memory(size: int = 1024) -> dict[str, float]:
 
     torch.manual_seed(0)
     chain = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(12)])
-    x = torch.randn(1, 8, size, size)
+    x = torch.randn(1, 8, int(size), int(size))
     A = al.linear_operator(chain, x)
     plain = al.linear_operator(chain, x, lowering=False)
 
@@ -88,8 +88,4 @@ def memory(size: int = 1024) -> dict[str, float]:
 
 if __name__ == "__main__":
     kind, *rest = sys.argv[1:]
-    print(
-        json.dumps(
-            {"import": imports, "build": build, "memory": memory}[kind](*[int(r) if r.isdigit() else r for r in rest])
-        )
-    )
+    print(json.dumps({"import": imports, "build": build, "memory": memory}[kind](*rest)))

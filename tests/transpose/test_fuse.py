@@ -71,7 +71,6 @@ def transforms(objective: al.LeastSquares, x: torch.Tensor) -> int:
     return sum(name in {"aten::_fft_r2c", "aten::_fft_c2r"} for name in ops_of(objective.gradient, x))
 
 
-@pytest.mark.cpu
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_cyclic_gradient_takes_three_transforms(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
     objective, x = circular(monkeypatch, groups=groups)
@@ -88,14 +87,12 @@ def test_a_cyclic_gradient_takes_three_transforms(monkeypatch: pytest.MonkeyPatc
     assert float((objective.gradient(x) - expected).norm()) <= 32 * objective.A.domain.eps * float(expected.norm())
 
 
-@pytest.mark.cpu
 @pytest.mark.parametrize("settings", [{"padding_mode": "zeros"}, {"stride": 2}, {"padding_mode": "reflect"}], ids=str)
 def test_other_gradients_take_four(monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]) -> None:
     objective, x = circular(monkeypatch, **settings)
     assert transforms(objective, x) == 4
 
 
-@pytest.mark.cpu
 def test_a_weighted_gradient_takes_four(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, x = circular(monkeypatch)
     assert transforms(al.LeastSquares(objective.A, objective.y, objective.y.abs()), x) == 4
@@ -111,7 +108,6 @@ def test_only_differences_of_data_are_taken_of_spectra(monkeypatch: pytest.Monke
     assert float((objective.gradient(x) - expected).norm()) <= 32 * A.domain.eps * float(expected.norm())
 
 
-@pytest.mark.cpu
 def test_a_difference_of_spectra_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, x = circular(monkeypatch)
     expected = objective.A.H(objective.A(x) - objective.y)

@@ -140,7 +140,24 @@ def test_an_accelerator_keeps_transforms_alone(
     assert torch.equal(A.H(v), 2 * before)
 
 
-@pytest.mark.cpu
+def test_nothing_is_kept_of_what_a_cuda_graph_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
+    module = Prepared().double().requires_grad_(requires_grad=False)
+    A = al.linear_operator(module, al.TensorSpec((1, 1, 20, 20), torch.float64))
+    x = draw(A.domain, 1)
+
+    def transforms() -> int:
+        return sum(name == "aten::_fft_r2c" for name in ops_of(A, x))
+
+    assert transforms() == 2  # those of the image
+    with monkeypatch.context() as recording:
+        recording.setattr(program, "_is_captured", lambda _: True)
+        assert [transforms() for _ in range(2)] == [4, 4]
+        module.a.weight.data.mul_(2)
+        assert_close(A(x), module(x), 8 * A.domain.eps)
+    assert [transforms() for _ in range(2)] == [3, 2]
+
+
 def test_what_is_prepared_is_made_again_for_what_has_changed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
     module = Prepared().double().requires_grad_(requires_grad=False)

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from laws import call, draw, operator
 from operator_zoo import BY_NAME, LINEAR
 from test_trace import ops_of
-from torch import nn
+from torch import fx, nn
 
 import adjointlab as al
+from adjointlab.transpose.graph import compiled
+from adjointlab.transpose.prune import _shape_only, _take_running_statistics
 
 
 def convolutions(ops: list[str]) -> int:
@@ -78,6 +80,28 @@ def test_adjoint_has_no_forward_op(name: str, forward: str) -> None:
     A.H(y)
     assert forward in ops_of(lambda: call(function, x))
     assert forward not in ops_of(A.H, y)
+
+
+@pytest.mark.parametrize("size", [2, 0], ids=["saved", "not saved"])
+def test_a_batch_norm_has_statistics_that_were_saved_from_its_buffers(size: int) -> None:
+    """Kernels for CUDA save them in the forward, of which nothing is to be left, and read them in the backward."""
+    graph, statistics = fx.Graph(), torch.tensor([0.5, 2.0])
+    v, x, mean, variance, *saved = (graph.placeholder(name) for name in ("v", "x", "mean", "variance", "a", "b"))
+    for node, entries in ((mean, 2), (variance, 2), *[(node, size) for node in saved]):
+        node.meta["val"] = torch.empty(entries)
+    settings = (False, 1e-5, [True, False, False])  # in evaluation
+    node = graph.call_function(
+        torch.ops.aten.native_batch_norm_backward.default, (v, x, None, mean, variance, *saved, *settings)
+    )
+    _take_running_statistics(graph, node)
+    assert _shape_only(node) == ((1,) if size else (1, 5, 6))
+    assert [bool(each.users) for each in saved] == [size == 0, size == 0]
+    if size:
+        graph.output(node.args[5:7])
+        graph.erase_node(node)
+        found = compiled(graph)(None, None, 3 * statistics, statistics, None, None)
+        assert torch.equal(found[0], 3 * statistics)
+        assert torch.equal(found[1], (statistics + 1e-5).rsqrt())
 
 
 def test_fourier_adjoint_is_one_transform() -> None:
