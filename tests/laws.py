@@ -189,6 +189,8 @@ def _state(function: Any, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
         state[f"argument {number}.grad"] = tensor.grad
         state[f"argument {number}.requires_grad"] = tensor.requires_grad
     state["random numbers"] = torch.random.get_rng_state()
+    if torch.get_default_device().type == "cuda":
+        state["random numbers on the device"] = torch.cuda.get_rng_state()
     state["gradients enabled"] = torch.is_grad_enabled()
     state["default dtype"] = torch.get_default_dtype()
     return state

@@ -119,8 +119,8 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
 
     def multiply() -> Tensor | None:
         found = find()
-        with torch.no_grad():  # one kernel for each channel
-            return None if found is None else found(*[source.read() for source in state])[0][:, 0, 0]
+        with torch.no_grad():
+            return None if found is None else found(*[source.read() for source in state])[0]
 
     return Derived(
         *calls,

@@ -119,7 +119,7 @@ class Capture:
         tensors = self.tensors()
         values = [t.detach().clone() for t in tensors]
         before = [container.copy() for container in self.containers]
-        states = torch.random.get_rng_state(), np.random.get_state(), random.getstate()  # not ours
+        states = _random_states()  # not ours
         changes: list[str] = []
         try:
             yield changes
@@ -133,17 +133,30 @@ class Capture:
                     changes.append(source.name)
                     with torch.no_grad():
                         tensor.copy_(value)
-            now = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
-            if not torch.equal(now[0], states[0]) or _drawn(now[1], states[1]) or now[2] != states[2]:
+            if not _equal_states(_random_states(), states):
                 changes.append("the random number generator")
-                torch.random.set_rng_state(states[0])
-                np.random.set_state(states[1])
-                random.setstate(states[2])
+                _set_random_states(states)
 
 
-def _drawn(now: Any, before: Any) -> bool:
-    """Return whether numbers were drawn between two states of NumPy's generator."""
-    return any(not np.array_equal(a, b) for a, b in zip(now, before, strict=True))
+RandomStates = tuple[list[Tensor], Any, Any]  # of torch, for the CPU and each CUDA device in use, of NumPy, of Python
+
+
+def _random_states() -> RandomStates:
+    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.random.get_rng_state(), *on_cuda], np.random.get_state(), random.getstate()
+
+
+def _set_random_states(states: RandomStates) -> None:
+    (on_cpu, *on_cuda), of_numpy, of_python = states
+    torch.random.set_rng_state(on_cpu)
+    torch.cuda.set_rng_state_all(on_cuda)
+    np.random.set_state(of_numpy)
+    random.setstate(of_python)
+
+
+def _equal_states(now: RandomStates, before: RandomStates) -> bool:
+    pairs = itertools.chain(zip(now[0], before[0], strict=True), zip(now[1], before[1], strict=True))
+    return all(itertools.starmap(np.array_equal, pairs)) and bool(now[2] == before[2])
 
 
 def _restore(container: Any, old: Any) -> None:
@@ -198,6 +211,25 @@ def same(a: Tensor, b: Tensor) -> bool:
     if a.numel() >= _MANY and _is_plain(a) and _is_plain(b):
         return np.array_equal(_words(a), _words(b))  # three times as fast as torch.equal
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def fetched(tensor: Tensor) -> Callable[[], Tensor]:
+    """Return a function that returns the values that a tensor has now, for comparisons: of one on CUDA, on the CPU.
+
+    To fetch a small one takes half as long as to have it compared there. It is under way from now on; only who calls
+    the function waits for it, and for all that CUDA was given before.
+    """
+    if not tensor.is_cuda:
+        return lambda: tensor
+    values = tensor.detach().to("cpu", non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return values
+
+    return wait
 
 
 def _is_plain(tensor: Tensor) -> bool:

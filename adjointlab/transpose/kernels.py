@@ -33,8 +33,10 @@ def native(site: Site) -> Kernel:
 def flip(weight: Tensor, site: Site) -> Tensor:
     """Return the kernel whose plain convolution is the transposed one: reversed, channels swapped within groups."""
     c_in, per_group = weight.shape[:2]
-    swapped = weight.reshape(site.groups, c_in // site.groups, per_group, *site.kernel).transpose(1, 2)
-    return swapped.reshape(site.groups * per_group, c_in // site.groups, *site.kernel).flip(site.dims).contiguous()
+    if c_in * per_group > 1:
+        weight = weight.reshape(site.groups, c_in // site.groups, per_group, *site.kernel).transpose(1, 2)
+        weight = weight.reshape(site.groups * per_group, c_in // site.groups, *site.kernel)
+    return weight.flip(site.dims).contiguous()
 
 
 def flipped(site: Site) -> Kernel:
@@ -43,7 +45,10 @@ def flipped(site: Site) -> Kernel:
 
 
 def spectrum(weight: Tensor, site: Site) -> Tensor:
-    """Return the kernel's transform, of shape ``(groups, C_out / groups, C_in / groups, *frequencies)``."""
+    """Return the kernel's transform, of shape ``(groups, C_out / groups, C_in / groups, *frequencies)``.
+
+    Where each channel has a kernel of its own, it is of shape ``(C, *frequencies)``.
+    """
     g = site.groups
     if site.transposed:
         weight = weight.reshape(g, weight.shape[0] // g, weight.shape[1], *site.kernel).transpose(1, 2)
@@ -58,7 +63,7 @@ def spectrum(weight: Tensor, site: Site) -> Tensor:
     placed = placed.roll([-p for p in site.padding], axes)
     transform = torch.fft.rfftn(placed, dim=axes)
     result: Tensor = transform if site.transposed else transform.conj().resolve_conj()
-    return result
+    return result[:, 0, 0] if result.shape[1] == result.shape[2] == 1 else result
 
 
 def fft(site: Site) -> Kernel:
@@ -97,10 +102,10 @@ def _analysis(x: Tensor, site: Site) -> Tensor:
 
 def _product(source: Tensor, transform: Tensor) -> Tensor:
     """Return the spectrum of the result; the source's memory may be used for it."""
+    if transform.ndim < source.ndim:
+        return source.mul_(transform)  # no one else has it
     (batch, _, *frequencies), g = source.shape, transform.shape[0]
-    if transform.shape[1] == transform.shape[2] == 1:
-        product = source.reshape(batch, g, *frequencies).mul_(transform[:, 0, 0])  # no one else has it
-    elif transform.shape[2] == 1:
+    if transform.shape[2] == 1:
         product = source.reshape(batch, g, 1, *frequencies) * transform[:, :, 0]
     else:
         product = (source.reshape(batch, g, 1, -1, *frequencies) * transform).sum(3)
@@ -110,8 +115,11 @@ def _product(source: Tensor, transform: Tensor) -> Tensor:
 def _synthesis(product: Tensor, bias: Tensor | None, site: Site) -> Tensor:
     """Return the result with a spectrum."""
     dims = site.dims
-    rows = torch.fft.ifftn(product, dim=dims[:-1]) if len(dims) > 1 else product
-    y: Tensor = torch.fft.irfft(_spread(rows), n=site.fft_size[-1], dim=-1)
+    if product.device.type == "cpu":
+        rows = torch.fft.ifftn(product, dim=dims[:-1]) if len(dims) > 1 else product
+        y: Tensor = torch.fft.irfft(_spread(rows), n=site.fft_size[-1], dim=-1)
+    else:
+        y = torch.fft.irfftn(product, s=site.fft_size, dim=dims)
     steps = [1] * len(dims) if site.transposed else site.stride
     wanted = [slice(0, (n - 1) * s + 1, s) for n, s in zip(site.output_shape[1:], steps, strict=True)]
     inside: Any = (..., *wanted)
@@ -120,14 +128,14 @@ def _synthesis(product: Tensor, bias: Tensor | None, site: Site) -> Tensor:
 
 
 def _spread(rows: Tensor) -> Tensor:
-    """Return rows whose entries do not lie a power of two apart in memory.
+    """Return rows whose entries do not lie a power of two apart in the CPU's memory.
 
     The first transforms leave the last dimension as the slowest. Where its entries are kilobytes apart, all of a row
     compete for the same few lines of the cache, and the last transform takes twice as long: far more than a copy.
     """
     *inner, last = rows.shape[2:]
     step = math.prod(inner)
-    if rows.device.type != "cpu" or rows.stride(-1) != step or step * rows.element_size() % 1024:
+    if rows.stride(-1) != step or step * rows.element_size() % 1024:
         return rows
     step += 8
     strides = (rows.shape[1] * last * step, last * step, *rows.stride()[2:-1], step)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contenders import Convolution, Setup, adjoint_ways, assert_equal, forward_ways, gradient_ways
+from contenders import Convolution, Setup, adjoint_ways, assert_equal, forward_ways, gradient_ways, recorded
 from targets import SLOWER
 
 import adjointlab as al
@@ -86,6 +86,13 @@ def test_forward(setup: Setup, compare: Any) -> None:
     ways, skipped = forward_ways(setup)
     assert_equal(ways, "conv")
     compare(ways, skipped=skipped, section="rows", map="forward", **setup.case.facts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA, and so no CUDA graph")
+def test_recorded(setup: Setup, compare: Any) -> None:
+    ways = {name: recorded(way) for name, way in adjoint_ways(setup)[0].items() if name not in {"eager vjp", "JAX"}}
+    assert_equal(ways, "conv_transpose")
+    compare(ways, section="recorded", **setup.case.facts)
 
 
 def test_gradient(setup: Setup, compare: Any) -> None:

@@ -157,10 +157,15 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> tuple[Prepared, Callable[[], in
     return module, transforms
 
 
-def test_what_is_prepared_is_made_again_for_what_has_changed_only(prepared: tuple[Prepared, Callable[[], int]]) -> None:
+@pytest.mark.parametrize("later", [False, True])
+def test_what_is_prepared_is_made_again_for_what_has_changed_only(
+    prepared: tuple[Prepared, Callable[[], int]], monkeypatch: pytest.MonkeyPatch, *, later: bool
+) -> None:
     module, transforms = prepared
+    monkeypatch.setattr(program, "_answers_later", lambda _: later)
     module.a.weight.data.mul_(2)
-    assert [transforms() for _ in range(2)] == [3, 2]
+    # Where answers are late, the first two were in vain.
+    assert [transforms() for _ in range(2)] == [5 if later else 3, 2]
 
 
 def test_nothing_is_kept_of_what_a_cuda_graph_records(
@@ -171,4 +176,5 @@ def test_nothing_is_kept_of_what_a_cuda_graph_records(
         recording.setattr(program, "_is_captured", lambda _: True)
         module.a.weight.data.mul_(2)
         assert [transforms() for _ in range(2)] == [4, 4]
+    monkeypatch.setattr(program, "_answers_later", lambda _: False)
     assert [transforms() for _ in range(2)] == [3, 2]
