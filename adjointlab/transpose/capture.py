@@ -199,7 +199,12 @@ def _unequal(now: Any, before: Any) -> bool:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are equal, NaN being equal to NaN; of large ones, whether they are bit for bit."""
+    """Return whether two tensors are equal, NaN being equal to NaN; of large ones, whether they are bit for bit.
+
+    ``b`` may be a copy on the CPU: to fetch a small tensor takes half as long as to have an accelerator compare it.
+    """
+    if b.is_cpu and not a.is_cpu:
+        a = a.cpu()
     if a.dtype is not b.dtype:
         return False
     if a.layout is torch.strided and a.numel() < _MANY and torch.equal(a, b):
@@ -211,25 +216,6 @@ def same(a: Tensor, b: Tensor) -> bool:
     if a.numel() >= _MANY and _is_plain(a) and _is_plain(b):
         return np.array_equal(_words(a), _words(b))  # three times as fast as torch.equal
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def fetched(tensor: Tensor) -> Callable[[], Tensor]:
-    """Return a function that returns the values that a tensor has now, for comparisons: of one on CUDA, on the CPU.
-
-    To fetch a small one takes half as long as to have it compared there. It is under way from now on; only who calls
-    the function waits for it, and for all that CUDA was given before.
-    """
-    if not tensor.is_cuda:
-        return lambda: tensor
-    values = tensor.detach().to("cpu", non_blocking=True)
-    done = torch.cuda.Event()
-    done.record(torch.cuda.current_stream(tensor.device))
-
-    def wait() -> Tensor:
-        done.synchronize()
-        return values
-
-    return wait
 
 
 def _is_plain(tensor: Tensor) -> bool:

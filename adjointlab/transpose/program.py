@@ -4,8 +4,7 @@ The nodes fall into three parts. *Constants* (sampling grids, windows) depend on
 call. *Prologues* (flipped kernels, a kernel's transform) depend on the state only, each on some tensors of it; they are
 kept while these have the same values. Values are compared, not version counters: ``weight.data.mul_(2)`` leaves no
 other trace. So only a small state is worth it; a large one is read in the *main* part, at every call. So is what
-an accelerator makes faster than it answers (``kernels.is_kept``). CUDA is asked for values before it is given the main
-part, and what it answers is looked at after that: it has work to do meanwhile, if in vain once the state has changed.
+an accelerator makes faster than it answers (``kernels.is_kept``).
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import forward_ad
 
-from adjointlab.transpose.capture import fetched, same
+from adjointlab.transpose.capture import same
 from adjointlab.transpose.graph import VIEWS, Graph, compiled
 from adjointlab.transpose.kernels import KERNELS, gradient, is_kept
 
 aten = torch.ops.aten
-Tensors = tuple[Tensor, ...]
 
 _SMALL = 1 << 16  # entries of state that are compared at each call, some ten microseconds' worth
 
@@ -76,7 +74,7 @@ def plain() -> bool:
     )
 
 
-def differentiated(tensors: Tensors) -> bool:
+def differentiated(tensors: tuple[Tensor, ...]) -> bool:
     """Return whether derivatives through a function of ``tensors`` may be asked for."""
     if torch.is_grad_enabled():
         for tensor in tensors:
@@ -92,8 +90,7 @@ def canonical(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
-Doubt = Callable[[], bool]  # whether what was used has turned out to be outdated
-Prologue = Callable[[Tensors, Tensors], tuple[Tensors, Doubt | None]]  # of tensors and constants
+Prologue = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]  # of tensors and constants
 
 
 class Program:
@@ -106,31 +103,25 @@ class Program:
         self.graph = graph
         self.whole = reference.function
         self._split = _split(graph)
-        self._constants: Tensors | None = None
+        self._constants: tuple[Tensor, ...] | None = None
 
-    def __call__(self, *tensors: Tensor) -> Tensors:
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs, under whatever transform or trace is under way."""
         return self.run(*tensors) if plain() else tuple(self.whole(*tensors))
 
-    def run(self, *tensors: Tensor) -> Tensors:
+    def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs for real tensors, without recording of gradients."""
         constants, prologues, main = self._split
         if self._constants is None:
             with torch.no_grad():
                 self._constants = constants() if constants else ()
         prepared: list[Tensor] = []
-        doubts = []
         for prologue in prologues:
-            made, outdated = prologue(tensors, self._constants)
-            prepared += made
-            if outdated is not None:
-                doubts.append(outdated)
-        results: Tensors = main(*tensors, *self._constants, *prepared)
-        found = [outdated() for outdated in doubts]  # each makes its own anew, after that
-        return self.run(*tensors) if any(found) else results
+            prepared += prologue(tensors, self._constants)
+        return main(*tensors, *self._constants, *prepared)  # type: ignore[no-any-return]
 
     @property
-    def ready(self) -> Callable[..., Tensors]:
+    def ready(self) -> Callable[..., tuple[Tensor, ...]]:
         """``run`` of a program that has run: its main part alone, where that is all there is to run."""
         constants, prologues, main = self._split
         return self.run if constants or prologues else main
@@ -147,42 +138,26 @@ class Program:
 
 def _kept(function: Callable[..., Any], watched: list[int]) -> Prologue:
     """Return a function of the watched ones of tensors that returns its last results while these are the same."""
-    last: tuple[list[tuple[int, Tensor]], Tensors] | None = None
+    last: tuple[list[tuple[int, Tensor]], tuple[Tensor, ...]] | None = None
 
-    def call(tensors: Tensors, constants: Tensors) -> tuple[Tensors, Doubt | None]:
+    def call(tensors: tuple[Tensor, ...], constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         nonlocal last
         if _is_captured(tensors[watched[0]]):  # no value can be asked for, and what is made belongs to the CUDA graph
-            return tuple(function(*[tensors[i] for i in watched], *constants)), None
+            return tuple(function(*[tensors[i] for i in watched], *constants))
         if last is not None:
             before, outputs = last  # both at once: another thread may be in here
-            if _answers_later(tensors[watched[0]]):
-                now = [(fetched(tensors[i]), old) for i, old in before]
-
-                def outdated() -> bool:
-                    nonlocal last
-                    if all(same(values(), old) for values, old in now):
-                        return False
-                    last = None
-                    return True
-
-                return outputs, outdated
-            for i, old in before:
-                if not same(tensors[i], old):
+            for i, tensor in before:
+                if not same(tensors[i], tensor):
                     break
             else:
-                return outputs, None
+                return outputs
         with torch.no_grad():
             outputs = tuple(function(*[tensors[i] for i in watched], *constants))
-            # To fetch waits for what was made as well: a call on another stream of CUDA may be the next to use it.
-            last = [(i, fetched(tensors[i])().detach().clone()) for i in watched], outputs
-        return outputs, None
+            # The copies wait for what was made as well: a call on another stream of CUDA may be the next to use it.
+            last = [(i, tensors[i].detach().to("cpu", copy=True)) for i in watched], outputs
+        return outputs
 
     return call
-
-
-def _answers_later(tensor: Tensor) -> bool:
-    """Return whether a device works through what it is given before it says what values a tensor has."""
-    return tensor.is_cuda
 
 
 def _is_captured(tensor: Tensor) -> bool:
