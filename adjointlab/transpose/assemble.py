@@ -18,7 +18,7 @@ from adjointlab.transpose.capture import Capture
 from adjointlab.transpose.derived import Derived, Function, Tensors, bound, metadata_of
 from adjointlab.transpose.fuse import residual_and_gradient, without_offset
 from adjointlab.transpose.graph import Graph, cut_off
-from adjointlab.transpose.lower import joined, lower, multiplier
+from adjointlab.transpose.lower import in_slabs, joined, lower, multiplier
 from adjointlab.transpose.program import Program, of_state
 from adjointlab.transpose.prune import Pruned, ops
 from adjointlab.transpose.simplify import simplify
@@ -97,8 +97,8 @@ def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, c
         if way.mode == "compiled" and way.dynamic is None:
             wholes[0].compile(choices.options)
         elif way.mode == "lowered":
-            by_fft = joined(lower(simplify(graph), kernels.transformed)[0])
-            wholes += [] if by_fft is None else [Program(by_fft, graph)]
+            others = in_slabs(wholes[0].graph), joined(lower(simplify(graph), kernels.transformed)[0])
+            wholes += [Program(other, graph) for other in others if other is not None]
 
         def parts(leaves: Tensors) -> Tensors:
             m, k = len(forward.inputs), len(forward.outputs)

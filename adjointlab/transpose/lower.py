@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose import kernels
+from adjointlab.transpose import kernels, slabs
 from adjointlab.transpose.graph import Graph, call, clean, part
 from adjointlab.transpose.simplify import circular
 from adjointlab.transpose.site import Site, sized, smooth, spectra_meet
@@ -44,27 +44,78 @@ def lower(
 
 def joined(graph: Graph) -> Graph | None:
     """Return an equal graph in which ``B(Ax − y)`` with two products of transforms is one, or None without any."""
+
+    def join(inner: fx.Node, y: fx.Node, node: fx.Node) -> Any:
+        if inner.target is not kernels.fft or node.target is not kernels.fft:
+            return None
+        (x, first, _, site), (_, second, _, to) = inner.args, node.args
+        assert isinstance(site, Site)
+        assert isinstance(to, Site)
+        return (kernels.gradient, (x, y, first, second, (site, to))) if spectra_meet(site, to) else None
+
+    return _with_joined(graph, join)
+
+
+def in_slabs(graph: Graph) -> Graph | None:
+    """Return an equal graph in which ``B(Ax − y)`` of a volume is computed slab by slab, or None without any."""
+
+    def join(inner: fx.Node, y: fx.Node, node: fx.Node) -> Any:
+        if kernels.fft in {inner.target, node.target}:
+            return None
+        (first, site), (second, to) = _origin(inner), _origin(node)
+        if not slabs.suited(site, to):
+            return None
+        with y.graph.inserting_before(node):
+            a = y.graph.call_function(slabs.gathering, (first, site))
+            b = y.graph.call_function(slabs.scattering, (second, site))
+        a.meta["val"], b.meta["val"] = first.meta["val"], second.meta["val"]  # tensors: their sizes are not read
+        return slabs.gradient, (inner.args[0], y, a, b, site)
+
+    return _with_joined(graph, join)
+
+
+def _with_joined(graph: Graph, join: Callable[[fx.Node, fx.Node, fx.Node], Any]) -> Graph | None:
+    """Return an equal graph with one call for each ``Ax``, y and ``B(Ax − y)`` that can be joined, None without any.
+
+    A and B are convolutions without a bias, and of ``Ax`` and the difference nothing else is used.
+    """
     lowered = part(graph, graph.outputs)
     found = False
     for node in list(lowered.body.nodes):
-        if node.target is not kernels.fft or node.args[2] is not None:
+        if not _convolves(node):
             continue
-        difference, second, _, to = node.args
+        difference = node.args[0]
         if difference.target is not aten.sub.Tensor or difference.kwargs:  # which may be a factor
             continue
         inner, y = difference.args
-        if not isinstance(y, fx.Node) or inner.target is not kernels.fft:
+        if not isinstance(y, fx.Node) or not _convolves(inner):
             continue
-        x, first, bias, site = inner.args
-        alone = len(difference.users) == len(inner.users) == 1 and bias is None
-        if alone and inner.meta["val"].shape == y.meta["val"].shape and spectra_meet(site, to):
+        alone = len(difference.users) == len(inner.users) == 1
+        call = join(inner, y, node) if alone and inner.meta["val"].shape == y.meta["val"].shape else None
+        if call is not None:
             with lowered.body.inserting_before(node):
-                whole = lowered.body.call_function(kernels.gradient, (x, y, first, second, (site, to)))
+                whole = lowered.body.call_function(*call)
             whole.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(whole)
             found = True
     clean(lowered.body)
     return lowered if found else None
+
+
+def _convolves(node: fx.Node) -> bool:
+    """Return whether a node is a convolution without a bias, by whatever kernel."""
+    return (node.target is aten.convolution.default or node.target in _LOWERED) and node.args[2] is None
+
+
+_LOWERED = set(kernels.KERNELS.values())
+
+
+def _origin(node: fx.Node) -> tuple[fx.Node, Site]:
+    """Return the weight of a convolution, and its site."""
+    if node.target is aten.convolution.default:
+        return node.args[1], _site(node)  # type: ignore[return-value]
+    _, prepared, _, site = node.args
+    return prepared.args[0], site  # type: ignore[return-value, union-attr]
 
 
 def multiplier(graph: Graph) -> fx.Node | None:
@@ -217,4 +268,4 @@ def _by(sizes: Iterable[int]) -> str:
     return "×".join(map(str, sizes))
 
 
-__all__ = ["joined", "lower", "multiplier"]
+__all__ = ["in_slabs", "joined", "lower", "multiplier"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import forward_ad
 
+from adjointlab.transpose import slabs
 from adjointlab.transpose.capture import same
 from adjointlab.transpose.graph import VIEWS, Graph, compiled
 from adjointlab.transpose.kernels import KERNELS, gradient, is_kept
@@ -60,7 +61,7 @@ _BUILTIN: dict[Any, Callable[..., Any]] = {
 }
 
 
-_SITED: set[Any] = {*KERNELS.values(), gradient}
+_SITED: set[Any] = {*KERNELS.values(), gradient, slabs.gradient}
 _FRESH = {torch.convolution, *_SITED}
 _IN_PLACE = {torch.add: torch.Tensor.add_, torch.sub: torch.Tensor.sub_, torch.mul: torch.Tensor.mul_}
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-_VECTOR = 16  # channels that the CPU's direct kernels compute at once
+VECTOR = 16  # channels that the CPU's direct kernels compute at once
 Ints = tuple[int, ...]
 
 
@@ -85,10 +85,10 @@ def _phases(site: Site) -> Ints:
     """
     least = site.stride if site.transposed else (1,) * len(site.stride)
     options = [
-        [s << i for i in range(_VECTOR.bit_length()) if i == 0 or 2 * (s << i) <= n]
+        [s << i for i in range(VECTOR.bit_length()) if i == 0 or 2 * (s << i) <= n]
         for s, n in zip(least, site.output_shape[1:], strict=True)
     ]
-    fitting = [block for block in itertools.product(*options) if math.prod(block) * site.output_shape[0] <= _VECTOR]
+    fitting = [block for block in itertools.product(*options) if math.prod(block) * site.output_shape[0] <= VECTOR]
     fullest = max(map(math.prod, fitting), default=0)
     blocks = [block for block in fitting if math.prod(block) == fullest]
     # Of equal ones, that along outer dimensions: its outputs are moved in longer pieces.
@@ -103,7 +103,7 @@ def phases_cost(site: Site) -> float:
     """
     work, size = site.input_shape[0] * math.prod(window(site)), site.batch * math.prod(site.output_shape)
     *others, last = site.phases
-    move = 1.5 if last == 1 else 1 + 2.5 * math.log2(max(1, _VECTOR / last))  # tenths of a nanosecond for each output
+    move = 1.5 if last == 1 else 1 + 2.5 * math.log2(max(1, VECTOR / last))  # tenths of a nanosecond for each output
     several = 1e-5 if last > 1 and any(c > 1 for c in others) else 0.0
     return size * (work / 7e10 + move * 1e-10) + several
 
@@ -144,4 +144,6 @@ def spectra_meet(first: Site, second: Site) -> bool:
     return whole and all(s == 1 for s in (*first.stride, *second.stride))
 
 
-__all__ = ["Ints", "Site", "fast_length", "flipped_site", "phases_cost", "sized", "smooth", "spectra_meet", "window"]
+__all__ = [
+    "VECTOR", "Ints", "Site", "fast_length", "flipped_site", "phases_cost", "sized", "smooth", "spectra_meet", "window",
+]  # fmt: skip

@@ -102,7 +102,8 @@ def test_gradient(setup: Setup, compare: Any) -> None:
         "gradient": lambda: objective.gradient(x), "parts": lambda: (A(x), A.H(v))[1],
         "forward": lambda: A(x), "adjoint": lambda: A.H(v),
     }  # fmt: skip
-    compare(ways, section="gradient", share=0.6, most=401, **setup.case.facts)
+    # Solvers call it in a loop, which finds memory where it has left it; each of the other ways leaves it elsewhere.
+    compare(ways, section="gradient", share=0.6, most=401, settle=4e-3, **setup.case.facts)
 
 
 def test_strided(setup: Setup, compare: Any) -> None:

@@ -36,12 +36,14 @@ class Comparison:
         share: float = 0.3,
         most: int = 31,
         rest: float = 0.0,
+        settle: float = _SETTLE,
         skipped: Mapping[str, str] | None = None,
         **facts: Any,
     ) -> dict[str, float]:
         """Return the median seconds of each way, given about `share` seconds to run in and at most `most` rounds.
 
-        Before each timed run there are `rest` seconds of sleep, in which the threads of the way before it go to sleep.
+        Before each timed run there are `rest` seconds of sleep, in which the threads of the way before it go to sleep,
+        and about `settle` seconds of untimed runs of the same way.
         """
         share, most = (share / 10, 3) if self.quick else (share * self.part, most)
         names = list(ways)
@@ -58,9 +60,9 @@ class Comparison:
             for name, samples in [*taken.items()][first:] + [*taken.items()][:first]:
                 n = min(runs[name], rounds)
                 if (turn + 1) * n // rounds > turn * n // rounds:  # runs of slow ways are spread over the rounds
-                    self._settle(ways[name], costs[name], rest)
+                    self._settle(ways[name], costs[name], rest, settle)
                     samples.append(self._timed(ways[name]))
-            self._settle(ways[ours], costs[ours], rest)
+            self._settle(ways[ours], costs[ours], rest, settle)
             turn += 1
 
         def own() -> None:
@@ -95,10 +97,10 @@ class Comparison:
         first = self._timed(way)
         return first if first > _LONG else self._timed(way)
 
-    def _settle(self, way: Way, cost: float, rest: float) -> None:
+    def _settle(self, way: Way, cost: float, rest: float, settle: float) -> None:
         time.sleep(rest)
         if cost < _CHEAP:
-            for _ in range(max(1, min(_MOST_SETTLE, round(_SETTLE / max(cost, 1e-9))))):
+            for _ in range(max(1, min(_MOST_SETTLE, round(settle / max(cost, 1e-9))))):
                 way()
             self._wait()
 

@@ -126,7 +126,8 @@ def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
         yield (
             "`gradient(x)` is compared with `A(x)` and then `A.H(v)`, timed as one: what a gradient consists of.\n"
             "Timed alone, run after run, `A(x)` writes to the memory of its last result, which is in the cache still.\n"
-            "Between other work it is not; the last column has the sum of both alone.\n"
+            "Between other work it is not; the last column has the sum of both alone. Before each timed run the same\n"
+            "way runs untimed for about four milliseconds, since solvers call a gradient in a loop.\n"
         )
         ways = ("gradient", "parts", "forward", "adjoint")
         body = [
