@@ -232,10 +232,10 @@ def test_given_pair_is_tested_first() -> None:
 
 def test_missed_row_probability_is_one_half_precision_and_none_in_single() -> None:
     def report(dtype: torch.dtype) -> al.AdjointReport:
-        return al.check_adjoint(al.diagonal(torch.linspace(0.5, 1.5, 4096, dtype=dtype)))
+        return al.check_adjoint(al.diagonal(torch.linspace(0.5, 1.5, 8192, dtype=dtype)))
 
     assert report(torch.float32).missed_row_probability < 1e-12
-    assert report(torch.bfloat16).missed_row_probability > 0.8
+    assert report(torch.bfloat16).missed_row_probability > 0.9
 
 
 def test_missed_row_probability_is_what_happens() -> None:

@@ -287,9 +287,6 @@ def is_kept(prepare: object, device: torch.device) -> bool:
     return device.type == "cpu" or prepare is spectrum
 
 
-_ONEDNN = torch.backends.mkldnn.is_available()
-
-
 def available(site: Site) -> list[str]:
     """Return the kernels that can compute this site."""
     names = ["native"]
@@ -302,8 +299,7 @@ def available(site: Site) -> list[str]:
         names.append("tapped")
     # For results one column wide, oneDNN computes garbage.
     vectors = (math.prod(site.phases) > 1 or len(site.kernel) == 3) and site.output_shape[-1] > site.phases[-1]
-    onednn = site.dtype == torch.float32 and site.device.type == "cpu" and _ONEDNN
-    if (reaches or not site.transposed) and site.groups == 1 and vectors and onednn:
+    if (reaches or not site.transposed) and site.groups == 1 and vectors and site.suits_onednn:
         names.append("polyphase")
     # Rounding errors of the direct sum grow like √terms · eps / 7, those of the transform like √log₂(points) · eps / 2:
     # a product of transforms is used where it loses at most a factor of four.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 VECTOR = 16  # channels that the CPU's direct kernels compute at once
+_ONEDNN = torch.backends.mkldnn.is_available()
 Ints = tuple[int, ...]
 
 
@@ -46,6 +47,11 @@ class Site(NamedTuple):
     def extent(self) -> Ints:
         """How far a kernel reaches, dilation included."""
         return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
+
+    @property
+    def suits_onednn(self) -> bool:
+        """Whether oneDNN's kernels can be called by name."""
+        return self.dtype == torch.float32 and self.device.type == "cpu" and _ONEDNN
 
     @property
     def macs(self) -> int:

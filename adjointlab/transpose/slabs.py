@@ -1,9 +1,9 @@
 """``B(Ax − y)`` of a volume, a slab of slices at a time, so that all that is done to a slice is done by one thread.
 
 Convolutions of volumes share the work by depth; elementwise loops share it by what is outermost in memory, which is
-channels. What one thread has written another has to read then, which takes as long as the arithmetic where the two run
-on processors that share no cache. Here slices are outermost: a slab of them, of all channels, is an image of so many
-channels, of which there is a batch, and convolutions of images share the work by that.
+channels. What one thread has written another has to read then, and waits for it where the two run on processors that
+share no cache. Here slices are outermost: a slab of them, of all channels, is an image of so many channels, of which
+there is a batch, and convolutions of images share the work by that.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adjointlab.transpose.site import VECTOR, Site
-
-_ONEDNN = torch.backends.mkldnn.is_available()
+from adjointlab.transpose.site import VECTOR, Site, sized
 
 
 class _Sizes(NamedTuple):
@@ -33,15 +31,13 @@ def suited(first: Site, second: Site) -> bool:
 
     oneDNN computes garbage where results are one column wide.
     """
-    plain = len(first.kernel) == 3 and not first.transposed and first.groups == 1 and first.batch > 0
+    volume = len(first.kernel) == 3 and not first.transposed and first.groups == 1 and first.batch > 0
     unit = all(n == 1 for n in (*first.stride, *first.dilation))
     reaches = all(p < k for p, k in zip(first.padding, first.kernel, strict=True))
-    transpose = first._replace(
-        input_shape=first.output_shape, output_shape=first.input_shape, transposed=True, fft_size=second.fft_size,
-        around=second.around, phases=second.phases,
-    )  # fmt: skip
-    onednn = first.dtype == torch.float32 and first.device.type == "cpu" and _ONEDNN
-    if not (plain and unit and reaches and onednn and second == transpose):
+    if not (volume and unit and reaches and first.suits_onednn):
+        return False
+    back = first._replace(input_shape=first.output_shape, output_shape=first.input_shape, transposed=True)
+    if second != sized(back):
         return False
     return first.output_shape[-1] > 1 and first.input_shape[-1] > _sizes(first).phases
 
@@ -105,7 +101,10 @@ def gradient(site: Site) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         for i in range(pieces):
             part = found[:, :, i * sizes.slices : (i + 1) * sizes.slices]
             where = whole[:, i : i + sizes.slabs, : part.shape[2]]
-            where.add_(part) if i else where.copy_(part)
+            if i == 0:
+                where.copy_(part)
+            else:
+                where.add_(part)
         inside = whole.flatten(1, 2)[:, before : before + depth]
         apart = inside.unflatten(2, (sizes.phases, c_in, image[0], image[1] // sizes.phases))
         result: Tensor = apart.permute(0, 3, 1, 4, 5, 2).contiguous().view(batch, c_in, depth, *image)

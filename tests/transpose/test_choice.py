@@ -164,3 +164,51 @@ def test_large_gradients_in_kernels_are_products_of_transforms(
         batch=channels[0], kernel=(n, n), output_shape=(channels[1], k, k)
     )
     assert choice.by_transforms(sized(site)) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [((1.0, 1.04, 1.2), "b"), ((1.0, 1.06, 1.2), "a"), ((1.0, 1.2, 1.04), "c")]
+)
+def test_of_ways_about_as_quick_it_is_the_last(
+    monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], expected: str
+) -> None:
+    monkeypatch.setattr(choice, "_clocked", lambda way, device: way())
+    ways = {name: lambda taken=taken: taken for name, taken in zip("abc", seconds, strict=True)}
+    assert choice.quickest(ways, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(("taken", "runs"), [(1e-4, 2), (1.0, 1)])
+def test_short_programs_are_measured_right_after_another_run(
+    monkeypatch: pytest.MonkeyPatch, taken: float, runs: int
+) -> None:
+    calls: list[str] = []
+
+    def clocked(way: Callable[[], object], device: torch.device) -> float:
+        way()
+        return taken
+
+    monkeypatch.setattr(choice, "_clocked", clocked)
+    choice.quickest({name: lambda name=name: calls.append(name) for name in "ab"}, torch.device("cpu"))
+    assert calls[-2 * runs :] == ["a"] * runs + ["b"] * runs
+
+
+@pytest.mark.parametrize(
+    ("device", "first", "expected"), [("cpu", 4e-4, 4e-4), ("cuda", 4e-4, 2e-4), ("cuda", 1.0, 1.0)]
+)
+def test_on_accelerators_a_short_kernel_is_measured_right_after_another_run(
+    monkeypatch: pytest.MonkeyPatch, device: str, first: float, expected: float
+) -> None:
+    times = iter([first, 2e-4])
+    monkeypatch.setattr(choice, "_waited", lambda way, device: next(times))
+    assert choice._timed(lambda: None, torch.device(device)) == expected
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "native"), ("cuda", "fft")])
+def test_many_ops_lose_time_between_other_work_on_the_cpu_alone(
+    monkeypatch: pytest.MonkeyPatch, device: str, expected: str
+) -> None:
+    times = {"native": 2.4e-4, "fft": 1.8e-4}
+    monkeypatch.setattr(choice, "_runner", lambda site, clock: times.__getitem__)
+    site = square(24, 7, 2, transposed=False)._replace(device=torch.device(device))
+    assert choice._fastest.__wrapped__(site, ("native", "fft"), True) == expected

@@ -181,9 +181,11 @@ def test_a_cuda_graph_follows_what_is_written(monkeypatch: pytest.MonkeyPatch, k
     module = nn.Conv2d(1, 1, 9, padding=4, bias=False).cuda().requires_grad_(requires_grad=False)
     A = al.linear_operator(module, al.TensorSpec((1, 1, 20, 20), device="cuda"))
     x, y = draw(A.domain, 1), draw(A.codomain, 2)
-    A.H(A(x) - y)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        A.H(A(x) - y)
+    torch.cuda.current_stream().wait_stream(side)
     with torch.cuda.graph(graph):
         gradient = A.H(A(x) - y)
     for write in (lambda: x.copy_(draw(A.domain, 3)), lambda: module.weight.mul_(-2)):

@@ -1,7 +1,5 @@
 """Gradients of volumes that are computed slab by slab are those that they are."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,18 +67,17 @@ def test_a_slab_fills_a_vector_where_the_depth_allows() -> None:
     "change",
     [
         {"groups": 2}, {"stride": (1, 2, 1)}, {"dilation": (1, 1, 2)}, {"padding": (3, 1, 1)}, {"dtype": torch.float64},
-        {"transposed": True}, {"device": torch.device("meta")}, {"output_shape": (8, 12, 12, 1)},
+        {"transposed": True}, {"device": torch.device("meta")}, {"output_shape": (8, 12, 12, 1)}, {"batch": 0},
     ],
     ids=str,
 )  # fmt: skip
 def test_other_convolutions_are_not_suited(change: dict[str, object]) -> None:
     first, second = of_volume(1, (2, 8), (12, 12, 12), (3, 3, 3), (1, 1, 1))
     assert slabs.suited(first, second)
-    assert not slabs.suited(first._replace(**change), second)
-    both = {**change, "transposed": True}
-    if "output_shape" in change:
-        both = {"input_shape": change["output_shape"], "transposed": True}
-    assert not slabs.suited(first._replace(**change), second._replace(**both))
+    other = sized(first._replace(**change))
+    assert not slabs.suited(other, second)
+    back = other._replace(input_shape=other.output_shape, output_shape=other.input_shape, transposed=True)
+    assert not slabs.suited(other, sized(back))
 
 
 def test_images_are_not_suited() -> None:
@@ -130,8 +127,7 @@ def test_gradients_of_volumes_are_computed_in_slabs(monkeypatch: pytest.MonkeyPa
 
 def test_where_more_than_the_gradient_is_wanted_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, x, ways = blurred(monkeypatch)
-    value, gradient = objective.value_and_gradient(x)  # which needs the residual
-    assert float(value) == pytest.approx(float(objective(x)), rel=1e-5)
+    _, gradient = objective.value_and_gradient(x)  # which needs the residual
     assert_close(gradient, one_after_the_other(objective, x), objective.A.domain.eps, scale(objective, x))
     al.LeastSquares(objective.A, objective.y, objective.y.abs()).gradient(x)  # a weight comes between
     biased, z, more = blurred(monkeypatch, bias=True)
@@ -160,4 +156,3 @@ def test_products_of_transforms_stay_as_they_are(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(assemble, "in_slabs", lambda graph, find=assemble.in_slabs: seen.append(find(graph)))
     al.LeastSquares(A, A.codomain.zeros()).gradient(A.domain.zeros())
     assert seen == [None]
-    assert math.isclose(norm(A(draw(A.domain, 1))), norm(module(draw(A.domain, 1))), rel_tol=1e-5)
