@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import functools
+import random
 import types
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from laws import assert_close, draw, seeded
 from torch import nn
 
 import adjointlab as al
-from adjointlab.transpose.capture import same
+from adjointlab.transpose.capture import capture, same
 
 every_engine = pytest.mark.parametrize("engine", ["eager", "traced", "auto"])
 GLOBAL = torch.ones(3)
@@ -665,3 +667,16 @@ def test_whatever_their_memory_is_like_tensors_are_compared_by_value() -> None:
     assert not same(gap, a.real)
     parameter = nn.Parameter(a.real.clone())
     assert same(parameter, a.real.clone())
+
+
+@pytest.mark.parametrize(
+    "number", [lambda: float(torch.rand(1)), np.random.rand, random.random], ids=["torch", "NumPy", "Python"]
+)
+def test_random_numbers_are_drawn_again(number: Callable[[], float]) -> None:
+    captured = capture(lambda x: x)
+    with captured.preserved() as nothing:
+        pass
+    with captured.preserved() as changes:
+        first = number()
+    assert (nothing, changes) == ([], ["the random number generator"])
+    assert number() == first

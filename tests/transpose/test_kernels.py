@@ -77,6 +77,16 @@ def test_kernels_agree(site: Site, dtype: torch.dtype) -> None:
         assert float((found - exact).abs().max()) <= 4 * math.sqrt(terms) * torch.finfo(dtype).eps * scale
 
 
+@given(site=sites())
+@settings(max_examples=40, deadline=None)
+def test_products_of_transforms_have_the_same_shape_on_accelerators(site: Site) -> None:
+    elsewhere = site._replace(device=torch.device("meta"))
+    x, weight, bias = (tensor.to("meta") for tensor in problem(site))
+    found = run("fft", elsewhere, x, weight, bias)
+    assert found.shape[1:] == site.output_shape
+    assert found.is_contiguous()
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("n", "k", "dims"), [(512, 9, 1), (64, 3, 2), (64, 7, 2), (128, 11, 2), (16, 3, 3), (24, 5, 3)]
