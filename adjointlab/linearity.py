@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
+from adjointlab.numerics import DOT_UNITS, SIGMAS, dot_gap, full_precision, norm, rounding_noise
 from adjointlab.reporting import aligned, html_table, strict_json
-from adjointlab.rounding import DOT_UNITS, SIGMAS, dot_gap, full_precision, norm, rounding_noise
 from adjointlab.space import Space
 from adjointlab.transpose import ReadsInputError, Sample, Transposition, capture, room
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from adjointlab.transpose.site import Site, sized
+from adjointlab.transpose.kernels.convolution import Site, sized
 
 
 def square(n: int, k: int, dims: int, *, transposed: bool, dtype: torch.dtype = torch.float32) -> Site:

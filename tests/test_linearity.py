@@ -12,7 +12,8 @@ from torch import nn
 
 import adjointlab as al
 from adjointlab import linearity
-from adjointlab.transpose import choice, kernels
+from adjointlab.transpose.kernels import registry as kernels
+from adjointlab.transpose.kernels import select as choice
 
 every_entry = pytest.mark.parametrize(("entry", "dtype"), widest(ZOO))
 

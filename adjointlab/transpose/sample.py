@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adjointlab.rounding import norm
+from adjointlab.numerics import norm
 from adjointlab.space import Space
 
 Tensors = tuple[Tensor, ...]

@@ -13,8 +13,8 @@ from adjointlab.affine import AffineOperator
 from adjointlab.derive import linear_operator
 from adjointlab.errors import AdjointMismatchError, SpaceMismatchError
 from adjointlab.linearity import like_parameters
+from adjointlab.numerics import full_precision
 from adjointlab.operators import LinearOperator
-from adjointlab.rounding import full_precision
 from adjointlab.space import Space
 from adjointlab.tree import tree_flatten
 from adjointlab.verify.diagnosis import Figure, diagnose
@@ -50,7 +50,7 @@ def check_adjoint(
     Random pairs see an error anywhere; impulses at the centre and the corners, constants, and random numbers where an
     impulse lights up see errors of borders and corners that are too small beside the whole; a pair scaled by a million
     and back sees what saturates, and one of another batch size what is made for one size only. What is compared with
-    rounding is derived from the dtype (``adjointlab.rounding``), and measured where there is cancellation inside. The
+    rounding is derived from the dtype (``adjointlab.numerics``), and measured where there is cancellation inside. The
     rounding noise of a hand-written adjoint excuses no more than that of the derived one or of A does, within a factor:
     one that computes in a coarser dtype fails. If the test fails, the report says in words what is wrong, as far as it
     is one of the usual mistakes.

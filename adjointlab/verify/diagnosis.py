@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from adjointlab.numerics import dot_gap, norm
 from adjointlab.reporting import Grid
-from adjointlab.rounding import dot_gap, norm
 from adjointlab.verify.dot_test import DotTest
 from adjointlab.verify.evidence import Evidence, Guess
 from adjointlab.verify.mistakes import LAST, MISTAKES

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from adjointlab.rounding import DOT_UNITS, SIGMAS, dot_gap, norm, rounding_noise
+from adjointlab.numerics import DOT_UNITS, SIGMAS, dot_gap, norm, rounding_noise
 from adjointlab.space import Space
 from adjointlab.verify.side import BrokenError, Side, Tensors, structured, vanishes
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from adjointlab.rounding import norm, rounding_noise
+from adjointlab.numerics import norm, rounding_noise
 from adjointlab.verify.side import Side, Tensors
 
 Change = Callable[[Tensor], Tensor]  # of one tensor, without the leading dimension of draws

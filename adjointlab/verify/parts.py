@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adjointlab.rounding import norm
+from adjointlab.numerics import norm
 from adjointlab.verify.evidence import Change, Evidence, ranges
 from adjointlab.verify.side import Side, Tensors
 

@@ -1,0 +1,410 @@
+r"""Spaces: ``⟨a, b⟩ = Σ conj(aᵢ) bᵢ`` over all leaves of a pytree of tensors.
+
+PyTorch's vector-Jacobian product is the adjoint for the *real* inner product ``Re⟨·, ·⟩``. Where a map is
+complex-linear between complex spaces, that is exactly the Hermitian adjoint for ``⟨·, ·⟩``. Where one side is real
+(``rfft``, ``x.real``, ``x.to(complex)``) or the map is antilinear (``conj``), an adjoint exists for ``Re⟨·, ·⟩`` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.space.spec import TensorSpec, describe, is_dtensor, is_shape, refuse_dtensor
+from adjointlab.tree import SINGLE, Structure, has_tensor, tree_flatten
+
+_DOUBLE = {True: torch.complex128, False: torch.float64}
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """A finite-dimensional inner-product space of pytrees of tensors, ``⟨a, b⟩ = Σ conj(aᵢ) bᵢ``.
+
+    Parameters
+    ----------
+    specs : tuple of TensorSpec
+        Shape, dtype and device of every leaf.
+    structure : object
+        How the leaves form an element; made by :meth:`Space.of`, which is the way to make a space.
+    batch_dims : int
+        The first ``batch_dims`` dimensions of every leaf are free: they may have any size, the same for every leaf.
+        Two spaces are equal if they are equal apart from free sizes.
+
+    Examples
+    --------
+    >>> space = Space.of({"image": (1, 8, 8), "offset": (3,)})
+    >>> space.size
+    67
+    >>> float(space.norm(space.zeros()))
+    0.0
+    """
+
+    specs: tuple[TensorSpec, ...]
+    structure: Structure = field(default=SINGLE, repr=False)
+    batch_dims: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.specs:
+            raise SpaceMismatchError(
+                "expected a space of at least one tensor, got an empty one: give an example tensor, a shape such as "
+                "(1, 1, 64, 64) or a TensorSpec"
+            )
+        if not isinstance(self.batch_dims, int) or isinstance(self.batch_dims, bool) or self.batch_dims < 0:
+            raise SpaceMismatchError(f"expected batch_dims to be an integer of 0 or more, got {self.batch_dims!r}")
+        if self.batch_dims:
+            batches = {spec.shape[: self.batch_dims] for spec in self.specs}
+            if len(batches) > 1 or any(len(spec.shape) < self.batch_dims for spec in self.specs):
+                raise SpaceMismatchError(
+                    f"expected every leaf to begin with the same {self.batch_dims} batch dimensions, got shapes "
+                    f"{[spec.shape for spec in self.specs]}: lower batch_dims, or give the leaves equal leading sizes"
+                )
+        if any(spec.sharding is not None for spec in self.specs):
+            self._require_one_mesh()
+
+    def _require_one_mesh(self) -> None:
+        meshes = [None if spec.sharding is None else spec.sharding.mesh for spec in self.specs]
+        if any(mesh != meshes[0] for mesh in meshes):
+            raise SpaceMismatchError(
+                f"expected every leaf of a sharded space on one mesh, got {meshes}: a leaf that is the same on all "
+                "processes is adjointlab.distributed.replicated(space, mesh)"
+            )
+        if self.batch_dims:
+            raise SpaceMismatchError(
+                f"expected batch_dims=0 for a sharded space, got {self.batch_dims}: its sizes are fixed, for all "
+                "processes have to agree on them"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        domain: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        batch_dims: int = 0,
+    ) -> Space:
+        """Return the space of an example tensor, shape, ``TensorSpec``, ``Space`` or pytree of these.
+
+        Parameters
+        ----------
+        domain : Tensor, tuple of int, TensorSpec, Space or pytree of these
+            Values of tensors are ignored. A non-empty tuple or list of integers is a shape.
+        dtype, device : optional
+            Of leaves that are given as a shape only.
+        batch_dims : int
+            Number of leading dimensions of free size.
+
+        Returns
+        -------
+        Space
+            The space whose elements look like ``domain``.
+
+        Raises
+        ------
+        SpaceMismatchError
+            If there is no leaf, a leaf is none of the above, is empty, or is neither floating-point nor complex.
+
+        Examples
+        --------
+        >>> Space.of((2, 3), dtype=torch.complex64)
+        Space(TensorSpec((2, 3), complex64, cpu))
+        """
+        if isinstance(domain, Space):
+            return replace(domain, batch_dims=batch_dims) if batch_dims else domain
+        if isinstance(domain, Tensor):
+            refuse_dtensor(domain)
+            return cls((TensorSpec.of(domain),), batch_dims=batch_dims)
+        shapes_closed = pytree.tree_map(
+            lambda leaf: TensorSpec(tuple(leaf), dtype, device) if is_shape(leaf) else leaf,  # type: ignore[arg-type]
+            domain,
+            is_leaf=is_shape,
+        )
+        # A space inside a pytree stands for its elements: opened, so that their leaves become leaves of the whole.
+        opened = pytree.tree_map(
+            lambda leaf: leaf.unflatten(leaf.specs) if isinstance(leaf, Space) else leaf,
+            shapes_closed,
+            is_leaf=lambda leaf: isinstance(leaf, Space),
+        )
+        leaves, structure = tree_flatten(opened)
+        specs = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                refuse_dtensor(leaf)
+                specs.append(TensorSpec.of(leaf))
+            elif isinstance(leaf, TensorSpec):
+                specs.append(leaf)
+            else:
+                raise SpaceMismatchError(
+                    "expected a domain given as an example tensor, a shape such as (1, 1, 64, 64), a TensorSpec, a "
+                    f"Space or a pytree of these, got {describe(leaf)}"
+                )
+        return cls(tuple(specs), SINGLE if structure == SINGLE else structure, batch_dims)
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        return (
+            self.batch_dims,
+            tuple((spec.shape[self.batch_dims :], spec.dtype, spec.device, spec.sharding) for spec in self.specs),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Space):
+            return NotImplemented
+        return self is other or (self._key == other._key and self.structure == other.structure)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether any leaf is complex."""
+        return any(spec.is_complex for spec in self.specs)
+
+    @property
+    def size(self) -> int:
+        """Number of entries over all leaves; of a sharded space, over all processes."""
+        return sum(spec.numel if spec.sharding is None else spec.sharding.size for spec in self.specs)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether an element is spread over several processes, each of which holds its part."""
+        return self.specs[0].sharding is not None
+
+    @property
+    def eps(self) -> float:
+        """Unit roundoff of the coarsest leaf dtype."""
+        return max(float(torch.finfo(spec.dtype).eps) for spec in self.specs)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the free leading dimensions in this space's own example."""
+        return self.specs[0].shape[: self.batch_dims]
+
+    @property
+    def is_autocast(self) -> bool:
+        """Whether autocast is at work, which knows nothing of spaces, and would take an element out of its own."""
+        return self.specs[0].device.type != "meta" and torch.is_autocast_enabled(self.specs[0].device.type)
+
+    def without_autocast(self) -> AbstractContextManager[Any]:
+        """Return a context in which autocast leaves alone what lives on the device of this space."""
+        return torch.autocast(self.specs[0].device.type, enabled=False) if self.is_autocast else nullcontext()
+
+    def with_batch(self, batch_shape: Sequence[int]) -> Space:
+        """Return the same space with the free leading dimensions set to ``batch_shape``."""
+        batch = tuple(batch_shape)
+        if batch == self.batch_shape:
+            return self
+        specs = tuple(replace(spec, shape=batch + spec.shape[self.batch_dims :]) for spec in self.specs)
+        return replace(self, specs=specs)
+
+    def with_batch_dims(self, batch_dims: int) -> Space:
+        """Return the same space with the first ``batch_dims`` dimensions free."""
+        return self if batch_dims == self.batch_dims else replace(self, batch_dims=batch_dims)
+
+    # -- elements ------------------------------------------------------------------------------------------------
+
+    def leaves(self, x: Any, name: str = "x") -> tuple[Tensor, ...]:
+        """Return the leaves of ``x`` after checking that it is an element: structure, shapes, dtypes, devices.
+
+        Parameters
+        ----------
+        x : pytree of tensors
+            What to check.
+        name : str
+            What to call it in the error message.
+
+        Returns
+        -------
+        tuple of Tensor
+            The leaves, untouched: nothing is cast, broadcast or copied.
+
+        Raises
+        ------
+        SpaceMismatchError
+            If ``x`` is not an element of this space.
+        """
+        if isinstance(x, Tensor):
+            found, structure = (x,), SINGLE
+        else:
+            flat, structure = tree_flatten(x)
+            found = tuple(flat)
+        if structure is not self.structure and structure != self.structure:
+            ordered = self.structure.ordered(x)
+            if ordered is None:
+                raise self._mismatch(name, x)
+            found = tuple(ordered)
+        k = self.batch_dims
+        for leaf, spec in zip(found, self.specs, strict=True):
+            if (
+                not isinstance(leaf, Tensor)
+                or (leaf.shape[k:] != spec.shape[k:] if k else leaf.shape != spec.shape)
+                or leaf.dtype != spec.dtype
+                or leaf.device != spec.device
+                or leaf.layout != torch.strided
+                or (type(leaf) is not Tensor and is_dtensor(leaf))
+            ):
+                raise self._mismatch(name, x, leaf, spec)
+        if k and any(leaf.shape[:k] != found[0].shape[:k] or leaf.ndim < k for leaf in found):
+            raise self._mismatch(name, x)
+        return found
+
+    def check(self, x: Any, name: str = "x") -> None:
+        """Raise ``SpaceMismatchError`` unless ``x`` is an element of this space."""
+        self.leaves(x, name)
+
+    def _mismatch(self, name: str, x: Any, leaf: Any = None, spec: TensorSpec | None = None) -> SpaceMismatchError:
+        if spec is None or not isinstance(leaf, Tensor):
+            came = describe(x) if not has_tensor(x) or isinstance(x, Tensor) else f"the pytree {_outline(x)}"
+            remedy = "pass an element with the structure of the space"
+        else:
+            came, remedy = describe(leaf), spec.remedy(leaf)
+        return SpaceMismatchError(f"expected {name} to be an element of {self}, got {came}; {remedy}")
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """Return the element with the given leaves: the inverse of :meth:`leaves`."""
+        return leaves[0] if self.structure is SINGLE else self.structure.unflatten(leaves)
+
+    def zeros(self) -> Any:
+        """Return the zero element."""
+        return self.unflatten([torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in self.specs])
+
+    def randn(self, generator: torch.Generator | None = None) -> Any:
+        """Return an element of independent standard normal entries (variance 1, complex ones as well).
+
+        Parameters
+        ----------
+        generator : torch.Generator, optional
+            A *CPU* generator; without one, torch's global generator is advanced. Numbers are drawn on the CPU, so that
+            they are the same for every device. In a sharded space every process passes one in the same state; what is
+            replicated comes out alike on all.
+
+        Returns
+        -------
+        pytree of tensors
+            The random element.
+        """
+        draws = (
+            torch.randn(s.shape, dtype=s.drawn_dtype, generator=source, device="cpu")
+            for s, source in zip(self.specs, self.sources(generator), strict=True)
+        )
+        return self.unflatten([d.to(device=s.device, dtype=s.dtype) for d, s in zip(draws, self.specs, strict=True)])
+
+    def sources(self, generator: torch.Generator | None) -> Iterator[torch.Generator | None]:
+        """Yield what each leaf is drawn from: the generator itself or, where sharded, one for each shard."""
+        for spec in self.specs:
+            yield generator if spec.sharding is None else spec.sharding.generator(generator)
+
+    # -- geometry ------------------------------------------------------------------------------------------------
+
+    def inner(self, a: Any, b: Any) -> Tensor:
+        """Return ``⟨a, b⟩ = Σ conj(aᵢ) bᵢ``, accumulated in double precision.
+
+        Parameters
+        ----------
+        a, b : pytree of tensors
+            Elements of this space.
+
+        Returns
+        -------
+        Tensor
+            Zero-dimensional, ``complex128`` if any leaf is complex, else ``float64``.
+
+        Examples
+        --------
+        >>> Space.of((2,), dtype=torch.complex64).inner(torch.tensor([1j, 0]), torch.tensor([1.0 + 0j, 0])).imag
+        tensor(-1., dtype=torch.float64)
+        """
+        wide = _DOUBLE[self.is_complex]
+        pairs = zip(self.leaves(a, "a"), self.leaves(b, "b"), strict=True)
+        return self.total([torch.vdot(u.reshape(-1).to(wide), v.reshape(-1).to(wide)) for u, v in pairs])
+
+    def norm(self, a: Any) -> Tensor:
+        """Return ``‖a‖ = √⟨a, a⟩`` as a zero-dimensional ``float64`` tensor."""
+        squares = [torch.linalg.vector_norm(u, dtype=_DOUBLE[u.is_complex()]).square() for u in self.leaves(a, "a")]
+        return self.total(squares).sqrt() if self.is_sharded else torch.stack(squares).sum().sqrt()
+
+    def total(self, terms: Sequence[Tensor]) -> Tensor:
+        """Return the sum of one term for each leaf; of a sharded space, over all processes as well.
+
+        All inner products and norms come from here, so that every process sees the same numbers and decides alike.
+
+        Parameters
+        ----------
+        terms : sequence of Tensor
+            What each leaf of this process contributes, of one shape.
+
+        Returns
+        -------
+        Tensor
+            The sum; what is replicated is counted once.
+        """
+        sharding = self.specs[0].sharding
+        if sharding is not None:
+            shares = tuple(spec.sharding.share for spec in self.specs if spec.sharding is not None)
+            return sharding.total(torch.stack(list(terms)), shares)
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total
+
+    def every(self, condition: bool) -> bool:
+        """Return whether a condition holds; of a sharded space, whether it holds on every process."""
+        if not self.is_sharded:
+            return condition
+        failed = torch.tensor(float(not condition), dtype=torch.float64, device=self.specs[0].device)
+        zero = torch.zeros_like(failed)
+        return float(self.total([failed, *[zero] * (len(self.specs) - 1)])) == 0.0
+
+    def vector(self, a: Any) -> Tensor:
+        """Return the coordinates of ``a`` as one vector of ``size`` entries, leaves one after the other."""
+        self._refuse_sharded()
+        return torch.cat([leaf.reshape(-1) for leaf in self.leaves(a, "a")])
+
+    def element(self, vector: Tensor) -> Any:
+        """Return the element with the coordinates ``vector``: the inverse of :meth:`vector`."""
+        self._refuse_sharded()
+        parts = torch.split(vector, [spec.numel for spec in self.specs])
+        return self.unflatten(
+            [
+                (part.real if part.is_complex() and not spec.is_complex else part).to(spec.dtype).reshape(spec.shape)
+                for part, spec in zip(parts, self.specs, strict=True)
+            ]
+        )
+
+    def _refuse_sharded(self) -> None:
+        if self.is_sharded:
+            raise SpaceMismatchError(
+                f"expected a space of one process, got the sharded {self}: its elements are nowhere as a whole; use "
+                "inner products and solvers, or adjointlab.distributed.gather"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Space:
+        return self  # a frozen value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _space_of, (self.unflatten(self.specs), self.batch_dims)  # a pytree of specs says all there is
+
+    def __repr__(self) -> str:
+        names = ", ".join(map(repr, self.specs))
+        free = f", batch_dims={self.batch_dims}" if self.batch_dims else ""
+        return f"Space({names}{free})"
+
+
+def _space_of(domain: Any, batch_dims: int) -> Space:
+    return Space.of(domain, batch_dims=batch_dims)
+
+
+def _outline(tree: Any) -> str:
+    return str(pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf), tree))
+
+
+__all__ = ["Space", "TensorSpec"]

@@ -1,0 +1,96 @@
+"""What was derived and why: the readable account behind ``A.explain()``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from adjointlab.transpose.graph.ir import Graph, op_name
+from adjointlab.transpose.kernels.convolution import Site
+from adjointlab.transpose.passes.fuse_slices import accumulate
+
+
+@dataclass(frozen=True)
+class Account:
+    """How an adjoint was derived: the engine in force, its program, the evidence, and the reason of any fallback."""
+
+    engine: str
+    requested: str
+    reason: str = ""
+    path: str = ""
+    readers: tuple[str, ...] | None = None
+    ops_before: Counter[str] = field(default_factory=Counter)
+    ops_after: Counter[str] = field(default_factory=Counter)
+    kernels: tuple[str, ...] = ()
+    cut: str = ""  # an op that hides the input from autograd
+    program: str = ""
+
+    @property
+    def independent(self) -> bool:
+        """Whether the derivative was seen not to read the input: the map is affine."""
+        return self.readers == ()
+
+    def __str__(self) -> str:
+        asked = "" if self.requested == "auto" else f" (asked for: {self.requested})"
+        lines = [f"engine: {self.engine}{asked}"]
+        if self.reason:
+            lines.append(f"reason: {self.reason}")
+        if self.path:
+            lines.append(f"eager reference: torch.autograd.grad, since {self.path}")
+        if self.readers is None:
+            lines.append("evidence of linearity: numerical only, there is no graph")
+        elif self.readers:
+            where = ", ".join(self.readers)
+            lines.append(f"evidence of linearity: numerical only, the derivative reads the input in {where}")
+        else:
+            lines.append("evidence of linearity: the derivative does not read the input")
+        if self.program:
+            before, after = sum(self.ops_before.values()), sum(self.ops_after.values())
+            removed = self.ops_before - self.ops_after
+            lines.append(f"ops: {before} in the vector-Jacobian product, {after} in the adjoint")
+            if removed:
+                lines.append("removed: " + ", ".join(f"{name} ×{n}" for name, n in sorted(removed.items())))
+        lines.extend(f"kernel: {kernel}" for kernel in self.kernels)
+        if self.program:
+            lines += ["adjoint program:", *("    " + line for line in self.program.splitlines())]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def listing(graph: Graph) -> str:
+    """Return a graph as a readable program, one op a line with the shape of its result."""
+    names = {p: s.name for p, s in zip(graph.placeholders, graph.state, strict=False)}
+    inputs = graph.inputs
+    for index, node in enumerate(inputs):
+        names[node] = "v" if len(inputs) == 1 else f"v{index}"
+    lines: list[str] = []
+    for node in graph.body.nodes:
+        if "stands_for" in node.meta:
+            names[node] = f"shape{node.meta['stands_for']}"
+        elif node.op == "call_function":
+            names[node] = f"t{len(lines)}"
+            if op_name(node.target) == "getitem":
+                lines.append(f"{names[node]} = {names[node.args[0]]}[{node.args[1]}]")
+                continue
+            if node.target is accumulate:
+                sources, pieces = _show(node.args[0], names), len(node.args[1])
+                lines.append(f"{names[node]} = accumulate({sources}, {pieces} pieces)  # {tuple(node.args[2])}")
+                continue
+            options = [f"{name}={value}" for name, value in node.kwargs.items()]
+            arguments = ", ".join([*(_show(a, names) for a in node.args), *options])
+            value = node.meta.get("val")
+            shape = f"  # {tuple(value.shape)}" if hasattr(value, "shape") else ""
+            lines.append(f"{names[node]} = {op_name(node.target)}({arguments}){shape}")
+    outputs = ", ".join(_show(node, names) for node in graph.outputs)
+    return "\n".join([*lines, f"return {outputs}"])
+
+
+def _show(value: object, names: dict[fx.Node, str]) -> str:
+    if isinstance(value, Site):
+        return "site"
+    if isinstance(value, list):
+        return "[" + ", ".join(_show(item, names) for item in value) + "]"
+    return names[value] if isinstance(value, fx.Node) else str(value).replace("torch.", "")

@@ -1,0 +1,1 @@
+"""Equal ways to compute one operation, and the rule that chooses among them."""

@@ -1,0 +1,190 @@
+"""From the graph of a VJP to the adjoint: cut loose what reads the primal for its shape only, drop the forward.
+
+The VJP is that in the input and in the state; each part is a graph by itself.
+
+The value of the primal is *demanded* by an output if some chain of ops leads from the one to the other on which every
+op reads the value of its operand, not only its metadata. If nothing demands it, the Jacobian is the same at every
+primal: the map is affine. That is a proof as far as autograd tells the truth about derivatives.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from adjointlab.transpose.graph.ir import LIKE, Graph, clean, op_name, part
+
+aten = torch.ops.aten
+
+# Positions of operands that the op reads for shape, dtype and device only, whatever its other arguments.
+_SHAPE_ONLY: dict[Any, tuple[int, ...]] = {
+    **dict.fromkeys(LIKE, (0,)),
+    **dict.fromkeys(
+        (
+            aten.reflection_pad1d_backward, aten.reflection_pad2d_backward, aten.reflection_pad3d_backward,
+            aten.replication_pad1d_backward, aten.replication_pad2d_backward, aten.replication_pad3d_backward,
+            aten.avg_pool2d_backward, aten.avg_pool3d_backward,
+            aten._adaptive_avg_pool2d_backward, aten._adaptive_avg_pool3d_backward,
+        ),
+        (1,),
+    ),
+}  # fmt: skip
+
+
+def _shape_only(node: fx.Node) -> tuple[int, ...]:
+    """Return the positions of operands whose values ``node`` does not read."""
+    packet = getattr(node.target, "overloadpacket", None)
+    args = node.args
+    if packet is aten.convolution_backward and args[10] == [True, False, False]:
+        return (1,)
+    if packet in (aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward) and not args[6][1]:  # type: ignore[index]
+        return (1,)
+    if _is_batch_norm(node):
+        return (1,) if _has_statistics(node) else (1, 5, 6)
+    return _SHAPE_ONLY.get(packet, ())
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The adjoint as a graph ``(*state, *cotangents)``, and the ops that still read the primal (none: proved).
+
+    ``of_state`` is the graph ``(*state, *primals, *cotangents)`` of the gradients in the state, None for each that is
+    not known.
+    """
+
+    graph: Graph
+    of_state: Graph | None
+    readers: tuple[str, ...]
+    ops_before: Counter[str]
+    ops_after: Counter[str]
+
+
+def prune(whole: Graph, n_primals: int) -> Pruned:
+    """Return the adjoint without its forward, and the gradients in the state with what they need of it."""
+    outputs = whole.outputs
+    vjp, of_state = part(whole, outputs[:n_primals]), None
+    if any(node is not None for node in outputs[n_primals:]):
+        of_state = part(whole, outputs[n_primals:])
+    before = ops(vjp)
+    graph = vjp.body
+    primals = vjp.inputs[:n_primals]
+    for node in list(graph.nodes):
+        _take_running_statistics(graph, node)
+    tainted = _descendants(primals)
+    demanded = _demanded(vjp)
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node not in demanded:
+            continue
+        for position in _shape_only(node):
+            operand = node.args[position]
+            if operand in tainted:
+                node.update_arg(position, _stand_in(graph, node, operand))
+    readers: tuple[str, ...] = ()
+    if any(primal in demanded for primal in primals):
+        cotangents = _descendants(vjp.inputs[n_primals:])
+        readers = tuple(
+            dict.fromkeys(
+                op_name(node.target)
+                for node in graph.nodes
+                if node in demanded and node in cotangents and _reads(node, tainted - cotangents)
+            )
+        )
+    # A linear map has one Jacobian. Where its graph reads the primal all the same, it is evaluated at zero.
+    for primal in primals:
+        value = primal.meta["val"]
+        if primal in demanded:
+            with graph.inserting_after(primal):
+                zero = graph.call_function(
+                    aten.zeros.default, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
+                )
+            zero.meta["val"] = value
+            primal.replace_all_uses_with(zero)
+    clean(graph)
+    for primal in primals:
+        graph.erase_node(primal)
+    return Pruned(vjp, of_state, readers, before, ops(vjp))
+
+
+def ops(graph: Graph) -> Counter[str]:
+    """Count the ops of a graph by name; what only stands for a shape is none."""
+    return Counter(
+        op_name(n.target)
+        for n in graph.body.nodes
+        if n.op == "call_function" and op_name(n.target) != "getitem" and "stands_for" not in n.meta
+    )
+
+
+def _reads(node: fx.Node, values: set[fx.Node]) -> bool:
+    metadata = {node.args[position] for position in _shape_only(node)}
+    return any(operand in values and operand not in metadata for operand in node.all_input_nodes)
+
+
+def _descendants(roots: list[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.users)
+    return found
+
+
+def _demanded(graph: Graph) -> set[fx.Node]:
+    """Return the nodes whose values, not only their shapes, some output depends on."""
+    found: set[fx.Node] = set()
+    pending = [node for node in graph.outputs if isinstance(node, fx.Node)]
+    while pending:
+        node = pending.pop()
+        if node in found:
+            continue
+        found.add(node)
+        skipped = _shape_only(node)
+        values = [arg for position, arg in enumerate(node.args) if position not in skipped]
+        read: list[fx.Node] = []
+        fx.map_arg((values, node.kwargs), read.append)
+        pending.extend(read)
+    return found
+
+
+def _take_running_statistics(graph: fx.Graph, node: fx.Node) -> None:
+    """Have a batch norm in evaluation read the running statistics themselves, not what the forward saved of them.
+
+    Kernels for the CPU save nothing and read nothing; those for CUDA do both.
+    """
+    if _is_batch_norm(node) and _has_statistics(node):
+        mean, variance = node.args[3:5]
+        with graph.inserting_before(node):
+            moved = graph.call_function(aten.add.Tensor, (variance, node.args[8]))
+            inverse = graph.call_function(aten.rsqrt.default, (moved,))
+        moved.meta["val"] = inverse.meta["val"] = node.args[6].meta["val"]  # type: ignore[union-attr]
+        node.update_arg(5, mean)
+        node.update_arg(6, inverse)
+
+
+def _is_batch_norm(node: fx.Node) -> bool:
+    """Return whether a node is the derivative in x of a batch norm in evaluation."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet is aten.native_batch_norm_backward and not node.args[7] and node.args[9] == [True, False, False]
+
+
+def _has_statistics(node: fx.Node) -> bool:
+    """Return whether the derivative of a batch norm is given statistics: what kernels for the CPU save is empty."""
+    saved = node.args[5]
+    return isinstance(saved, fx.Node) and bool(saved.meta["val"].numel())
+
+
+def _stand_in(graph: fx.Graph, before: fx.Node, operand: fx.Node) -> fx.Node:
+    """Return a zero of the operand's shape that takes the memory of one number."""
+    value = operand.meta["val"]
+    with graph.inserting_before(before):
+        zero = graph.call_function(aten.zeros.default, ([],), {"dtype": value.dtype, "device": value.device})
+        zero.meta["val"] = value.new_empty(())
+        shaped = graph.call_function(aten.expand.default, (zero, list(value.shape)))
+        shaped.meta["val"] = zero.meta["val"].expand(value.shape)
+    zero.meta["stands_for"] = shaped.meta["stands_for"] = tuple(value.shape)
+    return shaped

@@ -1,0 +1,1 @@
+"""What runs: programs, their derivatives, and the way of a call."""

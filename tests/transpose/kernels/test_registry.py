@@ -1,0 +1,161 @@
+"""Every kernel computes the same convolution, about as accurately as the native one."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sites import square
+from torch import Tensor
+
+from adjointlab.transpose.kernels import registry as kernels
+from adjointlab.transpose.kernels.convolution import Site, sized
+from adjointlab.transpose.kernels.registry import KERNELS, PREPARE, available
+
+
+@st.composite
+def sites(draw: st.DrawFn) -> Site:
+    """Draw a convolution of any kind that PyTorch takes."""
+    dims = draw(st.integers(1, 3))
+    transposed = draw(st.booleans())
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+    groups = draw(st.integers(1, 3))
+    c_in, c_out = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+    kernel, stride, dilation, padding = each(1, 4), each(1, 3), each(1, 2), each(0, 4)
+    extra = tuple(
+        draw(st.integers(0, max(s, d) - 1)) if transposed else 0 for s, d in zip(stride, dilation, strict=True)
+    )
+    size = each(7, 10)
+    out = [
+        (n - 1) * s - 2 * p + d * (k - 1) + e + 1 if transposed else (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, s, p, d, k, e in zip(size, stride, padding, dilation, kernel, extra, strict=True)
+    ]
+    if min(out) < 1:
+        padding = (0,) * dims
+        out = [
+            (n - 1) * s + d * (k - 1) + e + 1 if transposed else (n - d * (k - 1) - 1) // s + 1
+            for n, s, d, k, e in zip(size, stride, dilation, kernel, extra, strict=True)
+        ]
+    shapes = (2, (c_in, *size), (c_out, *out), kernel)
+    kind = (torch.float64, torch.get_default_device())
+    return sized(Site(*shapes, stride, padding, dilation, transposed, extra, groups, *kind))
+
+
+def problem(site: Site, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator(site.device).manual_seed(1)
+    c_in, c_out = site.input_shape[0], site.output_shape[0]
+    first, second = (c_in, c_out // site.groups) if site.transposed else (c_out, c_in // site.groups)
+    shapes = [(site.batch, *site.input_shape), (first, second, *site.kernel), (c_out,)]
+    x, weight, bias = (torch.randn(s, generator=draw, dtype=dtype or site.dtype, device=site.device) for s in shapes)
+    return x, weight, bias
+
+
+def run(name: str, site: Site, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    prepared = PREPARE[name](weight, site) if name in PREPARE else weight
+    return KERNELS[name](site)(x, prepared, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(site=sites())
+@settings(max_examples=80, deadline=None)
+def test_kernels_agree(site: Site, dtype: torch.dtype) -> None:
+    site = site._replace(dtype=dtype)
+    x, weight, bias = problem(site)
+    exact = run("native", site, x.double(), weight.double(), bias.double())
+    assert exact.shape[1:] == site.output_shape
+    terms = math.prod(site.kernel) * site.input_shape[0]
+    for name in {*available(site), "fft"} - {"native"}:
+        found = run(name, site, x, weight, bias)
+        assert found.dtype == dtype
+        assert found.shape == exact.shape
+        assert found.is_contiguous()
+        scale = float(x.norm() * weight.norm())
+        assert float((found - exact).abs().max()) <= 4 * math.sqrt(terms) * torch.finfo(dtype).eps * scale
+
+
+@given(site=sites())
+@settings(max_examples=40, deadline=None)
+def test_products_of_transforms_have_the_same_shape_on_accelerators(site: Site) -> None:
+    elsewhere = site._replace(device=torch.device("meta"))
+    x, weight, bias = (tensor.to("meta") for tensor in problem(site))
+    found = run("fft", elsewhere, x, weight, bias)
+    assert found.shape[1:] == site.output_shape
+    assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k", "dims"), [(512, 9, 1), (64, 3, 2), (64, 7, 2), (128, 11, 2), (16, 3, 3), (24, 5, 3)]
+)
+def test_lowered_kernels_are_at_most_four_times_less_accurate(n: int, k: int, dims: int, transposed: bool) -> None:
+    site = square(n, k, dims, transposed=transposed)
+    x, weight, _ = problem(site)
+    exact = run("native", site._replace(dtype=torch.float64), x.double(), weight.double(), None)
+    errors = {name: float((run(name, site, x, weight, None) - exact).norm()) for name in available(site)}
+    assert max(errors.values()) <= 4 * errors["native"]
+
+
+def test_few_terms_are_no_work_for_a_transform() -> None:
+    assert "fft" not in available(square(512, 3, 2, transposed=True))
+    assert "fft" in available(square(512, 11, 2, transposed=True))
+
+
+def test_half_precision_stays_native() -> None:
+    assert available(square(64, 11, 2, transposed=False, dtype=torch.bfloat16)) == ["native"]
+
+
+def test_a_kernel_of_one_entry_is_not_dilated() -> None:
+    """With a bias, oneDNN reads past the end of the image, and may crash."""
+    site = Site(
+        2, (1, 8, 2), (1, 7, 2), (2, 1), (1, 3), (0, 1), (1, 4), False, (0, 0), 1, torch.float32, torch.device("cpu")
+    )
+    x, weight, bias = problem(sized(site))
+    assert "polyphase" in available(sized(site))
+    expected = run("native", site, x, weight, bias)
+    for _ in range(20):
+        assert torch.allclose(run("polyphase", sized(site), x, weight, bias), expected, atol=1e-6)
+
+
+@given(site=sites().filter(lambda site: site.transposed and site.groups == 1))
+@settings(max_examples=40, deadline=None)
+def test_phases_share_the_taps_of_a_stride(site: Site) -> None:
+    """Each tap is in the kernel of one of as many neighbouring outputs as the stride counts, and once there."""
+    _, weight, _ = problem(site)
+    taps = math.prod(site.kernel) * site.input_shape[0] * site.output_shape[0]
+    assert int((kernels.bands(weight, site) != 0).sum()) == taps * math.prod(site.phases) // math.prod(site.stride)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_phases_are_for_single_precision(dtype: torch.dtype) -> None:
+    assert "polyphase" in available(square(64, 5, 2, transposed=False))
+    assert "polyphase" not in available(square(64, 5, 2, transposed=False, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6, 5), (3, 1, 4, 5, 6), (2, 2, 6, 5), (1, 6, 5)])
+def test_images_of_one_channel_are_in_both_orders(shape: tuple[int, ...]) -> None:
+    image = torch.randn(shape)
+    found = kernels.channels_last(image)
+    assert found.is_contiguous()
+    assert torch.equal(found, image)
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape))
+    if order is not None and shape[1] == 1:
+        assert found.stride() == torch.empty(shape, memory_format=order).stride()
+    else:
+        assert found is image
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("size", [(128, 20), (16, 8, 12), (9, 20)])
+def test_rows_are_spread_without_a_change_of_value(size: tuple[int, ...]) -> None:
+    dims = tuple(range(2, 2 + len(size)))
+    half = torch.fft.rfftn(torch.randn(2, 3, *size, dtype=torch.float64), dim=dims)
+    rows = torch.fft.ifftn(half, dim=dims[:-1])
+    spread = kernels._spread(rows)
+    assert torch.equal(spread, rows)
+    assert (spread is rows) is (size == (9, 20))
+    assert spread.stride(-1) % 128 != 0 or spread is rows
