@@ -9,10 +9,10 @@ from torch import nn
 
 from adjointlab.derive import from_source, options_of, require_linear
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.linearity import assess, like_parameters
+from adjointlab.linearity import like_parameters
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
-from adjointlab.transpose import Transposition
+from adjointlab.transpose import Options, Transposition
 
 
 class AffineOperator(nn.Module):
@@ -100,6 +100,10 @@ def affine_operator(
     kwargs: dict[str, Any] | None = None,
     engine: str = "auto",
     check: bool = True,
+    lowering: bool = True,
+    autotune: bool = False,
+    derivative: str = "autograd",
+    tol: float | None = None,
 ) -> AffineOperator:
     """Return ``f(x) = Ax + b`` with the derived adjoint of A: for a convolution with a bias, say.
 
@@ -107,7 +111,7 @@ def affine_operator(
     ----------
     module_or_function : nn.Module or callable
         An affine map; a linear one has the offset zero.
-    domain, batch_dims, kwargs, engine, check
+    domain, batch_dims, kwargs, engine, check, lowering, autotune, derivative, tol
         As in :func:`adjointlab.linear_operator`.
 
     Returns
@@ -137,15 +141,13 @@ def affine_operator(
             f"expected an nn.Module or a function, got {type(module_or_function).__name__}: pass the map itself"
         )
     space = like_parameters(module_or_function, domain, batch_dims)
-    source = Transposition(module_or_function, space, kwargs, engine, affine=True)
-    if check:
-        require_linear(assess(source), source, offset_allowed=True)
+    options = Options(engine, True, lowering, autotune, derivative, tol, check)
+    source = Transposition(module_or_function, space, kwargs, options, judge=require_linear)
     return AffineOperator(from_source(source, lambda: (_rebuild_linear, _arguments(source))), source)
 
 
 def _arguments(source: Transposition) -> tuple[Any, ...]:
-    options = {name: value for name, value in options_of(source).items() if name in ("batch_dims", "kwargs", "engine")}
-    return source.callable, source.domain, options
+    return source.callable, source.domain, options_of(source)
 
 
 def _rebuild(function: Callable[..., Any], domain: Space, options: dict[str, Any]) -> AffineOperator:

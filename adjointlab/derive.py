@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMismatchError
-from adjointlab.linearity import LinearityReport, assess, like_parameters
+from adjointlab.linearity import assess, like_parameters
 from adjointlab.operators import LinearOperator, Map, Recipe
 from adjointlab.space import Space
-from adjointlab.transpose import Transposition
+from adjointlab.transpose import Derivation, Options, Transposition
 
 
 def linear_operator(
@@ -24,6 +24,8 @@ def linear_operator(
     check: bool = True,
     lowering: bool = True,
     autotune: bool = False,
+    derivative: str = "autograd",
+    tol: float | None = None,
 ) -> LinearOperator:
     r"""Return the linear operator A of a module or function, with its derived adjoint: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``.
 
@@ -46,12 +48,17 @@ def linear_operator(
         ``"eager"`` is the plain VJP at every call, the reference; ``"traced"`` the graph without a forward;
         ``"compiled"`` that graph through ``torch.compile``; ``"auto"`` traces, and falls back to eager with a reason.
     check : bool
-        Whether to check linearity, and the derived adjoint against the eager one, now. Without it the second is done
-        at the first call.
+        Whether to check that the map is linear, and that the derived functions are the map and its adjoint.
     lowering : bool
         Whether convolutions may run on the fastest equal kernel.
     autotune : bool
         Whether to choose that kernel by a thorough measurement.
+    derivative : {"autograd", "forward"}
+        ``"autograd"`` takes autograd's derivative, with what the map's author says of it. ``"forward"`` takes that of
+        the operations of the forward, through custom backwards and ``.detach()`` alike.
+    tol : float, optional
+        The relative accuracy to judge by, for maps that compute in lower precision inside; else what rounding in the
+        dtypes of the spaces explains.
 
     Returns
     -------
@@ -81,26 +88,24 @@ def linear_operator(
             f"expected an nn.Module or a function, got {type(module_or_function).__name__}: pass the map itself"
         )
     space = like_parameters(module_or_function, domain, batch_dims)
-    source = Transposition(module_or_function, space, kwargs, engine, lowering=lowering, autotune=autotune)
-    if check:
-        require_linear(assess(source), source)
+    options = Options(engine, False, lowering, autotune, derivative, tol, check)
+    source = Transposition(module_or_function, space, kwargs, options, judge=require_linear)
     return from_source(source, lambda: (_rebuild, (module_or_function, source.domain, options_of(source))))
 
 
 def options_of(source: Transposition) -> dict[str, Any]:
     """Return the options that make the same operator again, as they are now."""
+    options = source.options
     return {
-        "batch_dims": source.domain.batch_dims,
-        "kwargs": source.kwargs,
-        "engine": source.choices.requested,
-        "lowering": source.choices.lowering,
-        "autotune": source.choices.autotune,
-    }
+        "batch_dims": source.domain.batch_dims, "kwargs": source.kwargs, "engine": options.requested,
+        "lowering": options.lowering, "autotune": options.autotune, "derivative": options.derivative,
+        "tol": options.tol,
+    }  # fmt: skip
 
 
 def from_source(source: Transposition, recipe: Recipe) -> LinearOperator:
     """Return the linear operator, or the linear part, of a map that is already derived."""
-    modules = source.captured.modules
+    modules = source.modules
     single = len(modules) == 1 and modules[0] is source.callable
     names = ["module"] if single else [f"module_{index}" for index in range(len(modules))]
     return LinearOperator.of_source(source, recipe, dict(zip(names, modules, strict=True)))
@@ -110,8 +115,8 @@ def _rebuild(function: Callable[..., Any], domain: Space, options: dict[str, Any
     return linear_operator(function, domain, check=False, **options)
 
 
-def require_linear(report: LinearityReport, source: Transposition, *, offset_allowed: bool = False) -> None:
-    """Raise unless the report is of a linear map that autograd can differentiate, with what to do about it.
+def require_linear(source: Transposition, derivation: Derivation, domain: Space) -> None:
+    """Raise unless a map is linear and autograd can differentiate it, with what to do about it.
 
     Raises
     ------
@@ -120,6 +125,7 @@ def require_linear(report: LinearityReport, source: Transposition, *, offset_all
     NotDifferentiableError
         If its derivative by autograd is not the map.
     """
+    report, offset_allowed = assess(source, derivation, domain=domain), source.options.affine
     kind = "an affine" if offset_allowed else "a linear"
     name = type(source.callable).__name__ if isinstance(source.callable, nn.Module) else "the function"
     seen = report.counterexample
@@ -140,10 +146,11 @@ def require_linear(report: LinearityReport, source: Transposition, *, offset_all
             "al.affine_operator, whose .linear is the linear part"
         )
     if not report.differentiable:
+        hidden = " and ".join(derivation.explanation.hidden) or "something"
         raise NotDifferentiableError(
-            f"expected autograd's derivative of {name} to be the map itself, but the dot test fails: something hides "
-            "the input from autograd (.detach(), .data, torch.no_grad(), a custom backward that is wrong); take it out "
-            f"[{'; '.join(report.evidence)}]"
+            f"expected autograd's derivative of {name} to be the map itself, but the dot test fails: {hidden} hides it "
+            'from autograd; take that out, or choose derivative="forward" to have the adjoint of what the forward '
+            f"computes [{'; '.join(report.evidence)}]"
         )
 
 

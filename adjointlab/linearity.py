@@ -6,8 +6,6 @@ A *proof* is a derivative that does not read the input (the map is affine), no n
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,15 +15,12 @@ import torch
 from torch import Tensor
 
 from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
-from adjointlab.numerics import DOT_UNITS, SIGMAS, dot_gap, full_precision, norm, rounding_noise
+from adjointlab.numerics import DOT_UNITS, SIGMAS, UNITS, dot_gap, full_precision, rounding_noise, safe_scale
 from adjointlab.reporting import aligned, html_table, strict_json
 from adjointlab.space import Space
-from adjointlab.transpose import ReadsInputError, Sample, Transposition, capture, room
+from adjointlab.transpose import Derivation, ReadsInputError, Transposition, buffers_kept, modules_of
 
 Tensors = tuple[Tensor, ...]
-
-# Rounding is allowed this many units of eps times the norms at hand: long sums and transforms use a handful.
-UNITS = 16
 
 
 @dataclass(frozen=True)
@@ -152,45 +147,46 @@ def check_linearity(
     ('refuted', ('threshold_backward',))
     """
     space = like_parameters(f, domain, batch_dims)
-    return assess(Transposition(f, space, kwargs), seed)
+    source = Transposition(f, space, kwargs)
+    return assess(source, source.nominal, seed)
 
 
 def like_parameters(f: Any, domain: Any, batch_dims: int) -> Space:
     """Return the space of ``domain``; where it gives a shape only, dtype and device are those of f's parameters."""
     # The modules that a function closes over, or whose method it is, are f's as well.
     dtype = device = None
-    for module in capture(f).modules:
+    for module in modules_of(f):
         for tensor in (*module.parameters(), *module.buffers()):
             if dtype is None and (tensor.is_floating_point() or tensor.is_complex()):
                 dtype, device = tensor.dtype, tensor.device
     return Space.of(domain, dtype=dtype, device=device, batch_dims=batch_dims)
 
 
-def assess(map_: Transposition, seed: int = 0) -> LinearityReport:
-    """Return the evidence for the linearity of a map that is already derived."""
+def assess(
+    map_: Transposition, derivation: Derivation, seed: int = 0, *, domain: Space | None = None
+) -> LinearityReport:
+    """Return the evidence for the linearity of a map, from what was derived of it on a domain and from numbers."""
     if any(spec.device.type == "meta" for spec in map_.domain.specs):
         raise SpaceMismatchError(
             f"expected a domain on a device with values to test, got {map_.domain} on meta: choose a real device, or "
             "build with check=False"
         )
     with map_.domain.without_autocast():
-        return _assess(map_, seed)
+        return _assess(map_, derivation, _Numbers(map_, derivation, domain or map_.domain, seed))
 
 
-def _assess(map_: Transposition, seed: int) -> LinearityReport:
-    before, sample = map_.account, None
-    with contextlib.suppress(NotDifferentiableError):  # the dot test meets it again, and says so
-        sample = map_.verify()
-    account = map_.account
-    evidence, reads = _of_graph(map_, account.readers or before.readers or ())
-    numbers = _Numbers(map_, seed)
-    # Where the graph agrees with the function and is affine, f(0) = 0 and the dot test are all that is left to test.
-    quick = account.independent and not account.cut and sample is not None and numbers.sample_agrees(sample)
-    quick = map_.domain.every(quick)  # where there are several processes, all of them make the same calls
+def _assess(map_: Transposition, derivation: Derivation, numbers: _Numbers) -> LinearityReport:
+    explanation = derivation.explanation
+    evidence, reads = _of_graph(map_, derivation)
+    # Where the graph agrees with the function, and shows all that it does, f(0) = 0 is all that is left to test.
+    quick = map_.domain.every(explanation.is_evident and derivation.checked)
     changes: list[str] = []
     counterexample, differentiable = None, True
-    if not quick:
-        with map_.captured.preserved() as changes, torch.no_grad():
+    if quick:
+        with torch.no_grad():
+            numbers.offset = numbers.norm(derivation.function("function")(numbers.zero))
+    else:
+        with buffers_kept(map_.modules) as changes, torch.no_grad():
             counterexample = numbers.counterexample()
             if counterexample is None:
                 evidence.append("additivity and homogeneity hold to rounding on random inputs")
@@ -214,7 +210,7 @@ def _assess(map_: Transposition, seed: int) -> LinearityReport:
     if not is_affine or numbers.offset > 0.0:
         verdict = "refuted"
     else:
-        proved = account.independent and not account.cut and differentiable
+        proved = explanation.independent and not explanation.cut and differentiable
         verdict = "proved" if proved else "supported"
     if verdict == "refuted" and counterexample is None and deterministic:
         counterexample = Counterexample("f(0) = 0", numbers.offset, 0.0, (map_.domain.zeros(),))
@@ -224,15 +220,16 @@ def _assess(map_: Transposition, seed: int) -> LinearityReport:
     )  # fmt: skip
 
 
-def _of_graph(map_: Transposition, reads: tuple[str, ...]) -> tuple[list[str], tuple[str, ...]]:
+def _of_graph(map_: Transposition, derivation: Derivation) -> tuple[list[str], tuple[str, ...]]:
     """Return what the graph of the derivative says, in words, and the names of what reads the input."""
-    account, evidence = map_.account, []
-    if account.independent:
-        evidence.append("the derivative does not read the input" + ("" if account.cut else ": the map is affine"))
+    explanation, evidence = derivation.explanation, []
+    reads = explanation.readers or ()
+    if explanation.independent:
+        evidence.append("the derivative does not read the input" + ("" if explanation.cut else ": the map is affine"))
     elif reads:
         evidence.append(f"the derivative reads the input in {', '.join(reads)}")
-    if account.cut:
-        evidence.append(f"autograd does not see all of it: {account.cut} cuts the input off")
+    if explanation.cut:
+        evidence.append(f"autograd does not see all of it: {explanation.cut} cuts the input off")
     if map_.untraceable is not None:
         evidence.append(str(map_.untraceable))
         if isinstance(map_.untraceable, ReadsInputError):
@@ -247,17 +244,25 @@ _FINITE = "f(x) is finite"
 class _Numbers:
     """The laws of linear maps, each on random arguments; leaves in and out, so that nothing is checked twice."""
 
-    def __init__(self, map_: Transposition, seed: int) -> None:
-        self.map = map_
-        self.domain, self.codomain = map_.domain, map_.codomain
+    def __init__(self, map_: Transposition, derivation: Derivation, domain: Space, seed: int) -> None:
+        self.map, self.derivation = map_, derivation
+        self.domain, self.codomain = domain, map_.codomain.with_batch(domain.batch_shape)
         self.generator = torch.Generator().manual_seed(seed)
         self.offset = 0.0
 
     def draw(self, space: Space) -> Tensors:
         return space.leaves(space.randn(self.generator))
 
+    @property
+    def zero(self) -> Tensors:
+        return self.domain.leaves(self.domain.zeros())
+
     def f(self, x: Tensors) -> Tensors:
-        return tuple(t.detach() for t in self.map.reference.flat(tuple(t.clone() for t in x)))
+        return tuple(t.detach() for t in self.map.eager.called(x))
+
+    def adjoint(self, y: Tensors) -> Tensors:
+        """Return ``f'ᴴ y``: the derived one where there is one, else autograd's."""
+        return tuple(t.detach() for t in self.derivation.function("adjoint")(y))
 
     def norm(self, y: Tensors) -> float:
         return float(self.codomain.norm(self.codomain.unflatten(y)))
@@ -290,8 +295,8 @@ class _Numbers:
         rest = 1 - a - b
         right = tuple(a * s + b * t + rest * u for s, t, u in zip(at_x, at_z, at_zero, strict=True))
         found = violated("f(αx + βz) = α f(x) + β f(z)" + self._offset(), combined, right, scale, x, z)
-        far = room((*x, *at_x))
-        for s in dict.fromkeys((-1.0, 2.0**-6, 2.0**6, 1 / far, far)):
+        far = safe_scale((*x, *at_x))
+        for s in dict.fromkeys((-1.0, 2.0**-6, min(2.0**6, far), 1 / far, far)):
             if found is not None:
                 break
             left = self.f(tuple(s * t for t in x))
@@ -299,33 +304,6 @@ class _Numbers:
             size = max(abs(s), 1.0) * scale if self.offset else abs(s) * scale
             found = violated(f"f({s:g} x) = {s:g} f(x)" + self._offset(), left, right, size, x)
         return found
-
-    @full_precision
-    def sample_agrees(self, sample: Sample) -> bool:
-        """Return whether the dot test holds for what the eager reference made of a random pair, and f scales."""
-        with torch.no_grad():
-            zero = self.domain.unflatten([torch.zeros_like(t) for t in sample.x])
-            at_zero = self.codomain.leaves(self.map.function(zero))  # by a graph that has been compared with f
-        self.offset = self.norm(at_zero)
-        linear, at_v = _minus(sample.at_x, at_zero), tuple(t.detach() for t in sample.at_v)
-        more = 1 + self.offset / max(self.norm(linear), 1e-300)
-        pairs = sample.x, linear, sample.v, at_v
-        test = functools.partial(dot_gap, self.domain, self.codomain, *pairs, exact=False)
-        gap, allowed = test()
-        if not gap <= allowed * more:  # NaN too
-            gap, allowed = test(noise=(0.0, SIGMAS * self.rounding_of(sample, at_v)))
-        if not gap <= allowed * more:
-            return False
-        far = _minus(sample.at_far, at_zero)  # nothing saturates, and calls are alike
-        near = tuple(sample.scale * t for t in linear)
-        size = self.norm(near) + sample.scale * self.offset
-        return self.norm(_minus(far, near)) <= UNITS * self.codomain.eps * size  # false for NaN
-
-    def rounding_of(self, sample: Sample, at_v: Tensors) -> float:
-        """Return ``‖e‖`` as the derived adjoint shows it, which has been compared with the eager one."""
-        with torch.no_grad():
-            derived = self.domain.leaves(self.map.adjoint(self.codomain.unflatten(sample.v)))
-        return norm(_minus(derived, at_v), self.domain)
 
     def _offset(self) -> str:
         return ", apart from f(0)," if self.offset else ""
@@ -336,7 +314,7 @@ class _Numbers:
             return True
         if not all(spec.is_complex for space in spaces for spec in space.specs):
             return False
-        with self.map.captured.preserved(), torch.no_grad():
+        with buffers_kept(self.map.modules), torch.no_grad():
             x = self.draw(self.domain)
             at_zero = self.f(tuple(torch.zeros_like(t) for t in x))
             left = self.f(tuple(1j * t for t in x))
@@ -346,11 +324,11 @@ class _Numbers:
 
     @full_precision
     def adjoint_agrees(self) -> bool:
-        """Return whether ``Re⟨f(x) − f(0), y⟩ = Re⟨x, f'ᴴ y⟩`` for random x, y, f'ᴴ being the eager one."""
+        """Return whether ``Re⟨f(x) − f(0), y⟩ = Re⟨x, f'ᴴ y⟩`` for random x and y."""
         for _ in range(3):
             x, y = self.draw(self.domain), self.draw(self.codomain)
             at_x = _minus(self.f(x), self.f(tuple(torch.zeros_like(t) for t in x)))
-            at_y = tuple(t.detach() for t in self.map.reference.adjoint(y))
+            at_y = self.adjoint(y)
             known = (DOT_UNITS * self.codomain.eps * self.offset, 0.0)  # f(x) is rounded before f(0) is subtracted
             gap, allowed = dot_gap(self.domain, self.codomain, x, at_x, y, at_y, exact=False, noise=known)
             if not gap <= allowed:
@@ -367,7 +345,7 @@ class _Numbers:
             return _minus(self.f(z), self.f(tuple(torch.zeros_like(t) for t in z)))
 
         forward = rounding_noise(linear, self.domain, self.codomain, x, at_x)
-        backward = rounding_noise(self.map.reference.adjoint, self.codomain, self.domain, y, at_y)
+        backward = rounding_noise(self.adjoint, self.codomain, self.domain, y, at_y)
         return SIGMAS * forward + DOT_UNITS * self.codomain.eps * self.offset, SIGMAS * backward
 
 

@@ -1,4 +1,7 @@
-r"""The dot-product test's statistic: ``|⟨Ax, y⟩ − ⟨x, By⟩|``, and how much of it rounding explains."""
+r"""Rounding: how far two results of one computation may be apart, and the dot test's ``|⟨Ax, y⟩ − ⟨x, By⟩|``.
+
+This is the only place with a tolerance.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +20,14 @@ from adjointlab.space import Space
 Tensors = tuple[Tensor, ...]
 T = TypeVar("T")
 
+# Rounding is allowed this many units of eps times the norms at hand: long sums and transforms use a handful.
+UNITS = 16
 DOT_UNITS = 4  # rounding errors up to this many units of eps pass without being measured, see dot_gap
 SIGMAS = 8  # how many times a measured rounding error passes
 
+_BLOCKS = 64  # of a leaf, in a sketch
+_BLOCK = 1 << 20  # entries that are converted at once
+_MANY = 1 << 14  # entries from which on it pays to compare memory rather than tensors
 _WIDE = {True: torch.complex128, False: torch.float64}
 
 
@@ -74,11 +83,25 @@ def dot_gap(  # noqa: PLR0917  # two spaces and two pairs
     scale = max(norm_ax * norm_y, norm_x * norm_by)
     if scale == 0.0:
         return 0.0, DOT_UNITS * max(domain.eps, codomain.eps)
+    return gap / scale, dot_bound(domain, codomain, norms, noise=noise, random=random) / scale
+
+
+def dot_bound(
+    domain: Space,
+    codomain: Space,
+    norms: tuple[float, float, float, float],
+    *,
+    noise: tuple[float, float] = (0.0, 0.0),
+    random: tuple[bool, bool] = (True, True),
+    units: float = DOT_UNITS,
+) -> float:
+    """Return what rounding explains of ``|⟨Ax, y⟩ − ⟨x, By⟩|``; ``norms`` are those of x, y, ``Ax`` and ``By``."""
+    norm_x, norm_y, norm_ax, norm_by = norms
     eps = max(domain.eps, codomain.eps)
     tiny = [max(torch.finfo(s.dtype).tiny for s in space.specs) * space.size**0.5 for space in (codomain, domain)]
-    e = max(DOT_UNITS * eps * norm_ax, noise[0], tiny[0]) * (min(1.0, norm_y) if random[1] else norm_y)
-    f = max(DOT_UNITS * eps * norm_by, noise[1], tiny[1]) * (min(1.0, norm_x) if random[0] else norm_x)
-    return gap / scale, math.hypot(e, f) / scale
+    e = max(units * eps * norm_ax, noise[0], tiny[0]) * (min(1.0, norm_y) if random[1] else norm_y)
+    f = max(units * eps * norm_by, noise[1], tiny[1]) * (min(1.0, norm_x) if random[0] else norm_x)
+    return math.hypot(e, f)
 
 
 def rounding_noise(
@@ -122,10 +145,113 @@ def rounding_noise(
 
 def norm(leaves: Tensors, space: Space | None = None) -> float:
     """Return ``‖a‖`` of the element with the given leaves, summed in double precision, and over processes if any."""
-    lengths = [torch.linalg.vector_norm(t, dtype=_WIDE[t.is_complex()]) for t in leaves]
+    lengths = [_length(t.detach()) for t in leaves]
     if space is not None and space.is_sharded:
         return math.sqrt(float(space.total([length.square() for length in lengths])))
     return math.hypot(*map(float, lengths))
+
+
+def eps_of(leaves: Sequence[Tensor]) -> float:
+    """Return the unit roundoff of the coarsest leaf."""
+    return max(float(torch.finfo(t.dtype).eps) for t in leaves)
+
+
+def safe_scale(leaves: Sequence[Tensor]) -> float:
+    """Return a power of two that leaves can be multiplied with and stay finite: 2²⁰, or what they leave room for."""
+    largest = max((float(torch.linalg.vector_norm(t.detach(), math.inf)) for t in leaves if t.numel()), default=0.0)
+    bound = min(float(torch.finfo(t.dtype).max) for t in leaves) / max(largest, 1.0)
+    return 2.0 ** max(0, min(20, int(math.log2(max(bound, 1.0))) - 4))
+
+
+def perturbed(leaves: Tensors) -> Tensors:
+    """Return the leaves changed at random by one unit of rounding."""
+    draw = torch.Generator().manual_seed(1)
+    eps = eps_of(leaves)
+    return tuple(t * (1 + eps * torch.randn(t.shape, generator=draw, device="cpu").to(t)) for t in leaves)
+
+
+def allowance(units: float, eps: float) -> float:
+    """Return what rounding explains of a norm: at most a sixteenth, which is 64 eps of float16 and 8 eps of bfloat16.
+
+    64 eps of the latter were half of the norm, which passes what is no rounding.
+
+    Returns
+    -------
+    float
+        Relative to the norm.
+    """
+    return min(units * eps, 1 / 16)
+
+
+def relative_gap(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Return the largest ``‖eᵢ − fᵢ‖ / ‖eᵢ‖`` of expected and found leaves, infinite where only eᵢ is zero."""
+    largest = 0.0
+    for a, b in zip(expected, found, strict=True):
+        difference, scale = norm((a.detach() - b.detach(),)), norm((a.detach(),))
+        gap = difference / scale if scale else math.inf if difference else 0.0
+        largest = math.inf if math.isnan(gap) else max(largest, gap)  # NaN agrees with nothing
+    return largest
+
+
+def sketch(leaf: Tensor, direction: Tensor) -> Tensor:
+    """Return ``Σ conj(aᵢ) dᵢ`` over each of some blocks of a leaf, in double precision.
+
+    With normal numbers dᵢ, ``‖sketch(a) − sketch(b)‖`` is ``‖a − b‖`` in the mean, and takes hardly any memory.
+
+    Returns
+    -------
+    Tensor
+        A number for each block.
+    """
+    a, d = leaf.detach().reshape(-1), direction.detach().reshape(-1)
+    wide, size = _WIDE[a.is_complex() or d.is_complex()], max(1, -(-a.numel() // _BLOCKS))
+    pairs = zip(a.split(size), d.split(size), strict=True)
+    return torch.stack([torch.vdot(s.to(wide), t.to(wide)) for s, t in pairs])
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are equal, NaN being equal to NaN; of large ones, whether they are bit for bit.
+
+    ``b`` may be a copy on the CPU: to fetch a small tensor takes half as long as to have an accelerator compare it.
+
+    Returns
+    -------
+    bool
+        Whether they are.
+    """
+    if b.is_cpu and not a.is_cpu:
+        a = a.cpu()
+    if a.dtype is not b.dtype:
+        return False
+    if a.layout is torch.strided and a.numel() < _MANY and torch.equal(a, b):
+        return True  # most often, and at every call: before all that takes longer to ask
+    if a.shape != b.shape:
+        return False
+    if a.layout is not torch.strided:
+        return a is b or bool((a.to_dense() == b.to_dense()).all())
+    if a.numel() >= _MANY and _is_words(a) and _is_words(b):
+        return np.array_equal(_words(a), _words(b))  # three times as fast as torch.equal
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _is_words(tensor: Tensor) -> bool:
+    """Return whether a tensor is made of whole words of memory, and nothing else."""
+    start, size = tensor.storage_offset() * tensor.itemsize, tensor.numel() * tensor.itemsize
+    lazy = tensor.is_conj() or tensor.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and start % 8 == size % 8 == 0 and not lazy
+
+
+def _words(tensor: Tensor) -> Any:
+    return tensor.detach().view(-1).view(torch.int64).numpy()
+
+
+def _length(leaf: Tensor) -> Tensor:
+    """Return the norm of a leaf in double precision, block by block: torch would convert all of it at once."""
+    wide = _WIDE[leaf.is_complex()]
+    blocks = leaf.reshape(-1).split(_BLOCK) if leaf.dtype is not wide else (leaf,)
+    lengths = [torch.linalg.vector_norm(block, dtype=wide) for block in blocks]
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(lengths))
+    return whole
 
 
 class _FullPrecision(ContextDecorator):
@@ -193,4 +319,7 @@ def _inner(space: Space, a: Tensors, b: Tensors) -> complex:
     return complex(space.total(terms)) if space.is_sharded else complex(sum(map(complex, terms)))
 
 
-__all__ = ["DOT_UNITS", "SIGMAS", "dot_gap", "full_precision", "norm", "rounding_noise"]
+__all__ = [
+    "DOT_UNITS", "SIGMAS", "UNITS", "allowance", "dot_bound", "dot_gap", "eps_of", "full_precision", "norm",
+    "perturbed", "relative_gap", "rounding_noise", "safe_scale", "same", "sketch",
+]  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,11 +81,11 @@ class LinearOperator(nn.Module):
         """Return the operator of a map that is already derived; of an affine one, the linear part."""
         operator = cls.__new__(cls)
         nn.Module.__init__(operator)
-        function = source.linear if source.choices.affine else source.function
+        function = source.linear if source.options.affine else source.function
         body = _Body((function, source.adjoint), (source.domain, source.codomain), source)
         operator._set(body, 0, recipe, parts)
         inside = {id(parameter) for parameter in operator.parameters()}
-        for found in source.captured.tensors():  # parameters that a function closes over, outside of any module
+        for found in source.tensors():  # parameters that a function closes over, outside of any module
             if isinstance(found, nn.Parameter) and id(found) not in inside:
                 operator.register_parameter(f"parameter_{len(operator._parameters)}", found)
         operator.H  # noqa: B018  # made now: torch.compile cannot make modules
@@ -195,7 +196,7 @@ class LinearOperator(nn.Module):
     def engine(self) -> str:
         """Which engine is in force: ``"eager"``, ``"traced"`` or ``"compiled"``; for a sum or product, its slowest."""
         if self._body.source is not None:
-            return self._body.source.account.engine
+            return self._body.source.explanation.engine
         engines = {part.engine for part in self.children() if isinstance(part, LinearOperator)}
         return next((name for name in ("eager", "traced", "compiled") if name in engines), "eager")
 
@@ -221,11 +222,50 @@ class LinearOperator(nn.Module):
                 part.compile(autotune=autotune, **options)
         return self
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Take all that A depends on as it is on entry, within a block: nothing is looked at again at each call.
+
+        Tensors are read once, and so are the guards. Solvers do this by themselves.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from adjointlab import linear_operator
+        >>> c = torch.nn.Conv1d(1, 1, 3, padding=1, bias=False).requires_grad_(False)
+        >>> A, x = linear_operator(c, (1, 1, 8)), torch.ones(1, 1, 8)
+        >>> with A.frozen():
+        ...     for _ in range(3):
+        ...         x = x - 0.1 * A.H(A(x))
+        """
+        with contextlib.ExitStack() as stack:
+            for part in self.modules():
+                if isinstance(part, LinearOperator) and part.source is not None:
+                    stack.enter_context(part.source.frozen())
+            yield
+
+    def refresh(self) -> LinearOperator:
+        """Derive A again from the map as it is now, and return A.
+
+        Only needed after a change of Python state that ``explain()`` says is not watched.
+
+        Returns
+        -------
+        LinearOperator
+            A itself.
+        """
+        if self._body.source is not None:
+            self._body.source.refresh()
+        for part in self.children():
+            if isinstance(part, LinearOperator):
+                part.refresh()
+        return self
+
     def explain(self) -> str:
         """Return a readable account: the derived adjoint as a program, what was removed, kernels, evidence, reasons."""
         head = f"LinearOperator: {self.domain} → {self.codomain}"
         if self._body.source is not None:
-            return f"{head}\n{self._body.source.account}"
+            return f"{head}\n{self._body.source.explanation}"
         parts = [part for part in self.children() if isinstance(part, LinearOperator)]
         if not parts:
             return f"{head}\ngiven as a pair of functions"

@@ -57,7 +57,7 @@ class _Physics(LinearPhysics):  # type: ignore[misc]
             domain = domain.with_batch((samples,)).with_batch_dims(0)
         kwargs = {**source.kwargs, **parameters}
         operator = linear_operator(
-            source.callable, domain, batch_dims=domain.batch_dims, kwargs=kwargs, engine=source.choices.requested
+            source.callable, domain, batch_dims=domain.batch_dims, kwargs=kwargs, engine=source.options.requested
         )
         self._with_parameters = [*self._with_parameters[-7:], (samples, parameters, operator)]
         return operator

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from adjointlab.distributed.failure import waiting
 from adjointlab.distributed.windows import plan_of
-from adjointlab.transpose.runtime.program import differentiated, plain
+from adjointlab.transpose.compat import differentiated, plain
 
 _LIBRARY = torch.library.Library("adjointlab", "FRAGMENT")
 _c10d = torch.ops._c10d_functional

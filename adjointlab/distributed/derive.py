@@ -14,10 +14,9 @@ from adjointlab.derive import from_source, options_of, require_linear
 from adjointlab.distributed.failure import together
 from adjointlab.distributed.sharding import Sharding
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.linearity import assess
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
-from adjointlab.transpose import Transposition
+from adjointlab.transpose import Derivation, Options, Transposition
 
 
 def linear_operator(
@@ -83,15 +82,13 @@ def linear_operator(
             "with adjointlab.distributed.space, replicated or direct_sum"
         )
     with together(sharding.mesh):
-        source = Transposition(f, where, kwargs, engine, lowering=lowering, autotune=autotune, codomain=target)
-        if check:
-            _refuse_dtensors(source)
-            require_linear(assess(source), source)
+        options = Options(engine, False, lowering, autotune, check=check)
+        source = Transposition(f, where, kwargs, options, codomain=target, judge=_require_linear)
     return from_source(source, lambda: (_rebuild, (f, source.domain, source.codomain, options_of(source))))
 
 
 def _rebuild(f: Callable[..., Any], domain: Space, codomain: Space, options: dict[str, Any]) -> LinearOperator:
-    kept = {name: value for name, value in options.items() if name != "batch_dims"}
+    kept = {name: options[name] for name in ("kwargs", "engine", "lowering", "autotune")}
     return linear_operator(f, domain, codomain, check=False, **kept)
 
 
@@ -113,9 +110,10 @@ class _NoDTensors(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _refuse_dtensors(source: Transposition) -> None:
-    with source.captured.preserved(), torch.no_grad(), _NoDTensors():
-        source.reference.flat(source.domain.leaves(source.domain.zeros()))
+def _require_linear(source: Transposition, derivation: Derivation, domain: Space) -> None:
+    with torch.no_grad(), _NoDTensors():
+        source.eager.flat(domain.leaves(domain.zeros()))
+    require_linear(source, derivation, domain)
 
 
 __all__ = ["linear_operator"]

@@ -1,9 +1,13 @@
 """The engine: a linear function in, its adjoint function out. The only place that names vjp, make_fx or compile."""
 
 from adjointlab.transpose.dispatch import Transposition
-from adjointlab.transpose.explanation import Account
-from adjointlab.transpose.frontend.capture import capture
+from adjointlab.transpose.explanation import Explanation
+from adjointlab.transpose.frontend.guards import buffers_kept, modules_of
 from adjointlab.transpose.frontend.trace import ReadsInputError, UntraceableError
-from adjointlab.transpose.sample import Sample, room
+from adjointlab.transpose.pipeline import Options
+from adjointlab.transpose.runtime.derivation import Derivation
 
-__all__ = ["Account", "ReadsInputError", "Sample", "Transposition", "UntraceableError", "capture", "room"]
+__all__ = [
+    "Derivation", "Explanation", "Options", "ReadsInputError", "Transposition", "UntraceableError", "buffers_kept",
+    "modules_of",
+]  # fmt: skip

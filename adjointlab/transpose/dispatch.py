@@ -1,55 +1,56 @@
-"""A linear (or affine) function between two spaces with its derived adjoint: the one thing this package makes.
+"""A linear (or affine) function between two spaces with its derived adjoint, and the way of every call of it.
 
-For every size of the free leading dimensions there is one :class:`Derived`: the eager reference, or programs that were
-compared with it once on random data. It is made again when what it depends on has changed.
+For every size of the free leading dimensions there are one or more *derivations*, each for one state of all that the
+function depends on besides tensors. A call takes the first whose guards hold. Where there is none, one is derived.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adjointlab.errors import NotLinearError, SpaceMismatchError
+from adjointlab.errors import NotLinearError
 from adjointlab.space import Space
-from adjointlab.transpose.explanation import Account
-from adjointlab.transpose.frontend.capture import Capture, capture
+from adjointlab.transpose import compat, pipeline, selfcheck
+from adjointlab.transpose.explanation import Explanation
+from adjointlab.transpose.frontend import guards
+from adjointlab.transpose.frontend.capture import Tensors, capture
 from adjointlab.transpose.frontend.outputs import require_outputs, space_of
-from adjointlab.transpose.frontend.trace import ReadsInputError, UntraceableError, trace_forward, trace_vjp
-from adjointlab.transpose.graph.ir import Graph, own_outputs
-from adjointlab.transpose.passes.drop_forward import Pruned, prune
-from adjointlab.transpose.pipeline import Choices, Way, assemble, waiting
-from adjointlab.transpose.runtime.derived import Derived, Shortcut, Tensors, shortcut
-from adjointlab.transpose.runtime.program import Program, canonical, differentiated, plain
-from adjointlab.transpose.runtime.reference import Reference
-from adjointlab.transpose.sample import Sample
-from adjointlab.transpose.selfcheck import Maps, disagreement
+from adjointlab.transpose.frontend.trace import UntraceableError
+from adjointlab.transpose.kernels.convolution import ConvSpec
+from adjointlab.transpose.kernels.registry import Kernel
+from adjointlab.transpose.kernels.select import Chooser
+from adjointlab.transpose.pipeline import Options
+from adjointlab.transpose.runtime.derivation import Derivation
+from adjointlab.transpose.runtime.eager import Eager
+from adjointlab.transpose.runtime.program import canonical
+from adjointlab.transpose.selfcheck import Pair, Sketch
 from adjointlab.tree import SINGLE
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-ENGINES = ("auto", "eager", "traced", "compiled")
-_MOST_REBUILDS = 8  # a function whose plain attributes change at every call is not worth tracing again and again
+_MOST_SIZES = 16  # of the free dimensions, whose derivations are kept
+_MOST_STATES = 4  # of one size: train() and eval() in turn, say
+_MOST_REBUILDS = 8  # in a row, each for few calls: deriving again and again is slower than eager
+_WORTH = 64  # calls that pay for a derivation
 
-
-_BUILDING = threading.RLock()
-_is_compiling = torch.compiler.is_compiling  # what changes from call to call, torch.compile must not look at
-
+_BUILDING = threading.RLock()  # tracing replaces functions of torch for a while: one thread does so at a time
+_is_compiling = torch.compiler.is_compiling
 
 Method = Callable[Concatenate["Transposition", P], R]
 
 
 def _alone(method: Method[P, R]) -> Method[P, R]:
-    """Return a method that one thread runs at a time: tracing replaces functions of torch for a while.
-
-    Nor is there autocast: what a function is derives from its own dtypes.
-    """
+    """Return a method that one thread runs at a time, without autocast: a function derives from its own dtypes."""
 
     @functools.wraps(method)
     def locked(self: Transposition, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -59,62 +60,78 @@ def _alone(method: Method[P, R]) -> Method[P, R]:
     return locked
 
 
+def _remembered(choose: Chooser) -> Chooser:
+    """Return a rule for kernels that decides once for all batch sizes."""
+    known: dict[ConvSpec, Kernel] = {}
+
+    def chooser(spec: ConvSpec) -> Kernel:
+        key = spec._replace(batch=0)
+        if key not in known or not known[key].supports(spec):
+            known[key] = choose(spec)
+        return known[key]
+
+    return chooser
+
+
 class Transposition:
-    """``f`` between two spaces and ``v ↦ f'ᴴ v``, by the engine asked for or, where it cannot serve, by eager."""
+    """``f`` between two spaces and ``v ↦ f'ᴴ v``, by the engine asked for or, where it cannot serve, by eager.
+
+    ``judge`` is called with a derivation and its domain before it is used; it raises where the function is not linear.
+    """
 
     def __init__(
         self,
         function: Callable[..., Any],
         domain: Space,
         kwargs: dict[str, Any] | None = None,
-        engine: str = "auto",
+        options: Options | None = None,
         *,
-        affine: bool = False,
-        lowering: bool = True,
-        autotune: bool = False,
-        options: dict[str, Any] | None = None,
         codomain: Space | None = None,
+        judge: Callable[[Transposition, Derivation, Space], None] | None = None,
     ) -> None:
-        if engine not in ENGINES:
-            raise ValueError(f"expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
-        self.callable = function
-        self.kwargs = dict(kwargs or {})
-        self.choices = Choices(engine, affine, lowering, autotune, dict(options or {}))
+        self.callable, self.kwargs = function, dict(kwargs or {})
+        self.options = options or Options()
+        self._judge = judge
         self._target = codomain  # where results live, which the results of one of several processes do not show
-        self._rebuilds = 0
         self.rebase(domain)
 
     def rebase(self, domain: Space) -> None:
         """Derive afresh, on another domain."""
         self.domain = domain
-        self._begin()
+        self.refresh()
 
     @_alone
-    def _begin(self) -> None:
-        domain = self.domain
-        self.captured: Capture = capture(self.callable, self.kwargs)
-        self._derived: dict[tuple[int, ...], Derived] = {}
-        self._shortcuts: dict[str, Shortcut] = {}
-        self._verified: set[tuple[int, ...]] = set()
-        self.reference = Reference(self.callable, self.kwargs, domain)
-        self._dynamic: tuple[Any, Any, Any] | None = None
+    def refresh(self) -> None:
+        """Derive afresh from the function as it is now."""
+        self.modules: tuple[nn.Module, ...] = guards.modules_of(self.callable, self.kwargs)
+        guards.require_shapes(self.modules)
+        self.eager = Eager(self.callable, self.kwargs, self.domain)
+        self._codomain: Space | None = None
         self.untraceable: UntraceableError | None = None
-        derived = self._derive(domain.batch_shape)
-        self._derived[domain.batch_shape] = derived
-        self.codomain = self._codomain(derived)
+        self._chooser = _remembered(self.options.chooser)
+        self._frozen: dict[tuple[int, ...], tuple[Derivation, Tensors]] | None = None
+        self._listings: set[Any] = set()  # of programs that were checked: at another size they are the same
+        self._rebuilds, self._served = 0, 0
+        self._compiled: dict[str, Callable[..., Tensors]] | None = None
+        derivation = self._derived(self.domain.batch_shape)
+        self._derivations = OrderedDict({self.domain.batch_shape: [derivation]})
 
     @_alone
     def switch(self, engine: str, *, autotune: bool = False, options: dict[str, Any] | None = None) -> None:
         """Change the engine in place, and check it now."""
-        self.choices = replace(self.choices, requested=engine, autotune=autotune, options=dict(options or {}))
-        for batch in list(self._derived):
-            graphs = self._derived[batch].graphs
-            if graphs is None or engine == "eager":
-                self._derived[batch] = self._derive(batch)
-            self._verify(batch)
-        self._shortcuts = {}
+        self.options = replace(self.options, requested=engine, autotune=autotune, options=dict(options or {}))
+        self._chooser, self._compiled = _remembered(self.options.chooser), None
+        self._listings = set()
+        derivation = self._derived(self.domain.batch_shape)
+        self._derivations = OrderedDict({self.domain.batch_shape: [derivation]})
 
     # -- what is called ----------------------------------------------------------------------------------------------
+
+    @property
+    def codomain(self) -> Space:
+        """Where ``f(x)`` lives, as the function's first result showed."""
+        assert self._codomain is not None
+        return self._codomain
 
     @property
     def function(self) -> Callable[[Any], Any]:
@@ -132,240 +149,235 @@ class Transposition:
         return functools.partial(self._call, "adjoint")
 
     def _call(self, name: str, x: Any) -> Any:
-        soon = None if _is_compiling() else self._shortcuts.get(name)
-        found = None if soon is None else soon(x)
-        if found is not None:
-            return found[0]
         if self.domain.is_autocast:  # spaces have dtypes, and keep them
             with self.domain.without_autocast():
                 return self._call(name, x)
-        source, target = (self.codomain, self.domain) if name == "adjoint" else (self.domain, self.codomain)
-        shortcuts, leaves = self._shortcuts, source.leaves(x)
-        derived = self._current(leaves)
-        y = target.unflatten(getattr(derived, name)(leaves))
-        if derived.programs and isinstance(y, Tensor):
-            _keep(shortcuts, name, derived, derived.programs[name], x)
-        return y
+        codomain = self.codomain
+        source, target = (codomain, self.domain) if name == "adjoint" else (self.domain, codomain)
+        leaves = source.leaves(x)
+        derivation, state = self._current(leaves)
+        found = derivation.run(name, state, leaves)
+        if not derivation.programs and name != "adjoint":
+            require_outputs(found, self.eager.structure, codomain)
+        return target.unflatten(found)
 
     def residual_and_gradient(self, x: Any, y: Any, weight: Any, *, residual: bool) -> tuple[Any, Any] | None:
         """Return ``f(x) − y`` if asked for, and ``f'ᴴ w ⊙ (f(x) − y)``, from one graph; None where none is to run."""
-        name, elements = ("gradient", (x, y)) if weight is None else ("weighted gradient", (x, y, weight))
-        name += " and residual" if residual else ""
-        soon = None if _is_compiling() else self._shortcuts.get(name)
-        outputs = None if soon is None else soon(*elements)
-        if outputs is None and self.domain.is_autocast:
+        if self.domain.is_autocast:
             with self.domain.without_autocast():
                 return self.residual_and_gradient(x, y, weight, residual=residual)
-        if outputs is None:
-            shortcuts, spaces = self._shortcuts, (self.domain, self.codomain, self.codomain)
-            given = [space.leaves(element) for space, element in zip(spaces, elements, strict=False)]
-            leaves = tuple(t for part in given for t in part)
-            k = self.domain.batch_dims
-            if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves):
-                return None  # for the parts to refuse, one after the other
-            derived = self._current(given[0])
-            state = tuple(source.read() for source in derived.state)
-            if derived.fused is None or not plain() or differentiated((*leaves, *state)):
-                return None
-            program = derived.fused(weight is not None, residual)
-            if program is None:
-                return None
-            outputs = program.run(*state, *map(canonical, leaves))
-            _keep(shortcuts, name, derived, program, *elements)
-        n = len(self.codomain.specs) if residual else 0
-        return self.codomain.unflatten(outputs[:n]) if residual else None, self.domain.unflatten(outputs[n:])
+        codomain = self.codomain
+        given = [self.domain.leaves(x), codomain.leaves(y), *([] if weight is None else [codomain.leaves(weight)])]
+        leaves = tuple(t for part in given for t in part)
+        k = self.domain.batch_dims
+        if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves) or not compat.plain():
+            return None  # for the parts to refuse, one after the other
+        derivation, state = self._current(given[0])
+        if not derivation.programs or compat.differentiated((*leaves, *state)):
+            return None
+        program = derivation.gradient(weight is not None, residual)
+        if program is None:
+            return None
+        outputs = program.run(*state, *map(canonical, leaves))
+        n = len(codomain.specs) if residual else 0
+        return codomain.unflatten(outputs[:n]) if residual else None, self.domain.unflatten(outputs[n:])
 
-    @_alone
     def adjoint_multiplier(self) -> Tensor | None:
         """Return ``K`` with ``f'ᴴ v = F⁻¹(K ⊙ F v)`` where that is how ``f'ᴴ`` is computed, else None."""
-        multiplier = self._refreshed(self.domain.batch_shape).multiplier
-        single = self.domain.structure is SINGLE and self.codomain.structure is SINGLE
-        return multiplier() if multiplier and single and not self.domain.is_sharded else None
+        codomain = self.codomain
+        if not (self.domain.structure is SINGLE and codomain.structure is SINGLE) or self.domain.is_sharded:
+            return None
+        derivation, state = self._at(self.domain.batch_shape)
+        with torch.no_grad():
+            return derivation.multiplier(state)
 
     @property
-    def account(self) -> Account:
+    def explanation(self) -> Explanation:
         """How the nominal size is served."""
-        account = self._derived[self.domain.batch_shape].account
-        return replace(account, path=self.reference.path) if account.engine == "eager" else account
+        explanation = self._derivations[self.domain.batch_shape][0].explanation
+        return replace(explanation, path=self.eager.path) if explanation.engine == "eager" else explanation
 
-    def verify(self) -> Sample | None:
-        """Compare the programs of the nominal size with eager, and return the random data on which they agree."""
-        return self._verify(self.domain.batch_shape)
+    @property
+    def nominal(self) -> Derivation:
+        """The derivation for the nominal size, as it was last used."""
+        return self._derivations[self.domain.batch_shape][0]
 
-    def _current(self, leaves: Tensors) -> Derived:
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that the function is known to read."""
+        return [source.read() for source in self.nominal.state]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Take what the function depends on as it is now, within a block."""
+        before = self._frozen
+        self._frozen = {} if before is None else before
+        try:
+            yield
+        finally:
+            self._frozen = before
+
+    def _current(self, leaves: Tensors) -> tuple[Derivation, Tensors]:
         k = self.domain.batch_dims
-        batch = tuple(leaves[0].shape[:k]) if k else ()
-        derived = self._derived.get(batch)
-        if not plain():
-            if _is_compiling():
-                return self._eager("torch.compile met a size that was not seen before") if derived is None else derived
-            if derived is not None and batch in self._verified:
-                # Under a trace of other people's making, no value of a tensor can be asked for.
-                traced = torch._C._len_torch_dispatch_stack() > 0
-                if not (derived.captured.changed() if traced else derived.stale()):
-                    return derived
-            return self._eager("it is first met, or has changed, inside of a transform")
-        if derived is not None and batch in self._verified and not derived.stale():
-            return derived
+        return self._at(tuple(leaves[0].shape[:k]) if k else ())
+
+    def _at(self, batch: tuple[int, ...]) -> tuple[Derivation, Tensors]:
+        """Return the derivation for a size that is up to date, and the values of its state."""
+        if _is_compiling():  # torch.compile guards what it has seen, by itself
+            known = self._derivations.get(batch)
+            if known is None:
+                return self._eager("torch.compile met a size that was not seen before"), ()
+            return known[0], tuple([source.read() for source in known[0].state])
+        frozen = self._frozen
+        if frozen is not None and batch in frozen:
+            return frozen[batch]
+        for derivation in self._derivations.get(batch, ()):
+            state = derivation.state_now()
+            if state is not None:
+                self._served += 1
+                if frozen is not None:
+                    frozen[batch] = derivation.frozen(state), state
+                    return frozen[batch]
+                return derivation, state
+        if not compat.plain():
+            return self._eager("it is first met, or has changed, inside of a transform"), ()
         return self._refreshed(batch)
 
     @_alone
-    def _refreshed(self, batch: tuple[int, ...]) -> Derived:
-        derived = self._derived.get(batch)
-        if derived is None and not self.captured.changed():
-            self._derived[batch] = self._derive(batch)
-        elif derived is None:
-            self._rederive(batch, self.account)
-        elif derived.stale():
-            self._rederive(batch, derived.account)
-        if batch not in self._verified:
-            self._verify(batch)
-        return self._derived[batch]
-
-    def _rederive(self, batch: tuple[int, ...], before: Account) -> None:
-        """Derive from a function that has changed; where that is refused, it is refused again at the next call."""
-        outdated = self.captured
-        self.captured = capture(self.callable, self.kwargs)
-        try:
-            derived = self._derive(batch)
-            if derived.graphs is not None:
-                require_outputs(derived.outputs, self.codomain)
-            self._require_still_linear(before, derived.account)
-        except (NotLinearError, SpaceMismatchError):
-            self.captured = outdated
-            raise
-        self._rebuilds += 1
-        self._derived, self._shortcuts = {batch: derived}, {}
-        self._verified.clear()
-
-    def _require_still_linear(self, before: Account, now: Account) -> None:
-        """Raise where a function that was affine by proof has changed into one that is not."""
-        if not before.independent:
-            return
-        why = str(self.untraceable) if self.untraceable is not None else ""
-        if now.readers or why.startswith(("random", "stateful")) or isinstance(self.untraceable, ReadsInputError):
-            why = why or f"its derivative reads the input in {', '.join(now.readers or ())}"
-            raise NotLinearError(
-                f"expected the map that was checked, but it has changed and is not linear any more: {why}; undo the "
-                "change (.eval()?)"
-            )
+    def _refreshed(self, batch: tuple[int, ...]) -> tuple[Derivation, Tensors]:
+        known = self._derivations.get(batch, [])
+        for derivation in known:  # another thread may have been here
+            state = derivation.state_now()
+            if state is not None:
+                return derivation, state
+        if known:  # one that has served for a while was worth its making
+            self._rebuilds, self._served = (self._rebuilds + 1 if self._served < _WORTH else 0), 0
+        derivation = self._rederived(batch) if known else self._derived(batch)
+        self._derivations[batch] = [derivation, *known][:_MOST_STATES]
+        while len(self._derivations) > _MOST_SIZES:
+            oldest = next(size for size in self._derivations if size not in {batch, self.domain.batch_shape})
+            del self._derivations[oldest]
+        return derivation, tuple(source.read() for source in derivation.state)
 
     # -- how it is made ----------------------------------------------------------------------------------------------
 
-    def _derive(self, batch: tuple[int, ...]) -> Derived:
+    def _eager(self, reason: str) -> Derivation:
+        return pipeline.eager_derivation(self.eager, self.options, reason)
+
+    def _derived(self, batch: tuple[int, ...]) -> Derivation:
+        """Return what is derived for a size from the function as it is now, once it is judged to be linear."""
+        domain = self.domain.with_batch(batch)
+        eager = _resized(self.eager, domain)
         self.untraceable = None
-        if self.choices.requested == "eager":
-            return self._eager("it was asked for")
-        if self._rebuilds > _MOST_REBUILDS:
-            return self._eager("the function's plain attributes change from call to call")
-        specs = self.domain.with_batch(batch).specs
+        # Another size of a function that has not changed was judged already.
+        is_new = self._codomain is None or any(known.state_now() is None for known in self._known())
+        seen = self._ran(eager) if is_new else None
+        if self.options.requested == "eager" or self._rebuilds > _MOST_REBUILDS:
+            asked = self.options.requested == "eager"
+            derivation = self._eager("it was asked for" if asked else "what it depends on changes from call to call")
+        else:
+            derivation = self._traced(eager, domain, seen)
+        if self._judge is not None and self.options.check and is_new:
+            self._judge(self, derivation, domain)
+        return derivation
+
+    def _rederived(self, batch: tuple[int, ...]) -> Derivation:
+        """Return what is derived from a function that has changed; where that is refused, it is at every call."""
         try:
-            forward = trace_forward(self.reference.flat, specs, self.captured)
-            own_outputs(forward)
-            pruned = prune(trace_vjp(forward), len(specs))
-            own_outputs(pruned.graph)
-            if pruned.of_state is not None:
-                own_outputs(pruned.of_state)
-        except UntraceableError as error:
-            self.untraceable = error
-        if not self.domain.every(self.untraceable is None):
-            self.untraceable = self.untraceable or UntraceableError("it is so on another process")
-            return self._eager(f"the function cannot be traced: {self.untraceable}")
-        return waiting(self._eager(""), forward, pruned, self.choices)
+            return self._derived(batch)
+        except NotLinearError as error:
+            raise NotLinearError(
+                f"expected the map that was checked, but it has changed, and is not linear any more; undo the change: "
+                f"{error}"
+            ) from error
 
-    def _eager(self, reason: str) -> Derived:
-        account = Account("eager", self.choices.requested, reason)
-        linear = self.reference.offset_free if self.choices.affine else self.reference.flat
-        return Derived(self.reference.flat, linear, self.reference.adjoint, account, self.captured)
+    def _known(self) -> list[Derivation]:
+        return [found[0] for found in getattr(self, "_derivations", {}).values()]
 
-    def _programs(self, forward: Graph, pruned: Pruned, mode: str, reason: str) -> Derived:
-        dynamic = self._dynamically() if mode == "compiled" and self.domain.batch_dims else None
-        return assemble(forward, pruned, self.captured, self.domain, self.choices, Way(mode, reason, dynamic))
-
-    def _dynamically(self) -> tuple[Any, Any, Any]:
-        """Return the eager functions of leaves through ``torch.compile``, with dynamic shapes."""
-        if self._dynamic is None:
-            options = {"dynamic": True, **self.choices.options}
-
-            def flat(*leaves: Tensor) -> Tensors:
-                return self.reference.flat(leaves)
-
-            def offset_free(*leaves: Tensor) -> Tensors:
-                return self.reference.offset_free(leaves)
-
-            def pull_back(*cotangents: Tensor) -> Tensors:
-                return self.reference.adjoint(cotangents)
-
-            compiled = functools.partial(torch.compile, **options)
-            self._dynamic = compiled(flat), compiled(offset_free), compiled(pull_back)
-        return self._dynamic
-
-    def _codomain(self, derived: Derived) -> Space:
-        """Return the space of outputs: from the graph, or from the function itself at zero where there is none."""
-        outputs = self._run_once() if derived.graphs is None else derived.outputs
-        return space_of(outputs, self.reference.structure, self.domain, self._target)
-
-    def _run_once(self) -> Tensors:
-        with self.captured.preserved(), torch.no_grad():
-            outputs = self.reference.called(self.domain.leaves(self.domain.zeros()))
-        return outputs
-
-    def _verify(self, batch: tuple[int, ...]) -> Sample | None:
-        sample = self._settle(batch)
-        self._verified.add(batch)  # only now: what raises on the way is verified at the next call
-        return sample
-
-    def _settle(self, batch: tuple[int, ...]) -> Sample | None:
-        """Choose the fastest way to run the graphs that agrees with the eager reference on random data."""
-        graphs = self._derived[batch].graphs
-        if graphs is None:
+    def _ran(self, eager: Eager) -> Sketch | None:
+        """Run the function once on random data, the way its user would; return what is to be kept of the result."""
+        try:
+            x = selfcheck.Pair(eager.domain, eager.domain).x
+        except RuntimeError:
+            if self.options.check:
+                raise
+            # Larger than memory: without a check, shapes are all that is needed.
+            with guards.attributes_kept(self.modules), compat.FakeTensorMode(allow_non_fake_inputs=True):
+                result = eager.called(eager.domain.leaves(eager.domain.zeros()))
+            changed: list[str] = []
+        else:
+            with guards.buffers_kept(self.modules) as changed:
+                result = eager.called(x, copied=False)
+            del x
+        self.eager.structure = eager.structure
+        if not self.domain.every(not changed):
+            self.untraceable = UntraceableError(
+                f"stateful: the forward changes {', '.join(changed) or 'something on another process'}"
+            )
+        if self._codomain is None:
+            self._codomain = space_of(result, eager.structure, eager.domain, self._target)
+        else:
+            require_outputs(result, eager.structure, self.codomain)
+        if not self.options.check:
             return None
-        reasons: list[str] = []
-        learned = tuple(tensor for tensor in (source.read() for source in graphs[0].state) if tensor.requires_grad)
-        if not self.domain.every(bool(learned)):
-            learned = ()
-        with self.captured.preserved() as changes, torch.no_grad():
-            x, v = self._random(batch)
-            sample = self.reference.quick_sample(x, v, learned) or self.reference.sample(x, v, learned)
-        unchanged = self.domain.every(not changes)
-        if not unchanged:
-            reasons.append(f"stateful: the forward changes {', '.join(changes) or 'something on another process'}")
-        reference = Maps(self.reference.flat, self.reference.adjoint, self.domain, self.codomain)
-        for mode in self.choices.modes if unchanged else []:
-            derived = self._programs(*graphs, mode, "; ".join(reasons))
-            candidate = Maps(derived.function, derived.adjoint, self.domain, self.codomain)
-            compare = functools.partial(
-                disagreement, reference, candidate, captured=self.captured, state=derived.state,
-                compiled=mode == "compiled",
-            )  # fmt: skip
-            said = compare(sample)
-            if said and sample.quick:
-                with self.captured.preserved(), torch.no_grad():
-                    sample = self.reference.sample(x, v, learned)
-                said = compare(sample)
-            if not said:
-                self._derived[batch] = derived
-                return sample
-            reasons.append(f"{mode}: {said}")
-        self._derived[batch] = self._eager("; ".join(reasons))
-        return None
+        return selfcheck.witness(result, self._pair(eager.domain))
 
-    def _random(self, batch: tuple[int, ...]) -> tuple[Tensors, Tensors]:
-        """Return random x and v."""
-        generator = torch.Generator().manual_seed(20)
-        domain, codomain = self.domain.with_batch(batch), self.codomain.with_batch(batch)
-        return domain.leaves(domain.randn(generator)), codomain.leaves(codomain.randn(generator))
+    def _pair(self, domain: Space) -> Pair:
+        codomain = self.codomain
+        return Pair(domain, codomain.with_batch(domain.batch_shape))
+
+    def _traced(self, eager: Eager, domain: Space, seen: Sketch | None) -> Derivation:
+        """Return what is derived from the graph of a function, the eager functions where it has none."""
+        graphs, options = None, replace(self.options, choose=self._chooser)
+        if self.untraceable is None:
+            try:
+                with guards.attributes_kept(self.modules):
+                    captured = capture(self.callable, self.kwargs, domain, self.modules)
+                    graphs = pipeline.graphs_of(captured, domain, options)
+                    if not captured.holds():
+                        raise UntraceableError("stateful: a call changes what the next one does")
+            except UntraceableError as error:
+                self.untraceable = error
+            except compat.ChangingError as error:
+                self.untraceable = UntraceableError(str(error))
+        if not domain.every(graphs is not None):
+            self.untraceable = self.untraceable or UntraceableError("it is so on another process")
+        if graphs is None or self.untraceable is not None:
+            return self._eager(f"the function cannot be traced: {self.untraceable}")
+        compiled = self._compiled_functions if options.requested == "compiled" and domain.batch_dims else None
+        listing = tuple((n.op, n.target) for g in graphs.mapping().values() for n in g.body.nodes)
+        pair = self._pair(domain)
+        if seen is None and options.check and listing not in self._listings:
+            seen = selfcheck.witness(eager.called(pair.x), pair)
+        derivation = pipeline.derive(graphs, eager, (pair.domain, pair.codomain), options, seen, compiled)
+        if derivation.checked:
+            self._listings.add(listing)
+        return derivation
+
+    def _compiled_functions(self) -> dict[str, Callable[..., Tensors]]:
+        """Return the eager functions of leaves through ``torch.compile``, for all sizes at once."""
+        if self._compiled is None:
+            eager, options = self.eager, {"dynamic": True, **self.options.options}
+
+            def function(*leaves: Tensor) -> Tensors:
+                return eager.flat(leaves)
+
+            def linear(*leaves: Tensor) -> Tensors:
+                return eager.linear(leaves) if self.options.affine else eager.flat(leaves)
+
+            def adjoint(*cotangents: Tensor) -> Tensors:
+                return eager.adjoint(cotangents)
+
+            self._compiled = {f.__name__: torch.compile(f, **options) for f in (function, linear, adjoint)}
+        return self._compiled
 
 
-def _keep(shortcuts: dict[str, Shortcut], name: str, derived: Derived, program: Program, *elements: Any) -> None:
-    """Have the next call take the shorter way.
-
-    ``shortcuts`` are those of the time before the call: what another thread has derived since has others.
-    """
-    if not _is_compiling() and all(isinstance(x, Tensor) for x in elements):
-        found = shortcut(program.ready, derived, elements)
-        if found is not None:
-            shortcuts[name] = found
+def _resized(eager: Eager, domain: Space) -> Eager:
+    """Return the same function on another size of the free dimensions."""
+    if domain.batch_shape == eager.domain.batch_shape:
+        return eager
+    found = Eager(eager.callable, eager.kwargs, domain)
+    found.structure = eager.structure
+    return found
 
 
-__all__ = ["ENGINES", "Transposition"]
+__all__ = ["Transposition"]

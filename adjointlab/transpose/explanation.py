@@ -1,4 +1,4 @@
-"""What was derived and why: the readable account behind ``A.explain()``."""
+"""What was derived and why, in words: what ``A.explain()`` prints."""
 
 from __future__ import annotations
 
@@ -7,14 +7,40 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from adjointlab.transpose.graph.ir import Graph, op_name
-from adjointlab.transpose.kernels.convolution import Site
+from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.graph.ops import op_name
 from adjointlab.transpose.passes.fuse_slices import accumulate
 
 
 @dataclass(frozen=True)
-class Account:
-    """How an adjoint was derived: the engine in force, its program, the evidence, and the reason of any fallback."""
+class Explanation:
+    """How an adjoint was derived.
+
+    Attributes
+    ----------
+    engine, requested : str
+        The engine in force, and the one that was asked for.
+    reason : str
+        Why the engine is not the one that was wanted.
+    path : str
+        Why the eager adjoint is not by ``torch.func.vjp``, where that is so.
+    readers : tuple of str or None
+        Operations of the adjoint that read the primal; None where there is no graph.
+    ops_before, ops_after : Counter
+        Operations of the vector-Jacobian product, and of the adjoint.
+    kernels : tuple of str
+        A line on each convolution.
+    cut : str
+        An operation of the forward that cuts its input off from autograd.
+    hidden : tuple of str
+        What hides values from autograd, or has a backward of its own.
+    partly : str
+        Why Python state is watched in part only.
+    autograd_gap : float or None
+        How far autograd's own adjoint is from this one, relative to its norm, where the two were compared.
+    program : str
+        The adjoint.
+    """
 
     engine: str
     requested: str
@@ -24,7 +50,10 @@ class Account:
     ops_before: Counter[str] = field(default_factory=Counter)
     ops_after: Counter[str] = field(default_factory=Counter)
     kernels: tuple[str, ...] = ()
-    cut: str = ""  # an op that hides the input from autograd
+    cut: str = ""
+    hidden: tuple[str, ...] = ()
+    partly: str = ""
+    autograd_gap: float | None = None
     program: str = ""
 
     @property
@@ -32,13 +61,18 @@ class Account:
         """Whether the derivative was seen not to read the input: the map is affine."""
         return self.readers == ()
 
+    @property
+    def is_evident(self) -> bool:
+        """Whether the graph shows all that the function does: nothing reads the input, or hides it from autograd."""
+        return self.independent and not self.cut and not self.hidden
+
     def __str__(self) -> str:
         asked = "" if self.requested == "auto" else f" (asked for: {self.requested})"
         lines = [f"engine: {self.engine}{asked}"]
         if self.reason:
             lines.append(f"reason: {self.reason}")
         if self.path:
-            lines.append(f"eager reference: torch.autograd.grad, since {self.path}")
+            lines.append(f"eager adjoint: torch.autograd.grad, since {self.path}")
         if self.readers is None:
             lines.append("evidence of linearity: numerical only, there is no graph")
         elif self.readers:
@@ -46,6 +80,15 @@ class Account:
             lines.append(f"evidence of linearity: numerical only, the derivative reads the input in {where}")
         else:
             lines.append("evidence of linearity: the derivative does not read the input")
+        if self.hidden:
+            lines.append(f"the forward has {', '.join(self.hidden)}: there, autograd's word is no proof")
+        if self.autograd_gap is not None:
+            lines.append(f"autograd's own adjoint differs by {self.autograd_gap:.1e} of its norm")
+        if self.partly:
+            lines.append(
+                "watched: tensors, and what modules hold (training, attributes, submodules); call A.refresh() after "
+                f"any other change of Python state, since PyTorch's front end refuses the function ({self.partly})"
+            )
         if self.program:
             before, after = sum(self.ops_before.values()), sum(self.ops_after.values())
             removed = self.ops_before - self.ops_after
@@ -89,8 +132,9 @@ def listing(graph: Graph) -> str:
 
 
 def _show(value: object, names: dict[fx.Node, str]) -> str:
-    if isinstance(value, Site):
-        return "site"
     if isinstance(value, list):
         return "[" + ", ".join(_show(item, names) for item in value) + "]"
     return names[value] if isinstance(value, fx.Node) else str(value).replace("torch.", "")
+
+
+__all__ = ["Explanation", "listing"]

@@ -1,199 +1,321 @@
-"""From graphs to what is called: a forward and its adjoint as programs, run in one of three ways, and as a pair."""
+"""The whole way from a function to its adjoint, on one screen.
+
+1. *capture*: what the function depends on (``frontend/capture``).
+2. *trace*: its forward as a graph, then the vector-Jacobian product of that (``frontend/trace``).
+3. *passes*: the plain form, outputs of their own, the forward dropped (``passes/``).
+4. *judge*: what still reads the input, and what hides it.
+5. *passes*: slices fused, a kernel chosen for each convolution.
+6. *programs*: constants, prepacked state, the rest; A and Aᴴ as each other's derivative (``runtime/``).
+7. *self-check*: the first that holds of compiled, lowered, plain, eager (``selfcheck``).
+
+The eighth step, the way of every call, is ``dispatch``.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from adjointlab.errors import NotDifferentiableError
 from adjointlab.space import Space
-from adjointlab.transpose.explanation import Account, listing
-from adjointlab.transpose.frontend.capture import Capture
-from adjointlab.transpose.graph.ir import Graph, cut_off
-from adjointlab.transpose.kernels import registry as kernels
-from adjointlab.transpose.kernels import select as choice
-from adjointlab.transpose.kernels.convolution import Site
-from adjointlab.transpose.passes.compose import residual_and_gradient, without_offset
-from adjointlab.transpose.passes.convolutions import in_slabs, joined, lower, multiplier
-from adjointlab.transpose.passes.drop_forward import Pruned, ops
-from adjointlab.transpose.passes.fuse_slices import simplify
-from adjointlab.transpose.runtime import autodiff as pair
-from adjointlab.transpose.runtime.derived import Derived, Function, Tensors, bound, metadata_of
-from adjointlab.transpose.runtime.program import Program, of_state
-from adjointlab.transpose.selfcheck import alike, examples
+from adjointlab.transpose import selfcheck
+from adjointlab.transpose.explanation import Explanation, listing
+from adjointlab.transpose.frontend.capture import Capture, Tensors
+from adjointlab.transpose.frontend.trace import UntraceableError, hides, trace_forward, trace_vjp
+from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.kernels.convolution import ConvSpec
+from adjointlab.transpose.kernels.registry import transformed
+from adjointlab.transpose.kernels.select import Chooser, choose, suits_transform
+from adjointlab.transpose.passes import convolutions
+from adjointlab.transpose.passes.compose import linear_part, residual_and_gradient
+from adjointlab.transpose.passes.convolutions import kernels_of
+from adjointlab.transpose.passes.drop_forward import Adjoint, cut_off, drop_forward, ops
+from adjointlab.transpose.passes.fuse_slices import fuse_slices
+from adjointlab.transpose.passes.normalise import normalise
+from adjointlab.transpose.passes.own_outputs import own_outputs
+from adjointlab.transpose.passes.partition import value_of_state
+from adjointlab.transpose.runtime import autodiff
+from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
+from adjointlab.transpose.runtime.eager import Eager
+from adjointlab.transpose.runtime.program import Program
+from adjointlab.transpose.selfcheck import Candidate, Pair, Sketch
 
-Maps = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+ENGINES = ("auto", "eager", "traced", "compiled")
+DERIVATIVES = ("autograd", "forward")
+Compiled = Callable[[], Mapping[str, Callable[..., Tensors]]]
 
 
 @dataclass(frozen=True)
-class Choices:
-    """How an operator is to be derived: the engine asked for, and what that may do."""
+class Options:
+    """How an operator is to be derived.
 
-    requested: str
+    ``choose`` is the rule for kernels, ``transform`` that for gradients in a kernel, ``options`` are for torch.compile.
+    """
+
+    requested: str = "auto"
     affine: bool = False
     lowering: bool = True
     autotune: bool = False
-    options: dict[str, Any] = field(default_factory=dict)  # of torch.compile
+    derivative: str = "autograd"
+    tol: float | None = None
+    check: bool = True
+    choose: Chooser | None = None
+    transform: Callable[[ConvSpec], bool] = suits_transform
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.requested not in ENGINES:
+            raise ValueError(f"expected engine to be one of {', '.join(ENGINES)}, got {self.requested!r}")
+        if self.derivative not in DERIVATIVES:
+            raise ValueError(f"expected derivative to be one of {', '.join(DERIVATIVES)}, got {self.derivative!r}")
+
+    @property
+    def chooser(self) -> Chooser:
+        """The rule for kernels."""
+        return self.choose or functools.partial(choose, thorough=self.autotune)
 
     @property
     def modes(self) -> list[str]:
-        """The ways to run a graph, the most wanted first; each is tried until one agrees with eager."""
+        """The ways to run a graph, the most wanted first; the first that passes the self-check is used."""
         modes = ["lowered", "plain"] if self.lowering else ["plain"]
         return ["compiled", *modes] if self.requested == "compiled" else modes
 
 
 @dataclass(frozen=True)
-class Way:
-    """One of the modes, after what kept those before it from being used."""
+class Graphs:
+    """The graphs of a function: itself, its linear part, the adjoint of that, and its own gradients in the state."""
 
-    mode: str
-    reason: str = ""
-    # Function, linear part and adjoint as they are for free sizes: a graph is for one batch size, and compiling takes
-    # seconds, so that these are compiled once, with dynamic shapes.
-    dynamic: Maps | None = None
+    forward: Graph
+    linear: Graph
+    adjoint: Adjoint
+    of_state: Graph | None  # of the function itself, where it is not linear
+    captured: Capture
+    cut: str
+    hidden: tuple[str, ...]
+
+    def mapping(self) -> dict[str, Graph]:
+        """Return the graphs of what can be called, by name."""
+        return {"function": self.forward, "linear": self.linear, "adjoint": self.adjoint.graph}
 
 
-def assemble(forward: Graph, pruned: Pruned, captured: Capture, domain: Space, choices: Choices, way: Way) -> Derived:
-    """Return what is called for the graphs of a function and of its adjoint.
+def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
+    """Return the graphs of a function that was captured: steps 2 to 4.
+
+    Raises
+    ------
+    UntraceableError
+        If it has none.
+    """
+    n = len(domain.specs)
+    by_forward = options.derivative == "forward"
+    forward = own_outputs(normalise(trace_forward(captured, domain.specs), detached=not by_forward))
+    linear = linear_part(forward) if options.affine else forward
+
+    def adjoint_of(graph: Graph) -> Adjoint:
+        found = drop_forward(normalise(trace_vjp(graph), detached=False), n)
+        of_state = None if found.of_state is None else own_outputs(found.of_state)
+        return replace(found, graph=own_outputs(found.graph), of_state=of_state)
+
+    adjoint = adjoint_of(linear)
+    apart = linear is not forward and adjoint.of_state is not None
+    of_state = adjoint_of(forward).of_state if apart else adjoint.of_state
+    return Graphs(forward, linear, adjoint, of_state, captured, cut_off(forward), hides(captured, domain.specs))
+
+
+def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: Options, seen: Sketch | None,
+           compiled: Compiled | None = None) -> Derivation:  # fmt: skip
+    """Return the fastest programs of some graphs that pass the self-check, or the eager functions: steps 5 to 7.
 
     Parameters
     ----------
-    forward, pruned : Graph and Pruned
-        The graphs.
-    captured : Capture
-        What they were traced with.
-    domain : Space
+    graphs : Graphs
         Of the function.
-    choices : Choices
+    eager : Eager
+        The function itself.
+    spaces : tuple of Space
+        Its domain and codomain.
+    options : Options
         How the operator is to be derived.
-    way : Way
-        How the graphs are to be run.
+    seen : Sketch or None
+        What the function made of a random x; None where nothing is to be checked.
+    compiled : callable or None
+        Returns functions of leaves that are compiled for all sizes at once, where sizes are free.
 
     Returns
     -------
-    Derived
-        Which has not been compared with the eager reference.
+    Derivation
+        The functions, with the reasons for what could not be used.
     """
-    lines: list[str] = []
-    program = functools.partial(_program, choices=choices, mode=way.mode, lines=lines)
-    n, state = len(forward.state), forward.state
-    function, adjoint = program(forward), program(pruned.graph)
-    linear = program(without_offset(forward)) if choices.affine else function
-    programs = {"function": function, "linear": linear, "adjoint": adjoint}
-    if way.mode == "compiled":
-        _compile(programs, choices, way, n)
-    of_state = None if pruned.of_state is None else program(pruned.of_state)
-    run_linear, run_adjoint = pair.pair(linear, adjoint, n, None if choices.affine else of_state)
-    run = pair.affine(function, linear, adjoint, n, of_state) if choices.affine else run_linear
-    account = replace(_account(forward, pruned, adjoint.graph, choices, way), kernels=tuple(lines))
-    calls = (bound(function, run, state), bound(linear, run_linear, state), bound(adjoint, run_adjoint, state))
-
-    @functools.cache
-    def fused(weighted: bool, residual: bool) -> Program | None:
-        graph = residual_and_gradient(forward, pruned.graph, weighted=weighted, residual=residual)
-        wholes = [program(graph)]
-        if way.mode == "compiled" and way.dynamic is None:
-            wholes[0].compile(choices.options)
-        elif way.mode == "lowered":
-            others = in_slabs(wholes[0].graph), joined(lower(simplify(graph), kernels.transformed)[0])
-            wholes += [Program(other, graph) for other in others if other is not None]
-
-        def parts(leaves: Tensors) -> Tensors:
-            m, k = len(forward.inputs), len(forward.outputs)
-            apart = tuple(a - b for a, b in zip(calls[0](leaves[:m]), leaves[m : m + k], strict=True))
-            cotangents = tuple(map(torch.mul, leaves[m + k :], apart)) if weighted else apart
-            return (*(apart if residual else ()), *calls[2](cotangents))
-
-        leaves = examples((*forward.inputs, *forward.outputs, *(forward.outputs if weighted else ())))
-        runs = {each: bound(each, each.whole, state) for each in wholes}
-        agreeing = [each for each, run in runs.items() if domain.every(alike(run, parts, leaves))]
-        return choice.quickest({each: functools.partial(runs[each], leaves) for each in agreeing}, leaves[0].device)
-
-    @functools.cache
-    def find() -> Callable[..., Any] | None:
-        # Graphs that do not run have not been compared with eager.
-        known = choices.lowering and way.mode != "plain" and way.dynamic is None
-        return _multiplier(forward, pruned.graph, calls[2], affine=choices.affine) if known else None
-
-    def multiply() -> Tensor | None:
-        found = find()
-        with torch.no_grad():
-            return None if found is None else found(*[source.read() for source in state])[0]
-
-    return Derived(
-        *calls,
-        account,
-        captured,
-        state,
-        _metadata(forward),
-        forward.baked,
-        (forward, pruned),
-        programs,
-        fused,
-        multiply,
-    )
+    reasons: list[str] = []
+    explanation = explanation_of(graphs, options)
+    for mode in options.modes:
+        derivation = assemble(graphs, spaces, options, mode, explanation, compiled)
+        if seen is None:
+            return derivation
+        candidate = _candidate(derivation, spaces)
+        said = selfcheck.disagreement(
+            candidate, seen, eager.called, affine=options.affine, compiled=mode == "compiled", tol=options.tol
+        )
+        if not said and graphs.hidden:
+            said, explanation = _against_autograd(candidate, derivation, eager, options)
+        if not said:
+            found = replace(explanation, reason="; ".join(reasons), **_of_programs(derivation.explanation))
+            return replace(derivation, explanation=found, checked=True)
+        reasons.append(f"{mode}: {said}")
+    return eager_derivation(eager, options, "; ".join(reasons), explanation)
 
 
-def waiting(eager: Derived, forward: Graph, pruned: Pruned, choices: Choices) -> Derived:
-    """Return what has graphs that are still to be compared with the eager reference, and is that until then."""
-    account = _account(forward, pruned, pruned.graph, choices, Way(choices.modes[-1]))
-    graphs, metadata = (forward, pruned), _metadata(forward)
-    return replace(eager, account=account, state=forward.state, metadata=metadata, baked=forward.baked, graphs=graphs)
+def _of_programs(explanation: Explanation) -> dict[str, Any]:
+    return {name: getattr(explanation, name) for name in ("engine", "kernels", "program", "ops_after")}
 
 
-def _account(forward: Graph, pruned: Pruned, adjoint: Graph, choices: Choices, way: Way) -> Account:
-    return Account(
-        "compiled" if way.mode == "compiled" else "traced", choices.requested, way.reason, readers=pruned.readers,
-        ops_before=pruned.ops_before, ops_after=ops(adjoint), program=listing(adjoint), cut=cut_off(forward),
+def _candidate(derivation: Derivation, spaces: tuple[Space, Space]) -> Candidate:
+    function, linear, adjoint = map(derivation.function, ("function", "linear", "adjoint"))
+    return Candidate(function, linear, adjoint, *spaces)
+
+
+def _against_autograd(
+    candidate: Candidate, derivation: Derivation, eager: Eager, options: Options
+) -> tuple[str, Explanation]:
+    """Return how a derivation that passed differs from autograd's, where the function has a derivative of its own."""
+    explanation = derivation.explanation
+    try:
+        gap = selfcheck.autograd_gap(candidate, eager.adjoint)
+    except NotDifferentiableError as error:
+        said = "" if options.derivative == "forward" else str(error)
+        return ("" if candidate.domain.every(not said) else said or "it is so on another process"), explanation
+    agree = selfcheck.agrees_with_autograd(candidate, eager.adjoint, gap)
+    explanation = replace(explanation, autograd_gap=None if candidate.domain.every(agree) else gap)
+    if options.derivative == "forward":
+        return "", explanation
+    if not candidate.domain.every(agree):
+        return f"autograd's own adjoint differs from that of the forward's operations by {gap:.1e}", explanation
+    wanted = [(source.name, tensor) for source in derivation.state if (tensor := source.read()).requires_grad]
+    said = selfcheck.gradient_disagreement(candidate, eager.flat, wanted) if wanted else ""
+    return ("" if candidate.domain.every(not said) else said or "gradients differ on another process"), explanation
+
+
+def explanation_of(graphs: Graphs, options: Options) -> Explanation:
+    """Return what is known of some graphs before they are programs."""
+    adjoint = graphs.adjoint
+    return Explanation(
+        "traced", options.requested, readers=adjoint.readers, ops_before=adjoint.ops_before, cut=graphs.cut,
+        hidden=graphs.hidden, partly=graphs.captured.partly,
     )  # fmt: skip
 
 
-def _metadata(graph: Graph) -> tuple[Any, ...]:
-    return tuple(metadata_of(source.read()) for source in graph.state)
+def eager_derivation(eager: Eager, options: Options, reason: str, known: Explanation | None = None) -> Derivation:
+    """Return the user's function and its eager adjoint, for a reason; ``known`` is what its graphs say of it."""
+    explanation = Explanation("eager", options.requested, reason)
+    if known is not None:
+        explanation = replace(
+            explanation, readers=known.readers, cut=known.cut, hidden=known.hidden, autograd_gap=known.autograd_gap
+        )
+    linear = eager.linear if options.affine else eager.flat
+    return Derivation(explanation, {"function": eager.flat, "linear": linear, "adjoint": eager.adjoint})
 
 
-def _program(graph: Graph, *, choices: Choices, mode: str, lines: list[str]) -> Program:
-    """Return a graph as a program, lowered unless that is turned off; add a line on each kernel."""
+def assemble(
+    graphs: Graphs, spaces: tuple[Space, Space], options: Options, mode: str, explanation: Explanation,
+    compiled: Compiled | None = None,
+) -> Derivation:  # fmt: skip
+    """Return the programs of some graphs, run in one of the modes, as they are before the self-check."""
+    program = functools.partial(_program, options=options, mode=mode)
+    n, state = len(graphs.forward.state), graphs.forward.state
+    programs = {"function": program(graphs.forward), "adjoint": program(graphs.adjoint.graph)}
+    programs["linear"] = program(graphs.linear) if graphs.linear is not graphs.forward else programs["function"]
+    if mode == "compiled":
+        for name, each in programs.items() if compiled is not None else ():
+            each.replace(compiled()[name], n)  # type: ignore[misc]
+        for each in set(programs.values()) if compiled is None else ():
+            each.compile(options.options)
+    of_linear, of_function = (None if g is None else program(g) for g in (graphs.adjoint.of_state, graphs.of_state))
+    run_linear, run_adjoint = autodiff.pair(programs["linear"], programs["adjoint"], n, of_linear)
+    run = run_linear
+    if graphs.linear is not graphs.forward:
+        run = autodiff.affine(programs["function"], run_linear, run_adjoint, programs["adjoint"].whole, n, of_function)
+    linked = {"function": run, "linear": run_linear, "adjoint": run_adjoint}
+    lowered = [p.graph for p in (programs["adjoint"], programs["function"])]
+    explanation = replace(
+        explanation, engine="compiled" if mode == "compiled" else "traced", ops_after=ops(lowered[0]),
+        program=listing(lowered[0]), kernels=tuple(dict.fromkeys(k for g in lowered[::-1] for k in kernels_of(g))),
+    )  # fmt: skip
+    derivation = Derivation(
+        explanation, {}, {name: (programs[name], linked[name]) for name in programs}, graphs.captured.holds, state,
+        tuple(metadata_of(source.read()) for source in state), graphs.forward.baked, graphs.mapping(),
+    )  # fmt: skip
+    return replace(
+        derivation,
+        gradient=functools.cache(
+            functools.partial(_gradient, derivation, graphs, spaces[0], options, "" if compiled else mode)
+        ),
+        multiplier=_multiplier(derivation, graphs, spaces[0], options, mode),
+    )
 
-    def choose(site: Site) -> str:
-        return choice.choose(site, measure=True, thorough=choices.autotune)
 
-    if mode == "plain" or not choices.lowering:
+def _program(graph: Graph, *, options: Options, mode: str) -> Program:
+    """Return a graph as a program, with fused slices and kernels of its own unless that is turned off."""
+    if mode == "plain" or not options.lowering:
         return Program(graph, graph)
-    lowered, chosen = lower(simplify(graph), choose, choice.by_transforms)
-    lines.extend(line for line in chosen if line not in lines)
-    return Program(lowered, graph)
+    return Program(convolutions.lower(fuse_slices(graph), options.chooser, options.transform), graph)
 
 
-def _multiplier(forward: Graph, adjoint: Graph, run: Function, *, affine: bool) -> Callable[..., Any] | None:
-    """Return what the adjoint multiplies spectra with, of the state, if that is all that it does.
+def _gradient(
+    derivation: Derivation, graphs: Graphs, domain: Space, options: Options, mode: str, weighted: bool, residual: bool
+) -> Program | None:
+    """Return the program of the least-squares gradient, None where it is not what the parts compute."""
+    graph = residual_and_gradient(graphs.forward, graphs.adjoint.graph, weighted=weighted, residual=residual)
+    program = _program(graph, options=options, mode=mode)
+    if mode == "compiled":
+        program.compile(options.options)
+    elif mode == "lowered":
+        program = Program(convolutions.joined(program.graph), graph)
+    state = tuple(source.read() for source in graph.state)
 
-    ``run`` is the adjoint that has been compared with eager. Without a check (``affine``), that f has no offset is a
-    claim.
-    """
-    by_fft, _ = lower(simplify(adjoint), kernels.transformed)
-    node = multiplier(by_fft)
-    if node is None or not (affine or multiplier(lower(simplify(forward), kernels.transformed)[0]) is not None):
-        return None
-    program = Program(by_fft, adjoint)
-    same = alike(bound(program, program.whole, adjoint.state), run, examples(adjoint.inputs))
-    return of_state(by_fft, node) if same else None
+    def parts(leaves: Tensors) -> Tensors:
+        m, k = len(graphs.forward.inputs), len(graphs.forward.outputs)
+        images = derivation.function("function")(leaves[:m])
+        apart = tuple(a - b for a, b in zip(images, leaves[m : m + k], strict=True))
+        cotangents = tuple(w * r for w, r in zip(leaves[m + k :], apart, strict=True)) if weighted else apart
+        return (*(apart if residual else ()), *derivation.function("adjoint")(cotangents))
 
-
-def _compile(programs: dict[str, Program], choices: Choices, way: Way, n_state: int) -> None:
-    if way.dynamic is None:
-        for each in set(programs.values()):
-            each.compile(choices.options)
-        return
-    run_function, run_linear, run_adjoint = way.dynamic
-    programs["function"].replace(run_function, n_state)
-    programs["adjoint"].replace(run_adjoint, n_state)
-    if programs["linear"] is not programs["function"]:
-        programs["linear"].replace(run_linear, n_state)
+    shapes = [node.meta["val"] for node in graph.inputs]
+    same = selfcheck.alike(lambda leaves: program.run(*state, *leaves), parts, shapes)
+    return program if domain.every(same) else None
 
 
-__all__ = ["Choices", "Way", "assemble", "waiting"]
+def _multiplier(
+    derivation: Derivation, graphs: Graphs, domain: Space, options: Options, mode: str
+) -> Callable[[Tensors], Tensor | None]:
+    """Return the function of the state to what the adjoint multiplies spectra with, if that is all that it does."""
+
+    @functools.cache
+    def find() -> Callable[..., Any] | None:
+        if not options.lowering or mode == "plain" or domain.is_sharded:
+            return None
+        adjoint, forward = (
+            convolutions.lower(fuse_slices(graph), transformed) for graph in (graphs.adjoint.graph, graphs.linear)
+        )
+        node = convolutions.multiplier(adjoint)
+        if node is None or convolutions.multiplier(forward) is None:
+            return None
+        program, state = Program(adjoint, graphs.adjoint.graph), tuple(s.read() for s in adjoint.state)
+        shapes = [node.meta["val"] for node in adjoint.inputs]
+        same = selfcheck.alike(lambda v: program.run(*state, *v), derivation.function("adjoint"), shapes)
+        return value_of_state(adjoint, node) if same else None
+
+    def multiplier(state: Tensors) -> Tensor | None:
+        found = find()
+        return None if found is None else found(*state)[0]
+
+    return multiplier
+
+
+__all__ = [
+    "DERIVATIVES", "ENGINES", "Graphs", "Options", "Pair", "UntraceableError", "assemble", "derive", "eager_derivation",
+    "graphs_of",
+]  # fmt: skip

@@ -220,7 +220,7 @@ def _of_operator(operator: LinearOperator, adjoint: Callable[[Any], Any] | None)
     back = Side(adjoint or operator.H, operator.codomain, operator.domain, name)
     parts = [part for part in operator.modules() if isinstance(part, LinearOperator)]
     # Where an offset is taken off, small elements are lost in the rounding errors of that.
-    offset = any(part.source is not None and part.source.choices.affine for part in parts)
+    offset = any(part.source is not None and part.source.options.affine for part in parts)
     derive = None if adjoint is None else lambda: operator
     return _Claim(forward, back, operator.is_complex_linear, (20,) if offset else (20, -20), derive)
 

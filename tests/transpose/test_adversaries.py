@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from laws import with_backward
 from torch import Tensor, nn
 
 import adjointlab as al
@@ -70,18 +71,29 @@ def test_what_reads_the_input_is_named_though_the_derivative_at_zero_is_nan(name
 
 
 def test_what_autograd_refuses_is_reported_and_raised() -> None:
+    def refuse(v: Tensor) -> Tensor:
+        raise RuntimeError("no derivative here")
+
+    refusing, x = with_backward(lambda w: 2 * w, refuse), torch.zeros(3)
+    report = al.check_linearity(refusing, x)
+    assert not report.differentiable
+    assert report.verdict == "supported"
+    assert "no derivative here" in str(report)
+    with pytest.raises(al.NotDifferentiableError, match="autograd"):
+        al.linear_operator(refusing, x)
+    A = al.linear_operator(refusing, x, derivative="forward")
+    assert torch.equal(A.H(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_what_autograd_has_no_derivative_of_has_an_adjoint() -> None:
     def scatter(x: Tensor) -> Tensor:  # torch has no derivative of this for complex numbers
         return torch.select_scatter(x.expand(2, 3), 2 * x, 0, 0)
 
     x = torch.zeros(3, dtype=torch.complex128)
-    report = al.check_linearity(scatter, x)
-    assert not report.differentiable
-    assert report.verdict == "supported"
-    assert "select_scatter does not support automatic differentiation" in str(report)
-    with pytest.raises(al.NotDifferentiableError, match="autograd"):
+    with pytest.raises(al.NotDifferentiableError, match="select_scatter does not support automatic differentiation"):
         al.linear_operator(scatter, x)
-    with pytest.raises(al.NotDifferentiableError, match="select_scatter does not support"):
-        al.linear_operator(scatter, x, check=False).H(torch.zeros(2, 3, dtype=x.dtype))
+    A = al.linear_operator(scatter, x, derivative="forward")
+    assert torch.equal(A.H(torch.ones(2, 3, dtype=x.dtype)), torch.full((3,), 3.0, dtype=x.dtype))
 
 
 class Masked(nn.Module):

@@ -1,426 +1,145 @@
-"""What a function depends on besides its argument: the tensors, modules and plain values that it can reach.
+"""What a function depends on besides its argument: the tensors of its *state*, and *guards* on all else.
 
-A function may be a module, a bound method, a closure, a partial or any callable object. What it reaches is found by
-walking attributes, closure cells, defaults, classes and the globals that its code names. Tensors become *sources*, read
-afresh before every call (so that updates and assignments are seen). Everything else becomes *guards*: a traced program
-has it baked in, and is out of date once a plain value differs, an object is another one, or a container has another
-length.
+PyTorch's own front end comes first. It reads the function's code, so that it knows every tensor, attribute, global and
+container that the function reads, and says in a microsecond or two whether one of them has changed. Where it refuses
+(sparse tensors, numbers read from tensors, code that it does not know), the function is run on tensors without values.
+Then less is known: tensors are read afresh from the modules that hold them, and of Python state only what these modules
+hold is watched.
 """
 
 from __future__ import annotations
 
-import collections
-import functools
-import itertools
-import operator
-import random
+import re
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.space import Space
+from adjointlab.transpose import compat
+from adjointlab.transpose.frontend import guards
+from adjointlab.transpose.frontend.vjp import first_line
+from adjointlab.transpose.graph.ir import Source
+from adjointlab.tree import Structure, tree_flatten
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device, torch.Size)
-_LIBRARY = frozenset({"torch", "numpy", "builtins", "collections", "functools", "typing", "math", "adjointlab"})
-_NAMESPACES = (dict, types.MappingProxyType)
-_MOST = 100_000  # things that are looked at; a function that reaches more is not known any better for it
-_MANY = 1 << 14  # entries from which on it pays to compare memory rather than tensors
-
-
-class _Cell:
-    """A closure cell seen as a container of one item, like the dicts that hold everything else."""
-
-    def __init__(self, cell: types.CellType) -> None:
-        self.cell = cell
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.cell.cell_contents
-
-
-class _Slots:
-    """The slots of an object seen as a container."""
-
-    def __init__(self, owner: object) -> None:
-        self.owner = owner
-
-    def __getitem__(self, key: str) -> Any:
-        return getattr(self.owner, key)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a tensor is found: ``container[key]``, under a name for messages."""
-
-    container: Any
-    key: Any
-    name: str
-
-    def read(self) -> Any:
-        """Return what is there now."""
-        return self.container[self.key]
+Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Capture:
-    """All that a function depends on besides its argument."""
+    """A function of leaves that can be traced, with its state and its guards.
 
-    modules: tuple[nn.Module, ...]
-    sources: tuple[Source, ...]
-    guards: tuple[tuple[Any, Any, Any], ...]  # container, key, and the value that was there
-    empty: tuple[Any, ...]  # containers that held nothing
-    lengths: tuple[tuple[Any, int], ...]  # of the others, but for namespaces
-    copies: tuple[tuple[Any, Any], ...]  # arrays and sets, with what was in them
-    containers: tuple[Any, ...]
-    caches: tuple[Any, ...]  # of functions: cleared after a trace, so that no fake tensor stays
-    functions: tuple[types.FunctionType, ...]
-    parts: tuple[Any, ...]  # their code and defaults, which reloading changes in place
-    namespaces: tuple[tuple[Any, Any, list[Any], list[Any]], ...]  # dicts, views of their values, keys and values
-    others: tuple[tuple[Any, Any, Any], ...]  # the guards outside of these
-    objects: tuple[Any, ...]
-    types: list[type]  # of the objects: a class can be assigned
-
-    def tensors(self) -> list[Tensor]:
-        """Return the current tensors, one for each source."""
-        return [source.container[source.key] for source in self.sources]
-
-    def changed(self) -> bool:
-        """Return whether anything but the tensors differs from when it was captured."""
-        if any(self.empty):  # this runs at every call: loops are left to C where they can be
-            return True
-        if self.lengths and any(len(container) != length for container, length in self.lengths):
-            return True
-        guards = self.others
-        for namespace, now, keys, values in self.namespaces:  # most often, every value is the very object that it was
-            if list(namespace) != keys:  # the order may matter, too
-                return True
-            if not all(map(_is, now, values)):
-                guards = self.guards
-        if guards and any(map(_differs, guards)):
-            return True
-        if list(map(type, self.objects)) != self.types:
-            return True
-        if self.functions and not all(map(_is, _parts(self.functions), self.parts)):
-            return True
-        return bool(self.copies) and any(itertools.starmap(_unequal, self.copies))
-
-    @contextmanager
-    def preserved(self) -> Iterator[list[str]]:
-        """Run a block without lasting effect on tensors, containers or random numbers; yield what it tried to change.
-
-        Values of tensors are compared, since version counters miss the running statistics of batch normalisation.
-        """
-        tensors = self.tensors()
-        values = [t.detach().clone() for t in tensors]
-        before = [container.copy() for container in self.containers]
-        states = _random_states()  # not ours
-        changes: list[str] = []
-        try:
-            yield changes
-        finally:
-            for cache in self.caches:
-                cache.cache_clear()
-            for container, old in zip(self.containers, before, strict=True):
-                _restore(container, old)
-            for source, tensor, value in zip(self.sources, tensors, values, strict=True):
-                if not same(tensor, value):
-                    changes.append(source.name)
-                    with torch.no_grad():
-                        tensor.copy_(value)
-            if not _equal_states(_random_states(), states):
-                changes.append("the random number generator")
-                _set_random_states(states)
-
-
-RandomStates = tuple[list[Tensor], Any, Any]  # of torch, for the CPU and each CUDA device in use, of NumPy, of Python
-
-
-def _random_states() -> RandomStates:
-    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.random.get_rng_state(), *on_cuda], np.random.get_state(), random.getstate()
-
-
-def _set_random_states(states: RandomStates) -> None:
-    (on_cpu, *on_cuda), of_numpy, of_python = states
-    torch.random.set_rng_state(on_cpu)
-    torch.cuda.set_rng_state_all(on_cuda)
-    np.random.set_state(of_numpy)
-    random.setstate(of_python)
-
-
-def _equal_states(now: RandomStates, before: RandomStates) -> bool:
-    pairs = itertools.chain(zip(now[0], before[0], strict=True), zip(now[1], before[1], strict=True))
-    return all(itertools.starmap(np.array_equal, pairs)) and bool(now[2] == before[2])
-
-
-def _restore(container: Any, old: Any) -> None:
-    if isinstance(container, dict):
-        if container.keys() != old.keys() or any(container[key] is not old[key] for key in old):
-            container.clear()
-            container.update(old)
-    elif isinstance(container, (list, collections.deque)):
-        if len(container) != len(old) or any(a is not b for a, b in zip(container, old, strict=True)):
-            container.clear()
-            container.extend(old)
-    elif container != old:
-        container.clear()
-        container.update(old)
-
-
-def _differs(guard: tuple[Any, Any, Any]) -> bool:
-    container, key, value = guard
-    try:
-        now = container[key]
-    except (KeyError, IndexError, ValueError, AttributeError):  # an attribute, item or cell was deleted
-        return True
-    return now is not value and not (isinstance(value, _PLAIN) and type(now) is type(value) and bool(now == value))
-
-
-_PARTS = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
-
-
-_is = operator.is_
-
-
-def _parts(functions: tuple[types.FunctionType, ...]) -> Iterator[Any]:
-    return itertools.chain.from_iterable(map(_PARTS, functions))
-
-
-def _unequal(now: Any, before: Any) -> bool:
-    if isinstance(now, np.ndarray):
-        return not np.array_equal(now, before, equal_nan=now.dtype.kind in "fc")
-    return bool(now != before)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are equal, NaN being equal to NaN; of large ones, whether they are bit for bit.
-
-    ``b`` may be a copy on the CPU: to fetch a small tensor takes half as long as to have an accelerator compare it.
+    Attributes
+    ----------
+    function : callable
+        ``(state, leaves) → leaves``; its state are the values of ``state``.
+    state : tuple of Source
+        The tensors that it is known to read; others show while it is traced.
+    sources : dict
+        Where tensors that show later are read from, by their ids.
+    holds : callable
+        Whether all that the function depends on, besides values of the state, is as it was.
+    partly : str
+        Why PyTorch's front end refused the function, so that Python state is watched in part only; else empty.
     """
-    if b.is_cpu and not a.is_cpu:
-        a = a.cpu()
-    if a.dtype is not b.dtype:
-        return False
-    if a.layout is torch.strided and a.numel() < _MANY and torch.equal(a, b):
-        return True  # most often, and at every call: before all that takes longer to ask
-    if a.shape != b.shape:
-        return False
-    if a.layout is not torch.strided:
-        return a is b or bool((a.to_dense() == b.to_dense()).all())
-    if a.numel() >= _MANY and _is_plain(a) and _is_plain(b):
-        return np.array_equal(_words(a), _words(b))  # three times as fast as torch.equal
-    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+    function: Callable[[Tensors, Tensors], Tensors]
+    state: tuple[Source, ...]
+    sources: dict[int, Source]
+    holds: Callable[[], bool]
+    partly: str = ""
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor is made of whole words of memory, and nothing else."""
-    start, size = tensor.storage_offset() * tensor.itemsize, tensor.numel() * tensor.itemsize
-    lazy = tensor.is_conj() or tensor.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and start % 8 == size % 8 == 0 and not lazy
+def flatten_outputs(output: Any) -> tuple[Tensors, Structure | None]:
+    """Return the leaves of what a function returned, and how they hang together, None for a single tensor.
 
-
-def _words(tensor: Tensor) -> Any:
-    return tensor.detach().view(-1).view(torch.int64).numpy()
-
-
-def capture(function: Callable[..., Any], kwargs: Any = None) -> Capture:
-    """Return what ``function`` and its fixed ``kwargs`` depend on besides the argument."""
-    walk = _Walk()
-    walk.visit(function, (function,), 0, "")
-    walk.visit(kwargs, (kwargs,), 0, "kwargs")
-    guards = [guard for guard in walk.guards if not isinstance(guard[0], tuple)]  # which cannot change
-    whole = {id(c): c for c, length in walk.lengths if length and isinstance(c, _NAMESPACES)}
-    sets = [now for now, _ in walk.copies if isinstance(now, set) and not now]
-    return Capture(
-        tuple(walk.modules), tuple(walk.sources), tuple(guards),
-        (*[container for container, length in walk.lengths if not length], *sets),
-        tuple(pair for pair in walk.lengths if pair[1] and id(pair[0]) not in whole),
-        tuple(pair for pair in walk.copies if not any(pair[0] is empty for empty in sets)),
-        tuple(walk.containers), tuple(walk.caches), tuple(walk.functions), tuple(_parts(tuple(walk.functions))),
-        tuple((c, c.values(), list(c), list(c.values())) for c in whole.values()),
-        tuple(guard for guard in guards if id(guard[0]) not in whole),
-        tuple(walk.objects), list(map(type, walk.objects)),
-    )  # fmt: skip
-
-
-class _Walk:
-    def __init__(self) -> None:
-        self.modules: list[nn.Module] = []
-        self.sources: list[Source] = []
-        self.guards: list[tuple[Any, Any, Any]] = []
-        self.lengths: list[tuple[Any, int]] = []
-        self.copies: list[tuple[Any, Any]] = []
-        self.containers: list[Any] = []
-        self.caches: list[Any] = []
-        self.functions: list[types.FunctionType] = []
-        self.objects: list[Any] = []
-        self._seen: dict[int, Any] = {}  # ids, with the objects kept alive so that ids stay theirs
-
-    def visit(self, value: Any, container: Any, key: Any, name: str) -> None:
-        if isinstance(value, _PLAIN):
-            self.guards.append((container, key, value))
-            return
-        new = id(value) not in self._seen
-        # A tensor is read where it was found first; where it is found again, it must go on being that one.
-        if not (isinstance(value, Tensor) and new) and not isinstance(value, types.ModuleType):
-            self.guards.append((container, key, value))
-        if not new or isinstance(value, types.ModuleType) or len(self._seen) > _MOST:
-            return
-        self._seen[id(value)] = value
-        if is_lazy(value):
+    Raises
+    ------
+    SpaceMismatchError
+        If it returned anything but tensors.
+    """
+    if isinstance(output, Tensor):
+        return (output,), None
+    flat, structure = tree_flatten(output)
+    for leaf in flat:
+        if not isinstance(leaf, Tensor):
             raise SpaceMismatchError(
-                f"expected a module whose parameters have shapes, but {name} of a lazy module has none yet: run the "
-                "module once before"
+                f"expected the forward to return a tensor or a pytree of tensors, got {type(leaf).__name__} "
+                f"({str(leaf)[:60]}): return tensors only"
             )
-        if isinstance(value, Tensor):
-            self.sources.append(Source(container, key, name or "a tensor"))
-        elif isinstance(value, nn.Module):
-            self._module(value, name)
-        elif isinstance(value, functools.partial):
-            for part in (value.func, value.args, value.keywords):
-                self.visit(part, (part,), 0, name)
-        elif isinstance(value, types.MethodType):
-            self.visit(value.__self__, (value.__self__,), 0, name)
-            self.visit(value.__func__, (value.__func__,), 0, name)
-        elif isinstance(value, types.FunctionType):
-            self._function(value, name)
-        elif isinstance(value, np.ndarray):
-            self.copies.append((value, value.copy()))
-        elif isinstance(value, (set, frozenset)):
-            self.copies.append((value, value.copy()))
-            if isinstance(value, set):
-                self.containers.append(value)
-        elif isinstance(value, functools._lru_cache_wrapper):
-            self.caches.append(value)
-            self.visit(value.__wrapped__, (value.__wrapped__,), 0, name)
-        elif isinstance(value, (list, tuple, collections.deque)):
-            self._items(value, list(enumerate(value)), name)
-        elif isinstance(value, dict):
-            self._items(value, list(value.items()), name)
-        elif not isinstance(value, type) and not _of_library(type(value)):
-            self._object(value, name)
-
-    def _items(self, container: Any, items: list[tuple[Any, Any]], name: str) -> None:
-        if not isinstance(container, tuple):
-            self.lengths.append((container, len(container)))
-            self.containers.append(container)
-        for key, item in items:
-            self.visit(item, container, key, f"{name}[{key!r}]")
-
-    def _object(self, value: Any, name: str) -> None:
-        self.objects.append(value)
-        self._class(type(value), name)
-        if hasattr(value, "__dict__"):
-            self._namespace(vars(value), name)
-        for cls in type(value).__mro__:
-            for slot in getattr(cls, "__slots__", ()):
-                if isinstance(slot, str) and hasattr(value, slot) and not slot.startswith("__"):
-                    self.visit(getattr(value, slot), _Slots(value), slot, f"{name}.{slot}")
-
-    def _class(self, cls: type, name: str) -> None:
-        """Visit what methods read besides the object: globals, and attributes of the class."""
-        for base in cls.__mro__:
-            if _of_library(base) or id(base) in self._seen:
-                continue
-            self._seen[id(base)] = base
-            namespace = vars(base)
-            self.lengths.append((namespace, len(namespace)))
-            for key, item in list(namespace.items()):
-                if callable(item) or isinstance(item, (staticmethod, classmethod, property)):
-                    self.guards.append((namespace, key, item))
-                if isinstance(item, (staticmethod, classmethod)):
-                    item = item.__func__  # noqa: PLW2901
-                elif isinstance(item, property):
-                    item = item.fget  # noqa: PLW2901
-                if isinstance(item, types.FunctionType):
-                    self._function(item, name)
-                elif not key.startswith("__") and isinstance(item, (*_PLAIN, Tensor, list, tuple, dict, np.ndarray)):
-                    self.visit(item, namespace, key, f"{name}.{key}".lstrip("."))
-
-    def _namespace(self, namespace: dict[str, Any], name: str) -> None:
-        self.lengths.append((namespace, len(namespace)))
-        self.containers.append(namespace)
-        for key, item in list(namespace.items()):
-            self.visit(item, namespace, key, f"{name}.{key}".lstrip("."))
-
-    def _module(self, module: nn.Module, name: str) -> None:
-        self.modules.append(module)
-        for path, part in module.named_modules(prefix=name):
-            self._seen[id(part)] = part
-            self.objects.append(part)
-            for tensors in (part._parameters, part._buffers):
-                if isinstance(tensors, dict):  # a scripted module has something else
-                    self._namespace(tensors, path)
-            if getattr(type(part), "derived_operator", False):
-                self._operator(part)
-                continue
-            self._class(type(part), path)
-            for key, item in list(vars(part).items()):
-                if key == "_modules":
-                    self.lengths.append((item, len(item)))
-                    self.guards.extend((item, child, inner) for child, inner in item.items())
-                elif key not in ("_parameters", "_buffers"):
-                    self.visit(item, vars(part), key, f"{path}.{key}".lstrip("."))
-            self.lengths.append((vars(part), len(vars(part))))
-            self.containers.append(vars(part))
-
-    def _operator(self, part: Any) -> None:
-        """Take over what a linear operator captured; the rest of it is ours."""
-        source = part.source
-        if source is not None:
-            inner = source.captured
-            self.sources.extend(s for s in inner.sources if id(s.read()) not in self._seen)
-            self._seen.update({id(s.read()): s.read() for s in inner.sources})
-            self.guards.extend(inner.guards)
-            self.lengths.extend(inner.lengths)
-            self.lengths.extend((namespace, len(keys)) for namespace, _, keys, _ in inner.namespaces)
-            self.lengths.extend((empty, 0) for empty in inner.empty if not isinstance(empty, set))
-            self.copies.extend((empty, set()) for empty in inner.empty if isinstance(empty, set))
-            self.copies.extend(inner.copies)
-            self.containers.extend(inner.containers)
-            self.caches.extend(inner.caches)
-            self.functions.extend(inner.functions)
-            self.objects.extend(inner.objects)
-
-    def _function(self, function: types.FunctionType, name: str) -> None:
-        if function.__module__ and function.__module__.split(".")[0] in _LIBRARY:
-            return
-        self.functions.append(function)
-        for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                content = cell.cell_contents
-            except ValueError:  # a cell that is not filled yet
-                continue
-            if variable != "__class__":
-                self.visit(content, _Cell(cell), None, variable)
-        self.visit(function.__defaults__, [function.__defaults__], 0, name)
-        self.visit(function.__kwdefaults__, [function.__kwdefaults__], 0, name)
-        names = _names(function.__code__)
-        for variable in names:
-            content = function.__globals__.get(variable)
-            if isinstance(content, types.ModuleType) and content.__name__.split(".")[0] not in _LIBRARY:
-                for key in names & vars(content).keys():  # config.scale
-                    if isinstance(vars(content)[key], (*_PLAIN, Tensor)):
-                        self.visit(vars(content)[key], vars(content), key, f"{variable}.{key}")
-            # Functions of other files are other people's code; one of the same file may be a part of this one.
-            foreign = isinstance(content, types.FunctionType) and content.__globals__ is not function.__globals__
-            if variable in function.__globals__ and not foreign and not isinstance(content, (type, types.ModuleType)):
-                self.visit(content, function.__globals__, variable, variable)
+    if not flat:
+        raise SpaceMismatchError("expected the forward to return at least one tensor, got an empty pytree")
+    return tuple(flat), structure
 
 
-def _of_library(cls: type) -> bool:
-    return cls.__module__.split(".")[0] in _LIBRARY
+def _flat(*leaves: Tensor) -> Tensors:
+    # Its globals are its own: what it calls is found there by torch.compile, and by no one else. Of leaves it sees
+    # views, which may be written to in place, and are no attributes of an argument to be guarded.
+    x = unflatten([leaf.view_as(leaf) for leaf in leaves])  # type: ignore[name-defined] # noqa: F821
+    output = function(*x, **kwargs) if type(x) is tuple else function(x, **kwargs)  # type: ignore[name-defined] # noqa: F821
+    return (output,) if isinstance(output, Tensor) else tuple(tree_flatten(output)[0])
 
 
-def _names(code: types.CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _names(constant)
-    return names
+def capture(
+    function: Callable[..., Any], kwargs: dict[str, Any], domain: Space, modules: tuple[nn.Module, ...]
+) -> Capture:
+    """Return what a function on a domain depends on; the function is not run on values.
+
+    Raises
+    ------
+    ChangingError
+        If a call changes what the next one does.
+    """
+    try:
+        return _by_compiler(function, kwargs, domain)
+    except compat.ChangingError:
+        raise
+    except compat.RefusedError as error:
+        reason = str(error)
+    # PyTorch's front end may raise anything on code that it does not know; the function has run before, and is fine.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+
+    def run(_: Tensors, leaves: Tensors) -> Tensors:
+        x = domain.unflatten([leaf.view_as(leaf) for leaf in leaves])
+        return flatten_outputs(function(*x, **kwargs) if type(x) is tuple else function(x, **kwargs))[0]
+
+    return Capture(run, (), guards.sources_of(modules), guards.watch(modules), reason)
+
+
+def _by_compiler(function: Callable[..., Any], kwargs: dict[str, Any], domain: Space) -> Capture:
+    if domain.is_sharded or not compat.plain():
+        raise compat.RefusedError(
+            "communication is traced as it runs" if domain.is_sharded else "a transform is under way"
+        )
+    scope = {
+        "__builtins__": __builtins__, "Tensor": Tensor, "function": function, "kwargs": kwargs,
+        "tree_flatten": tree_flatten, "unflatten": domain.unflatten,
+    }  # fmt: skip
+    flat = types.FunctionType(_flat.__code__.replace(co_name="captured"), scope, "captured")
+    examples = [torch.zeros(s.shape, dtype=s.dtype, device=s.device).requires_grad_() for s in domain.specs]
+    module, readers, results, holds = compat.captured(flat, examples, scope)
+    state = tuple(Source(reader, _name(reader.__name__, function)) for reader in readers if callable(reader))
+
+    def run(values: Tensors, leaves: Tensors) -> Tensors:
+        rest = iter(values)
+        inputs = [next(rest) if callable(reader) else leaves[reader] for reader in readers]
+        outputs = module(*inputs)
+        return tuple(outputs[i] if i >= 0 else inputs[-1 - i] for i in results)
+
+    return Capture(run, state, {}, holds)
+
+
+def _name(expression: str, function: Callable[..., Any]) -> str:
+    """Return the name of a tensor as a person would write it: ``0.weight`` of a module's first part, say."""
+    for index, name in enumerate(getattr(getattr(function, "__code__", None), "co_freevars", ())):
+        expression = expression.replace(f"G['function'].__closure__[{index}].cell_contents", name)
+    expression = re.sub(r"_(parameters|buffers|modules)\['(\w+)'\]", r"\2", expression)
+    return re.sub(r"^G\['\w+'\]", "", expression).strip(".") or "a tensor"
+
+
+__all__ = ["Capture", "Tensors", "capture", "flatten_outputs"]

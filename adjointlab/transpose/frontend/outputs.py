@@ -70,15 +70,17 @@ def _sharded(found: Space, domain: Space, target: Space | None) -> Space:
     return replace(found, specs=tuple(replace(spec, sharding=given.sharding) for spec, given in pairs))
 
 
-def require_outputs(outputs: Sequence[Tensor], codomain: Space) -> None:
+def require_outputs(outputs: Sequence[Tensor], structure: Structure | None, codomain: Space) -> None:
     """Raise unless outputs are what they were: a function that has changed must go on mapping to the codomain."""
-    k = codomain.batch_dims
-    for out, spec in zip(outputs, codomain.specs, strict=True):
-        if tuple(out.shape[k:]) != spec.shape[k:] or out.dtype != spec.dtype:
-            raise SpaceMismatchError(
-                f"expected outputs in {codomain}, but the function has changed, and returns {tuple(out.shape)}, "
-                f"{out.dtype}: build the operator anew"
-            )
+    k, fits = codomain.batch_dims, (structure or SINGLE) == codomain.structure
+    for out, spec in zip(outputs, codomain.specs, strict=False):
+        fits = fits and tuple(out.shape[k:]) == spec.shape[k:] and out.dtype == spec.dtype
+    if not fits:
+        found = ", ".join(f"{tuple(out.shape)} {out.dtype}" for out in outputs)
+        raise SpaceMismatchError(
+            f"expected outputs in {codomain}, but the function has changed, and returns {found}: build the operator "
+            "anew"
+        )
 
 
 __all__ = ["require_outputs", "space_of"]

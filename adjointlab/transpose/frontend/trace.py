@@ -1,27 +1,25 @@
-"""From a function to a graph: ATen ops under fake tensors, what the function captured lifted to inputs.
+"""From a function to graphs of ATen operations: its forward, and from that the vector-Jacobian product.
 
-A graph has no side effects, allocates nothing when it is made, and takes ``(*state, *inputs)``. Two graphs are made:
-the *forward* graph, functional, and from it the *VJP* graph of that, whose cotangents are inputs too.
+Both are made with *fake* tensors, which have shapes and no values. A graph has no side effects, allocates nothing when
+it is made, and takes ``(*state, *inputs)``. The forward's is functional; the cotangents are inputs of the second too.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from functorch import make_fx
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adjointlab.space import TensorSpec
-from adjointlab.transpose.frontend.capture import Capture, Source
-from adjointlab.transpose.frontend.vjp import Function, Tensors, first_line, vjp_by_func, vjp_by_grad
-from adjointlab.transpose.graph.ir import Graph, call, clean, is_mutable, op_name
+from adjointlab.transpose import compat
+from adjointlab.transpose.frontend.capture import Capture
+from adjointlab.transpose.frontend.vjp import Tensors, first_line, vjp_by_func, vjp_by_grad
+from adjointlab.transpose.graph.ir import Graph, Source
+from adjointlab.transpose.graph.ops import is_mutable, op_name
 
 aten = torch.ops.aten
 
@@ -41,8 +39,9 @@ class _Values(TorchDispatchMode):
     out of date.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.state = state  # the real tensors that the first inputs of the graph stand for
         self.read: dict[int, Tensor] = {}
 
     def __torch_dispatch__(
@@ -58,12 +57,12 @@ class _Values(TorchDispatchMode):
         if not reads:
             return func(*args, **kwargs)
         real = [self.value(arg, op_name(func)) if isinstance(arg, Tensor) else arg for arg in args]
-        with _disable_current_modes():
+        with compat._disable_current_modes():
             return func(*real, **kwargs)
 
     def value(self, tensor: Tensor, reader: str) -> Tensor:
         """Return the real tensor that a traced one stands for, if that depends on constants only."""
-        tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
+        tracer = compat.get_proxy_mode().tracer  # type: ignore[union-attr]
         tracked = tracer.tensor_tracker.get(tensor)
         if tracked is None:
             self.read[id(tensor)] = tensor
@@ -76,7 +75,7 @@ class _Values(TorchDispatchMode):
         for index in indices:
             if _is_mask(index):
                 mask = self.value(index, "index by a mask")
-                with _disable_current_modes():
+                with compat._disable_current_modes():
                     found.extend(mask.nonzero().unbind(1))
             else:
                 found.append(index)
@@ -86,6 +85,10 @@ class _Values(TorchDispatchMode):
         if node in values:
             return values[node]
         if node.op == "placeholder":
+            position = [n for n in node.graph.nodes if n.op == "placeholder"].index(node)
+            if position < len(self.state):
+                self.read[id(self.state[position])] = self.state[position]
+                return self.state[position]
             raise ReadsInputError(f"{reader} turns a value of the input into a Python number")
         if node.op == "get_attr":
             values[node] = getattr(tracer.root, str(node.target))
@@ -94,7 +97,7 @@ class _Values(TorchDispatchMode):
         if is_mutable(node.target):
             raise UntraceableError(f"a number is read from a tensor that {op_name(node.target)} changed in place")
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: self._evaluate(arg, tracer, values, reader))
-        with _disable_current_modes(), torch.no_grad():
+        with compat._disable_current_modes(), torch.no_grad():
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return values[node]
 
@@ -118,7 +121,7 @@ class _Memory(TorchFunctionMode):
     ) -> Any:
         if func in _MEMORY:
             real = self.values.value(args[0], func.__name__)
-            with _disable_current_modes():
+            with compat._disable_current_modes():
                 return func(real, *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -132,51 +135,115 @@ def _make(function: Callable[..., Any], arguments: Sequence[Tensor], values: _Va
         with _Memory(values), values:
             return function(*tensors)
 
-    # A forward that cannot take fake tensors is no error of ours to log: the reason goes into the account.
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    silent = log.disabled
-    log.disabled = True
     try:
-        module = make_fx(
-            watched,
-            tracing_mode="fake",
-            _allow_non_fake_inputs=True,
-            _error_on_data_dependent_ops=False,
-        )(*arguments)
+        with compat.quiet():
+            module = compat.make_fx(
+                watched, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
+            )(*arguments)
     except UntraceableError:
         raise
     # Third-party forwards can fail in any way on fake tensors (numpy inside, a missing fake kernel): every one of
     # these means that there is no graph; the function itself has already run on real tensors.
     except Exception as error:
         raise UntraceableError(f"{type(error).__name__}: {first_line(error)}") from error
-    finally:
-        log.disabled = silent
-    return module  # type: ignore[no-any-return]
+    return module
 
 
-def trace_forward(function: Function, specs: Sequence[TensorSpec], captured: Capture) -> Graph:
-    """Return the functional graph of ``function`` on tensors like ``specs``, with what it captured as state.
+def _faked(tensors: Sequence[Tensor], fake: Any) -> list[Tensor]:
+    with fake:
+        return [_empty_like(tensor) for tensor in tensors]
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    if compat.is_wrapped(tensor):
+        raise UntraceableError("it holds a tensor that was made inside of a transform of torch.func")
+    if tensor.layout != torch.strided:
+        raise UntraceableError(f"it holds a tensor of layout {tensor.layout}")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def trace_forward(captured: Capture, specs: Sequence[TensorSpec]) -> Graph:
+    """Return the functional graph of a function on tensors like ``specs``, with what it depends on as state.
 
     Raises
     ------
     UntraceableError
         If there is no such graph; ``ReadsInputError`` if it would depend on the values of the input.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = compat.FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         inputs = [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in specs]
-    values = _Values()
-    with captured.preserved():
-        module = _make(lambda *leaves: function(leaves), inputs, values)
-    state = _lift(module, captured)
-    sources = {id(source.read()): source for source in captured.sources}
-    baked = tuple((sources.get(key, Source([t], 0, "a constant")), t.clone()) for key, t in values.read.items())
+    real = [source.read() for source in captured.state]
+    known, n, values = _faked(real, fake), len(real), _Values(real)
+    sources = {**captured.sources, **{id(t): source for t, source in zip(real, captured.state, strict=True)}}
+    module = _make(lambda *tensors: captured.function(tensors[:n], tensors[n:]), [*known, *inputs], values)
+    state = (*captured.state, *_lift(module, n, captured))
+    baked = tuple((sources.get(key) or constant(t), t.clone()) for key, t in values.read.items())
     _raise_if_random(module)
     if any(is_mutable(node.target) for node in module.graph.nodes):
-        module = _functionalise(module, _fakes(module, fake), len(state))
+        module = _functionalise(module, len(state))
     _raise_if_stateful(module, state)
-    _normalise(module.graph)
     return Graph(module.graph, state, baked)
+
+
+def hides(captured: Capture, specs: Sequence[TensorSpec]) -> tuple[str, ...]:
+    """Return the names of what hides values from autograd, or has a backward of its own: there, autograd may be wrong.
+
+    A graph of operations does not show them: it is of what they compute.
+    """
+    fake, mode = compat.FakeTensorMode(allow_non_fake_inputs=True), _Hiding()
+    real = [source.read() for source in captured.state]
+    state = _faked(real, fake)
+    for tensor, like in zip(state, real, strict=True):
+        tensor.requires_grad_(like.requires_grad)
+    try:
+        with compat.quiet(), fake, torch.enable_grad():
+            leaves = [torch.empty(s.shape, dtype=s.dtype, device=s.device, requires_grad=True) for s in specs]
+            values = _Values()
+            with _Memory(values), mode:
+                outputs = captured.function(tuple(state), tuple(leaves))
+    except Exception as error:  # as for a trace: there is nothing to be known
+        return (f"an operation without a derivative ({first_line(error)})",)
+    found, seen, pending = dict.fromkeys(mode.met), set[Any](), [out.grad_fn for out in outputs]
+    if any(node is None for node in pending):
+        found["an output that autograd does not see"] = None
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            found[f"a custom backward ({type(node).__name__.removesuffix('Backward')})"] = None
+        pending.extend(following for following, _ in node.next_functions)
+    return tuple(found)
+
+
+class _Hiding(TorchFunctionMode):
+    """Notes what is hidden from autograd by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _HIDING:
+            self.met.append(_HIDING[func])
+        elif func is torch._C._set_grad_enabled and not args[0]:
+            self.met.append("torch.no_grad()")
+        return func(*args, **(kwargs or {}))
+
+
+_HIDING: dict[Any, str] = {
+    Tensor.detach: ".detach()", Tensor.detach_: ".detach_()", torch.detach: "torch.detach()",
+    Tensor.data.__get__: ".data",  # type: ignore[attr-defined]
+}  # fmt: skip
+
+
+def constant(tensor: Tensor) -> Source:
+    """Return the source of a tensor that nothing but the function holds."""
+    return Source(lambda: tensor, "a constant")
 
 
 def trace_vjp(forward: Graph) -> Graph:
@@ -223,69 +290,53 @@ def trace_vjp(forward: Graph) -> Graph:
     else:
         raise refusal
     if any(is_mutable(node.target) for node in module.graph.nodes):
-        module = _functionalise(module, [*arguments, *cotangents], len(arguments) + len(cotangents))
-    _normalise(module.graph)
-    _skip(module.graph, {aten.detach.default, aten.alias.default})
+        module = _functionalise(module, len(arguments) + len(cotangents))
     return Graph(module.graph, forward.state, forward.baked)
 
 
-def _fakes(module: fx.GraphModule, fake: FakeTensorMode) -> list[Tensor]:
+def _fakes(module: fx.GraphModule) -> list[Tensor]:
     values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-    with fake:
-        return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in values]
+    return _faked(values, values[-1].fake_mode)
 
 
-def _lift(module: fx.GraphModule, captured: Capture) -> tuple[Source, ...]:
-    """Turn constants of the graph into leading inputs, and return where each is found from now on."""
+def _lift(module: fx.GraphModule, n_known: int, captured: Capture) -> tuple[Source, ...]:
+    """Turn constants of the graph into inputs, between the state that is known and the rest; return their sources."""
     graph = module.graph
-    by_id = {id(source.read()): source for source in captured.sources}
-    by_memory = {_memory(source.read()): source for source in captured.sources}
+    by_memory = {_memory(source.read()): source for source in captured.sources.values()}
     state: list[Source] = []
     lifted: dict[int, fx.Node] = {}
-    first = next(iter(graph.nodes))
+    first = [node for node in graph.nodes if node.op == "placeholder"][n_known]
     for node in list(graph.nodes):
         if node.op != "get_attr":
             continue
         tensor = getattr(module, node.target)
         if not isinstance(tensor, Tensor):  # a generator of random numbers, say
             raise UntraceableError(f"it depends on a {type(tensor).__name__}, which is no tensor")
-        source = by_id.get(id(tensor)) or by_memory.get(_memory(tensor)) or Source([tensor], 0, "a constant")
-        key = id(source)
-        if source.name == "a constant" and not isinstance(source.container, dict):
-            key = id(tensor)
+        source = captured.sources.get(id(tensor)) or by_memory.get(_memory(tensor))
+        key = id(source or tensor)
         if key not in lifted:
             with graph.inserting_before(first):
                 lifted[key] = graph.placeholder(f"state_{len(state)}")
-            lifted[key].meta["val"] = _fake_like(tensor, module)
-            state.append(source)
+            (lifted[key].meta["val"],) = _faked([tensor], first.meta["val"].fake_mode)
+            state.append(source or constant(tensor))
         node.replace_all_uses_with(lifted[key])
         graph.erase_node(node)
     module.recompile()
     return tuple(state)
 
 
-def _fake_like(tensor: Tensor, module: fx.GraphModule) -> Tensor:
-    if tensor.layout != torch.strided:
-        raise UntraceableError(f"it holds a tensor of layout {tensor.layout}")
-    mode = next(n.meta["val"].fake_mode for n in module.graph.nodes if isinstance(n.meta.get("val"), Tensor))
-    with mode:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-
-
 def _memory(tensor: Tensor) -> Any:
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        raise UntraceableError("it holds a tensor that was made inside of a transform of torch.func")
-    if tensor.layout != torch.strided:
+    if compat.is_wrapped(tensor) or tensor.layout != torch.strided:
         return id(tensor)
     return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj())
 
 
-def _functionalise(module: fx.GraphModule, arguments: Sequence[Tensor], first_input: int) -> fx.GraphModule:
+def _functionalise(module: fx.GraphModule, first_input: int) -> fx.GraphModule:
     # Inputs are cloned, so that writing to them is no side effect; the state is not, so that it shows as one.
     def run(*tensors: Tensor) -> Any:
         return module(*tensors[:first_input], *(t.clone() for t in tensors[first_input:]))
 
-    return _make(torch.func.functionalize(run, remove="mutations"), arguments, _Values())
+    return _make(torch.func.functionalize(run, remove="mutations"), _fakes(module), _Values())
 
 
 def _raise_if_random(module: fx.GraphModule) -> None:
@@ -301,63 +352,6 @@ def _raise_if_stateful(module: fx.GraphModule, state: tuple[Source, ...]) -> Non
             written = names.get(node.args[0])
             what = written.name if written else "a tensor"
             raise UntraceableError(f"stateful: {op_name(node.target)} writes to {what} at every call")
-
-
-def _normalise(graph: fx.Graph) -> None:
-    """Give a functional graph its plain form: no write-backs as copies, no clones, no dead code."""
-    for node in list(graph.nodes):
-        if node.target is aten.copy.default:  # copy(dst, src) has the values of src and the metadata of dst
-            target, source = node.args[0].meta["val"], node.args[1]
-            with graph.inserting_before(node):
-                value = source
-                if source.meta["val"].dtype != target.dtype:
-                    value = call(graph, aten._to_copy.default, value, dtype=target.dtype)
-                if value.meta["val"].shape != target.shape:
-                    value = call(graph, aten.expand.default, value, list(target.shape))
-            node.replace_all_uses_with(value)
-        elif node.target in _SCATTERS and node.meta["val"].is_complex():
-            _scatter_as_cat(graph, node)
-        elif node.target is aten.lift_fresh_copy.default or (
-            node.target is aten.clone.default and not node.kwargs and node.args[0].op == "placeholder"
-        ):
-            node.replace_all_uses_with(node.args[0])
-    clean(graph)
-
-
-_SCATTERS = {aten.slice_scatter.default, aten.select_scatter.default}
-
-
-def _scatter_as_cat(graph: fx.Graph, node: fx.Node) -> None:
-    """Write a scatter of complex numbers, which autograd does not differentiate, as base before, source, base after."""
-    base, source, dim, *window = [*node.args, *[None] * 5][:6]
-    shape = node.meta["val"].shape
-    dim = (dim or 0) % len(shape)  # type: ignore[operator]
-    with graph.inserting_before(node):
-        if node.target is aten.select_scatter.default:
-            start = window[0] % shape[dim]
-            stop = start + 1
-            source = call(graph, aten.unsqueeze.default, source, dim)
-        else:
-            if window[2] not in (None, 1):
-                pairs = [call(graph, aten.view_as_real.default, part) for part in (base, source)]
-                scattered = call(graph, aten.slice_scatter.default, *pairs, dim, *window)
-                node.replace_all_uses_with(call(graph, aten.view_as_complex.default, scattered))
-                return
-            start, stop, _ = slice(window[0], window[1]).indices(shape[dim])
-        parts = [source]
-        if start > 0:
-            parts.insert(0, call(graph, aten.slice.Tensor, base, dim, 0, start))
-        if stop < shape[dim]:
-            parts.append(call(graph, aten.slice.Tensor, base, dim, stop, shape[dim]))
-        whole = call(graph, aten.cat.default, parts, dim)
-    node.replace_all_uses_with(whole)
-
-
-def _skip(graph: fx.Graph, targets: set[Any]) -> None:
-    for node in list(graph.nodes):
-        if node.target in targets:
-            node.replace_all_uses_with(node.args[0])
-    clean(graph)
 
 
 __all__ = ["ReadsInputError", "UntraceableError", "trace_forward", "trace_vjp"]

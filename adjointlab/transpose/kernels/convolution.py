@@ -1,6 +1,6 @@
 """One convolution as numbers: its sizes and settings, and what follows from them for the ways to compute it.
 
-A *site* is a call of ``aten.convolution``: with ``transposed=False`` the correlation
+A *spec* describes a call of ``aten.convolution``: with ``transposed=False`` the correlation
 ``y[m] = Σ_j w[j] x[m s + d j − p]``, with ``transposed=True`` its transpose ``y[t] = Σ x[m] w[j]`` over all m, j with
 ``t = m s + d j − p``. Channels are summed over within each group.
 """
@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 VECTOR = 16  # channels that the CPU's direct kernels compute at once
 _ONEDNN = torch.backends.mkldnn.is_available()
 Ints = tuple[int, ...]
+Run = Callable[
+    [Tensor, Tensor, Tensor | None], Tensor
+]  # of the input, of what is prepacked from the weight, and the bias
 
 
-class Site(NamedTuple):
+class ConvSpec(NamedTuple):
     """One convolution: the sizes of all that it reads, and its settings."""
 
     batch: int
@@ -63,62 +68,62 @@ class Site(NamedTuple):
         )  # fmt: skip
 
 
-def sized(site: Site) -> Site:
-    """Return the site with the lengths at which a cyclic convolution has the wanted outputs, fast for an FFT.
+def sized(spec: ConvSpec) -> ConvSpec:
+    """Return the spec with the lengths at which a cyclic convolution has the wanted outputs, fast for an FFT.
 
     And with the padding of its plain convolution, and the number of its phases.
     """
     sizes = []
     for i, (n, out, p, s) in enumerate(
-        zip(site.input_shape[1:], site.output_shape[1:], site.padding, site.stride, strict=True)
+        zip(spec.input_shape[1:], spec.output_shape[1:], spec.padding, spec.stride, strict=True)
     ):
-        if site.transposed:  # the first p entries of the full result wrap around behind the wanted ones
-            need = max(out + p, (n - 1) * s + 1, site.extent[i])
+        if spec.transposed:  # the first p entries of the full result wrap around behind the wanted ones
+            need = max(out + p, (n - 1) * s + 1, spec.extent[i])
         else:  # indices −p … n + p − 1 are read: those below zero wrap around to where the input is zero
-            need = max(n + p, (out - 1) * s + 1, site.extent[i])
+            need = max(n + p, (out - 1) * s + 1, spec.extent[i])
         sizes.append(fast_length(need))
-    around = site.padding
-    if site.transposed:
-        around = tuple(e - 1 - p for e, p in zip(site.extent, site.padding, strict=True))
-    site = site._replace(fft_size=tuple(sizes), around=around)
-    return site._replace(phases=_phases(site))
+    around = spec.padding
+    if spec.transposed:
+        around = tuple(e - 1 - p for e, p in zip(spec.extent, spec.padding, strict=True))
+    spec = spec._replace(fft_size=tuple(sizes), around=around)
+    return spec._replace(phases=_phases(spec))
 
 
-def _phases(site: Site) -> Ints:
+def _phases(spec: ConvSpec) -> Ints:
     """Return how many neighbouring outputs along each dimension are channels: as many as fill a vector, at least cost.
 
     The outputs between inputs of a transposed convolution with a stride always are.
     """
-    least = site.stride if site.transposed else (1,) * len(site.stride)
+    least = spec.stride if spec.transposed else (1,) * len(spec.stride)
     options = [
         [s << i for i in range(VECTOR.bit_length()) if i == 0 or 2 * (s << i) <= n]
-        for s, n in zip(least, site.output_shape[1:], strict=True)
+        for s, n in zip(least, spec.output_shape[1:], strict=True)
     ]
-    fitting = [block for block in itertools.product(*options) if math.prod(block) * site.output_shape[0] <= VECTOR]
+    fitting = [block for block in itertools.product(*options) if math.prod(block) * spec.output_shape[0] <= VECTOR]
     fullest = max(map(math.prod, fitting), default=0)
     blocks = [block for block in fitting if math.prod(block) == fullest]
     # Of equal ones, that along outer dimensions: its outputs are moved in longer pieces.
-    return min(reversed(blocks), key=lambda block: phases_cost(site._replace(phases=block)), default=least)
+    return min(reversed(blocks), key=lambda block: phases_cost(spec._replace(phases=block)), default=least)
 
 
-def phases_cost(site: Site) -> float:
+def phases_cost(spec: ConvSpec) -> float:
     """Return the expected seconds of a convolution in phases, on a current CPU.
 
     A block reads a window of inputs: the closer to a cube, the fewer multiplications by zero. Its outputs are put back
     in their places: the more of them are neighbours in memory, the faster.
     """
-    work, size = site.input_shape[0] * math.prod(window(site)), site.batch * math.prod(site.output_shape)
-    *others, last = site.phases
+    work, size = spec.input_shape[0] * math.prod(window(spec)), spec.batch * math.prod(spec.output_shape)
+    *others, last = spec.phases
     move = 1.5 if last == 1 else 1 + 2.5 * math.log2(max(1, VECTOR / last))  # tenths of a nanosecond for each output
     several = 1e-5 if last > 1 and any(c > 1 for c in others) else 0.0
     return size * (work / 7e10 + move * 1e-10) + several
 
 
-def window(site: Site) -> list[int]:
+def window(spec: ConvSpec) -> list[int]:
     """Return how many inputs along each dimension the phases of an output read, one that stands alone without gaps."""
     sizes = []
-    for c, k, s, e, p in zip(site.phases, site.kernel, site.stride, site.extent, site.around, strict=True):
-        together = (c + e - 2 - p) // s + p // s + 1 if site.transposed else s * (c - 1) + e
+    for c, k, s, e, p in zip(spec.phases, spec.kernel, spec.stride, spec.extent, spec.around, strict=True):
+        together = (c + e - 2 - p) // s + p // s + 1 if spec.transposed else s * (c - 1) + e
         sizes.append(k if c == 1 else together)
     return sizes
 
@@ -139,17 +144,18 @@ def smooth(n: int) -> bool:
     return n == 1
 
 
-def flipped_site(site: Site) -> Site:
+def flipped_spec(spec: ConvSpec) -> ConvSpec:
     """Return the plain convolution that a transposed one of stride 1 is with the flipped kernel."""
-    return sized(site._replace(padding=site.around, transposed=False))
+    return sized(spec._replace(padding=spec.around, transposed=False))
 
 
-def spectra_meet(first: Site, second: Site) -> bool:
+def spectra_meet(first: ConvSpec, second: ConvSpec) -> bool:
     """Return whether the second product of transforms would take apart all that the first has put together."""
     whole = first.output_shape[1:] == first.fft_size == second.fft_size == second.input_shape[1:]
     return whole and all(s == 1 for s in (*first.stride, *second.stride))
 
 
 __all__ = [
-    "VECTOR", "Ints", "Site", "fast_length", "flipped_site", "phases_cost", "sized", "smooth", "spectra_meet", "window",
+    "VECTOR", "ConvSpec", "Ints", "Run", "fast_length", "flipped_spec", "phases_cost", "sized", "smooth",
+    "spectra_meet", "window",
 ]  # fmt: skip

@@ -1,314 +1,174 @@
-"""Equal ways to compute one convolution: native, flipped, tap by tap, several outputs at a time, by FFT.
-
-Each is made for a site, as a function of the input, of what depends on the weight (ready-made) and of the bias: what
-follows from sizes and settings alone is not computed at every call.
-"""
+"""The kernels for convolutions: which can compute a convolution, what each is expected to take, and how it is bound."""
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adjointlab.transpose.kernels.convolution import Site, flipped_site, window
+from adjointlab.transpose.kernels.convolution import ConvSpec, Run, phases_cost
+from adjointlab.transpose.kernels.direct import flip, flipped, native
+from adjointlab.transpose.kernels.fft import fft, spectrum
+from adjointlab.transpose.kernels.polyphase import phase_kernels, polyphase
+from adjointlab.transpose.kernels.tapped import tapped, taps
 
-aten = torch.ops.aten
-Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Prepack = Callable[[Tensor, ConvSpec], Tensor]
 
 
-def native(site: Site) -> Kernel:
-    """Return the convolution as PyTorch computes it."""
-    settings = site.stride, site.padding, site.dilation, site.transposed, site.output_padding, site.groups
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute convolutions.
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.convolution(x, weight, bias, *settings)
+    Attributes
+    ----------
+    name : str
+        As ``explain()`` prints it.
+    make : callable
+        From a spec to ``(x, prepacked, bias) ↦ y``: what follows from sizes alone is not computed at every call.
+    prepack : callable or None
+        From a weight and a spec to what the kernel reads instead of the weight; None where that is the weight itself.
+    supports : callable
+        Whether the kernel can compute a spec, as accurately as PyTorch's own.
+    cost : callable
+        The expected seconds for a spec. It is right to a factor of a few only: the rest is measured.
+    kept_everywhere : bool
+        Whether what is prepacked is kept on accelerators, too. To see that a weight is unchanged is to compare its
+        values, for which an accelerator has to finish all that it has been given: only a transform takes longer.
+    """
 
+    name: str
+    make: Callable[[ConvSpec], Run]
+    prepack: Prepack | None
+    supports: Callable[[ConvSpec], bool]
+    cost: Callable[[ConvSpec], float]
+    kept_everywhere: bool = False
+
+    def bind(self, spec: ConvSpec) -> Run:
+        """Return the kernel as a function ``(x, prepacked, bias) ↦ y`` that carries its kernel and spec."""
+        run: Run = _carrying(self.make(spec), self, spec, self.name)
+        return run
+
+    def bind_prepack(self, spec: ConvSpec) -> Callable[[Tensor], Tensor]:
+        """Return the function of the weight alone whose result the bound kernel reads."""
+        prepack: Any = self.prepack
+        run: Callable[[Tensor], Tensor] = _carrying(
+            lambda weight: prepack(weight, spec), self, spec, f"prepack_{self.name}"
+        )
+        return run
+
+
+def _carrying(run: Any, kernel: Kernel, spec: ConvSpec, name: str) -> Any:
+    run.kernel, run.spec, run.__name__ = kernel, spec, name
+    run.__qualname__ = name
     return run
 
 
-def flip(weight: Tensor, site: Site) -> Tensor:
-    """Return the kernel whose plain convolution is the transposed one: reversed, channels swapped within groups."""
-    c_in, per_group = weight.shape[:2]
-    if c_in * per_group > 1:
-        weight = weight.reshape(site.groups, c_in // site.groups, per_group, *site.kernel).transpose(1, 2)
-        weight = weight.reshape(site.groups * per_group, c_in // site.groups, *site.kernel)
-    return weight.flip(site.dims).contiguous()
+def bound(target: Any) -> tuple[Kernel, ConvSpec] | None:
+    """Return the kernel and spec that a bound function carries; None for any other target of a node."""
+    kernel = getattr(target, "kernel", None)
+    return (kernel, target.spec) if isinstance(kernel, Kernel) and not target.__name__.startswith("prepack") else None
 
 
-def flipped(site: Site) -> Kernel:
-    """Return a transposed convolution of stride 1 as a plain one with the flipped kernel."""
-    return native(flipped_site(site))
+# Rates in multiplications or steps of a transform a second, on two cores of a current server and on an H200.
+_FFT_RATE = {"cpu": 8e9, "cuda": 9e11}
+_FFT_OVERHEAD = {"cpu": 2e-4, "cuda": 1.6e-4}
+_PRODUCT_RATE = {"cpu": 6e8, "cuda": 1e11}
+_OVERHEAD = 2e-5
 
 
-def spectrum(weight: Tensor, site: Site) -> Tensor:
-    """Return the kernel's transform, of shape ``(groups, C_out / groups, C_in / groups, *frequencies)``.
+def _kind(spec: ConvSpec) -> str:
+    return "cpu" if spec.device.type == "cpu" else "cuda"
 
-    Where each channel has a kernel of its own, it is of shape ``(C, *frequencies)``.
-    """
-    g = site.groups
-    if site.transposed:
-        weight = weight.reshape(g, weight.shape[0] // g, weight.shape[1], *site.kernel).transpose(1, 2)
+
+def _direct_cost(spec: ConvSpec) -> float:
+    """Direct kernels live on channels to vectorise over, transposed ones more so."""
+    c_in, c_out = spec.input_shape[0] // spec.groups, spec.output_shape[0] // spec.groups
+    if _kind(spec) != "cpu":
+        return _OVERHEAD + spec.macs / min(1e13, (1e11 if spec.transposed else 3e11) * c_in * c_out)
+    if len(spec.kernel) == 3:
+        reads, writes = (c_out, c_in) if spec.transposed else (c_in, c_out)
+        rate = 3e9 if writes >= 4 else 4e8 if reads >= 4 or spec.transposed else 1e9
     else:
-        weight = weight.reshape(g, weight.shape[0] // g, weight.shape[1], *site.kernel)
-    size = site.fft_size
-    placed = weight.new_zeros(*weight.shape[:3], *size)
-    where: Any = (..., *[slice(0, e, d) for e, d in zip(site.extent, site.dilation, strict=True)])
-    placed[where] = weight
-    axes = tuple(range(3, 3 + len(size)))
-    # Moved by the padding, so that the first wanted output is the first entry of the result.
-    placed = placed.roll([-p for p in site.padding], axes)
-    transform = torch.fft.rfftn(placed, dim=axes)
-    result: Tensor = transform if site.transposed else transform.conj().resolve_conj()
-    return result[:, 0, 0] if result.shape[1] == result.shape[2] == 1 else result
+        rate = min(3e10, 4e8 * (c_in * c_out) ** 0.85) if spec.transposed else min(6e10, 1e9 * (c_in * c_out) ** 0.75)
+    return _OVERHEAD + spec.macs / rate
 
 
-def fft(site: Site) -> Kernel:
-    """Return the convolution as a product of transforms."""
-
-    def run(x: Tensor, transform: Tensor, bias: Tensor | None) -> Tensor:
-        return _synthesis(_product(_analysis(x, site), transform), bias, site)
-
-    return run
-
-
-def gradient(sites: tuple[Site, Site]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return ``(x, y, a, b) ↦ B(Ax − y)`` for two products with transforms, of one length: subtracted are spectra.
-
-    That needs three transforms, where one product after the other needs four.
-    """
-    first, second = sites
-
-    def run(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        spectrum = _product(_analysis(x, first), a).sub_(_analysis(y, second))
-        return _synthesis(_product(spectrum, b), None, second)
-
-    return run
+def _fft_cost(spec: ConvSpec) -> float:
+    c_in, c_out, size = spec.input_shape[0], spec.output_shape[0], math.prod(spec.fft_size)
+    steps = (c_in + c_out) * spec.batch * size * math.log2(max(2, size))
+    products = c_in * c_out // spec.groups * spec.batch * size / 2
+    kind = _kind(spec)
+    return _FFT_OVERHEAD[kind] + steps / _FFT_RATE[kind] + products / _PRODUCT_RATE[kind]
 
 
-def _analysis(x: Tensor, site: Site) -> Tensor:
-    """Return the transform of what a site reads."""
-    if site.transposed and any(s > 1 for s in site.stride):
-        spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], site.stride, strict=True)))
-        where: Any = (..., *[slice(None, None, s) for s in site.stride])
-        spread[where] = x
-        x = spread
-    found: Tensor = torch.fft.rfftn(x, s=site.fft_size, dim=site.dims)
-    return found
+def _tapped_cost(spec: ConvSpec) -> float:
+    size = spec.batch * math.prod(spec.output_shape) * spec.dtype.itemsize / 4
+    rate = 1e11 if _kind(spec) != "cpu" else 1.6e10 if size < 1 << 21 else 5e9  # in the caches, or past them
+    return math.prod(spec.kernel) * (1e-5 + size / rate)
 
 
-def _product(source: Tensor, transform: Tensor) -> Tensor:
-    """Return the spectrum of the result; the source's memory may be used for it."""
-    if transform.ndim < source.ndim:
-        return source.mul_(transform)  # no one else has it
-    (batch, _, *frequencies), g = source.shape, transform.shape[0]
-    if transform.shape[2] == 1:
-        product = source.reshape(batch, g, 1, *frequencies) * transform[:, :, 0]
-    else:
-        product = (source.reshape(batch, g, 1, -1, *frequencies) * transform).sum(3)
-    return product.reshape(batch, -1, *frequencies)
+def _supports_flipped(spec: ConvSpec) -> bool:
+    return spec.transposed and _is_plain(spec)
 
 
-def _synthesis(product: Tensor, bias: Tensor | None, site: Site) -> Tensor:
-    """Return the result with a spectrum."""
-    dims = site.dims
-    if product.device.type == "cpu":
-        rows = torch.fft.ifftn(product, dim=dims[:-1]) if len(dims) > 1 else product
-        y: Tensor = torch.fft.irfft(_spread(rows), n=site.fft_size[-1], dim=-1)
-    else:
-        y = torch.fft.irfftn(product, s=site.fft_size, dim=dims)
-    steps = [1] * len(dims) if site.transposed else site.stride
-    wanted = [slice(0, (n - 1) * s + 1, s) for n, s in zip(site.output_shape[1:], steps, strict=True)]
-    inside: Any = (..., *wanted)
-    y = y[inside]
-    return y.contiguous() if bias is None else y + bias.reshape(-1, *[1] * len(dims))
+def _is_plain(spec: ConvSpec) -> bool:
+    """Return whether a convolution is a plain one, if need be with the flipped kernel."""
+    return not spec.transposed or (_reaches(spec) and set(spec.stride) == {1} and not any(spec.output_padding))
 
 
-def _spread(rows: Tensor) -> Tensor:
-    """Return rows whose entries do not lie a power of two apart in the CPU's memory.
-
-    The first transforms leave the last dimension as the slowest. Where its entries are kilobytes apart, all of a row
-    compete for the same few lines of the cache, and the last transform takes twice as long: far more than a copy.
-    """
-    *inner, last = rows.shape[2:]
-    step = math.prod(inner)
-    if rows.stride(-1) != step or step * rows.element_size() % 1024:
-        return rows
-    step += 8
-    strides = (rows.shape[1] * last * step, last * step, *rows.stride()[2:-1], step)
-    return torch.empty_strided(rows.shape, strides, dtype=rows.dtype).copy_(rows)
+def _reaches(spec: ConvSpec) -> bool:
+    return all(e - 1 >= p for e, p in zip(spec.extent, spec.padding, strict=True))
 
 
-def taps(weight: Tensor, site: Site) -> Tensor:
-    """Return the weights of each tap of a depthwise plain convolution, of shape ``(taps, C, 1, …)``."""
-    kernel = flip(weight, site) if site.transposed else weight
-    return kernel.reshape(kernel.shape[0], -1).T.reshape(-1, kernel.shape[0], *[1] * len(site.kernel)).contiguous()
+def _is_wide(spec: ConvSpec) -> bool:
+    return spec.dtype in (torch.float32, torch.float64)  # complex convolutions reach here as three real ones
 
 
-def tapped(site: Site) -> Kernel:
-    """Return a depthwise convolution as a sum of shifted images, one pass over memory for each tap."""
-    border = [p for p in reversed(site.around) for _ in range(2)]
-    reach = [(n - 1) * s + 1 for n, s in zip(site.output_shape[1:], site.stride, strict=True)]
-    settings = list(zip(site.dilation, reach, site.stride, strict=True))
-    windows: list[Any] = [
-        (..., *[slice(i * d, i * d + r, s) for i, (d, r, s) in zip(tap, settings, strict=True)])
-        for tap in itertools.product(*map(range, site.kernel))
-    ]
-
-    def run(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-        x = aten.constant_pad_nd.default(x, border)
-        total: Tensor | None = None
-        for weight, where in zip(weights, windows, strict=True):
-            shifted = x[where]
-            total = shifted * weight if total is None else total.addcmul_(shifted, weight)
-        assert total is not None
-        return total if bias is None else total.add_(bias.reshape(-1, *[1] * len(site.kernel)))
-
-    return run
+def _supports_tapped(spec: ConvSpec) -> bool:
+    return _is_plain(spec) and _is_wide(spec) and spec.input_shape[0] == spec.output_shape[0] == spec.groups
 
 
-def bands(weight: Tensor, site: Site) -> Tensor:
-    """Return the kernels of all phases: for each of neighbouring outputs, its taps where it reads the common window."""
-    kernel = flip(weight, site) if site.transposed else weight
-    places = [_places(i, site) for i in range(len(site.kernel))]
-    spread = kernel.new_zeros(kernel.shape[0], math.prod(site.phases), kernel.shape[1], *window(site))
-    for phase, along in enumerate(itertools.product(*places)):
-        taps, taken = zip(*along, strict=True)
-        spread[(slice(None), phase, slice(None), *taken)] = kernel[(slice(None), slice(None), *taps)]
-    spread = spread.flatten(0, 1)
-    if len(site.kernel) == 1:
-        spread = spread.unsqueeze(2)
-    return spread if len(site.kernel) == 3 else channels_last(spread)  # for volumes, blocked channels are faster
+def _supports_polyphase(spec: ConvSpec) -> bool:
+    # oneDNN computes garbage where results are one column wide.
+    vectors = (math.prod(spec.phases) > 1 or len(spec.kernel) == 3) and spec.output_shape[-1] > spec.phases[-1]
+    return (_reaches(spec) or not spec.transposed) and spec.groups == 1 and vectors and spec.suits_onednn
 
 
-def _places(dim: int, site: Site) -> list[tuple[slice, slice]]:
-    """Return, for each phase along a dimension, which taps of the kernel it has and where they are in its window."""
-    count, k, s, p, d = (t[dim] for t in (site.phases, site.kernel, site.stride, site.around, site.dilation))
-    if count == 1:
-        return [(slice(0, k), slice(0, k))]
-    up, down = (1, s) if site.transposed else (s, 1)  # the output at t reads inputs at (up t + d j − p) / down
-    found = []
-    for phase in range(count):
-        taps = [j for j in range(k) if (up * phase + d * j - p) % down == 0]
-        if not taps:
-            found.append((slice(0, 0), slice(0, 0)))
-            continue
-        first, last = ((up * phase + d * j - p) // down + p // down for j in (taps[0], taps[-1]))
-        step = down // math.gcd(d, down)
-        found.append((slice(taps[0], taps[-1] + 1, step), slice(first, last + 1, d * step // down)))
-    return found
-
-
-def polyphase(site: Site) -> Kernel:
-    """Return a convolution, transposed or not, as a plain one of which neighbouring outputs are the channels.
-
-    Direct kernels have channels for their vectors. An image of one channel leaves these empty; here, neighbouring
-    outputs fill them, for a few multiplications by zero. Outputs of a transposed convolution with a stride read
-    different taps in turn: with the stride's outputs as channels, nothing is multiplied by the zeros between inputs.
-    The kernels of oneDNN are called by name since PyTorch takes slower ones for small images, and for volumes with a
-    3×3×3 kernel.
-    """
-    padding = [p // s if site.transposed else p for p, s in zip(site.around, site.stride, strict=True)]
-    stride = [c // s if site.transposed else c * s for c, s in zip(site.phases, site.stride, strict=True)]
-    # oneDNN reads past the end where a kernel of one entry is dilated.
-    dilation = [d if c == 1 < k else 1 for c, d, k in zip(site.phases, site.dilation, site.kernel, strict=True)]
-    blocks = [-(-n // c) for n, c in zip(site.output_shape[1:], site.phases, strict=True)]
-    reached = [d * (k - 1) + 1 for d, k in zip(dilation, window(site), strict=True)]
-    room = [n + 2 * p - e for n, p, e in zip(site.input_shape[1:], padding, reached, strict=True)]
-    missing = [max(0, (q - 1) * s - r) for q, s, r in zip(blocks, stride, room, strict=True)]
-    border = [n for m in reversed(missing) for n in (0, m)] if any(missing) else None
-    fits = all((r + m) // s + 1 == q for r, m, s, q in zip(room, missing, stride, blocks, strict=True))
-    flat = len(blocks) == 1
-    if flat:
-        padding, stride, dilation = [0, *padding], [1, *stride], [1, *dilation]
-    inside: Any = (..., *[slice(0, q) for q in blocks])
-    count, none = math.prod(site.phases), [0] * len(stride)
-    interleaved = _interleaved(site, blocks)
-
-    def run(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        if flat:
-            x = x.unsqueeze(2)
-        if border:
-            x = aten.constant_pad_nd.default(x, border)
-        bias = None if bias is None else bias.repeat_interleave(count)
-        if torch.compiler.is_compiling():  # which knows no shape of the other
-            y = torch.convolution(x, kernel, bias, stride, padding, dilation, False, none, site.groups)
-        else:
-            y = torch.mkldnn_convolution(x, kernel, bias, padding, stride, dilation, site.groups)
-        return interleaved(y if fits else y[inside])
-
-    return run
-
-
-def _interleaved(site: Site, blocks: list[int]) -> Callable[[Tensor], Tensor]:
-    """Return a function that puts outputs which were computed as channels in their places in the image."""
-    count = len(blocks)
-    order = [0, 1, *[n for i in range(count) for n in (2 + count + i, 2 + i)]]
-    phases = [site.output_shape[0], *site.phases, *blocks]
-    shape = [site.output_shape[0], *[c * q for c, q in zip(site.phases, blocks, strict=True)]]
-    inside: Any = (..., *[slice(0, n) for n in site.output_shape[1:]])
-    whole = tuple(shape) == site.output_shape
-
-    def run(y: Tensor) -> Tensor:
-        y = y.reshape(-1, *phases).permute(order).reshape(-1, *shape)
-        return y if whole else y[inside].contiguous()
-
-    return run
-
-
-def channels_last(image: Tensor) -> Tensor:
-    """Return an image of one channel in the order that has the channels last, if it is contiguous: it is both then.
-
-    Strides of dimensions of size one are free, but the CPU's convolutions read the order from them: an input gradient
-    at an image in this order is many times as fast.
-    """
-    if image.ndim not in (4, 5) or image.shape[1] != 1 or not image.is_contiguous():
-        return image
-    return image.as_strided(image.shape, (image.stride(0), 1, *image.stride()[2:]))
-
-
-KERNELS: dict[str, Callable[[Site], Kernel]] = {
-    "native": native, "flipped": flipped, "tapped": tapped, "polyphase": polyphase, "fft": fft,
-}  # fmt: skip
-PREPARE: dict[str, Callable[[Tensor, Site], Tensor]] = {
-    "flipped": flip, "tapped": taps, "polyphase": bands, "fft": spectrum,
-}  # fmt: skip
-
-
-def is_kept(prepare: object, device: torch.device) -> bool:
-    """Return whether what ``prepare`` makes of a kernel is kept for later calls.
-
-    To see that the kernel is still the same is to compare its values, for which an accelerator has to finish all that
-    it has been given: there, only a transform takes longer.
-    """
-    return device.type == "cpu" or prepare is spectrum
-
-
-def available(site: Site) -> list[str]:
-    """Return the kernels that can compute this site."""
-    names = ["native"]
-    reaches = all(e - 1 >= p for e, p in zip(site.extent, site.padding, strict=True))
-    plain = not site.transposed or (reaches and all(s == 1 for s in site.stride) and not any(site.output_padding))
-    if site.transposed and plain:
-        names.append("flipped")
-    wide = site.dtype in (torch.float32, torch.float64)  # complex convolutions reach here as three real ones
-    if plain and wide and site.input_shape[0] == site.output_shape[0] == site.groups:
-        names.append("tapped")
-    # For results one column wide, oneDNN computes garbage.
-    vectors = (math.prod(site.phases) > 1 or len(site.kernel) == 3) and site.output_shape[-1] > site.phases[-1]
-    if (reaches or not site.transposed) and site.groups == 1 and vectors and site.suits_onednn:
-        names.append("polyphase")
+def _supports_fft(spec: ConvSpec) -> bool:
     # Rounding errors of the direct sum grow like √terms · eps / 7, those of the transform like √log₂(points) · eps / 2:
     # a product of transforms is used where it loses at most a factor of four.
-    terms = math.prod(site.kernel) * site.input_shape[0] // site.groups
-    if wide and terms >= 1.1 * math.log2(max(2, math.prod(site.fft_size))):
-        names.append("fft")
-    return names
+    terms = math.prod(spec.kernel) * spec.input_shape[0] // spec.groups
+    return _is_wide(spec) and terms >= 1.1 * math.log2(max(2, math.prod(spec.fft_size)))
 
 
-def transformed(site: Site) -> str:
-    """Return the kernel for a site if it is to be a product of transforms wherever that is accurate enough."""
-    return "fft" if "fft" in available(site) else "native"
+NATIVE = Kernel("native", native, None, lambda _: True, _direct_cost)
+FFT = Kernel("fft", fft, spectrum, _supports_fft, _fft_cost, kept_everywhere=True)
+KERNELS = (
+    NATIVE,
+    Kernel(
+        "flipped", flipped, flip, _supports_flipped,
+        lambda spec: _direct_cost(spec._replace(transposed=False, output_shape=spec.output_shape)),
+    ),
+    Kernel("tapped", tapped, taps, _supports_tapped, _tapped_cost),
+    Kernel("polyphase", polyphase, phase_kernels, _supports_polyphase, lambda spec: 6e-5 + phases_cost(spec)),
+    FFT,
+)  # fmt: skip
+
+
+@functools.cache
+def available(spec: ConvSpec) -> tuple[Kernel, ...]:
+    """Return the kernels that can compute a spec, PyTorch's own first."""
+    return tuple(kernel for kernel in KERNELS if kernel.supports(spec))
+
+
+def transformed(spec: ConvSpec) -> Kernel:
+    """Return the product of transforms for a spec wherever it is accurate enough, else PyTorch's own kernel."""
+    return FFT if FFT.supports(spec) else NATIVE
+
+
+__all__ = ["FFT", "KERNELS", "NATIVE", "Kernel", "available", "bound", "transformed"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from adjointlab.transpose.graph.ir import Graph, clean
+from adjointlab.transpose.graph.edit import call, clean, copied
+from adjointlab.transpose.graph.ir import Graph
 
 aten = torch.ops.aten
 
@@ -49,8 +50,75 @@ def residual_and_gradient(forward: Graph, adjoint: Graph, *, weighted: bool, res
     return Graph(graph, forward.state, forward.baked)
 
 
-def without_offset(forward: Graph) -> Graph:
-    """Return the graph of ``x ↦ f(x) − f(0)``; ``f(0)`` depends on the state alone, and is kept while that is."""
+def linear_part(forward: Graph) -> Graph:
+    """Return the graph of ``x ↦ f(x) − f(0)``: the same program without its biases, where each is only added."""
+    graph = copied(forward)
+    dependent = set(graph.inputs)
+    for node in list(graph.body.nodes):
+        if node.op != "call_function":
+            continue
+        constant = [operand for operand in node.all_input_nodes if operand not in dependent]
+        if len(constant) == len(node.all_input_nodes):
+            continue
+        dependent.add(node)
+        value = _without_bias(graph.body, node, dependent)
+        if value is None:
+            return _difference(forward)
+        if value is not node:
+            node.replace_all_uses_with(value)
+            dependent.add(value)
+    clean(graph.body)
+    return graph if dependent.issuperset(graph.outputs) else _difference(forward)
+
+
+# Operations that are linear in each operand, so that they add nothing to what depends on the input.
+_PRODUCTS = {
+    aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.index.Tensor,
+    aten.index_select.default, aten.gather.default,
+}  # fmt: skip
+
+
+def _without_bias(graph: fx.Graph, node: fx.Node, dependent: set[fx.Node]) -> fx.Node | None:
+    """Return what a node computes apart from what is added to it; None where that cannot be read off."""
+    target, operands = node.target, node.all_input_nodes
+    if target in {aten.rsub.Scalar, aten.rsub.Tensor, aten.add.Scalar, aten.sub.Scalar} or _fills(node):
+        return None
+    if target is aten.convolution.default:
+        if node.args[1] in dependent or node.args[2] in dependent:
+            return None
+        node.update_arg(2, None)
+        return node
+    if target in {aten.add.Tensor, aten.sub.Tensor}:
+        first, second = (part in dependent for part in node.args[:2])
+        if first and second:
+            return node
+        if node.kwargs:
+            return None
+        kept = node.args[0] if first else node.args[1]
+        with graph.inserting_before(node):
+            if not first and target is aten.sub.Tensor:
+                kept = call(graph, aten.neg.default, kept)
+            if kept.meta["val"].dtype != node.meta["val"].dtype:  # type: ignore[union-attr]
+                return None
+            if kept.meta["val"].shape != node.meta["val"].shape:  # type: ignore[union-attr]
+                kept = call(graph, aten.expand.default, kept, list(node.meta["val"].shape))
+        return kept  # type: ignore[return-value]
+    if target is aten.addmm.default and not node.kwargs and node.args[0] not in dependent:
+        with graph.inserting_before(node):
+            return call(graph, aten.mm.default, *node.args[1:3])
+    # Of any other operation that reads a constant beside the input, nothing is known.
+    return node if target in _PRODUCTS or all(operand in dependent for operand in operands) else None
+
+
+def _fills(node: fx.Node) -> bool:
+    """Return whether a node puts a number of its own beside what depends on the input: a padding with ones, say."""
+    names = [argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return any(given.get(name) not in {None, 0} for name in ("value", "fill_value") if name in given)
+
+
+def _difference(forward: Graph) -> Graph:
+    """Return the graph of ``x ↦ f(x) − f(0)`` as it stands: ``f(0)`` depends on the state alone."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     zeros: dict[fx.Node, fx.Node] = {}
@@ -80,3 +148,6 @@ def without_offset(forward: Graph) -> Graph:
     graph.output(tuple(outputs))
     clean(graph)
     return Graph(graph, forward.state, forward.baked)
+
+
+__all__ = ["linear_part", "residual_and_gradient"]

@@ -9,155 +9,110 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.graph.ir import Graph, call, clean, part
-from adjointlab.transpose.kernels import registry as kernels
-from adjointlab.transpose.kernels import slabs
-from adjointlab.transpose.kernels.convolution import Site, sized, smooth, spectra_meet
+from adjointlab.transpose.graph.edit import call, clean, copied
+from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.kernels import fft
+from adjointlab.transpose.kernels.convolution import ConvSpec, sized, smooth, spectra_meet
+from adjointlab.transpose.kernels.registry import FFT, NATIVE, Kernel, bound
+from adjointlab.transpose.kernels.select import Chooser
 from adjointlab.transpose.passes.fuse_slices import circular
 
 aten = torch.ops.aten
 
 
-def lower(
-    graph: Graph, choose: Callable[[Site], str], transform: Callable[[Site], bool] = lambda _: False
-) -> tuple[Graph, tuple[str, ...]]:
-    """Return an equal graph with a chosen kernel for each convolution, and a line on each choice.
+def lower(graph: Graph, choose: Chooser, transform: Callable[[ConvSpec], bool] = lambda _: False) -> Graph:
+    """Return an equal graph with a chosen kernel for each convolution.
 
     ``transform`` says whether a gradient in a kernel is to be a product of transforms.
     """
-    lowered = part(graph, graph.outputs)
+    lowered = copied(graph)
     _separate(lowered.body)
     _backward_as_transposed(lowered)
-    lines = _gradients_in_kernels(lowered.body, transform)
+    _gradients_in_kernels(lowered.body, transform)
     for node in list(lowered.body.nodes):
         if node.target is aten.convolution.default:
-            site = _site(node)
-            name = choose(site)
+            spec = _spec(node)
+            kernel = choose(spec)
             first, last = node, node
-            if name == "fft":
-                first, last, site = _cyclic(node, site)
-            lines.append(_describe(name, site))
-            if name != "native":
-                _replace(lowered.body, node, (first.args[0], last), name, site)
+            if kernel is FFT:
+                first, last, spec = _cyclic(node, spec)
+            if kernel.name != "native":
+                _replace(lowered.body, node, (first.args[0], last), kernel, spec)
     clean(lowered.body)
-    return lowered, tuple(lines)
+    return lowered
 
 
-def joined(graph: Graph) -> Graph | None:
-    """Return an equal graph in which ``B(Ax − y)`` with two products of transforms is one, or None without any."""
+def joined(graph: Graph) -> Graph:
+    """Return an equal graph in which ``B(Ax − y)`` with two products of transforms is one: spectra are subtracted.
 
-    def join(inner: fx.Node, y: fx.Node, node: fx.Node) -> Any:
-        if inner.target is not kernels.fft or node.target is not kernels.fft:
-            return None
-        (x, first, _, site), (_, second, _, to) = inner.args, node.args
-        assert isinstance(site, Site)
-        assert isinstance(to, Site)
-        return (kernels.gradient, (x, y, first, second, (site, to))) if spectra_meet(site, to) else None
-
-    return _with_joined(graph, join)
-
-
-def in_slabs(graph: Graph) -> Graph | None:
-    """Return an equal graph in which ``B(Ax − y)`` of a volume is computed slab by slab, or None without any."""
-
-    def join(inner: fx.Node, y: fx.Node, node: fx.Node) -> Any:
-        if kernels.fft in {inner.target, node.target}:
-            return None
-        (first, site), (second, to) = _origin(inner), _origin(node)
-        if not slabs.suited(site, to):
-            return None
-        with y.graph.inserting_before(node):
-            a = y.graph.call_function(slabs.gathering, (first, site))
-            b = y.graph.call_function(slabs.scattering, (second, site))
-        a.meta["val"], b.meta["val"] = first.meta["val"], second.meta["val"]  # tensors: their sizes are not read
-        return slabs.gradient, (inner.args[0], y, a, b, site)
-
-    return _with_joined(graph, join)
-
-
-def _with_joined(graph: Graph, join: Callable[[fx.Node, fx.Node, fx.Node], Any]) -> Graph | None:
-    """Return an equal graph with one call for each ``Ax``, y and ``B(Ax − y)`` that can be joined, None without any.
-
-    A and B are convolutions without a bias, and of ``Ax`` and the difference nothing else is used.
+    A and B have no bias, and of ``Ax`` and the difference nothing else is used. That saves a transform of four.
     """
-    lowered = part(graph, graph.outputs)
-    found = False
-    for node in list(lowered.body.nodes):
-        if not _convolves(node):
+    whole = copied(graph)
+    for node in list(whole.body.nodes):
+        second = _product(node)
+        if second is None:
             continue
-        difference = node.args[0]
+        difference: Any = node.args[0]
         if difference.target is not aten.sub.Tensor or difference.kwargs:  # which may be a factor
             continue
         inner, y = difference.args
-        if not isinstance(y, fx.Node) or not _convolves(inner):
+        first = _product(inner)
+        if first is None or not isinstance(y, fx.Node) or len(difference.users) != 1 or len(inner.users) != 1:
             continue
-        alone = len(difference.users) == len(inner.users) == 1
-        call = join(inner, y, node) if alone and inner.meta["val"].shape == y.meta["val"].shape else None
-        if call is not None:
-            with lowered.body.inserting_before(node):
-                whole = lowered.body.call_function(*call)
-            whole.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(whole)
-            found = True
-    clean(lowered.body)
-    return lowered if found else None
+        if inner.meta["val"].shape != y.meta["val"].shape or not spectra_meet(first, second):
+            continue
+        with whole.body.inserting_before(node):
+            run = fft.gradient((first, second))
+            join = whole.body.call_function(run, (inner.args[0], y, inner.args[1], node.args[1]))
+        join.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(join)
+    clean(whole.body)
+    return whole
 
 
-def _convolves(node: fx.Node) -> bool:
-    """Return whether a node is a convolution without a bias, by whatever kernel."""
-    return (node.target is aten.convolution.default or node.target in _LOWERED) and node.args[2] is None
-
-
-_LOWERED = set(kernels.KERNELS.values())
-
-
-def _origin(node: fx.Node) -> tuple[fx.Node, Site]:
-    """Return the weight of a convolution, and its site."""
-    if node.target is aten.convolution.default:
-        return node.args[1], _site(node)  # type: ignore[return-value]
-    _, prepared, _, site = node.args
-    return prepared.args[0], site  # type: ignore[return-value, union-attr]
+def _product(node: Any) -> ConvSpec | None:
+    """Return the spec of a product of transforms without a bias, None for any other node."""
+    found = bound(node.target) if isinstance(node, fx.Node) else None
+    return found[1] if found is not None and found[0] is FFT and node.args[2] is None else None
 
 
 def multiplier(graph: Graph) -> fx.Node | None:
     """Return the node of ``K`` where all that a graph computes is ``v ↦ F⁻¹(K ⊙ F v)``, each channel by itself."""
     (node, *others), given = graph.outputs, graph.inputs
-    if others or node.target is not kernels.fft:
+    spec = _product(node)
+    if others or spec is None or [node.args[0]] != given:
         return None
-    v, transform, bias, site = node.args
-    assert isinstance(site, Site)
-    assert isinstance(transform, fx.Node)
-    alone = site.input_shape[0] == site.output_shape[0] == site.groups
-    cyclic = site.input_shape[1:] == site.output_shape[1:] == site.fft_size and all(s == 1 for s in site.stride)
-    return transform if [v] == given and bias is None and alone and cyclic else None
+    alone = spec.input_shape[0] == spec.output_shape[0] == spec.groups
+    cyclic = spec.input_shape[1:] == spec.output_shape[1:] == spec.fft_size and all(s == 1 for s in spec.stride)
+    return node.args[1] if alone and cyclic else None  # type: ignore[return-value]
 
 
-def _cyclic(node: fx.Node, site: Site) -> tuple[fx.Node, fx.Node, Site]:
-    """Return the first and last node of what one product of transforms computes, and the site of it all.
+def _cyclic(node: fx.Node, spec: ConvSpec) -> tuple[fx.Node, fx.Node, ConvSpec]:
+    """Return the first and last node of what one product of transforms computes, and the spec of it all.
 
     A convolution of a circularly padded image is cyclic: the transform does by itself what the padding did, on an image
     of the size before. So is the transpose, whose result is folded back.
     """
-    alone = site.transposed and len(node.users) == 1 and node.args[2] is None
+    alone = spec.transposed and len(node.users) == 1 and node.args[2] is None
     around = next(iter(node.users)) if alone else node.args[0]
     shifts = None
-    if alone or not site.transposed:
+    if alone or not spec.transposed:
         assert isinstance(around, fx.Node)
-        shifts = circular(around, inverse=site.transposed)
-    if shifts is None or any(shifts[:2]) or any(site.padding):
-        return node, node, site
-    first, last = (node, around) if site.transposed else (around, node)
+        shifts = circular(around, inverse=spec.transposed)
+    if shifts is None or any(shifts[:2]) or any(spec.padding):
+        return node, node, spec
+    first, last = (node, around) if spec.transposed else (around, node)
     source, result = first.all_input_nodes[0].meta["val"], last.meta["val"]  # type: ignore[union-attr]
-    whole = site._replace(
+    whole = spec._replace(
         input_shape=tuple(source.shape[1:]), output_shape=tuple(result.shape[1:]), padding=shifts[2:],
-        fft_size=tuple((result if site.transposed else source).shape[2:]),
+        fft_size=tuple((result if spec.transposed else source).shape[2:]),
     )  # fmt: skip
-    strided = (source if site.transposed else result).shape[2:]
+    strided = (source if spec.transposed else result).shape[2:]
     fits = all(
         smooth(n) and (m - 1) * s < n and e <= n
-        for n, m, s, e in zip(whole.fft_size, strided, site.stride, site.extent, strict=True)
+        for n, m, s, e in zip(whole.fft_size, strided, spec.stride, spec.extent, strict=True)
     )
-    return (first, last, whole) if fits else (node, node, site)  # type: ignore[return-value]
+    return (first, last, whole) if fits else (node, node, spec)  # type: ignore[return-value]
 
 
 def _backward_as_transposed(graph: Graph) -> None:
@@ -199,12 +154,11 @@ def _separate(nodes: fx.Graph) -> None:
             nodes.erase_node(node)
 
 
-def _gradients_in_kernels(nodes: fx.Graph, transform: Callable[[Site], bool]) -> list[str]:
+def _gradients_in_kernels(nodes: fx.Graph, transform: Callable[[ConvSpec], bool]) -> None:
     """Write gradients in a kernel as the convolutions that they are, of the input with the cotangent, where wanted.
 
     Channels take the place of the batch, stride and dilation that of each other.
     """
-    lines = []
     for node in list(nodes.nodes):
         if node.target is not aten.convolution_backward.default or node.args[10] != [False, True, False]:
             continue
@@ -212,61 +166,79 @@ def _gradients_in_kernels(nodes: fx.Graph, transform: Callable[[Site], bool]) ->
         source, cotangent, kernel = (n.meta["val"].transpose(0, 1) for n in (x, v, weight))
         if transposed or groups != 1 or source.dtype.is_complex:
             continue
-        site = _sited(source, kernel, cotangent.shape[2:], (dilation, padding, stride), False, [0], 1)
-        if not transform(site):
+        spec = _spec_of(source, kernel, cotangent.shape[2:], (dilation, padding, stride), False, [0], 1)
+        if not transform(spec):
             continue
         (item,) = node.users
         with nodes.inserting_before(node):
             swapped = call(nodes, aten.transpose.int, x, 0, 1), call(nodes, aten.transpose.int, v, 0, 1)
-            spectrum = nodes.call_function(kernels.spectrum, (swapped[1], site))
-            product = nodes.call_function(kernels.fft, (swapped[0], spectrum, None, site))
-            spectrum.meta["val"], product.meta["val"] = cotangent, kernel
+            transformed = nodes.call_function(FFT.bind_prepack(spec), (swapped[1],))
+            product = nodes.call_function(FFT.bind(spec), (swapped[0], transformed, None))
+            transformed.meta["val"], product.meta["val"] = cotangent, kernel
             found = call(nodes, aten.transpose.int, product, 0, 1)
             found = call(nodes, aten.clone.default, found, memory_format=torch.contiguous_format)
         item.replace_all_uses_with(found)
-        lines.append(f"fft of size {_by(site.fft_size)}, for the gradient in a {_by(kernel.shape[2:])} kernel")
     clean(nodes)
-    return lines
 
 
 def _full(value: Any, length: int) -> list[int]:
     return list(value) * length if len(value) == 1 else list(value)
 
 
-def _site(node: fx.Node) -> Site:
+def _spec(node: fx.Node) -> ConvSpec:
     x, weight, _, stride, padding, dilation, transposed, output_padding, groups = node.args
     source, kernel, result = (n.meta["val"] for n in (x, weight, node))  # type: ignore[union-attr]
-    return _sited(source, result, kernel.shape[2:], (stride, padding, dilation), transposed, output_padding, groups)
+    return _spec_of(source, result, kernel.shape[2:], (stride, padding, dilation), transposed, output_padding, groups)
 
 
-def _sited(source: Tensor, result: Tensor, kernel: Any, settings: Any, transposed: Any, rest: Any, groups: Any) -> Site:
-    """Return the site of a convolution with the given stride, padding and dilation, one number for all or each."""
+def _spec_of(
+    source: Tensor, result: Tensor, kernel: Any, settings: Any, transposed: Any, rest: Any, groups: Any
+) -> ConvSpec:
+    """Return the spec of a convolution with the given stride, padding and dilation, one number for all or each."""
     stride, padding, dilation, rest = (tuple(_full(value, len(kernel))) for value in (*settings, rest))
     shapes = source.shape[0], tuple(source.shape[1:]), tuple(result.shape[1:]), tuple(kernel)
-    return sized(Site(*shapes, stride, padding, dilation, bool(transposed), rest, groups, source.dtype, source.device))
+    return sized(
+        ConvSpec(*shapes, stride, padding, dilation, bool(transposed), rest, groups, source.dtype, source.device)
+    )
 
 
-def _replace(nodes: fx.Graph, node: fx.Node, ends: tuple[Any, fx.Node], name: str, site: Site) -> None:
+def _replace(nodes: fx.Graph, node: fx.Node, ends: tuple[Any, fx.Node], kernel: Kernel, spec: ConvSpec) -> None:
     """Put a kernel in place of a convolution, or of all from the source to the result at its ends."""
     (source, last), (weight, bias) = ends, node.args[1:3]
     x = source[0] if isinstance(source, list) else source  # of a sum of pieces, the only one
     with nodes.inserting_before(last):
-        prepared = nodes.call_function(kernels.PREPARE[name], (weight, site))
-        prepared.meta["val"] = weight.meta["val"]  # type: ignore[union-attr]  # a tensor: its size is not read
-        call = nodes.call_function(kernels.KERNELS[name], (x, prepared, bias, site))
+        prepacked = weight
+        if kernel.prepack is not None:
+            prepacked = nodes.call_function(kernel.bind_prepack(spec), (weight,))
+            prepacked.meta["val"] = weight.meta["val"]  # type: ignore[union-attr]  # a tensor: its size is not read
+        call = nodes.call_function(kernel.bind(spec), (x, prepacked, bias))
     call.meta["val"] = last.meta["val"]
     last.replace_all_uses_with(call)
 
 
-def _describe(name: str, site: Site) -> str:
-    kind = "transposed convolution" if site.transposed else "convolution"
-    c_in, c_out = site.input_shape[0], site.output_shape[0]
-    details = {"fft": f" of size {_by(site.fft_size)}", "polyphase": f" in {math.prod(site.phases)} phases"}
-    return f"{name}{details.get(name, '')}, for the {kind} {c_in}→{c_out} with a {_by(site.kernel)} kernel"
+def kernels_of(graph: Graph) -> tuple[str, ...]:
+    """Return a line on each convolution of a graph: its kernel, and what it computes."""
+    lines = []
+    for node in graph.body.nodes:
+        found = bound(node.target)
+        if found is None and node.target is aten.convolution.default:
+            found = (NATIVE, _spec(node))
+        if found is not None:
+            lines.append(_describe(*found))
+    return tuple(dict.fromkeys(lines))
+
+
+def _describe(kernel: Kernel, spec: ConvSpec) -> str:
+    kind = "transposed convolution" if spec.transposed else "convolution"
+    c_in, c_out = spec.input_shape[0], spec.output_shape[0]
+    details = {"fft": f" of size {_by(spec.fft_size)}", "polyphase": f" in {math.prod(spec.phases)} phases"}
+    return (
+        f"{kernel.name}{details.get(kernel.name, '')}, for the {kind} {c_in}→{c_out} with a {_by(spec.kernel)} kernel"
+    )
 
 
 def _by(sizes: Iterable[int]) -> str:
     return "×".join(map(str, sizes))
 
 
-__all__ = ["in_slabs", "joined", "lower", "multiplier"]
+__all__ = ["joined", "kernels_of", "lower", "multiplier"]

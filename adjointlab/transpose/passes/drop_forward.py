@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from adjointlab.transpose.graph.ir import LIKE, Graph, clean, op_name, part
+from adjointlab.transpose.graph.edit import clean, part
+from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.graph.ops import LIKE, STEPS, op_name
 
 aten = torch.ops.aten
 
@@ -49,11 +51,19 @@ def _shape_only(node: fx.Node) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Pruned:
-    """The adjoint as a graph ``(*state, *cotangents)``, and the ops that still read the primal (none: proved).
+class Adjoint:
+    """The adjoint as a graph, and how it was found.
 
-    ``of_state`` is the graph ``(*state, *primals, *cotangents)`` of the gradients in the state, None for each that is
-    not known.
+    Attributes
+    ----------
+    graph : Graph
+        ``(*state, *cotangents) → Aᴴ cotangents``, with no forward in it.
+    of_state : Graph or None
+        ``(*state, *primals, *cotangents) →`` gradients in the state, None for each that is not known.
+    readers : tuple of str
+        Operations that still read the primal. If there are none, the map is affine by proof.
+    ops_before, ops_after : Counter
+        Operations of the vector-Jacobian product, and of the adjoint.
     """
 
     graph: Graph
@@ -63,7 +73,7 @@ class Pruned:
     ops_after: Counter[str]
 
 
-def prune(whole: Graph, n_primals: int) -> Pruned:
+def drop_forward(whole: Graph, n_primals: int) -> Adjoint:
     """Return the adjoint without its forward, and the gradients in the state with what they need of it."""
     outputs = whole.outputs
     vjp, of_state = part(whole, outputs[:n_primals]), None
@@ -106,7 +116,7 @@ def prune(whole: Graph, n_primals: int) -> Pruned:
     clean(graph)
     for primal in primals:
         graph.erase_node(primal)
-    return Pruned(vjp, of_state, readers, before, ops(vjp))
+    return Adjoint(vjp, of_state, readers, before, ops(vjp))
 
 
 def ops(graph: Graph) -> Counter[str]:
@@ -188,3 +198,24 @@ def _stand_in(graph: fx.Graph, before: fx.Node, operand: fx.Node) -> fx.Node:
         shaped.meta["val"] = zero.meta["val"].expand(value.shape)
     zero.meta["stands_for"] = shaped.meta["stands_for"] = tuple(value.shape)
     return shaped
+
+
+def cut_off(graph: Graph) -> str:
+    """Return the name of an op that cuts a value of the input off from autograd, if there is one.
+
+    That is one whose result is no floating-point number, or whose derivative is that of a part of it, at every input.
+    """
+    seen = set(graph.inputs)
+    for node in graph.body.nodes:
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in LIKE or not any(operand in seen for operand in node.all_input_nodes):
+            continue
+        value = node.meta.get("val")
+        discrete = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+        if discrete or packet in STEPS or node.kwargs.get("rounding_mode"):
+            return op_name(node.target)
+        seen.add(node)
+    return ""
+
+
+__all__ = ["Adjoint", "cut_off", "drop_forward", "ops"]

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.graph.ir import Graph, clean
+from adjointlab.transpose.graph.edit import clean
+from adjointlab.transpose.graph.ir import Graph
 
 aten = torch.ops.aten
 
@@ -85,7 +86,7 @@ class Piece:
 Sum = tuple[Piece, ...]
 
 
-def simplify(graph: Graph) -> Graph:
+def fuse_slices(graph: Graph) -> Graph:
     """Return an equal graph in which sums of slices are written in one pass."""
     nodes = fx.Graph()
     nodes.output(nodes.graph_copy(graph.body, {}))

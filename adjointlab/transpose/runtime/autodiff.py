@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from adjointlab.transpose.runtime.program import Program, canonical, differentiated, plain
+from adjointlab.transpose import compat
+from adjointlab.transpose.runtime.program import Program, canonical
 
 Tensors = tuple[Tensor, ...]
 Run = Callable[..., Tensors]
@@ -49,11 +49,13 @@ def pair(forward: Program, adjoint: Program, n_state: int, of_state: Program | N
     return first, second
 
 
-def affine(forward: Program, linear: Program, adjoint: Program, n_state: int, of_state: Program | None) -> Run:
-    """Return an affine ``forward`` whose derivative is that of its linear part."""
-    run_linear, run_adjoint = pair(linear, adjoint, n_state)
+def affine(forward: Program, linear: Run, adjoint: Run, whole: Run, n_state: int, of_state: Program | None) -> Run:
+    """Return an affine ``forward`` whose derivative is that of its linear part.
+
+    ``linear`` and ``adjoint`` are a pair; ``whole`` is the adjoint as a graph of differentiable operations.
+    """
     gradient = _state_gradient(forward.whole, of_state, n_state, adjoint_side=False)
-    return _link(forward, adjoint.whole, run_adjoint, run_linear, gradient, n_state)
+    return _link(forward, whole, adjoint, linear, gradient, n_state)
 
 
 def _state_gradient(forward: Run, known: Program | None, n_state: int, *, adjoint_side: bool) -> StateGradient:
@@ -68,7 +70,7 @@ def _state_gradient(forward: Run, known: Program | None, n_state: int, *, adjoin
         gradients: list[Any] = [None] * n_state
         if not chosen:
             return gradients
-        if known is not None and plain() and not differentiated((*state, *x, *v)):
+        if known is not None and compat.plain() and not compat.differentiated((*state, *x, *v)):
             found = known.run(*state, *map(canonical, (*x, *v)))
             if all(found[i] is not None for i in chosen):
                 return [gradient if i in chosen else None for i, gradient in enumerate(found)]
@@ -106,11 +108,11 @@ def _link(
             # torch.compile inlines a Function that needs no gradient, and trips over its context; nor does it know
             # what transforms are to make of one. The graph itself is differentiable, if not to be differentiated fast.
             tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-            use = tracked and not torch._C._are_functorch_transforms_active()
+            use = tracked and not compat.is_transformed()
             return compiled.apply(*tensors) if use else tuple(whole(*tensors))
-        if _nested_forward_mode():
+        if compat.is_nested_forward_mode():
             return tuple(whole(*tensors))  # the jvp of a Function is not itself differentiated forward
-        if plain() and forward_ad._current_level < 0:
+        if compat.plain() and not compat.is_forward_mode():
             return apply_eagerly(*tensors)  # type: ignore[no-any-return]
         return transformable.apply(*tensors)  # type: ignore[no-any-return]
 
@@ -118,13 +120,6 @@ def _link(
         program, _backward(derivative, gradient, n_state), _jvp(linear or apply, gradient, n_state)
     )
     return apply
-
-
-def _nested_forward_mode() -> bool:
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
 
 
 def _plain(run: Run, pull_back: Callable[..., Any]) -> Any:

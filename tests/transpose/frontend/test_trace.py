@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from built import ops_of
 from laws import assert_close, draw, norm, operator, seeded
 from operator_zoo import BY_NAME, ZOO
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import adjointlab as al
-
-
-def ops_of(function, *arguments) -> list[str]:
-    """Return the names of the ops that run in a call, as the profiler sees them."""
-    with profile(activities=[ProfilerActivity.CPU]) as record, torch.no_grad():
-        function(*arguments)
-    return [event.name for event in record.events() if event.name.startswith("aten::")]
 
 
 @pytest.mark.parametrize("name", ["item-of-buffer", "branch-on-buffer", "numpy-of-buffer"])

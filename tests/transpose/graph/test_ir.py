@@ -8,10 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from adjointlab.space import TensorSpec
+from adjointlab.space import Space
 from adjointlab.transpose.frontend.capture import capture
 from adjointlab.transpose.frontend.trace import trace_forward
-from adjointlab.transpose.graph.ir import Graph, clean, cut_off, op_name, own_outputs, part
+from adjointlab.transpose.graph.edit import clean, part
+from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.graph.ops import op_name
+from adjointlab.transpose.passes.drop_forward import cut_off
+from adjointlab.transpose.passes.normalise import normalise
+from adjointlab.transpose.passes.own_outputs import own_outputs
 
 aten = torch.ops.aten
 C = torch.ones(4)
@@ -19,7 +24,8 @@ DETACH = "detach" if torch.__version__ < (2, 14) else ""  # then traced as an al
 
 
 def graph_of(function: Callable[[Tensor], Tensor]) -> Graph:
-    return trace_forward(lambda leaves: (function(leaves[0]),), [TensorSpec((4,))], capture(function))
+    domain = Space.of((4,))
+    return normalise(trace_forward(capture(function, {}, domain, ()), domain.specs))
 
 
 @pytest.mark.parametrize(
@@ -52,8 +58,7 @@ def test_what_cuts_the_input_off_is_named(function: Callable[[Tensor], Tensor], 
     ],
 )
 def test_outputs_share_no_memory_with_what_lives_on(function: Callable[[Tensor], Tensor], copied: bool) -> None:
-    graph = graph_of(function)
-    own_outputs(graph)
+    graph = own_outputs(graph_of(function))
     assert (graph.outputs[0].target is aten.clone.default) == copied
 
 
@@ -62,8 +67,7 @@ def test_outputs_share_no_memory_with_each_other() -> None:
         y = x + 1
         return y, y.view(2, 2), y[1:], x.exp()
 
-    graph = trace_forward(lambda leaves: function(leaves[0]), [TensorSpec((4,))], capture(function))
-    own_outputs(graph)
+    graph = own_outputs(graph_of(function))
     assert [node.target is aten.clone.default for node in graph.outputs] == [False, True, True, False]
 
 
@@ -75,7 +79,7 @@ def test_a_part_has_what_its_outputs_need() -> None:
         )
         return (x.exp(), *gradients)
 
-    graph = trace_forward(lambda leaves: function(leaves[0]), [TensorSpec((4,))], capture(function))
+    graph = graph_of(function)
     exponential, of_image, of_kernel, _ = graph.outputs
     assert [op_name(n.target) for n in part(graph, [exponential]).body.nodes if n.op == "call_function"] == ["exp"]
     both, single = part(graph, [of_image, None, of_kernel]), part(graph, [of_kernel])

@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from built import square
 from hypothesis import given
 from hypothesis import strategies as st
-from sites import square
 
 from adjointlab.transpose.kernels.convolution import fast_length, sized, smooth, spectra_meet
 
@@ -14,8 +14,8 @@ from adjointlab.transpose.kernels.convolution import fast_length, sized, smooth,
 @pytest.mark.parametrize("width", [3, 4, 17, 500])
 @pytest.mark.parametrize("channels", [1, 3, 20])
 def test_phases_fill_a_vector_with_channels(width: int, channels: int, dims: int) -> None:
-    site = square(width, 3, dims, transposed=False)
-    phases = sized(site._replace(output_shape=(channels, *[width] * dims))).phases
+    spec = square(width, 3, dims, transposed=False)
+    phases = sized(spec._replace(output_shape=(channels, *[width] * dims))).phases
     room = 1 << int(math.log2(max(1, width / 2))) * dims  # at most half of the outputs of a dimension are neighbours
     assert math.prod(phases) == min(room, max(1, 1 << int(math.log2(16 / channels)))) if channels < 16 else 1
     assert all(2 * c <= width for c in phases if c > 1)
@@ -30,16 +30,16 @@ def test_blocks_of_phases_are_compact_where_that_pays(n: int, k: int, dims: int,
 
 
 def test_of_equal_blocks_the_outer_one_is_taken() -> None:
-    site = sized(square(48, 3, 3, transposed=False)._replace(output_shape=(8, 48, 48, 48)))
-    assert site.phases == (2, 1, 1)
+    spec = sized(square(48, 3, 3, transposed=False)._replace(output_shape=(8, 48, 48, 48)))
+    assert spec.phases == (2, 1, 1)
 
 
 @pytest.mark.parametrize(("stride", "total"), [((2, 2), 16), ((3, 1), 12), ((1, 5), 10), ((7, 7), 49)])
 def test_outputs_between_those_of_a_stride_are_phases(stride: tuple[int, int], total: int) -> None:
-    site = square(40, 3, 2, transposed=True)._replace(stride=stride, padding=(0, 0))
-    site = sized(site._replace(output_shape=(1, *[39 * s + 3 for s in stride])))
-    assert math.prod(site.phases) == total
-    assert all(c % s == 0 for c, s in zip(site.phases, stride, strict=True))
+    spec = square(40, 3, 2, transposed=True)._replace(stride=stride, padding=(0, 0))
+    spec = sized(spec._replace(output_shape=(1, *[39 * s + 3 for s in stride])))
+    assert math.prod(spec.phases) == total
+    assert all(c % s == 0 for c, s in zip(spec.phases, stride, strict=True))
 
 
 @given(st.integers(1, 5000))
@@ -58,7 +58,7 @@ def test_smooth_numbers_are_made_of_small_primes(n: int) -> None:
 
 def test_spectra_meet_where_all_of_the_image_between_is_transformed() -> None:
     first, second = square(64, 5, 2, transposed=False), square(64, 5, 2, transposed=True)
-    cyclic = [site._replace(fft_size=(64, 64)) for site in (first, second)]
+    cyclic = [spec._replace(fft_size=(64, 64)) for spec in (first, second)]
     assert spectra_meet(*cyclic)
     assert not spectra_meet(first, second)
     assert not spectra_meet(cyclic[0]._replace(stride=(2, 1)), cyclic[1])

@@ -4,18 +4,18 @@ import math
 
 import pytest
 import torch
+from built import BY_NAME, square
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sites import square
 from torch import Tensor
 
-from adjointlab.transpose.kernels import registry as kernels
-from adjointlab.transpose.kernels.convolution import Site, sized
-from adjointlab.transpose.kernels.registry import KERNELS, PREPARE, available
+from adjointlab.transpose.kernels import fft, polyphase
+from adjointlab.transpose.kernels.convolution import ConvSpec, sized
+from adjointlab.transpose.kernels.registry import available, bound
 
 
 @st.composite
-def sites(draw: st.DrawFn) -> Site:
+def specs(draw: st.DrawFn) -> ConvSpec:
     """Draw a convolution of any kind that PyTorch takes."""
     dims = draw(st.integers(1, 3))
     transposed = draw(st.booleans())
@@ -42,34 +42,40 @@ def sites(draw: st.DrawFn) -> Site:
         ]
     shapes = (2, (c_in, *size), (c_out, *out), kernel)
     kind = (torch.float64, torch.get_default_device())
-    return sized(Site(*shapes, stride, padding, dilation, transposed, extra, groups, *kind))
+    return sized(ConvSpec(*shapes, stride, padding, dilation, transposed, extra, groups, *kind))
 
 
-def problem(site: Site, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    draw = torch.Generator(site.device).manual_seed(1)
-    c_in, c_out = site.input_shape[0], site.output_shape[0]
-    first, second = (c_in, c_out // site.groups) if site.transposed else (c_out, c_in // site.groups)
-    shapes = [(site.batch, *site.input_shape), (first, second, *site.kernel), (c_out,)]
-    x, weight, bias = (torch.randn(s, generator=draw, dtype=dtype or site.dtype, device=site.device) for s in shapes)
+def problem(spec: ConvSpec, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator(spec.device).manual_seed(1)
+    c_in, c_out = spec.input_shape[0], spec.output_shape[0]
+    first, second = (c_in, c_out // spec.groups) if spec.transposed else (c_out, c_in // spec.groups)
+    shapes = [(spec.batch, *spec.input_shape), (first, second, *spec.kernel), (c_out,)]
+    x, weight, bias = (torch.randn(s, generator=draw, dtype=dtype or spec.dtype, device=spec.device) for s in shapes)
     return x, weight, bias
 
 
-def run(name: str, site: Site, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    prepared = PREPARE[name](weight, site) if name in PREPARE else weight
-    return KERNELS[name](site)(x, prepared, bias)
+def run(name: str, spec: ConvSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    kernel = BY_NAME[name]
+    ready = weight if kernel.prepack is None else kernel.bind_prepack(spec)(weight)
+    assert bound(kernel.bind(spec)) == (kernel, spec)
+    return kernel.bind(spec)(x, ready, bias)
+
+
+def names(spec: ConvSpec) -> set[str]:
+    return {kernel.name for kernel in available(spec)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@given(site=sites())
+@given(spec=specs())
 @settings(max_examples=80, deadline=None)
-def test_kernels_agree(site: Site, dtype: torch.dtype) -> None:
-    site = site._replace(dtype=dtype)
-    x, weight, bias = problem(site)
-    exact = run("native", site, x.double(), weight.double(), bias.double())
-    assert exact.shape[1:] == site.output_shape
-    terms = math.prod(site.kernel) * site.input_shape[0]
-    for name in {*available(site), "fft"} - {"native"}:
-        found = run(name, site, x, weight, bias)
+def test_kernels_agree(spec: ConvSpec, dtype: torch.dtype) -> None:
+    spec = spec._replace(dtype=dtype)
+    x, weight, bias = problem(spec)
+    exact = run("native", spec, x.double(), weight.double(), bias.double())
+    assert exact.shape[1:] == spec.output_shape
+    terms = math.prod(spec.kernel) * spec.input_shape[0]
+    for name in {*names(spec), "fft"} - {"native"}:
+        found = run(name, spec, x, weight, bias)
         assert found.dtype == dtype
         assert found.shape == exact.shape
         assert found.is_contiguous()
@@ -77,13 +83,13 @@ def test_kernels_agree(site: Site, dtype: torch.dtype) -> None:
         assert float((found - exact).abs().max()) <= 4 * math.sqrt(terms) * torch.finfo(dtype).eps * scale
 
 
-@given(site=sites())
+@given(spec=specs())
 @settings(max_examples=40, deadline=None)
-def test_products_of_transforms_have_the_same_shape_on_accelerators(site: Site) -> None:
-    elsewhere = site._replace(device=torch.device("meta"))
-    x, weight, bias = (tensor.to("meta") for tensor in problem(site))
+def test_products_of_transforms_have_the_same_shape_on_accelerators(spec: ConvSpec) -> None:
+    elsewhere = spec._replace(device=torch.device("meta"))
+    x, weight, bias = (tensor.to("meta") for tensor in problem(spec))
     found = run("fft", elsewhere, x, weight, bias)
-    assert found.shape[1:] == site.output_shape
+    assert found.shape[1:] == spec.output_shape
     assert found.is_contiguous()
 
 
@@ -92,54 +98,56 @@ def test_products_of_transforms_have_the_same_shape_on_accelerators(site: Site) 
     ("n", "k", "dims"), [(512, 9, 1), (64, 3, 2), (64, 7, 2), (128, 11, 2), (16, 3, 3), (24, 5, 3)]
 )
 def test_lowered_kernels_are_at_most_four_times_less_accurate(n: int, k: int, dims: int, transposed: bool) -> None:
-    site = square(n, k, dims, transposed=transposed)
-    x, weight, _ = problem(site)
-    exact = run("native", site._replace(dtype=torch.float64), x.double(), weight.double(), None)
-    errors = {name: float((run(name, site, x, weight, None) - exact).norm()) for name in available(site)}
+    spec = square(n, k, dims, transposed=transposed)
+    x, weight, _ = problem(spec)
+    exact = run("native", spec._replace(dtype=torch.float64), x.double(), weight.double(), None)
+    errors = {name: float((run(name, spec, x, weight, None) - exact).norm()) for name in names(spec)}
     assert max(errors.values()) <= 4 * errors["native"]
 
 
 def test_few_terms_are_no_work_for_a_transform() -> None:
-    assert "fft" not in available(square(512, 3, 2, transposed=True))
-    assert "fft" in available(square(512, 11, 2, transposed=True))
+    assert "fft" not in names(square(512, 3, 2, transposed=True))
+    assert "fft" in names(square(512, 11, 2, transposed=True))
 
 
 def test_half_precision_stays_native() -> None:
-    assert available(square(64, 11, 2, transposed=False, dtype=torch.bfloat16)) == ["native"]
+    assert names(square(64, 11, 2, transposed=False, dtype=torch.bfloat16)) == {"native"}
 
 
 def test_a_kernel_of_one_entry_is_not_dilated() -> None:
     """With a bias, oneDNN reads past the end of the image, and may crash."""
-    site = Site(
+    spec = ConvSpec(
         2, (1, 8, 2), (1, 7, 2), (2, 1), (1, 3), (0, 1), (1, 4), False, (0, 0), 1, torch.float32, torch.device("cpu")
     )
-    x, weight, bias = problem(sized(site))
-    assert "polyphase" in available(sized(site))
-    expected = run("native", site, x, weight, bias)
+    x, weight, bias = problem(sized(spec))
+    assert "polyphase" in names(sized(spec))
+    expected = run("native", spec, x, weight, bias)
     for _ in range(20):
-        assert torch.allclose(run("polyphase", sized(site), x, weight, bias), expected, atol=1e-6)
+        assert torch.allclose(run("polyphase", sized(spec), x, weight, bias), expected, atol=1e-6)
 
 
-@given(site=sites().filter(lambda site: site.transposed and site.groups == 1))
+@given(spec=specs().filter(lambda spec: spec.transposed and spec.groups == 1))
 @settings(max_examples=40, deadline=None)
-def test_phases_share_the_taps_of_a_stride(site: Site) -> None:
+def test_phases_share_the_taps_of_a_stride(spec: ConvSpec) -> None:
     """Each tap is in the kernel of one of as many neighbouring outputs as the stride counts, and once there."""
-    _, weight, _ = problem(site)
-    taps = math.prod(site.kernel) * site.input_shape[0] * site.output_shape[0]
-    assert int((kernels.bands(weight, site) != 0).sum()) == taps * math.prod(site.phases) // math.prod(site.stride)
+    _, weight, _ = problem(spec)
+    taps = math.prod(spec.kernel) * spec.input_shape[0] * spec.output_shape[0]
+    assert int((polyphase.phase_kernels(weight, spec) != 0).sum()) == taps * math.prod(spec.phases) // math.prod(
+        spec.stride
+    )
 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_phases_are_for_single_precision(dtype: torch.dtype) -> None:
-    assert "polyphase" in available(square(64, 5, 2, transposed=False))
-    assert "polyphase" not in available(square(64, 5, 2, transposed=False, dtype=dtype))
+    assert "polyphase" in names(square(64, 5, 2, transposed=False))
+    assert "polyphase" not in names(square(64, 5, 2, transposed=False, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 6, 5), (3, 1, 4, 5, 6), (2, 2, 6, 5), (1, 6, 5)])
 def test_images_of_one_channel_are_in_both_orders(shape: tuple[int, ...]) -> None:
     image = torch.randn(shape)
-    found = kernels.channels_last(image)
+    found = polyphase.channels_last(image)
     assert found.is_contiguous()
     assert torch.equal(found, image)
     order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape))
@@ -155,7 +163,7 @@ def test_rows_are_spread_without_a_change_of_value(size: tuple[int, ...]) -> Non
     dims = tuple(range(2, 2 + len(size)))
     half = torch.fft.rfftn(torch.randn(2, 3, *size, dtype=torch.float64), dim=dims)
     rows = torch.fft.ifftn(half, dim=dims[:-1])
-    spread = kernels._spread(rows)
+    spread = fft._spread(rows)
     assert torch.equal(spread, rows)
     assert (spread is rows) is (size == (9, 20))
     assert spread.stride(-1) % 128 != 0 or spread is rows

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from test_trace import ops_of
+from built import affine, operator, ops_of, prefer
 from torch import nn
 
 import adjointlab as al
-from adjointlab.transpose.kernels import registry as kernels
-from adjointlab.transpose.kernels import select as choice
-from adjointlab.transpose.kernels.convolution import Site
+from adjointlab.transpose.kernels.registry import transformed
 
 PHASES = pytest.param("polyphase", marks=pytest.mark.cpu)  # oneDNN's
 NUMPY = pytest.param("numpy", marks=pytest.mark.cpu)
@@ -26,17 +24,12 @@ CASES = [
 @pytest.mark.parametrize("forced", ["fft", "tapped", "flipped", PHASES])
 @pytest.mark.parametrize(("layer", "shape", "settings"), CASES)
 def test_forced_kernels_equal_plain(
-    monkeypatch: pytest.MonkeyPatch, layer: type[nn.Module], shape: tuple[int, ...], settings: dict, forced: str
+    layer: type[nn.Module], shape: tuple[int, ...], settings: dict, forced: str
 ) -> None:
     dtype = torch.float32 if forced == "polyphase" else torch.float64
-
-    def choose(site: Site, **options: bool) -> str:
-        return forced if forced in kernels.available(site) else "native"
-
-    monkeypatch.setattr(choice, "choose", choose)
     module = layer(shape[1], 1, bias=False, dtype=dtype, **settings).requires_grad_(False)
     plain = al.linear_operator(module, shape, lowering=False)
-    lowered = al.linear_operator(module, shape)
+    lowered = operator(module, shape, prefer(forced))
     generator = torch.Generator().manual_seed(0)
     x, v = plain.domain.randn(generator), plain.codomain.randn(generator)
     assert lowered.engine == "traced"
@@ -58,14 +51,11 @@ CYCLIC = [
 
 
 @pytest.mark.parametrize(("shape", "settings", "size"), CYCLIC, ids=str)
-def test_circular_padding_is_left_to_the_transform(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], settings: dict, size: str
-) -> None:
-    monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
+def test_circular_padding_is_left_to_the_transform(shape: tuple[int, ...], settings: dict, size: str) -> None:
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
     module = layer(shape[1], shape[1], padding_mode="circular", bias=False, dtype=torch.float64, **settings)
     module.requires_grad_(False)
-    eager, lowered = (al.linear_operator(module, shape, engine=engine) for engine in ("eager", "auto"))
+    eager, lowered = al.linear_operator(module, shape, engine="eager"), operator(module, shape, transformed)
     generator = torch.Generator().manual_seed(0)
     x, v = eager.domain.randn(generator), eager.codomain.randn(generator)
     for a, b in ((eager(x), lowered(x)), (eager.H(v), lowered.H(v))):
@@ -75,8 +65,7 @@ def test_circular_padding_is_left_to_the_transform(
 
 
 @pytest.mark.parametrize("almost", ["reversed", "scaled", "one side", "replicated"])
-def test_what_only_resembles_circular_padding_is_not_taken_for_it(almost: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
+def test_what_only_resembles_circular_padding_is_not_taken_for_it(almost: str) -> None:
     conv = nn.Conv1d(1, 1, 9, bias=False, dtype=torch.float64).requires_grad_(False)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -92,30 +81,28 @@ def test_what_only_resembles_circular_padding_is_not_taken_for_it(almost: str, m
         return conv(torch.cat([left, x, right], -1))
 
     domain = al.TensorSpec((1, 1, 60), torch.float64)
-    eager, lowered = (al.linear_operator(forward, domain, engine=engine) for engine in ("eager", "auto"))
+    eager, lowered = al.linear_operator(forward, domain, engine="eager"), operator(forward, domain, transformed)
     v = eager.codomain.randn(torch.Generator().manual_seed(0))
     assert "fft of size 70" in lowered.explain()
     assert float((eager.H(v) - lowered.H(v)).norm()) <= 32 * torch.finfo(torch.float64).eps * float(v.norm())
 
 
-def test_lowering_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
+def test_lowering_can_be_turned_off() -> None:
     module = nn.Conv2d(1, 1, 31, padding=15, bias=False)
-    assert "fft" in al.linear_operator(module, (1, 1, 256, 256), check=True).explain()
-    text = al.linear_operator(module, (1, 1, 256, 256), lowering=False).explain()
+    assert "fft" in operator(module, (1, 1, 256, 256), transformed).explain()
+    text = operator(module, (1, 1, 256, 256), transformed, lowering=False).explain()
     assert "fft" not in text
     assert "convolution_backward" in text
 
 
 @pytest.mark.parametrize("kernel", ["fft", PHASES, "tapped"])
 @pytest.mark.parametrize("change", ["in place", "data", "assignment", NUMPY, "load_state_dict"])
-def test_a_changed_kernel_is_seen(change: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "choose", lambda *_, **__: kernel)
+def test_a_changed_kernel_is_seen(change: str, kernel: str) -> None:
     module = nn.Conv2d(1, 1, 7, padding=3, bias=False)
-    operator = al.linear_operator(module, (1, 1, 32, 32))
-    assert kernel in operator.explain()
-    v = operator.codomain.randn(torch.Generator().manual_seed(0))
-    before = operator.H(v)
+    A = operator(module, (1, 1, 32, 32), prefer(kernel))
+    assert kernel in A.explain()
+    v = A.codomain.randn(torch.Generator().manual_seed(0))
+    before = A.H(v)
     with torch.no_grad():
         if change == "in place":
             module.weight.mul_(2)
@@ -127,14 +114,14 @@ def test_a_changed_kernel_is_seen(change: str, kernel: str, monkeypatch: pytest.
             module.weight.detach().numpy()[:] *= 2
         else:
             module.load_state_dict({"weight": 2 * module.weight})
-    assert torch.equal(operator.H(v), 2 * before)
+    assert torch.equal(A.H(v), 2 * before)
 
 
 @pytest.mark.cpu
-def test_phases_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "choose", lambda *_, **__: "polyphase")
+def test_phases_are_compiled_too() -> None:
     module = nn.Conv2d(1, 2, 3, padding=1, bias=False).requires_grad_(requires_grad=False)
-    eager, A = (al.linear_operator(module, (1, 1, 8, 9), engine=engine) for engine in ("eager", "compiled"))
+    eager = al.linear_operator(module, (1, 1, 8, 9), engine="eager")
+    A = operator(module, (1, 1, 8, 9), prefer("polyphase"), requested="compiled")
     assert A.engine == "compiled", A.explain()
     generator = torch.Generator().manual_seed(0)
     x, v = A.domain.randn(generator), A.codomain.randn(generator)
@@ -150,15 +137,15 @@ LEARNED = [
 ]
 
 
+def always(_: object) -> bool:
+    return True
+
+
 @pytest.mark.parametrize(("layer", "shape", "settings"), LEARNED, ids=str)
-def test_gradients_in_kernels_by_transforms(
-    monkeypatch: pytest.MonkeyPatch, layer: type[nn.Module], shape: tuple[int, ...], settings: dict
-) -> None:
-    monkeypatch.setattr(choice, "by_transforms", lambda _: True)
+def test_gradients_in_kernels_by_transforms(layer: type[nn.Module], shape: tuple[int, ...], settings: dict) -> None:
     module = layer(shape[1], **{"bias": False, "dtype": torch.float64, **settings})
-    A = al.affine_operator(module, shape) if module.bias is not None else al.linear_operator(module, shape)
+    A = (affine if module.bias is not None else operator)(module, shape, None, transform=always)
     assert A.engine == "traced", A.explain()
-    assert "for the gradient in a" in A.explain()
     generator = torch.Generator().manual_seed(0)
     x, v = A.domain.randn(generator).requires_grad_(), A.codomain.randn(generator)
     wanted = (x, *module.parameters())
@@ -166,13 +153,14 @@ def test_gradients_in_kernels_by_transforms(
     for a, b in zip(found, expected, strict=True):
         assert float((a - b).norm()) <= 32 * A.domain.eps * float(b.norm())
         assert a.is_contiguous()
+    if module.bias is None:  # whose own gradient is native's
+        result = A(x)
+        assert "aten::convolution_backward" not in ops_of(lambda: torch.autograd.grad(result, module.weight, v))
 
 
-def test_each_gradient_in_a_chain_has_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "by_transforms", lambda _: True)
-    monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
+def test_each_gradient_in_a_chain_has_its_kernel() -> None:
     chain = nn.Sequential(*[nn.Conv2d(1, 1, 9, bias=False, dtype=torch.float64) for _ in range(3)])
-    A = al.linear_operator(chain, (1, 1, 40, 40))
+    A = operator(chain, (1, 1, 40, 40), transformed, transform=always)
     x, v = A.domain.randn(), A.codomain.randn()
     wanted = tuple(chain.parameters())
     for a, b in zip(*(torch.autograd.grad(f(x), wanted, v) for f in (A, chain)), strict=True):
@@ -182,8 +170,32 @@ def test_each_gradient_in_a_chain_has_its_kernel(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("module", [nn.Conv2d(2, 2, 3, groups=2, bias=False), nn.ConvTranspose2d(2, 2, 3, bias=False)])
-def test_other_gradients_in_kernels_stay_native(monkeypatch: pytest.MonkeyPatch, module: nn.Module) -> None:
-    monkeypatch.setattr(choice, "by_transforms", lambda _: True)
-    A = al.linear_operator(module, (1, 2, 20, 20))
+def test_other_gradients_in_kernels_stay_native(module: nn.Module) -> None:
+    A = operator(module, (1, 2, 20, 20), None, transform=always)
     assert A.engine == "traced"
-    assert "for the gradient" not in A.explain()
+    x, v = A.domain.randn(), A.codomain.randn()
+    result = A(x)
+    assert "aten::convolution_backward" in ops_of(lambda: torch.autograd.grad(result, module.weight, v))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 40, 40), (2, 1, 9, 12, 11)])
+def test_a_layer_with_a_bias_has_the_programs_of_one_without(shape: tuple[int, ...]) -> None:
+    layer = {4: nn.Conv2d, 5: nn.Conv3d}[len(shape)](1, 1, 7, padding=3)
+    biased = affine(layer, shape, prefer("fft"))
+    without = type(layer)(1, 1, 7, padding=3, bias=False)
+    without.weight = layer.weight
+    plain = operator(without, shape, prefer("fft"))
+    programs = [A.explain().split("adjoint program")[1] for A in (biased, plain)]
+    assert programs[0] == programs[1]
+    x, v = plain.domain.randn(), plain.codomain.randn()
+    assert torch.equal(biased.linear(x), plain(x))
+    assert ops_of(biased.linear, x) == ops_of(plain, x)
+    results = biased.H(v), plain.H(v)
+    gradients = [torch.autograd.grad(r, layer.weight, x, retain_graph=True)[0] for r in results]
+    assert torch.equal(*gradients)
+    work = [
+        [name for name in ops_of(torch.autograd.grad, r, layer.weight, x, True) if "fft" in name or "conv" in name]
+        for r in results
+    ]
+    assert work[0] == work[1]
+    assert work[0]

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from built import operator, ops_of, prefer
 from laws import assert_close, draw, norm, seeded
-from test_trace import ops_of
 from torch import Tensor, fx, nn
 
 import adjointlab as al
-from adjointlab.transpose.kernels import registry as kernels
-from adjointlab.transpose.kernels import select as choice
+from adjointlab.transpose.kernels.registry import transformed
+from adjointlab.transpose.passes import partition
+from adjointlab.transpose.passes.partition import _in_place
 from adjointlab.transpose.runtime import program
-from adjointlab.transpose.runtime.program import _in_place
 
 X, W = torch.zeros(1, 1, 6), torch.zeros(1, 1, 3)
 
@@ -105,7 +105,7 @@ def test_data_are_subtracted_from_a_convolution_in_place(monkeypatch: pytest.Mon
         seen.append(y)
         return r.sub_(y)
 
-    monkeypatch.setitem(program._IN_PLACE, torch.sub, subtracted)
+    monkeypatch.setitem(partition._IN_PLACE, torch.sub, subtracted)
     A = al.linear_operator(nn.Conv1d(2, 3, 3, bias=False).double().requires_grad_(requires_grad=False), (1, 2, 9))
     x, y = draw(A.domain, 1), draw(A.codomain, 2)
     assert_close(al.LeastSquares(A, y).gradient(x), A.H(A(x) - y), A.domain.eps)
@@ -130,10 +130,10 @@ class Prepared(nn.Module):
 def test_an_accelerator_keeps_transforms_alone(
     monkeypatch: pytest.MonkeyPatch, device: str, kernel: str, op: str
 ) -> None:
-    monkeypatch.setattr(program, "is_kept", lambda made_by, _: kernels.is_kept(made_by, torch.device(device)))
-    monkeypatch.setattr(choice, "choose", lambda site, **_: kernel if kernel in kernels.available(site) else "native")
+    is_kept = partition._is_kept
+    monkeypatch.setattr(partition, "_is_kept", lambda node, _: is_kept(node, torch.device(device)))
     module = nn.Conv2d(1, 1, 9, padding=4, bias=False).double().requires_grad_(requires_grad=False)
-    A = al.linear_operator(module, al.TensorSpec((1, 1, 20, 20), torch.float64))
+    A = operator(module, al.TensorSpec((1, 1, 20, 20), torch.float64), prefer(kernel))
     v = draw(A.codomain)
     before = A.H(v)
     made = {"fft": 1, "flipped": 1 if device == "cuda" else 0}[kernel]  # that of the image; that of the kernel
@@ -143,11 +143,10 @@ def test_an_accelerator_keeps_transforms_alone(
 
 
 @pytest.fixture
-def prepared(monkeypatch: pytest.MonkeyPatch) -> tuple[Prepared, Callable[[], int]]:
+def prepared() -> tuple[Prepared, Callable[[], int]]:
     """A module of two convolutions by FFT, and how many transforms a call of its operator takes."""
-    monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))
     module = Prepared().double().requires_grad_(requires_grad=False)
-    A = al.linear_operator(module, al.TensorSpec((1, 1, 20, 20), torch.float64))
+    A = operator(module, al.TensorSpec((1, 1, 20, 20), torch.float64), transformed)
     x = draw(A.domain, 1)
 
     def transforms() -> int:
@@ -178,10 +177,9 @@ def test_nothing_is_kept_of_what_a_cuda_graph_records(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA, and so no CUDA graph")
 @pytest.mark.parametrize("kernel", ["native", "flipped", "fft"])
-def test_a_cuda_graph_follows_what_is_written(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    monkeypatch.setattr(choice, "choose", lambda site, **_: kernel if kernel in kernels.available(site) else "native")
+def test_a_cuda_graph_follows_what_is_written(kernel: str) -> None:
     module = nn.Conv2d(1, 1, 9, padding=4, bias=False).cuda().requires_grad_(requires_grad=False)
-    A = al.linear_operator(module, al.TensorSpec((1, 1, 20, 20), device="cuda"))
+    A = operator(module, al.TensorSpec((1, 1, 20, 20), device="cuda"), prefer(kernel))
     x, y = draw(A.domain, 1), draw(A.codomain, 2)
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())

@@ -1,0 +1,197 @@
+"""The modules that a function reaches, the tensors that they hold, and whether they are as they were.
+
+This is what is known of a function where PyTorch's own front end refuses it. Of Python state it sees what modules hold:
+``training``, plain attributes, submodules. All else is taken to be as it was when the operator was built.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.numerics import same
+from adjointlab.transpose.graph.ir import Source
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device, torch.Size)
+_TENSORS = ("_parameters", "_buffers")
+_DEPTH = 4  # of containers and objects that are opened: what lies deeper is not a part of a function
+
+
+def modules_of(function: Any, kwargs: Any = None) -> tuple[nn.Module, ...]:
+    """Return the outermost modules that a function is, is a method of, closes over, or names as a global."""
+    found: dict[int, nn.Module] = {}
+    seen: dict[int, Any] = {}
+
+    def visit(value: Any, depth: int) -> None:
+        if isinstance(value, (*_PLAIN, Tensor, types.ModuleType, type)) or id(value) in seen:
+            return
+        seen[id(value)] = value
+        if isinstance(value, nn.Module):
+            found[id(value)] = value
+            for inner in vars(value).values() if depth else ():  # a method of a module's helper, say
+                visit(inner, depth - 1) if isinstance(inner, (list, tuple, dict)) else None
+            return
+        for part in _parts(value) if depth else ():
+            visit(part, depth - 1)
+
+    visit(function, _DEPTH)
+    visit(kwargs, _DEPTH)
+    inner = {id(part) for module in found.values() for part in module.modules() if part is not module}
+    return tuple(module for key, module in found.items() if key not in inner)
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        named = [value.__globals__.get(name) for name in value.__code__.co_names]
+        modules = [item for item in named if isinstance(item, nn.Module)]
+        return [*cells, *modules, value.__defaults__, value.__kwdefaults__, getattr(value, "__wrapped__", None)]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a cell that is not filled yet
+        return False
+
+
+def require_shapes(modules: tuple[nn.Module, ...]) -> None:
+    """Raise on a lazy module, whose parameters have no shapes yet."""
+    for module in modules:
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if is_lazy(tensor):
+                raise SpaceMismatchError(
+                    f"expected a module whose parameters have shapes, but {name} of a lazy module has none yet: run "
+                    "the module once before"
+                )
+
+
+def sources_of(modules: tuple[nn.Module, ...]) -> dict[int, Source]:
+    """Return where tensors of modules are read from: parameters, buffers, and attributes that are or hold tensors."""
+    found: dict[int, Source] = {}
+
+    def add(container: Any, key: Any, name: str, depth: int = 2) -> None:
+        item = container[key]
+        if isinstance(item, Tensor):
+            found.setdefault(id(item), Source(functools.partial(_get, container, key), name))
+        elif depth and isinstance(item, (list, tuple)):
+            for index in range(len(item)):
+                add(item, index, f"{name}[{index}]", depth - 1)
+        elif depth and type(item) is dict:
+            for inner in item:
+                add(item, inner, f"{name}[{inner!r}]", depth - 1)
+
+    for module in modules:
+        for path, part in module.named_modules():
+            for tensors in (*(getattr(part, name) for name in _TENSORS), vars(part)):
+                for key in list(tensors) if isinstance(tensors, dict) else ():
+                    if key not in (*_TENSORS, "_modules"):
+                        add(tensors, key, f"{path}.{key}".lstrip("."))
+    return found
+
+
+def _get(container: Any, key: Any) -> Any:
+    return container[key]
+
+
+def watch(modules: tuple[nn.Module, ...]) -> Callable[[], bool]:
+    """Return a function that says whether modules hold what they held, apart from the values of tensors."""
+    parts = [part for module in modules for part in module.modules()]
+    before = [_held(part) for part in parts]
+
+    def holds() -> bool:
+        return all(map(_equal, map(_held, parts), before))
+
+    return holds
+
+
+def _held(part: nn.Module) -> list[Any]:
+    held: list[Any] = [type(part)]
+    for key, item in vars(part).items():
+        if key == "_modules":
+            held.extend(item.items())
+        elif key in _TENSORS:
+            held.append(tuple(item))
+        else:
+            held.append((key, _plain(item)))
+    return held
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that equals this one later if it is unchanged: a copy of a container, else the object itself."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [type(value), *map(_plain, value)]
+    if isinstance(value, dict):
+        return [type(value), *((key, _plain(item)) for key, item in value.items())]
+    if isinstance(value, (set, frozenset)):
+        return [type(value), sorted(map(repr, value))]
+    return Tensor if isinstance(value, Tensor) else _Same(value)
+
+
+class _Same:
+    """An object that is equal to itself alone."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _equal(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and now == before
+
+
+@contextmanager
+def attributes_kept(modules: tuple[nn.Module, ...]) -> Iterator[None]:
+    """Put back the attributes of modules after a block in which they may be given tensors that have no values."""
+    parts = [part for module in modules for part in module.modules()]
+    before = [dict(vars(part)) for part in parts]
+    try:
+        yield
+    finally:
+        for part, old in zip(parts, before, strict=True):
+            now = vars(part)
+            if now.keys() != old.keys() or any(now[key] is not item for key, item in old.items()):
+                now.clear()
+                now.update(old)
+
+
+@contextmanager
+def buffers_kept(modules: tuple[nn.Module, ...]) -> Iterator[list[str]]:
+    """Put back the values of buffers after a block; yield the names of those that it had changed.
+
+    Values are compared, since version counters miss the running statistics of batch normalisation.
+    """
+    held = [(name, tensor) for module in modules for name, tensor in module.named_buffers()]
+    before = [tensor.detach().clone() for _, tensor in held]
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        for (name, tensor), value in zip(held, before, strict=True):
+            if tensor.layout is torch.strided and not same(tensor, value):
+                changed.append(name)
+                with torch.no_grad():
+                    tensor.copy_(value)

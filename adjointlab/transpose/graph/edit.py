@@ -1,0 +1,49 @@
+"""How graphs are edited: new calls, copies, parts, and what is left when dead code is dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from adjointlab.transpose.graph.ir import Graph
+
+
+def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Add a call to a graph, with the fake value that it returns."""
+    node = graph.call_function(target, args, kwargs)
+    values, options = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+    with next(v for v in tree_leaves(values) if isinstance(v, Tensor)).fake_mode:  # type: ignore[attr-defined]
+        node.meta["val"] = target(*values, **options)
+    return node
+
+
+def part(graph: Graph, outputs: Sequence[fx.Node | None]) -> Graph:
+    """Return a copy of what computes some values of a graph, those that are to be its outputs."""
+    copied, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    copied.graph_copy(graph.body, copies)
+    copied.output(tuple(None if node is None else copies[node] for node in outputs))
+    clean(copied)
+    for node in copied.nodes:  # ops that compute several gradients, and are told which
+        names = [argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())]
+        if "output_mask" in names:
+            position, used = names.index("output_mask"), {user.args[1] for user in node.users}
+            node.update_arg(position, [i in used and wanted for i, wanted in enumerate(node.args[position])])
+    return Graph(copied, graph.state, graph.baked)
+
+
+def copied(graph: Graph) -> Graph:
+    """Return a copy of a graph, without dead code, to be edited in place."""
+    return part(graph, graph.outputs)
+
+
+def clean(graph: fx.Graph) -> None:
+    """Drop dead code from a functional graph, in place."""
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users:
+            graph.erase_node(node)
+
+
+__all__ = ["call", "clean", "copied", "part"]

@@ -1,0 +1,40 @@
+"""Tables of ATen operations: which are views, which read no values, which hide values from autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+
+def op_name(target: Any) -> str:
+    """Return the short name of an op, such as ``convolution_backward``."""
+    packet = getattr(target, "overloadpacket", None)
+    return str(packet).removeprefix("aten.") if packet is not None else getattr(target, "__name__", str(target))
+
+
+def is_mutable(target: Any) -> bool:
+    """Return whether an op writes to one of its arguments."""
+    return bool(getattr(getattr(target, "_schema", None), "is_mutable", False))
+
+
+VIEWS = {
+    aten.view, aten.transpose, aten.permute, aten.t, aten.expand, aten.squeeze, aten.unsqueeze, aten.slice, aten.select,
+    aten._conj, aten.alias, aten.detach, aten.as_strided, aten.view_as_real, aten.view_as_complex, aten.unfold,
+    aten.diagonal, aten._unsafe_view, aten.reshape, aten._neg_view,
+}  # fmt: skip
+
+# Ops that read the metadata of their first operand only.
+LIKE = {
+    aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like,
+    aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided, aten.fill, aten.zero,
+}  # fmt: skip
+# Operations whose derivative is that of a part of the result, or zero, at every input.
+STEPS = {
+    aten.detach, aten.floor, aten.ceil, aten.round, aten.trunc, aten.frac, aten.fmod, aten.remainder,
+    aten.floor_divide, aten.sign, aten.sgn, aten.nextafter,
+}  # fmt: skip
+
+__all__ = ["LIKE", "STEPS", "VIEWS", "is_mutable", "op_name"]

@@ -1,0 +1,119 @@
+"""What is derived for one size of everything: functions of the state and leaves, and whether they are up to date."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adjointlab.transpose import compat
+from adjointlab.transpose.explanation import Explanation
+from adjointlab.transpose.graph.ir import Graph, Source
+from adjointlab.transpose.runtime.program import Program, Tensors, canonical
+
+Linked = Callable[..., Tensors]
+GONE = (KeyError, IndexError, AttributeError, TypeError)  # raised where what held a tensor holds none any more
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """A function, its linear part and its adjoint, for one size of everything.
+
+    Attributes
+    ----------
+    explanation : Explanation
+        How they were derived.
+    eager : mapping
+        By name, each as a function of leaves that runs the user's code; empty where there are programs.
+    programs : mapping
+        By name, each as a program, and as a function with a derivative, of the state and leaves.
+    holds : callable
+        Whether what the programs depend on besides tensors is as it was.
+    state : tuple of Source
+        Where the programs read tensors.
+    metadata : tuple
+        All that the programs assume of these besides their values.
+    baked : tuple of (Source, Tensor)
+        Tensors whose values are in the programs.
+    graphs : mapping of Graph
+        The graphs of the programs, before kernels were chosen.
+    gradient : callable
+        ``(weighted, residual)`` to the program of the least-squares gradient, None where the parts are to run.
+    multiplier : callable
+        The state to what the adjoint multiplies spectra with, None where it does anything else.
+    checked : bool
+        Whether the functions were compared with the user's forward, and with each other.
+    """
+
+    explanation: Explanation
+    eager: Mapping[str, Callable[[Tensors], Tensors]] = field(default_factory=dict)
+    programs: Mapping[str, tuple[Program, Linked]] = field(default_factory=dict)
+    holds: Callable[[], bool] = lambda: True
+    state: tuple[Source, ...] = ()
+    metadata: tuple[Any, ...] = ()
+    baked: tuple[tuple[Source, Tensor], ...] = ()
+    graphs: Mapping[str, Graph] = field(default_factory=dict)
+    gradient: Callable[[bool, bool], Program | None] = lambda *_: None
+    multiplier: Callable[[Tensors], Tensor | None] = lambda _: None
+    checked: bool = False
+
+    def state_now(self) -> Tensors | None:
+        """Return the values of the state; None where the programs are out of date."""
+        if not self.programs:
+            return ()
+        if not self.holds():
+            return None
+        try:
+            state = tuple([source.read() for source in self.state])
+        except GONE:
+            return None
+        for tensor, metadata in zip(state, self.metadata, strict=True):
+            if not _as_before(tensor, metadata):
+                return None
+        if self.baked and any(_differs(source.read(), value) for source, value in self.baked):
+            return None
+        return state
+
+    def run(self, name: str, state: Tensors, leaves: Tensors) -> Tensors:
+        """Return the leaves of a function's result, with a derivative where one may be asked for."""
+        if not self.programs:
+            return self.eager[name](leaves)
+        program, linked = self.programs[name]
+        tensors = (*state, *map(canonical, leaves))
+        return program.run(*tensors) if compat.plain() and not compat.differentiated(tensors) else linked(*tensors)
+
+    def frozen(self, state: Tensors) -> Derivation:
+        """Return the functions for a state that does not change."""
+        programs = {name: (program.frozen(state), linked) for name, (program, linked) in self.programs.items()}
+        return replace(self, programs=programs)
+
+    def function(self, name: str) -> Callable[[Tensors], Tensors]:
+        """Return a function of leaves alone, which reads the state at every call."""
+        return lambda leaves: self.run(name, tuple([source.read() for source in self.state]), leaves)
+
+
+def metadata_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return all that a program assumes of a tensor besides its values."""
+    lazy = tensor.is_conj(), tensor.is_neg()
+    return tensor.requires_grad, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, lazy
+
+
+def _as_before(tensor: Any, metadata: tuple[Any, ...]) -> bool:
+    """Return whether a tensor of the state is as it was, but for values."""
+    if not isinstance(tensor, Tensor):
+        return False
+    found = metadata_of(tensor)  # frozen since is fine; unfrozen since, there is no program for its gradient
+    return found == metadata or (not found[0] and found[1:] == metadata[1:])
+
+
+def _differs(tensor: Tensor, baked: Tensor) -> bool:
+    if compat.is_wrapped(tensor):
+        return True
+    with compat._disable_current_modes():  # other people's, who are not to see what we compare
+        return not torch.equal(tensor, baked)
+
+
+__all__ = ["GONE", "Derivation", "Linked", "metadata_of"]

@@ -1,0 +1,73 @@
+"""The user's function and its eager adjoint, on the leaves of elements: what runs where there is no graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.space import Space
+from adjointlab.transpose import compat
+from adjointlab.transpose.frontend import vjp
+from adjointlab.transpose.frontend.capture import Tensors, flatten_outputs
+
+
+class Eager:
+    """``f`` on a domain as the user wrote it, and ``f'ᴴ`` as autograd has it."""
+
+    def __init__(self, function: Callable[..., Any], kwargs: dict[str, Any], domain: Space) -> None:
+        self.callable, self.kwargs, self.domain = function, kwargs, domain
+        self.structure: Any = None  # of what the function returned last
+        self._vjp: tuple[vjp.VJP, str] | None = None
+
+    @property
+    def path(self) -> str:
+        """Why the adjoint is not by ``torch.func.vjp``, where that is so."""
+        return self._vjp[1] if self._vjp else ""
+
+    def flat(self, leaves: Tensors, *, copied: bool = True) -> Tensors:
+        """Return the leaves of ``f(x)``, calling the user's function itself, which may write to its input."""
+        x = self.domain.unflatten([leaf.clone() for leaf in leaves] if copied else leaves)
+        output = self.callable(*x, **self.kwargs) if type(x) is tuple else self.callable(x, **self.kwargs)
+        flat, self.structure = flatten_outputs(output)
+        return flat
+
+    def called(self, leaves: Tensors, *, copied: bool = True) -> Tensors:
+        """Return the leaves of ``f(x)``; what the function raises on an element of its claimed domain is a mismatch."""
+        try:
+            with torch.no_grad():
+                return self.flat(leaves, copied=copied)
+        except SpaceMismatchError:
+            raise
+        except Exception as error:  # a third-party forward may raise anything
+            refusal = error
+        try:  # one that differentiates inside of itself needs to record gradients
+            with torch.enable_grad():
+                return tuple(out.detach() for out in self.flat(leaves))
+        except Exception:  # the first error is the one to tell
+            raise SpaceMismatchError(
+                f"expected the forward to take an element of {self.domain}, but it raised {type(refusal).__name__}: "
+                f"{vjp.first_line(refusal)}; check the shape and dtype of the domain"
+            ) from refusal
+
+    def linear(self, leaves: Tensors) -> Tensors:
+        """Return the leaves of ``f(x) − f(0)``."""
+        zeros = tuple(torch.zeros_like(leaf) for leaf in leaves)
+        return tuple(a - b for a, b in zip(self.flat(leaves), self.flat(zeros), strict=True))
+
+    def adjoint(self, cotangents: Tensors) -> Tensors:
+        """Return ``f'(0)ᴴ v`` by the plain eager vector-Jacobian product."""
+        k = self.domain.batch_dims
+        batch = cotangents[0].shape[:k]
+        primals = tuple(torch.zeros((*batch, *s.shape[k:]), dtype=s.dtype, device=s.device) for s in self.domain.specs)
+        if self._vjp is None:
+            found, why, result = vjp.choose_vjp(self.flat, primals, tuple(c.detach() for c in cotangents))
+            self._vjp = found, why
+            if compat.plain() and not torch.is_grad_enabled():
+                return result
+        return self._vjp[0](self.flat, primals, cotangents)
+
+
+__all__ = ["Eager"]

@@ -1,0 +1,67 @@
+"""Operators that are built with a rule for kernels of the test's own: injected, not patched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import adjointlab as al
+from adjointlab.affine import AffineOperator
+from adjointlab.derive import from_source, require_linear
+from adjointlab.linearity import like_parameters
+from adjointlab.transpose import Options, Transposition
+from adjointlab.transpose.kernels.convolution import ConvSpec, sized
+from adjointlab.transpose.kernels.registry import KERNELS, NATIVE, Kernel
+
+BY_NAME = {kernel.name: kernel for kernel in KERNELS}
+
+
+def prefer(kernel: str | Kernel) -> Callable[[ConvSpec], Kernel]:
+    """Return a rule that takes a kernel wherever it can serve."""
+    wanted = BY_NAME[kernel] if isinstance(kernel, str) else kernel
+    return lambda spec: wanted if wanted.supports(spec) else NATIVE
+
+
+def broken(kernel: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Kernel:
+    """Return a kernel whose results are changed."""
+    right = BY_NAME[kernel]
+
+    def make(spec: ConvSpec) -> Callable[..., torch.Tensor]:
+        run = right.make(spec)
+        return lambda *tensors: change(run(*tensors))
+
+    return replace(right, make=make)
+
+
+def source(function: Any, domain: Any, choose: Any = None, *, kwargs: Any = None, **options: Any) -> Transposition:
+    space = like_parameters(function, domain, options.pop("batch_dims", 0))
+    return Transposition(function, space, kwargs, Options(choose=choose, **options), judge=require_linear)
+
+
+def operator(function: Any, domain: Any, choose: Any, **options: Any) -> al.LinearOperator:
+    """Return the linear operator, or the linear part, of a function, with a rule for kernels."""
+    return from_source(source(function, domain, choose, **options), ())
+
+
+def affine(function: Any, domain: Any, choose: Any, **options: Any) -> AffineOperator:
+    made = source(function, domain, choose, affine=True, **options)
+    return AffineOperator(from_source(made, ()), made)
+
+
+def square(n: int, k: int, dims: int, *, transposed: bool, dtype: torch.dtype = torch.float32) -> ConvSpec:
+    """Return a convolution of one channel that keeps the size, which is the same in all dimensions."""
+    shape = (1, *[n] * dims)
+    one, zero = (1,) * dims, (0,) * dims
+    settings = one, (k // 2,) * dims, one, transposed, zero, 1, dtype, torch.get_default_device()
+    return sized(ConvSpec(1, shape, shape, (k,) * dims, *settings))
+
+
+def ops_of(function: Callable[..., Any], *arguments: Any) -> list[str]:
+    """Return the names of the operations that run in a call, as the profiler sees them."""
+    with profile(activities=[ProfilerActivity.CPU]) as record, torch.no_grad():
+        function(*arguments)
+    return [event.name for event in record.events() if event.name.startswith("aten::")]
