@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from adjointlab.distributed import communication
-from adjointlab.distributed.failure import together
+from adjointlab.distributed.failure import raise_on_all_ranks
 from adjointlab.distributed.sharding import direct_sum, replicated
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator, derived
@@ -49,7 +49,7 @@ def vstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
     >>> dist.destroy_process_group()
     """
     block = _block(A, "vstack")
-    with together(mesh):
+    with raise_on_all_ranks(mesh):
         domain, codomain = replicated(block.domain, mesh), direct_sum(block.codomain, mesh)
     return derived(
         lambda x: block(_each(communication.replicate, x, mesh)),
@@ -104,7 +104,7 @@ def block_diag(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
         If A is no operator, or the processes' elements have different numbers of leaves.
     """
     block = _block(A, "block_diag")
-    with together(mesh):
+    with raise_on_all_ranks(mesh):
         domain, codomain = direct_sum(block.domain, mesh), direct_sum(block.codomain, mesh)
     return derived(block, block.H, domain, codomain, (block_diag, (block, mesh)), block)
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adjointlab.derive import from_source, options_of, require_linear
-from adjointlab.distributed.failure import together
+from adjointlab.distributed.failure import raise_on_all_ranks
 from adjointlab.distributed.sharding import Sharding
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.linearity import assess
@@ -82,7 +82,7 @@ def linear_operator(
             f"expected a domain and a codomain that are sharded over one mesh, got {where} and {target}: make them "
             "with adjointlab.distributed.space, replicated or direct_sum"
         )
-    with together(sharding.mesh):
+    with raise_on_all_ranks(sharding.mesh):
         source = Transposition(f, where, kwargs, engine, lowering=lowering, autotune=autotune, codomain=target)
         if check:
             _refuse_dtensors(source)

@@ -33,7 +33,7 @@ def failing(mesh: DeviceMesh, failed: bool) -> list[int]:
 
 
 @contextmanager
-def together(mesh: DeviceMesh) -> Iterator[None]:
+def raise_on_all_ranks(mesh: DeviceMesh) -> Iterator[None]:
     """Make what is raised on one process an error on all: for what each process does by itself, as building its part.
 
     Parameters
@@ -70,4 +70,4 @@ def together(mesh: DeviceMesh) -> Iterator[None]:
         )
 
 
-__all__ = ["failing", "together", "waiting"]
+__all__ = ["failing", "raise_on_all_ranks", "waiting"]
