@@ -1,6 +1,7 @@
 """Operators larger than one machine, over ``torch.distributed``: ``⟨a, b⟩ = Σᵣ ⟨aᵣ, bᵣ⟩`` on sharded spaces.
 
-An element is on each process the tensor that it holds. Solvers, checks and norms are the same calls as on one machine.
+On each process, an element is represented by the tensor that this process holds. Solvers, checks and norms are called
+as on one machine.
 """
 
 from adjointlab.distributed.blocks import block_diag, hstack, vstack
