@@ -42,9 +42,9 @@ def lsmr(
 ) -> Solution:
     r"""Minimise ``‖Ax − y‖²_W + damp² ‖x‖²`` by LSMR, which is equivalent to MINRES on the normal equations.
 
-    Both ``‖r‖`` and ``‖Aᴴr‖`` decrease at every step, so LSMR can be stopped earlier than CGLS. The stopping rules are
-    those of Fong and Saunders, where r is the residual of the damped system, and the recurrences estimate ``‖A‖`` and
-    ``cond(A)`` at no cost:
+    Both ``‖r‖`` and ``‖Aᴴr‖`` decrease at every step, so LSMR can be stopped earlier than CGLS. Fong and
+    Saunders give these stopping rules, where r is the residual of the damped system, and the recurrences estimate
+    ``‖A‖`` and ``cond(A)`` at no cost:
 
     - ``‖r‖ ≤ btol ‖y‖ + atol ‖A‖ ‖x‖``: x solves the equations;
     - ``‖Aᴴr‖ ≤ atol ‖A‖ ‖r‖``: x is a least-squares solution;

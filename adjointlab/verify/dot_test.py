@@ -14,7 +14,7 @@ from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors, stru
 
 # A function may compute weights internally, such as those of an interpolation. Every call rounds them in the same way,
 # so measurements do not show this error: for bicubic interpolation, A and its derivative differ by 4 eps, 2.4 times the
-# used_noise noise. So used_noise noise counts twice, up to _UNSEEN eps. Cancellation exceeds that, and half-precision
+# measured noise. So measured noise counts twice, up to _UNSEEN eps. Cancellation exceeds that, and half-precision
 # functions compute weights in single precision, so neither needs the factor.
 _UNSEEN, _HALF = 4, 1e-4
 
@@ -35,7 +35,7 @@ class DotTest:
         self.forward, self.adjoint, self.exact = forward, adjoint, exact
         self.powers = powers  # exponents p of the factors 2^p by which a pair is scaled
         self.reference = reference  # shows how precise an adjoint can be; None if B is derived
-        self.avoidable_noise = 0.0  # largest used_noise noise of B beyond that precision, in eps
+        self.avoidable_noise = 0.0  # largest measured noise of B beyond that precision, in eps
         self.notes: list[str] = []
         self.domain, self.codomain = forward.space, adjoint.space
         self.generator = torch.Generator().manual_seed(seed)
@@ -43,7 +43,7 @@ class DotTest:
         self.worst: tuple[float, float, float, str] | None = None  # excess, error, tolerance, pair
         self.worst_y: Tensors = ()
         self.pairs = 0
-        self.used_noise = 0.0  # largest used_noise noise that raised a tolerance, in eps
+        self.used_noise = 0.0  # largest measured noise that raised a tolerance, in eps
         self.lost_in_rounding: list[str] = []
         self._gains: dict[str, float] = {}  # rounding noise of random elements, relative to their norm
         self._norms: list[tuple[float, ...]] = []
@@ -186,7 +186,7 @@ class DotTest:
     def _noise(
         self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors, norms: tuple[float, ...], *, random: bool
     ) -> tuple[float, float] | None:
-        """Return the used_noise rounding errors of Ax and By, or None if they are too large to be rounding."""
+        """Return the measured rounding errors of Ax and By, or None if they are too large to be rounding."""
         if not self._starts_at_zero():
             return None
         try:
@@ -204,7 +204,7 @@ class DotTest:
         return forward, backward
 
     def _noise_of(self, side: CheckedMap, z: Tensors, at_z: Tensors, *, random: bool) -> float:
-        """Return the used_noise rounding errors at z; for a structured z, at least those of a random element."""
+        """Return the measured rounding errors at z; for a structured z, at least those of a random element."""
         # A single entry may have no rounding error in all three measurements; thousands of entries will.
         noise = rounding_noise(side, side.space, side.codomain, z, at_z)
         if random:

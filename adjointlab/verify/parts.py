@@ -22,9 +22,11 @@ def wrong_entries_of_y(comparison: Comparison) -> dict[int, list[int]]:
     (y,) = comparison.inputs[0]
     found = {}
     for dim, size in enumerate(y.shape):
-        places = _bisected(
-            lambda low, high, dim=dim: _is_wrong(comparison.with_changed_inputs(_only({dim: range(low, high)}))), size
-        )  # type: ignore[misc]
+
+        def wrong(low: int, high: int, dim: int = dim) -> bool:
+            return _is_wrong(comparison.with_changed_inputs(_only({dim: range(low, high)})))
+
+        places = _bisected(wrong, size)
         if 0 < len(places) < size:
             found[dim] = places
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adjointlab.verify.comparison import Comparison, Guess
+from adjointlab.verify.comparison import Change, Comparison, Guess
 
 _MOST_PROBES = 64  # largest size of a dimension of y whose entries are tested one by one
 _MOST_ENTRIES = 1024
@@ -20,9 +20,7 @@ def permuted(comparison: Comparison) -> str:
         order = _matching(found, expected, comparison.tolerance)
         if order is not None:
             index = torch.tensor(order, device="cpu")
-            guess = comparison.fit(
-                comparison.changed(after=lambda t, d=dim, i=index: t.index_select(d, i.to(t.device)))
-            )  # type: ignore[misc]
+            guess = comparison.fit(comparison.changed(after=_reordering(dim, index)))
             if guess.fits:
                 return Guess.words(f"entries along dim {dim} permuted: {_cycles(order)}", guess.factor)
     return _permuted_input(comparison)
@@ -52,12 +50,14 @@ def _permuted_input(comparison: Comparison) -> str:
         if order is not None:
             # B treats entry k of y as if it were entry order[k].
             index = torch.tensor(order, device="cpu").argsort()
-            guess = comparison.fit(
-                comparison.changed(before=lambda t, d=dim, i=index: t.index_select(d, i.to(t.device)))
-            )  # type: ignore[misc]
+            guess = comparison.fit(comparison.changed(before=_reordering(dim, index)))
             if guess.fits:
                 return Guess.words(f"entries of y along dim {dim} permuted: {_cycles(index.tolist())}", guess.factor)
     return ""
+
+
+def _reordering(dim: int, index: Tensor) -> Change:
+    return lambda t: t.index_select(dim, index.to(t.device))
 
 
 def _rows(t: Tensor, dim: int) -> Tensor:

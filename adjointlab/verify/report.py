@@ -32,7 +32,7 @@ class AdjointReport:
     worst : str
         Name of the worst pair, to which ``error`` and ``tolerance`` belong.
     missed_row_probability : float
-        Probability that the random pairs miss an error in one row of A whose norm is that of a typical row.
+        Probability that the random pairs miss an error in one row of A with the norm of a typical row.
     vacuous : bool
         Whether A and B were zero on every draw, so that the test means nothing.
     notes : tuple of str
