@@ -115,4 +115,4 @@ wheel: $(STAMP) ## Build the wheel and the source archive into dist/
 
 clean: ## Remove everything that was made, .venv included
 	rm -rf $(VENV) $(INTEROP) dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks .coverage htmlcov
-	find adjointlab tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find adjointlab examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from adjointlab.spectral import operator_norm, to_dense
     from adjointlab.verify import AdjointReport, assert_adjoint, check_adjoint
 
+    __version__: str
+
 # Where each name is defined. They are imported when they are first used, so that what needs no torch loads none: pytest
 # imports the plugin in every project that has adjointlab installed.
 _HOME = {
@@ -53,6 +55,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_HOME[name]), name)
     elif name in _SUBMODULES:
         value = import_module(f"adjointlab.{name}")
+    elif name == "__version__":
+        value = _version()
     else:
         raise AttributeError(f"module 'adjointlab' has no attribute {name!r}")
     globals()[name] = value
@@ -60,7 +64,16 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("adjointlab")
+    except PackageNotFoundError:
+        raise AttributeError("adjointlab has no __version__: it is imported, but not installed") from None
 
 
 __all__ = [

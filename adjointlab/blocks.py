@@ -1,4 +1,4 @@
-"""Building blocks: stacks, block diagonals, the identity and diagonals of operators and numbers."""
+"""Operators built from other operators (stacks, block diagonals), the identity, and diagonal operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adjointlab.space import Space
 from adjointlab.tree import tree_flatten
 
 
-def _product(spaces: Sequence[Space]) -> Space:
+def _product_space(spaces: Sequence[Space]) -> Space:
     free = {space.batch_dims for space in spaces}
     if len(free) > 1:
         raise SpaceMismatchError(f"expected operators with equal batch_dims, got {sorted(free)}: build them alike")
@@ -30,7 +30,7 @@ def _operators(operators: Sequence[LinearOperator], name: str) -> list[LinearOpe
     return found
 
 
-def _summed(elements: Sequence[Any]) -> Any:
+def _sum(elements: Sequence[Any]) -> Any:
     total = elements[0]
     for element in elements[1:]:
         total = added(total, element)
@@ -43,12 +43,12 @@ def vstack(operators: Sequence[LinearOperator]) -> LinearOperator:
     Parameters
     ----------
     operators : sequence of LinearOperator
-        Operators with one domain.
+        Operators that share one domain.
 
     Returns
     -------
     LinearOperator
-        From that domain to the tuples of elements of the codomains.
+        From the shared domain to tuples of elements of the codomains.
 
     Raises
     ------
@@ -66,8 +66,8 @@ def vstack(operators: Sequence[LinearOperator]) -> LinearOperator:
         common(parts[0].domain, part.domain, "the operators of vstack to have one domain", "use block_diag otherwise")
     return derived(
         lambda x: tuple(part(x) for part in parts),
-        lambda y: _summed([part.H(piece) for part, piece in zip(parts, y, strict=True)]),
-        parts[0].domain, _product([part.codomain for part in parts]), (vstack, (parts,)), *parts,
+        lambda y: _sum([part.H(piece) for part, piece in zip(parts, y, strict=True)]),
+        parts[0].domain, _product_space([part.codomain for part in parts]), (vstack, (parts,)), *parts,
     )  # fmt: skip
 
 
@@ -77,12 +77,12 @@ def hstack(operators: Sequence[LinearOperator]) -> LinearOperator:
     Parameters
     ----------
     operators : sequence of LinearOperator
-        Operators with one codomain.
+        Operators that share one codomain.
 
     Returns
     -------
     LinearOperator
-        From the tuples of elements of the domains to that codomain.
+        From tuples of elements of the domains to the shared codomain.
 
     Raises
     ------
@@ -99,9 +99,9 @@ def hstack(operators: Sequence[LinearOperator]) -> LinearOperator:
     for part in parts[1:]:
         common(parts[0].codomain, part.codomain, "the operators of hstack to have one codomain", "use block_diag")
     return derived(
-        lambda x: _summed([part(piece) for part, piece in zip(parts, x, strict=True)]),
+        lambda x: _sum([part(piece) for part, piece in zip(parts, x, strict=True)]),
         lambda y: tuple(part.H(y) for part in parts),
-        _product([part.domain for part in parts]), parts[0].codomain, (hstack, (parts,)), *parts,
+        _product_space([part.domain for part in parts]), parts[0].codomain, (hstack, (parts,)), *parts,
     )  # fmt: skip
 
 
@@ -111,12 +111,12 @@ def block_diag(operators: Sequence[LinearOperator]) -> LinearOperator:
     Parameters
     ----------
     operators : sequence of LinearOperator
-        The blocks.
+        The blocks on the diagonal.
 
     Returns
     -------
     LinearOperator
-        From tuples to tuples.
+        From tuples of elements of the domains to tuples of elements of the codomains.
 
     Raises
     ------
@@ -133,18 +133,18 @@ def block_diag(operators: Sequence[LinearOperator]) -> LinearOperator:
     return derived(
         lambda x: tuple(part(piece) for part, piece in zip(parts, x, strict=True)),
         lambda y: tuple(part.H(piece) for part, piece in zip(parts, y, strict=True)),
-        _product([part.domain for part in parts]), _product([part.codomain for part in parts]),
+        _product_space([part.domain for part in parts]), _product_space([part.codomain for part in parts]),
         (block_diag, (parts,)), *parts,
     )  # fmt: skip
 
 
 def identity(space: Any) -> LinearOperator:
-    """Return ``x ↦ x``, its own adjoint.
+    """Return ``x ↦ x``, which is its own adjoint.
 
     Parameters
     ----------
-    space : Space or what :meth:`Space.of` takes
-        Where x lives.
+    space : Space, or a description accepted by :meth:`Space.of`
+        The domain.
 
     Returns
     -------
@@ -163,17 +163,17 @@ def identity(space: Any) -> LinearOperator:
     True
     """
     where = Space.of(space)
-    operator: LinearOperator = derived(_itself, _itself, where, where, lambda: (identity, (operator.domain,)))
+    operator: LinearOperator = derived(_identity, _identity, where, where, lambda: (identity, (operator.domain,)))
     operator._body.views[1] = operator
     return operator
 
 
-def _itself(x: Any) -> Any:
+def _identity(x: Any) -> Any:
     return x
 
 
 class _Entries(nn.Module):
-    """The entries of a diagonal, as parameters where they are and as buffers elsewhere."""
+    """The entries of a diagonal: parameters are registered as parameters, other tensors as buffers."""
 
     def __init__(self, leaves: Sequence[Tensor]) -> None:
         super().__init__()
@@ -194,19 +194,19 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator:
     Parameters
     ----------
     d : Tensor or pytree of tensors
-        The diagonal, of the shape and dtype of x; parameters stay parameters.
+        The diagonal, with the shape and dtype of x. Parameters stay parameters.
     space : Space, optional
-        Where x lives; the space of ``d`` if not given. Needed where that is sharded, which ``d`` does not show.
+        The domain; the space of ``d`` if not given. A sharded domain must be given, because ``d`` does not show it.
 
     Returns
     -------
     LinearOperator
-        On that space.
+        From the space to itself.
 
     Raises
     ------
     SpaceMismatchError
-        If ``d`` holds anything else than floating-point or complex tensors, or is not in ``space``.
+        If ``d`` contains leaves that are not floating-point or complex tensors, or is not in ``space``.
 
     Examples
     --------
@@ -231,7 +231,7 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator:
 
 
 def diagonal_entries(operator: LinearOperator) -> Any:
-    """Return the diagonal of an operator made by :func:`diagonal`, or None for any other."""
+    """Return the diagonal of an operator made by :func:`diagonal`, or None for any other operator."""
     entries = getattr(operator, "operator_0", None)
     return operator.domain.unflatten(entries.leaves()) if isinstance(entries, _Entries) else None
 

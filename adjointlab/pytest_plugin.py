@@ -1,13 +1,13 @@
-"""Test every operator of a project in three lines: the fixture ``adjoint_check`` and the marker ``adjoint``.
+"""A pytest plugin that tests ``⟨Ax, y⟩ = ⟨x, By⟩``: the fixture ``adjoint_check`` and the marker ``adjoint``.
 
-With adjointlab installed, this is a whole test module::
+If adjointlab is installed, this is a complete test module::
 
     @pytest.mark.adjoint({"blur": (Blur(), (1, 1, 64, 64)), "fft": (fft, my_ifft, (1, 32)), "mask": A})
     def test_adjoints(adjoint_check):
         adjoint_check()
 
-It runs once for each operator. The module is imported by pytest in every project that has adjointlab installed, so it
-imports nothing but pytest until a test asks for the fixture.
+pytest runs the test once for each operator. Since pytest imports this plugin in every environment with adjointlab, the
+plugin imports nothing but pytest until a test uses the fixture.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MARKER = (
 
 
 class AdjointCheck:
-    """The fixture's value: called, it tests ``⟨Ax, y⟩ = ⟨x, By⟩`` and fails the test with a diagnosis."""
+    """The value of the fixture: a callable that tests ``⟨Ax, y⟩ = ⟨x, By⟩``, and raises with a diagnosis."""
 
     def __init__(self, case: Any, options: Mapping[str, Any]) -> None:
         self._case = case
@@ -37,11 +37,11 @@ class AdjointCheck:
 
     @property
     def forgotten(self) -> bool:
-        """Whether the marker gave an operator that was never tested."""
+        """Whether the marker provides an operator that the test has not checked."""
         return self._case is not None and not self._called
 
     def __call__(self, A: Any = None, adjoint: Callable[[Any], Any] | None = None, **options: Any) -> AdjointReport:
-        """Test an operator and its adjoint; without arguments, the one that the marker gave.
+        """Test ``⟨Ax, y⟩ = ⟨x, By⟩``; without arguments, for the operator of the marker.
 
         Parameters
         ----------
@@ -50,19 +50,19 @@ class AdjointCheck:
         adjoint : callable, optional
             A hand-written adjoint.
         **options
-            As :func:`adjointlab.check_adjoint` takes them; they go before those of the marker.
+            Options of :func:`adjointlab.check_adjoint`; they override the options of the marker.
 
         Returns
         -------
         AdjointReport
-            The report of a test that passed.
+            The report of the passed test.
 
         Raises
         ------
         AdjointMismatchError
-            If it failed; the message is the report, with a diagnosis.
+            If the test failed; the message is the report with a diagnosis.
         NotLinearError, NotDifferentiableError, SpaceMismatchError
-            If there is no adjoint to test, and why.
+            If there is no adjoint to test; the message says why.
         """
         __tracebackhide__ = True
         from adjointlab.errors import AdjointMismatchError
@@ -88,7 +88,7 @@ def _derived(function: Any, domain: Any) -> Any:
 
 
 def _operator(case: Any, adjoint: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Return A, its adjoint and options, from what a marker may give."""
+    """Return A, its adjoint and options for one operator of a marker."""
     __tracebackhide__ = True
     from torch.nn import Module
 
@@ -111,7 +111,7 @@ def _operator(case: Any, adjoint: Any) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker."""
+    """Register the marker ``adjoint``."""
     config.addinivalue_line("markers", _MARKER)
 
 
@@ -149,7 +149,7 @@ def _name(case: Any) -> str:
 
 @pytest.fixture
 def adjoint_check(request: pytest.FixtureRequest) -> AdjointCheck:
-    """Return a function that tests an operator's adjoint: ``adjoint_check(A)``, ``adjoint_check(f, g, domain=…)``."""
+    """Return a function that tests an adjoint: ``adjoint_check(A)`` or ``adjoint_check(f, g, domain=…)``."""
     marker = request.node.get_closest_marker("adjoint")
     options = {key: value for key, value in (marker.kwargs if marker else {}).items() if key != "operators"}
     return AdjointCheck(getattr(request, "param", None), options)
@@ -157,7 +157,7 @@ def adjoint_check(request: pytest.FixtureRequest) -> AdjointCheck:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """Fail a marked test that passed without a call of its fixture: it tested nothing."""
+    """Fail a marked test that never called its fixture, because it tested nothing."""
     yield
     check = getattr(item, "funcargs", {}).get("adjoint_check")
     if isinstance(check, AdjointCheck) and check.forgotten:

@@ -1,4 +1,4 @@
-"""How reports are shown: aligned text, strict JSON, tables and heat maps in HTML; the standard library is enough."""
+"""Formatting of reports as aligned text, strict JSON, HTML tables and heat maps, with the standard library only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DARK = (33, 49, 104)  # the colour of the largest entry; zero is white
 
 
 def aligned(title: str, rows: Rows) -> str:
-    """Return a title and, below it, names and values in two columns."""
+    """Return a title with two columns below it: names and values."""
     width = max((len(name) for name, _ in rows), default=0)
     indent = " " * (width + 4)
     return "\n".join(
@@ -25,7 +25,7 @@ def aligned(title: str, rows: Rows) -> str:
 
 
 def strict_json(record: dict[str, Any], indent: int | None = None) -> str:
-    """Return a record as JSON that every parser takes: what is not finite becomes ``null``."""
+    """Return a record as JSON that every parser accepts: NaN and infinities become ``null``."""
     return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
@@ -38,7 +38,7 @@ def _finite(value: Any) -> Any:
 
 
 def html_table(title: str, good: bool, rows: Rows, figure: str = "") -> str:
-    """Return a title in green or red and a table of two columns, all text escaped; ``figure`` is HTML already."""
+    """Return a green or red title and a table of two columns; all text is escaped except ``figure``, which is HTML."""
     colour = "#1a7f37" if good else "#b42318"
     body = "".join(
         f'<tr><th style="{_CELL};font-weight:normal;opacity:.7">{html.escape(name)}</th>'
@@ -49,7 +49,7 @@ def html_table(title: str, good: bool, rows: Rows, figure: str = "") -> str:
 
 
 def heat_map(title: str, grid: Grid, side: int = 128) -> str:
-    """Return a heat map of numbers ≥ 0 as inline SVG: white is zero, dark the largest."""
+    """Return a heat map of numbers ≥ 0 as inline SVG: white is zero, the darkest colour the largest number."""
     height, width = len(grid), len(grid[0])
     finite = [value for row in grid for value in row if math.isfinite(value)]
     top = max(finite, default=0.0)

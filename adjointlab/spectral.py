@@ -14,7 +14,7 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 
-_CHUNK = 1 << 22  # entries of basis vectors and images that are held at a time
+_CHUNK = 1 << 22  # most entries of basis vectors and images in memory at a time
 
 
 # -- matrices ----------------------------------------------------------------------------------------------------------
@@ -23,34 +23,35 @@ _CHUNK = 1 << 22  # entries of basis vectors and images that are held at a time
 def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
     """Return the matrix of A: ``to_dense(A) @ vector(x) = vector(A(x))``.
 
-    Columns are made many at a time (by ``vmap``), in chunks of bounded memory; one after the other where A does not
-    allow that.
+    ``vmap`` computes many columns at a time, in chunks of bounded memory. If A does not support ``vmap``, columns are
+    computed one by one.
 
     Parameters
     ----------
     A : LinearOperator
-        The operator; its matrix has ``A.codomain.size * A.domain.size`` entries.
+        The operator. Its matrix has ``A.codomain.size * A.domain.size`` entries.
     real : bool, optional
-        Whether to use real coordinates on both sides, ``[Re x; Im x]`` (real leaves have no imaginary part). A map that
-        is only real-linear on a complex domain has no other matrix, so that this is then the default.
+        Whether to use the real coordinates ``[Re x; Im x]`` in domain and codomain (real leaves have no imaginary
+        part). The default is True for a map that is only real-linear on a complex domain, which has no other matrix,
+        and False otherwise.
 
     Returns
     -------
     Tensor
-        ``(m, n)``, in the order of ``Space.vector``; complex if A maps to or from a complex space and ``real`` is not
-        set. The adjoint has the conjugate transpose of a complex-linear operator; in real coordinates, always the
-        transpose.
+        The ``(m, n)`` matrix, in the coordinates of ``Space.vector``; complex if A maps to or from a complex space and
+        the coordinates are complex. For a complex-linear A, the matrix of the adjoint is the conjugate transpose. In
+        real coordinates, it is the transpose for every A.
 
     Notes
     -----
-    The two sides of a map from a real space to a complex one differ: ``rfft`` of 16 numbers has a complex matrix, 9 ×
-    16, but its adjoint is only real-linear (it drops imaginary parts), and has the real one, 16 × 18. Ask for
-    ``real=True`` on both to compare them.
+    A map from a real to a complex space and its adjoint have different kinds of matrices by default. For example,
+    ``rfft`` of 16 numbers has a complex 9 × 16 matrix, but its adjoint is only real-linear (it drops imaginary parts)
+    and has a real 16 × 18 matrix. Set ``real=True`` for both to compare them.
 
     Raises
     ------
     SpaceMismatchError
-        If A is no linear operator, or ``real=False`` is asked for where no such matrix exists.
+        If A is not a LinearOperator, or ``real=False`` is given but A has no complex matrix.
 
     Examples
     --------
@@ -60,7 +61,7 @@ def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
     tensor([[-1.,  1.,  0.],
             [ 0., -1.,  1.]])
 
-    A map from real to complex numbers, and its adjoint:
+    The map ``rfft`` from real to complex numbers, and its adjoint:
 
     >>> F = linear_operator(torch.fft.rfft, (16,))
     >>> to_dense(F).shape, to_dense(F.H).shape
@@ -101,7 +102,7 @@ def _columns(A: LinearOperator, *, coordinates: bool) -> Tensor:
         return torch.cat([y.real, y.imag[mask]]) if coordinates and y.is_complex() else y
 
     chunk = max(1, _CHUNK // (domain.size + codomain.size))
-    together = len(positions) > 1
+    vectorized = len(positions) > 1
     dense = torch.empty(0, device=device)
     for start in range(0, len(positions), chunk):
         where = positions[start : start + chunk]
@@ -109,8 +110,8 @@ def _columns(A: LinearOperator, *, coordinates: bool) -> Tensor:
         basis[torch.arange(len(where), device=device), where] = 1
         if start + len(where) > domain.size:  # these columns belong to imaginary parts
             basis[max(0, domain.size - start) :] *= 1j
-        found = _together(image, basis) if together else None
-        together = found is not None
+        found = _vectorized(image, basis) if vectorized else None
+        vectorized = found is not None
         block = torch.stack([image(row) for row in basis]) if found is None else found
         if start == 0:
             dense = block.new_empty(block.shape[1], len(positions))
@@ -118,13 +119,13 @@ def _columns(A: LinearOperator, *, coordinates: bool) -> Tensor:
     return dense
 
 
-def _together(image: Callable[[Tensor], Tensor], basis: Tensor) -> Tensor | None:
-    """Return the images of all rows at once, or None where vmap cannot, or is wrong for the last row."""
+def _vectorized(image: Callable[[Tensor], Tensor], basis: Tensor) -> Tensor | None:
+    """Return the images of all rows by vmap, or None if vmap fails or is wrong for the last row."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of ops that vmap runs one by one
+            warnings.simplefilter("ignore")  # vmap warns about ops that it runs one by one
             found = torch.func.vmap(image, chunk_size=None)(basis)
-    except Exception:  # whatever a third-party forward raises under vmap, one by one it may well work
+    except Exception:  # a third-party forward may raise anything under vmap, and still work row by row
         return None
     expected = image(basis[-1])
     eps = torch.finfo(expected.dtype).eps
@@ -144,22 +145,23 @@ def _complex_entries(space: Space) -> Tensor:
 def operator_norm(
     A: LinearOperator, *, maxiter: int = 200, tol: float = 1e-4, generator: torch.Generator | None = None
 ) -> Tensor:
-    r"""Return ``‖A‖₂ = √λ_max(AᴴA)`` by the Lanczos process, a lower bound that grows towards it.
+    r"""Return ``‖A‖₂ = √λ_max(AᴴA)``, estimated from below by the Lanczos process.
 
-    The estimate σ comes with a unit vector v, ``σ² = ⟨v, AᴴAv⟩ ≤ ‖A‖²``, and it stops once
-    ``‖AᴴAv − σ²v‖ ≤ 2 tol σ²``: then A has a singular value within ``tol · σ`` of σ. From a random start that is the
-    largest one: the start has no part along it with probability zero, and a small part delays, but does not prevent it.
+    The estimate σ belongs to a unit vector v with ``σ² = ⟨v, AᴴAv⟩ ≤ ‖A‖²``. The iteration stops once
+    ``‖AᴴAv − σ²v‖ ≤ 2 tol σ²``; then A has a singular value within ``tol · σ`` of σ. With a random start, this is the
+    largest singular value: with probability one the start has a component along its singular vector. A small component
+    delays convergence, but does not prevent it.
 
     Parameters
     ----------
     A : LinearOperator
         The operator.
     maxiter : int
-        Most applications of AᴴA; if they come first, σ is what it is by then, still from below.
+        Largest number of applications of AᴴA. If it is reached first, the current σ is returned, a lower bound.
     tol : float
         Relative error bound.
     generator : torch.Generator, optional
-        Of the random start; seeded with 0 if not given.
+        CPU generator of the random start; a generator with seed 0 if not given.
 
     Returns
     -------
@@ -169,15 +171,15 @@ def operator_norm(
     Raises
     ------
     SpaceMismatchError
-        If A is no linear operator.
+        If A is not a LinearOperator.
     ValueError
         If ``maxiter`` is not positive, or ``tol`` is negative.
 
     Notes
     -----
-    All directions are kept orthogonal to each other; after 48 of them the process starts again from the best 16, so
-    that memory for some 70 elements of the domain is the most it takes. Other than power
-    iteration, whose speed is the ratio of the two largest singular values, it does not mind clusters.
+    All directions are kept orthogonal. After 48 directions, the process restarts from the best 16, so that it needs
+    memory for at most about 70 elements of the domain. Unlike power iteration, whose speed depends on the ratio of the
+    two largest singular values, it is not slowed down by clustered singular values.
 
     References
     ----------
@@ -201,7 +203,7 @@ def operator_norm(
         scale = codomain.norm(A(start)) / domain.norm(start)
         if scale == 0 or not torch.isfinite(scale):
             return scale
-        factor = float(1 / scale)  # of A, so that the entries of AᴴA neither vanish nor overflow
+        factor = float(1 / scale)  # scales A, so that the entries of AᴴA neither underflow nor overflow
 
         def gram(x: Tensor) -> Tensor:
             image = [factor * leaf for leaf in codomain.leaves(A(_element(domain, x)))]
@@ -210,25 +212,25 @@ def operator_norm(
         return scale * _lanczos(gram, _flat(domain, start), maxiter, tol, domain)
 
 
-_BASIS, _KEPT = 48, 16
+_MOST_DIRECTIONS, _KEPT_DIRECTIONS = 48, 16
 
 
 def _lanczos(
     gram: Callable[[Tensor], Tensor], start: Tensor, maxiter: int, tol: float, space: Space | None = None
 ) -> Tensor:
     """Return ``√λ_max`` of a self-adjoint positive map of real vectors by thick-restart Lanczos."""
-    across = _across(space)
+    process_sum = _process_sum(space)
     dimension = start.numel() if space is None else real_size(space)
-    # VᵀGV is made from the products themselves, so that a restart needs no bookkeeping.
-    most = min(_BASIS, dimension)
+    # VᵀGV is computed from the products GV, so that a restart needs no recurrence coefficients.
+    most = min(_MOST_DIRECTIONS, dimension)
     basis = start.new_zeros(most, start.numel())
     projected = torch.zeros(most, most, dtype=torch.float64, device="cpu")
-    direction, k = start / across(torch.linalg.vector_norm(start), 2), 0
+    direction, k = start / process_sum(torch.linalg.vector_norm(start), 2), 0
     best = torch.zeros((), dtype=torch.float64, device=start.device)
     for _ in range(maxiter):
         basis[k] = direction
         product = gram(direction)
-        row = across(basis[: k + 1] @ product).double().cpu()
+        row = process_sum(basis[: k + 1] @ product).double().cpu()
         if not bool(torch.isfinite(row).all()):
             return torch.full_like(best, torch.nan)
         projected[k, : k + 1] = projected[: k + 1, k] = row
@@ -236,16 +238,16 @@ def _lanczos(
         values, vectors = torch.linalg.eigh(projected[:k, :k])
         best = torch.fmax(best, values[-1].clamp(min=0).sqrt().to(best.device))
         rest = product - row.to(product).matmul(basis[:k])
-        rest = rest - across(basis[:k] @ rest) @ basis[:k]  # once more, against rounding
-        length = across(torch.linalg.vector_norm(rest), 2)
-        # G V = V projected + rest eₖᵀ, also after a restart, since the kept vectors span a Krylov space with rest.
+        rest = rest - process_sum(basis[:k] @ rest) @ basis[:k]  # orthogonalised again, against rounding
+        length = process_sum(torch.linalg.vector_norm(rest), 2)
+        # G V = V projected + rest eₖᵀ holds after a restart, too: the kept vectors and rest span a Krylov space.
         gap = float(length.double().cpu() * vectors[-1, -1].abs())
         exhausted = float(length) <= torch.finfo(start.dtype).eps * float(values[-1].abs())
         if gap <= 2 * tol * float(values[-1]) or exhausted or k == dimension:
             return best
         direction = rest / length
         if k == most:
-            kept = min(_KEPT, most // 2)
+            kept = min(_KEPT_DIRECTIONS, most // 2)
             basis[:kept] = vectors[:, -kept:].T.to(basis) @ basis[:k]
             projected.zero_()
             projected[range(kept), range(kept)] = values[-kept:]
@@ -253,8 +255,8 @@ def _lanczos(
     return best
 
 
-def _across(space: Space | None) -> Callable[..., Tensor]:
-    """Return what makes an inner product of flat vectors, or a norm (of power 2), that of whole elements."""
+def _process_sum(space: Space | None) -> Callable[..., Tensor]:
+    """Return a function that sums inner products (power 1) or combines norms (power 2) over all processes."""
     sharding = None if space is None else space.specs[0].sharding
     if sharding is None:
         return lambda part, power=1: part
@@ -262,7 +264,7 @@ def _across(space: Space | None) -> Callable[..., Tensor]:
 
 
 def real_size(space: Space) -> int:
-    """Return the number of real coordinates of the whole."""
+    """Return the number of real coordinates of an element, over all processes."""
     return sum(
         (spec.numel if spec.sharding is None else spec.sharding.size) * (2 if spec.is_complex else 1)
         for spec in space.specs
@@ -270,7 +272,7 @@ def real_size(space: Space) -> int:
 
 
 def _flat(space: Space, element: Any) -> Tensor:
-    """Return an element as one real vector whose dot product is ``Re⟨·, ·⟩``: summed over processes, if sharded."""
+    """Return an element as one real vector; the dot product, summed over processes, is ``Re⟨·, ·⟩``."""
     leaves = space.leaves(element)
     parts = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
     dtype = parts[0].dtype
@@ -279,7 +281,7 @@ def _flat(space: Space, element: Any) -> Tensor:
     if torch.finfo(dtype).bits < 32:
         dtype = torch.float32
     flat = [part.reshape(-1).to(dtype) for part in parts]
-    if space.is_sharded:  # what is held n times over counts once
+    if space.is_sharded:  # entries that n processes hold count once
         flat = [part * spec.sharding.share**0.5 for part, spec in zip(flat, space.specs, strict=True) if spec.sharding]
     return torch.cat(flat)
 
@@ -298,7 +300,7 @@ def _element(space: Space, vector: Tensor) -> Any:
 
 
 def condition_number(A: LinearOperator) -> Tensor:
-    """Return ``κ(A) = σ_max / σ_min`` from the matrix of a small operator; infinite if A has a kernel.
+    """Return ``κ(A) = σ_max / σ_min`` from the matrix of a small operator; infinite if A has a nontrivial kernel.
 
     Parameters
     ----------
@@ -313,7 +315,11 @@ def condition_number(A: LinearOperator) -> Tensor:
     Raises
     ------
     SpaceMismatchError
-        If A is no linear operator.
+        If A is not a LinearOperator.
+
+    References
+    ----------
+    G. H. Golub and C. F. Van Loan, *Matrix Computations*, 4th ed., Johns Hopkins University Press 2013, section 2.6.
 
     Examples
     --------
@@ -337,16 +343,16 @@ def condition_number(A: LinearOperator) -> Tensor:
 
 
 def estimate_trace(A: LinearOperator, *, samples: int = 64, generator: torch.Generator | None = None) -> Tensor:
-    """Return an unbiased estimate of ``tr A``: the mean of ``⟨z, Az⟩`` over random signs z (Hutchinson).
+    """Return an unbiased estimate of ``tr A``: the mean of ``⟨z, Az⟩`` over vectors z of random signs.
 
     Parameters
     ----------
     A : LinearOperator
-        From a space to itself.
+        An operator from a space to itself.
     samples : int
-        Number of z; the error falls with its root.
+        Number of vectors z; the standard error falls like ``1/√samples``.
     generator : torch.Generator, optional
-        Of the signs, on the CPU; seeded with 0 if not given.
+        CPU generator of the signs; a generator with seed 0 if not given.
 
     Returns
     -------
@@ -356,7 +362,7 @@ def estimate_trace(A: LinearOperator, *, samples: int = 64, generator: torch.Gen
     Raises
     ------
     SpaceMismatchError
-        If A is no linear operator, or does not map a space to itself.
+        If A is not a LinearOperator, or does not map a space to itself.
     ValueError
         If ``samples`` is not positive.
 
@@ -377,7 +383,7 @@ def estimate_trace(A: LinearOperator, *, samples: int = 64, generator: torch.Gen
 
 
 def estimate_diagonal(A: LinearOperator, *, samples: int = 64, generator: torch.Generator | None = None) -> Any:
-    """Return an unbiased estimate of the diagonal of A: the mean of ``z ⊙ Az`` over random signs z.
+    """Return an unbiased estimate of the diagonal of A: the mean of ``z ⊙ Az`` over vectors z of random signs.
 
     Parameters
     ----------
@@ -392,7 +398,7 @@ def estimate_diagonal(A: LinearOperator, *, samples: int = 64, generator: torch.
     Raises
     ------
     SpaceMismatchError
-        If A is no linear operator, or does not map a space to itself.
+        If A is not a LinearOperator, or does not map a space to itself.
     ValueError
         If ``samples`` is not positive.
 
@@ -419,7 +425,7 @@ def estimate_diagonal(A: LinearOperator, *, samples: int = 64, generator: torch.
 
 
 def _probes(A: LinearOperator, samples: int, generator: torch.Generator | None) -> Iterator[tuple[Any, Any]]:
-    """Yield random signs z with Az."""
+    """Yield vectors z of random signs, each with Az."""
     _require_operator(A)
     if samples < 1:
         raise ValueError(f"expected samples of 1 or more, got {samples}")

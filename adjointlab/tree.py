@@ -1,4 +1,4 @@
-"""Pytrees, and objects that hold tensors as attributes, as leaves and structure."""
+"""Flattening of pytrees, and of objects that hold tensors as attributes, into leaves and structure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class Structure:
-    """How leaves hang together: a pytree, whose leaves may be objects that hold tensors as attributes.
+    """The structure of a pytree whose leaves may be objects that hold tensors as attributes (``holders``).
 
-    The second part is for containers that no one registered with pytree (deepinv's ``TensorList``): such an object is
-    flattened by its attributes and rebuilt from a copy that is stripped of its tensors.
+    A holder is a container that is not registered with pytree, such as deepinv's ``TensorList``. It is flattened into
+    its attributes, and rebuilt from a copy without its tensors (the ``shell``).
     """
 
     spec: pytree.TreeSpec
@@ -35,17 +35,17 @@ class Structure:
         return pytree.tree_unflatten(rest, self.spec)
 
     def ordered(self, tree: Any) -> list[Any] | None:
-        """Return the leaves of a tree that differs from this one in the order of dictionaries only, else None."""
+        """Return the leaves of a tree that differs only in the order of dictionary keys; None for any other tree."""
         if self.holders:
             return None
         try:
             return self.spec.flatten_up_to(tree)
-        except ValueError:  # it is another tree
+        except ValueError:  # a different tree
             return None
 
     @property
     def num_leaves(self) -> int:
-        """Number of leaves, those inside of holders included."""
+        """Number of leaves, including the leaves inside holders."""
         return int(self.spec.num_leaves) + sum(inner.num_leaves - 1 for *_, inner in self.holders)
 
     def __eq__(self, other: object) -> bool:

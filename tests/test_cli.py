@@ -487,7 +487,32 @@ def test_without_typer_the_program_says_what_to_install(tmp_path):
     assert done.stderr == 'error: the command line needs typer: pip install "adjointlab[cli]"\n'
 
 
+@pytest.mark.parametrize("stranger", [False, True])
+def test_without_a_clone_the_demo_says_where_it_is(tmp_path, monkeypatch, stranger):
+    if stranger:  # what another project has installed under the same name is not run
+        (tmp_path / "examples" / "demo").mkdir(parents=True)
+        (tmp_path / "examples" / "demo" / "__init__.py").write_text("raise SystemExit(0)", encoding="utf-8")
+    monkeypatch.setattr("adjointlab.cli.demonstration.CLONE", tmp_path)
+    line = unusable("demo", "--quick", "--output", str(tmp_path / "figures"))
+    for told in ("examples/demo", "clone the repository", "make demo"):
+        assert told in line
+    assert "pip install" not in line
+    assert not (tmp_path / "figures").exists()
+
+
+def test_without_its_libraries_the_demo_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text("", encoding="utf-8")
+    (tmp_path / "examples" / "demo").mkdir(parents=True)
+    (tmp_path / "examples" / "demo" / "__init__.py").write_text("import no_such_library", encoding="utf-8")
+    monkeypatch.setattr("adjointlab.cli.demonstration.CLONE", tmp_path)
+    monkeypatch.delitem(sys.modules, "adjointlab_demo", raising=False)
+    line = unusable("demo", "--output", str(tmp_path / "figures"))
+    assert "no_such_library" in line
+    assert 'pip install "adjointlab[demo]"' in line
+    assert "adjointlab_demo" not in sys.modules
+
+
 def test_version():
     result = invoke("--version")
     assert result.exit_code == 0
-    assert result.stdout.strip()[0].isdigit()
+    assert result.stdout.strip() == al.__version__

@@ -1,6 +1,7 @@
 """The demonstration: everything it claims holds, its figures are there, and its claims can fail."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from adjointlab import demo
 from adjointlab.cli.app import app
-from adjointlab.demo.common import Stage, gaussian, recover
-from adjointlab.demo.mri import MultiCoil, coil_maps, sampling_mask, volume
-from adjointlab.demo.photograph import enlarge
+from adjointlab.cli.demonstration import load
+
+ROOT = Path(__file__).parents[1]
+
+demo = load(ROOT)
+Stage, gaussian, recover = demo.common.Stage, demo.common.gaussian, demo.common.recover
+MultiCoil, coil_maps = demo.mri.MultiCoil, demo.mri.coil_maps
+sampling_mask, volume = demo.mri.sampling_mask, demo.mri.volume
+enlarge = demo.photograph.enlarge
 
 pytestmark = pytest.mark.cpu  # as a demonstration is, unless it is told otherwise
 
@@ -126,13 +132,15 @@ def test_the_volume_is_real_data():
     assert volume(quick=True).shape == (8, 48, 44)
 
 
-def test_the_command(tmp_path, shown):
+def test_the_command(tmp_path, shown, monkeypatch):
+    monkeypatch.setattr("adjointlab.cli.demonstration.CLONE", ROOT)
     result = CliRunner().invoke(app, ["demo", "--quick", "--output", str(tmp_path / "new" / "folder")])
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(demo.FIGURES)
 
 
-def test_the_command_where_it_cannot_write(tmp_path):
+def test_the_command_where_it_cannot_write(tmp_path, monkeypatch):
+    monkeypatch.setattr("adjointlab.cli.demonstration.CLONE", ROOT)
     (tmp_path / "file").write_text("")
     result = CliRunner().invoke(app, ["demo", "--quick", "--output", str(tmp_path / "file")])
     assert result.exit_code == 2

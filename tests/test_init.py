@@ -1,5 +1,6 @@
 """The public names, whatever is imported first."""
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -30,6 +31,35 @@ def test_functions_are_not_hidden_by_modules(first: str) -> None:
     hidden = "[n for n in al.__all__ if n != 'solvers' and not callable(getattr(al, n))]"
     code = f"import {first}, adjointlab as al; print({hidden})"
     assert python(code) == "[]"
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert al.__version__ == importlib.metadata.version("adjointlab")
+    assert "__version__" in dir(al)
+
+
+def test_without_a_distribution_there_is_no_version() -> None:
+    code = """
+import importlib.metadata
+def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = version
+import adjointlab as al
+print(getattr(al, "__version__", "none"))
+"""
+    assert python(code) == "none"
+
+
+def test_version_needs_no_torch() -> None:
+    code = """
+import sys
+before = set(sys.modules)
+import adjointlab as al
+light = set(sys.modules) - before
+al.__version__
+print(sorted({"torch", "numpy"} & set(sys.modules)), "importlib.metadata" in light)
+"""
+    assert python(code) == "[] False"
 
 
 def test_import_is_light() -> None:

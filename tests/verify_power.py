@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import adjointlab as al
+from adjointlab.verify.checked_map import BrokenError, CheckedMap
 from adjointlab.verify.dot_test import DotTest
-from adjointlab.verify.side import BrokenError, Side
 
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64)
@@ -304,8 +304,8 @@ def mutants(operators: Iterable[tuple[str, torch.dtype, Any]], seeds: int, *, ex
 
 
 def passes(A: al.LinearOperator, adjoint: Adjoint, seed: int, trials: int = 5) -> bool:
-    sides = Side(A, A.domain, A.codomain, "A"), Side(adjoint, A.codomain, A.domain, "B")
-    right = None if adjoint is A.H else lambda: Side(A.H, A.codomain, A.domain, "Aᴴ")
+    sides = CheckedMap(A, A.domain, A.codomain, "A"), CheckedMap(adjoint, A.codomain, A.domain, "B")
+    right = None if adjoint is A.H else lambda: CheckedMap(A.H, A.codomain, A.domain, "Aᴴ")
     test = DotTest(*sides, exact=A.is_complex_linear, seed=seed, reference=right)
     with torch.no_grad():
         try:

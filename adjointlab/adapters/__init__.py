@@ -1,4 +1,4 @@
-"""Adapters to other libraries, both ways; each is imported by name and needs its library.
+"""Adapters that convert operators to and from other libraries; import each by name, its library is required.
 
 ``adjointlab.adapters.scipy``, ``adjointlab.adapters.pylops``, ``adjointlab.adapters.deepinv``.
 """

@@ -1,4 +1,4 @@
-"""Between NumPy and PyTorch: arrays and tensors share memory where they can, and opaque pairs become differentiable."""
+"""Conversion between NumPy arrays and tensors, sharing memory if possible, and operators from maps on arrays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ArrayMap = Callable[[Array], Array]
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """Return the NumPy dtype of the same numbers."""
+    """Return the NumPy dtype that equals a PyTorch dtype."""
     try:
         return torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
     except TypeError:
@@ -28,7 +28,7 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
 
 
 def torch_dtype(dtype: Any) -> torch.dtype:
-    """Return the floating-point or complex PyTorch dtype that holds numbers of a NumPy dtype."""
+    """Return the floating-point or complex PyTorch dtype that represents a NumPy dtype."""
     kind = np.dtype(dtype)
     if kind.kind not in "fc" or kind.itemsize > (16 if kind.kind == "c" else 8):
         kind = np.result_type(kind, np.float32) if kind.kind in "biu" else np.dtype("f8" if kind.kind == "f" else "c16")
@@ -36,7 +36,7 @@ def torch_dtype(dtype: Any) -> torch.dtype:
 
 
 def to_tensor(array: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the array as a tensor: the same memory if dtype, order and device allow, and it may be written to."""
+    """Return the array as a tensor that shares its memory if dtype, order, device and writability allow it."""
     wanted = numpy_dtype(dtype)
     if array.dtype.kind == "c" and wanted.kind != "c":
         array = array.real
@@ -44,7 +44,7 @@ def to_tensor(array: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def to_array(tensor: Tensor) -> Array:
-    """Return the tensor as an array: the same memory if it is on the CPU."""
+    """Return the tensor as an array, which shares its memory if the tensor is on the CPU."""
     array: Array = tensor.detach().resolve_conj().resolve_neg().cpu().numpy()
     return array
 
@@ -57,12 +57,12 @@ def on_arrays(A: LinearOperator, *, real: bool = False) -> ArrayMap:
     A : LinearOperator
         The operator.
     real : bool
-        Whether to use real coordinates on both sides, ``[Re x; Im x]``, as ``al.to_dense(A, real=True)`` does.
+        Whether to use the real coordinates ``[Re x; Im x]`` in domain and codomain, as ``al.to_dense(A, real=True)``.
 
     Returns
     -------
     callable
-        It writes to nothing that it is given, and what it returns shares no memory with that.
+        A function that neither overwrites its argument nor returns memory shared with it.
     """
     device = A.domain.specs[0].device
     dtype = _common_dtype(A.domain)
@@ -71,9 +71,9 @@ def on_arrays(A: LinearOperator, *, real: bool = False) -> ArrayMap:
     def apply(array: Array) -> Array:
         with torch.no_grad():
             vector = to_tensor(array.reshape(-1), scalar, device)
-            x = A.domain.element(_joined(vector, A.domain) if real else vector)
+            x = A.domain.element(_join_complex(vector, A.domain) if real else vector)
             y = A.codomain.vector(A(x))
-            result = to_array(_parted(y, A.codomain) if real else y)
+            result = to_array(_split_complex(y, A.codomain) if real else y)
         return result.copy() if np.may_share_memory(result, array) else result
 
     return apply
@@ -87,20 +87,20 @@ def _common_dtype(space: Space) -> torch.dtype:
 
 
 def _complex_entries(space: Space) -> slice | Tensor:
-    """Return where the complex entries are: everywhere, as a slice, or in some leaves."""
+    """Return the positions of complex entries: a full slice if all are complex, else a mask."""
     if all(spec.is_complex for spec in space.specs):
         return slice(None)
     device = space.specs[0].device
     return torch.cat([torch.full((spec.numel,), spec.is_complex, device=device) for spec in space.specs])
 
 
-def _parted(vector: Tensor, space: Space) -> Tensor:
+def _split_complex(vector: Tensor, space: Space) -> Tensor:
     if not vector.is_complex():
         return vector
     return torch.cat([vector.real, vector.imag[_complex_entries(space)]])
 
 
-def _joined(coordinates: Tensor, space: Space) -> Tensor:
+def _join_complex(coordinates: Tensor, space: Space) -> Tensor:
     if not space.is_complex:
         return coordinates
     real = coordinates[: space.size]
@@ -115,19 +115,19 @@ def common_dtype(*spaces: Space) -> np.dtype[Any]:
 
 
 def from_arrays(forward: ArrayMap, adjoint: ArrayMap, domain: Space, codomain: Space) -> LinearOperator:
-    """Return the operator of a pair of functions on flat arrays, which are each other's derivative.
+    """Return ``x ↦ forward(x)`` as an operator whose adjoint and derivative is ``y ↦ adjoint(y)``, on flat arrays.
 
     Parameters
     ----------
     forward, adjoint : callable
-        On one-dimensional arrays; nothing here checks that they are adjoint to each other.
+        Functions on one-dimensional arrays. That one is the adjoint of the other is not checked.
     domain, codomain : Space
-        Of one leaf each.
+        Spaces of one leaf each.
 
     Returns
     -------
     LinearOperator
-        With gradients in x, to any order.
+        An operator with gradients in x of any order.
     """
 
     def wrapped(function: ArrayMap, source: Space, target: Space) -> Callable[[Tensor], Tensor]:
@@ -135,7 +135,7 @@ def from_arrays(forward: ArrayMap, adjoint: ArrayMap, domain: Space, codomain: S
             given = to_array(x.reshape(-1))
             spec = target.specs[0]
             result = to_tensor(np.asarray(function(given)), spec.dtype, spec.device)
-            shares = np.may_share_memory(to_array(result), given)  # a part of x, say
+            shares = np.may_share_memory(to_array(result), given)  # for example, the result is a part of x
             return (result.clone() if shares else result).reshape(spec.shape)
 
         return run
@@ -152,7 +152,7 @@ def from_arrays(forward: ArrayMap, adjoint: ArrayMap, domain: Space, codomain: S
 
 
 class _Linked(torch.autograd.Function):
-    """``x ↦ Ax`` with the derivative ``v ↦ Aᴴv``, neither of which autograd can see into."""
+    """``x ↦ Ax`` with the derivative ``v ↦ Aᴴv``; autograd can trace neither map."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:

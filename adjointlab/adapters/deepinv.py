@@ -1,4 +1,4 @@
-"""deepinv: ``A`` as a ``LinearPhysics`` whose adjoint is derived, and every linear physics as an ``A``."""
+"""deepinv: an operator as a ``LinearPhysics`` with a derived adjoint, and a linear physics as an operator."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class _Physics(LinearPhysics):  # type: ignore[misc]
         return self.A_adjoint(v)
 
     def _operator(self, x: Any, parameters: dict[str, Any]) -> LinearOperator:
-        """Return the operator for keyword parameters of the forward, made once for each set of them."""
+        """Return the operator for keyword parameters of the forward; operators for recent parameters are kept."""
         if not parameters:
             return self.operator
-        samples = tree_flatten(x)[0][0].shape[0]  # a parameter may have an entry for each
+        samples = tree_flatten(x)[0][0].shape[0]  # a parameter may have one entry per sample
         for number, known, operator in self._with_parameters:
             same = known.keys() == parameters.keys() and all(known[name] is parameters[name] for name in known)
             if number == samples and same:
@@ -64,44 +64,44 @@ class _Physics(LinearPhysics):  # type: ignore[misc]
 
 
 def _apply(function: Callable[[Any], Any], source: Space, target: Space, x: Any) -> Any:
-    """Apply an operator to what deepinv passes, a tensor or a TensorList, for any number of samples."""
+    """Apply an operator to a tensor or TensorList from deepinv, for any number of samples."""
     leaves = tuple(tree_flatten(x)[0])
     samples, own = leaves[0].shape[0], source.specs[0].shape[0]
     if source.batch_dims or samples == own:
-        return _outward(target.leaves(function(source.unflatten(leaves))))
+        return _to_deepinv_data(target.leaves(function(source.unflatten(leaves))))
     if own != 1:
         raise SpaceMismatchError(
             f"expected {own} samples, got {samples}: build the operator with batch_dims=1, which leaves the number free"
         )
     each = [target.leaves(function(source.unflatten([leaf[i : i + 1] for leaf in leaves]))) for i in range(samples)]
-    return _outward(tuple(torch.cat(parts) for parts in zip(*each, strict=True)))
+    return _to_deepinv_data(tuple(torch.cat(parts) for parts in zip(*each, strict=True)))
 
 
-def _outward(leaves: tuple[Tensor, ...]) -> Any:
+def _to_deepinv_data(leaves: tuple[Tensor, ...]) -> Any:
     return leaves[0] if len(leaves) == 1 else TensorList(list(leaves))
 
 
 def to_deepinv(A: LinearOperator, **options: Any) -> Any:
-    """Return A as a deepinv ``LinearPhysics``, with ``A_adjoint`` the derived ``Aᴴ``.
+    """Return A as a deepinv ``LinearPhysics`` whose ``A_adjoint`` is the derived ``Aᴴ``.
 
     Parameters
     ----------
     A : LinearOperator
-        An operator on batches of images ``(B, C, …)``. Built with ``batch_dims=1``, it takes any number of samples at
-        once; built for one sample, it is applied to one after the other.
+        An operator on batches of images ``(B, C, …)``. With ``batch_dims=1``, it accepts any number of samples at once.
+        If it was built for one sample, it is applied to the samples one by one.
     **options
-        Of ``LinearPhysics``: ``noise_model``, ``max_iter``, ``tol``, ``solver`` …
+        Options of ``LinearPhysics``: ``noise_model``, ``max_iter``, ``tol``, ``solver`` …
 
     Returns
     -------
     deepinv.physics.LinearPhysics
-        Several outputs become a ``TensorList``. Keyword parameters of ``physics.A(x, mask=…)`` and ``A_adjoint`` are
-        passed to the forward that A was made of. Parameters of A are parameters of the physics.
+        The physics. Several outputs become a ``TensorList``. ``physics.A(x, mask=…)`` and ``A_adjoint`` pass keyword
+        parameters to the forward from which A was built. Parameters of A are parameters of the physics.
 
     Raises
     ------
     SpaceMismatchError
-        At a call, if the number of samples does not fit.
+        At a call, if the number of samples does not match the operator.
 
     Examples
     --------
@@ -119,18 +119,18 @@ def from_deepinv(physics: Any, domain: Any, *, batch_dims: int = 1, **parameters
     Parameters
     ----------
     physics : deepinv.physics.LinearPhysics
-        The physics; noise and sensor model are left out.
+        The physics. Its noise and sensor models are ignored.
     domain : Tensor, tuple of int, TensorSpec, Space or pytree of these
-        The images, batch dimension first: ``(1, C, …)``.
+        The space of images, with the batch dimension first: ``(1, C, …)``.
     batch_dims : int
-        1 for any number of samples; 0 for as many as ``domain`` has.
+        1 if the number of samples is free; 0 if it is fixed to the number in ``domain``.
     **parameters
         Keyword parameters of ``physics.A``.
 
     Returns
     -------
     LinearOperator
-        Its adjoint owes nothing to ``physics.A_adjoint``: the two can be compared.
+        The operator. Its adjoint is derived without ``physics.A_adjoint``, so the two can be compared.
 
     Raises
     ------

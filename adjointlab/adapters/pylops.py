@@ -1,4 +1,4 @@
-"""PyLops: ``A`` as a ``pylops.LinearOperator``, and back; then its solvers and PyProximal's run on it."""
+"""PyLops: conversion to and from ``pylops.LinearOperator``, for the solvers of PyLops and PyProximal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Operator(PyLopsOperator):  # type: ignore[misc]
         return self._apply(self._adjoint_map, x)
 
     def _apply(self, function: Any, x: Array) -> Array:
-        if np.iscomplexobj(x) and self.dtype.kind != "c":  # PyLops feeds complex vectors to real operators, too
+        if np.iscomplexobj(x) and self.dtype.kind != "c":  # PyLops passes complex vectors to real operators, too
             result: Array = function(x.real) + 1j * function(x.imag)
             return result
         image: Array = function(x)
@@ -44,23 +44,23 @@ class _Operator(PyLopsOperator):  # type: ignore[misc]
 
 
 def to_pylops(A: LinearOperator) -> Any:
-    """Return A as a PyLops ``LinearOperator``, with ``dims`` and ``dimsd`` the shapes of its spaces.
+    """Return ``x ↦ Ax`` as a PyLops ``LinearOperator``; ``dims`` and ``dimsd`` are the shapes of domain and codomain.
 
     Parameters
     ----------
     A : LinearOperator
-        Any operator on dtypes that NumPy has. Pytrees become vectors, leaf after leaf.
+        An operator whose dtypes exist in NumPy. Pytrees become vectors, leaf after leaf.
 
     Returns
     -------
     pylops.LinearOperator
-        Of A's dtype; ``clinear`` says whether A is complex-linear. Where it is not, the adjoint is that of
-        ``Re⟨·, ·⟩``, PyLops' own convention. Arrays and tensors share their memory.
+        An operator with the dtype of A. ``clinear`` tells whether A is complex-linear. If not, the adjoint is taken for
+        ``Re⟨·, ·⟩``, which is PyLops' convention, too. Arrays and tensors share memory.
 
     Raises
     ------
     SpaceMismatchError
-        If NumPy has no such dtype.
+        If a dtype does not exist in NumPy.
 
     Examples
     --------
@@ -74,20 +74,20 @@ def to_pylops(A: LinearOperator) -> Any:
 
 
 def from_pylops(operator: Any, *, device: torch.device | str | None = None) -> LinearOperator:
-    """Return the operator of a PyLops one: ``x ↦ Ax`` from the shape ``dims`` to the shape ``dimsd``.
+    """Return a PyLops operator as ``x ↦ Ax`` from the shape ``dims`` to the shape ``dimsd``.
 
     Parameters
     ----------
     operator : pylops.LinearOperator
         An operator on NumPy arrays.
     device : torch.device or str, optional
-        Where the tensors live; PyLops works on the CPU here.
+        The device of the tensors; the CPU if not given. PyLops computes on the CPU.
 
     Returns
     -------
     LinearOperator
-        With PyLops' forward and adjoint as each other's derivative. Whether a side is real or complex is what PyLops
-        returns there: of a real FFT, the domain is real and the codomain complex.
+        An operator whose forward and adjoint are PyLops' own, each the derivative of the other. A space is real or
+        complex as the arrays that PyLops returns: a real FFT has a real domain and a complex codomain.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""SciPy: ``A`` as a ``scipy.sparse.linalg.LinearOperator``, and back; then lsqr, lsmr, svds and eigsh run on it."""
+"""SciPy: conversion to and from ``scipy.sparse.linalg.LinearOperator``, for lsqr, lsmr, svds and eigsh."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from adjointlab.spectral import real_size
 
 
 def to_scipy(A: LinearOperator) -> Any:
-    """Return A as a SciPy ``LinearOperator``: ``vector(x) ↦ vector(Ax)``, with ``rmatvec`` its adjoint.
+    """Return A as a SciPy ``LinearOperator``: ``vector(x) ↦ vector(Ax)``, where ``rmatvec`` applies ``Aᴴ``.
 
     Parameters
     ----------
     A : LinearOperator
-        Any operator on dtypes that NumPy has.
+        An operator whose dtypes exist in NumPy.
 
     Returns
     -------
     scipy.sparse.linalg.LinearOperator
-        Of A's dtype, with the matrix ``al.to_dense(A)``. SciPy knows complex-linear maps only, so that a map that is
-        only real-linear is given in real coordinates, ``[Re x; Im x]`` on both sides, with the matrix
-        ``al.to_dense(A, real=True)``.
+        An operator with the dtype of A and the matrix ``al.to_dense(A)``. SciPy supports complex-linear maps only. So a
+        map that is only real-linear is converted in the real coordinates ``[Re x; Im x]`` of domain and codomain, with
+        the matrix ``al.to_dense(A, real=True)``.
 
     Raises
     ------
     SpaceMismatchError
-        If NumPy has no such dtype.
+        If a dtype does not exist in NumPy.
 
     Examples
     --------
@@ -53,7 +53,7 @@ def to_scipy(A: LinearOperator) -> Any:
 
 
 def _complexified(function: ArrayMap, dtype: np.dtype[Any]) -> ArrayMap:
-    """Return a real map as SciPy has it: it acts on real and imaginary parts."""
+    """Return a real map extended to complex vectors by its action on real and imaginary parts, as SciPy expects."""
 
     def apply(x: Array) -> Array:
         if np.iscomplexobj(x) and dtype.kind != "c":
@@ -70,14 +70,15 @@ def from_scipy(operator: Any, *, device: torch.device | str | None = None) -> Li
     Parameters
     ----------
     operator : scipy.sparse.linalg.LinearOperator, sparse array or array
-        What ``scipy.sparse.linalg.aslinearoperator`` takes; it needs an adjoint (``rmatvec``).
+        An argument of ``scipy.sparse.linalg.aslinearoperator`` that has an adjoint (``rmatvec``).
     device : torch.device or str, optional
-        Where the vectors live; SciPy works on the CPU.
+        The device of the vectors; the CPU if not given. SciPy computes on the CPU.
 
     Returns
     -------
     LinearOperator
-        With SciPy's ``matvec`` and ``rmatvec`` as each other's derivative; integers become floating-point numbers.
+        An operator whose forward and adjoint are SciPy's ``matvec`` and ``rmatvec``, each the derivative of the other.
+        Integers become floating-point numbers.
 
     Examples
     --------

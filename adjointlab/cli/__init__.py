@@ -1,4 +1,4 @@
-"""The command line: ``⟨A x, y⟩ = ⟨x, Aᴴ y⟩``, checked for the operator that a ``TARGET`` names.
+"""The command line, which checks ``⟨A x, y⟩ = ⟨x, Aᴴ y⟩`` for the operator that a ``TARGET`` names.
 
 A ``TARGET`` is ``import.path:name`` or ``import.path:name(literal, name=literal)``, as in
 ``torch.nn:Conv3d(1, 1, 3, padding=1, bias=False)``.

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import html
 import importlib
-import importlib.metadata
 import json
 import math
 import sys
@@ -26,6 +25,7 @@ from torch import nn
 from typer.core import TyperGroup
 
 import adjointlab as al
+from adjointlab.cli.demonstration import load as load_demonstration
 from adjointlab.cli.report import FAILED, PASSED, UNUSABLE, Outcome, document, page, plain
 from adjointlab.cli.target import (
     COMMON_DTYPES,
@@ -363,8 +363,7 @@ def demo(
 ) -> None:
     """Recover a photograph and an MRI volume with x ← x − Aᴴ(A x − y) / ‖A‖², and write figures."""
     try:
-        from adjointlab import demo as demonstration
-
+        demonstration = load_demonstration()
         output.mkdir(parents=True, exist_ok=True)
         passed = demonstration.run(output, quick=quick)
     except (ImportError, OSError, ValueError) as error:
@@ -381,5 +380,5 @@ def _version(
     version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
 ) -> None:
     if version:
-        typer.echo(importlib.metadata.version("adjointlab"))
+        typer.echo(al.__version__)
         raise typer.Exit

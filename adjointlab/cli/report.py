@@ -18,7 +18,7 @@ _STATUS = {PASSED: "passed", FAILED: "failed", UNUSABLE: "unusable"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result for one target: an exit code, and the same story as text, JSON and HTML."""
+    """The outcome for one target: an exit code, and the result as text, as a JSON record and as HTML."""
 
     target: str
     code: int
@@ -28,17 +28,17 @@ class Outcome:
 
     @property
     def headline(self) -> str:
-        """The target and, where it was checked, the verdict."""
+        """The target and, if it was checked, the status."""
         name = one_line(self.target)
         return name if "explanation" in self.record else f"{name}: {_STATUS[self.code]}"
 
     def as_json(self) -> dict[str, Any]:
-        """Return the record as it is written with ``--json``."""
+        """Return the record that ``--json`` writes."""
         return {"target": self.target, "status": _STATUS[self.code], "exit_code": self.code, **self.record}
 
 
 def page(*reports: Any) -> str:
-    """Return reports as HTML: their own, or their text."""
+    """Return reports as HTML; a report without an HTML form is shown as text."""
     parts = []
     for report in reports:
         own = getattr(report, "_repr_html_", None)
@@ -47,7 +47,7 @@ def page(*reports: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` with nothing in it that JSON cannot say."""
+    """Return ``value`` converted to types that JSON can represent."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -1,6 +1,6 @@
-"""What the user typed, made into a callable: ``import.path:name(literal, name=literal)``.
+"""Conversion of a target ``import.path:name(literal, name=literal)`` into a callable.
 
-Nothing is evaluated: the text is parsed by :mod:`ast`, and arguments are read by :func:`ast.literal_eval`.
+The text is never evaluated: :mod:`ast` parses it, and :func:`ast.literal_eval` reads the arguments.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _LONGEST_LINE = 500
 
 
 class UnusableError(Exception):
-    """The input cannot be used: the message is the one line that the user reads."""
+    """The input cannot be used; the message is the line that the user sees."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """``module:path`` or ``module:path(*args, **kwargs)``; ``called`` says which."""
+    """``module:path`` or ``module:path(*args, **kwargs)``; ``called`` tells which."""
 
     text: str
     module: str
@@ -44,12 +44,12 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """Return ``import.path:name(literal, name=literal)`` taken apart, without importing or evaluating anything.
+    """Parse ``import.path:name(literal, name=literal)``, without importing or evaluating anything.
 
     Parameters
     ----------
     text : str
-        What the user typed.
+        The text that the user typed.
 
     Returns
     -------
@@ -120,12 +120,12 @@ def _source(node: ast.expr) -> str:
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """Return ``"1,1,64,64"`` (or ``"1x1x64x64"``) as a shape with at least one element.
+    """Parse ``"1,1,64,64"`` or ``"1x1x64x64"`` as a shape with at least one element.
 
     Parameters
     ----------
     text : str
-        What the user typed.
+        The text that the user typed.
 
     Returns
     -------
@@ -135,7 +135,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     Raises
     ------
     UnusableError
-        If ``text`` is not a list of positive integers, or a longer one than torch takes.
+        If ``text`` is not a list of positive integers, or is longer than torch allows.
 
     Examples
     --------
@@ -160,7 +160,7 @@ def parse_dtype(text: str) -> torch.dtype:
     Parameters
     ----------
     text : str
-        A name such as ``"complex64"``; ``"torch.complex64"`` will do as well.
+        A name such as ``"complex64"`` or ``"torch.complex64"``.
 
     Returns
     -------
@@ -186,7 +186,7 @@ def parse_dtype(text: str) -> torch.dtype:
 
 
 def parse_device(text: str) -> torch.device:
-    """Return the device called ``text``, after a test that a tensor can be made on it.
+    """Return the device called ``text``, after creating a tensor on it as a test.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ def parse_device(text: str) -> torch.device:
     Raises
     ------
     UnusableError
-        If torch knows no such device, or it is not there.
+        If torch does not know the device, or this machine does not have it.
 
     Examples
     --------
@@ -219,12 +219,12 @@ def parse_device(text: str) -> torch.device:
 
 
 def parse_kwargs(text: str) -> dict[str, Any]:
-    """Return ``"name=literal, name=literal"`` as a dictionary.
+    """Parse ``"name=literal, name=literal"`` as a dictionary.
 
     Parameters
     ----------
     text : str
-        What the user typed; may be empty.
+        The text that the user typed; may be empty.
 
     Returns
     -------
@@ -251,7 +251,7 @@ def parse_kwargs(text: str) -> dict[str, Any]:
 
 
 def memory() -> int:
-    """Return this machine's memory in bytes; a guess where the system does not say."""
+    """Return the memory of this machine in bytes, or 2³⁴ if the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -259,7 +259,7 @@ def memory() -> int:
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Raise ``UnusableError`` if so many bytes would not leave room for anything else."""
+    """Raise ``UnusableError`` if ``what`` needs more than half of this machine's memory."""
     if needed > memory() / 2:
         have = memory() / 2**30
         raise UnusableError(
@@ -271,7 +271,7 @@ def one_line(error: BaseException | str) -> str:
     """Return the message on one printable line of reasonable length."""
     text = error if isinstance(error, str) else str(error) or type(error).__name__
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
-    return text if len(text) <= 500 else text[:499] + "…"
+    return text if len(text) <= _LONGEST_LINE else text[: _LONGEST_LINE - 1] + "…"
 
 
 # -- from names to operators ---------------------------------------------------------------------------------------
@@ -290,22 +290,22 @@ def current_directory_importable() -> Iterator[None]:
 
 
 def load(target: Target) -> Callable[..., Any]:
-    """Return what ``target`` names: a module or function as it is, a class or factory called with its arguments.
+    """Return the module or function that ``target`` names, or the result of calling a class or factory.
 
     Parameters
     ----------
     target : Target
-        From :func:`parse_target`.
+        A result of :func:`parse_target`.
 
     Returns
     -------
     callable
-        A map from tensors to tensors, it is hoped.
+        The callable; it should map tensors to tensors, which is not checked here.
 
     Raises
     ------
     UnusableError
-        If the import, the look-up or the call fails, or what comes is not callable.
+        If the import, the look-up or the call fails, or the result is not callable.
     """
     try:
         found: Any = importlib.import_module(target.module)
@@ -351,7 +351,7 @@ def _call(target: Target, factory: Any) -> Any:
     numbers = [abs(n) for value in (*target.args, *target.kwargs.values()) for n in _integers(value) if n]
     try:
         if math.prod(numbers) > 10**8 and isinstance(factory, type) and issubclass(factory, nn.Module):
-            with torch.device("meta"):  # parameters without memory, to see how much they would need
+            with torch.device("meta"):  # parameters without memory, to compute how much memory they need
                 draft = factory(*target.args, **target.kwargs)
             check_memory(sum(p.numel() * p.element_size() for p in draft.parameters()), "the module")
         return factory(*target.args, **target.kwargs)

@@ -1,13 +1,14 @@
 """Operators larger than one machine, over ``torch.distributed``: ``⟨a, b⟩ = Σᵣ ⟨aᵣ, bᵣ⟩`` on sharded spaces.
 
-An element is on each process the tensor that it holds. Solvers, checks and norms are the same calls as on one machine.
+On each process, an element is represented by the tensor that this process holds. Solvers, checks and norms are called
+as on one machine.
 """
 
 from adjointlab.distributed.blocks import block_diag, hstack, vstack
 from adjointlab.distributed.communication import all_reduce, replicate
 from adjointlab.distributed.convolution import convolution, halo_exchange
 from adjointlab.distributed.derive import linear_operator
-from adjointlab.distributed.failure import together
+from adjointlab.distributed.failure import raise_on_all_ranks
 from adjointlab.distributed.sharding import Sharding, direct_sum, gather, replicated, shard, space
 
 __all__ = [
@@ -20,10 +21,10 @@ __all__ = [
     "halo_exchange",
     "hstack",
     "linear_operator",
+    "raise_on_all_ranks",
     "replicate",
     "replicated",
     "shard",
     "space",
-    "together",
     "vstack",
 ]

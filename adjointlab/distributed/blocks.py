@@ -1,4 +1,4 @@
-"""Operators whose blocks are spread over processes: rows, columns, or a diagonal of blocks ``Aᵣ``, one on each."""
+"""Operators whose blocks are spread over processes: each process r has one block ``Aᵣ``."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from adjointlab.distributed import communication
-from adjointlab.distributed.failure import together
+from adjointlab.distributed.failure import raise_on_all_ranks
 from adjointlab.distributed.sharding import direct_sum, replicated
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator, derived
 
 
 def vstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
-    """Return ``x ↦ (A₀x, …, Aₙx)``, rows over processes; its adjoint is ``(y₀, …, yₙ) ↦ Σᵣ Aᵣᴴyᵣ``.
+    """Return ``x ↦ (A₀x, …, Aₙx)`` with one row per process; its adjoint is ``(y₀, …, yₙ) ↦ Σᵣ Aᵣᴴyᵣ``.
 
-    For coils, projection angles or frames: x is replicated, each process has its ``Aᵣ`` and its ``yᵣ``. The forward
-    does not communicate; the adjoint is one all-reduce (for each leaf of x).
+    Use it when coils, projection angles or frames are distributed. All processes hold the same x; process r holds
+    ``Aᵣ`` and ``yᵣ``. The forward does not communicate. The adjoint performs one all-reduce for each leaf of x.
 
     Parameters
     ----------
     A : LinearOperator
-        This process's block, with the same domain on all.
+        The block of this process. All processes must have the same domain.
     mesh : DeviceMesh
         The processes, along one dimension.
 
@@ -36,7 +36,7 @@ def vstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
     Raises
     ------
     SpaceMismatchError
-        If A is no operator, or domains differ.
+        If A is not a LinearOperator, or the domains differ.
 
     Examples
     --------
@@ -49,24 +49,24 @@ def vstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
     >>> dist.destroy_process_group()
     """
     block = _block(A, "vstack")
-    with together(mesh):
+    with raise_on_all_ranks(mesh):
         domain, codomain = replicated(block.domain, mesh), direct_sum(block.codomain, mesh)
     return derived(
-        lambda x: block(_each(communication.replicate, x, mesh)),
-        lambda y: _each(communication.all_reduce, block.H(y), mesh),
+        lambda x: block(_map_leaves(communication.replicate, x, mesh)),
+        lambda y: _map_leaves(communication.all_reduce, block.H(y), mesh),
         domain, codomain, (vstack, (block, mesh)), block,
     )  # fmt: skip
 
 
 def hstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
-    """Return ``(x₀, …, xₙ) ↦ Σᵣ Aᵣxᵣ``, columns over processes: the adjoint of the rows ``Aᵣᴴ``.
+    """Return ``(x₀, …, xₙ) ↦ Σᵣ Aᵣxᵣ`` with one column per process; its adjoint is ``y ↦ (A₀ᴴy, …, Aₙᴴy)``.
 
-    The forward is one all-reduce (for each leaf of the result); the adjoint does not communicate.
+    The forward performs one all-reduce for each leaf of the result. The adjoint does not communicate.
 
     Parameters
     ----------
     A, mesh
-        As for :func:`vstack`, with the same codomain on all.
+        As for :func:`vstack`, but all processes must have the same codomain.
 
     Returns
     -------
@@ -76,35 +76,35 @@ def hstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
     Raises
     ------
     SpaceMismatchError
-        If A is no operator, or codomains differ.
+        If A is not a LinearOperator, or the codomains differ.
     """
     return vstack(_block(A, "hstack").H, mesh).H
 
 
 def block_diag(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
-    """Return ``(x₀, …, xₙ) ↦ (A₀x₀, …, Aₙxₙ)``, one block on each process, for a batch that is spread, say.
+    """Return ``(x₀, …, xₙ) ↦ (A₀x₀, …, Aₙxₙ)``, with one block per process; its adjoint has the blocks ``Aᵣᴴ``.
 
-    Neither it nor its adjoint communicates.
+    Use it for a batch that is distributed over processes. Neither the operator nor its adjoint communicates.
 
     Parameters
     ----------
     A : LinearOperator
-        This process's block.
+        The block of this process.
     mesh : DeviceMesh
         The processes.
 
     Returns
     -------
     LinearOperator
-        Between direct sums.
+        From the direct sum of the domains to the direct sum of the codomains.
 
     Raises
     ------
     SpaceMismatchError
-        If A is no operator, or the processes' elements have different numbers of leaves.
+        If A is not a LinearOperator, or the processes have different numbers of leaves.
     """
     block = _block(A, "block_diag")
-    with together(mesh):
+    with raise_on_all_ranks(mesh):
         domain, codomain = direct_sum(block.domain, mesh), direct_sum(block.codomain, mesh)
     return derived(block, block.H, domain, codomain, (block_diag, (block, mesh)), block)
 
@@ -118,7 +118,7 @@ def _block(A: Any, name: str) -> LinearOperator:
     return A
 
 
-def _each(function: Any, element: Any, mesh: DeviceMesh) -> Any:
+def _map_leaves(function: Any, element: Any, mesh: DeviceMesh) -> Any:
     if isinstance(element, torch.Tensor):
         return function(element, mesh)
     return pytree.tree_map(lambda leaf: function(leaf, mesh), element)

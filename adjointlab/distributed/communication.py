@@ -1,10 +1,10 @@
-r"""Communication as linear maps, each with its adjoint as its derivative: usable inside any forward.
+r"""Communication between processes as linear maps whose derivatives are their adjoints.
 
-Every map is an op of its own (``adjointlab::all_reduce``, …) on top of PyTorch's functional collectives. The ops come
-in pairs that are each other's derivative, so that ``torch.func``, ``torch.autograd`` and the tracer see a linear op
-with a linear derivative, to any order, and a traced adjoint has the collective in it as one op. PyTorch's own
-collectives do not serve here: ``torch.func`` refuses them, and the derivative of its ``all_reduce`` counts a replicated
-result once for every process.
+Every map is an op (``adjointlab::all_reduce``, …) on top of PyTorch's functional collectives. The ops come in pairs,
+and each op is the derivative of the other. So ``torch.func``, ``torch.autograd`` and the tracer see a linear op with a
+linear derivative of any order, and a traced adjoint contains the collective as one op. PyTorch's own collectives do not
+suffice: ``torch.func`` refuses them, and the derivative of its ``all_reduce`` counts a replicated result once for
+every process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 from torch.distributed.device_mesh import DeviceMesh
 
-from adjointlab.distributed.failure import waiting
-from adjointlab.distributed.windows import plan_of
+from adjointlab.distributed.failure import explain_failure
+from adjointlab.distributed.windows import exchange_plan
 from adjointlab.transpose.compat import differentiated, plain
 
 _LIBRARY = torch.library.Library("adjointlab", "FRAGMENT")
@@ -37,16 +37,15 @@ def _define(name: str, rest: str, run: Callable[..., Tensor], shape: Callable[..
 
 
 def _link(name: str, adjoint: str) -> None:
-    """Make the derivative of one op the other."""
+    """Make op ``adjoint`` the derivative of op ``name``."""
     op, back = _op(name), _op(adjoint)
 
-    # An op's derivative belongs to one level of functorch's transforms, as that of any op of PyTorch does: this is the
-    # kind of Function for it.
+    # The derivative of an op belongs to one level of functorch's transforms, which _SingleLevelFunction provides.
     class Linked(_SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, keys: Any, recorded: bool, x: Tensor, *rest: Any) -> Tensor:
             ctx.rest = rest
-            # A Function's forward does not record: of the levels below one of torch.func, too, where parameters are.
+            # The forward of a Function does not record. But lower levels of torch.func must, if parameters live there.
             with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(recorded):
                 return op.redispatch(keys & torch._C._after_autograd_keyset, x, *rest)  # type: ignore[no-any-return]
 
@@ -68,7 +67,7 @@ def _link(name: str, adjoint: str) -> None:
 
 def _all_reduce(x: Tensor, group: str) -> Tensor:
     real = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-    with waiting():
+    with explain_failure():
         total = _c10d.wait_tensor(_c10d.all_reduce(real.contiguous(), "sum", group))
     return torch.view_as_complex(total) if x.is_complex() else total
 
@@ -90,22 +89,22 @@ def _group(mesh: DeviceMesh) -> str:
 
 
 def replicate(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return x, which is the same on all processes; the adjoint sums over them, ``v ↦ Σᵣ vᵣ``.
+    """Return x unchanged, ``x ↦ (x, …, x)``; the adjoint sums over all processes, ``(v₀, …, vₙ) ↦ Σᵣ vᵣ``.
 
-    To be put where a replicated tensor enters what each process computes by itself: each then holds the part ``Aᵣᴴvᵣ``
-    of the cotangent, and one all-reduce adds them up.
+    Apply it to a replicated tensor before each process computes with it separately. In the adjoint, process r then
+    holds the part ``Aᵣᴴvᵣ`` of the cotangent of x, and one all-reduce adds the parts.
 
     Parameters
     ----------
     x : Tensor
-        The same on all processes of the mesh.
+        A tensor with the same values on all processes of the mesh.
     mesh : DeviceMesh
-        Of one dimension.
+        A mesh of one dimension.
 
     Returns
     -------
     Tensor
-        Its values.
+        A tensor with the values of x.
 
     Raises
     ------
@@ -117,17 +116,17 @@ def replicate(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def all_reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return ``Σᵣ xᵣ`` over all processes, on each of them; the adjoint is the identity, ``v ↦ (v, …, v)``.
+    """Return ``Σᵣ xᵣ`` on every process; the adjoint is the identity on a replicated cotangent, ``v ↦ (v, …, v)``.
 
-    The result is one replicated tensor. (That of ``torch.distributed.nn.functional.all_reduce`` is one tensor for each
-    process, with a loss for each, whence its derivative is another sum.)
+    The result is one replicated tensor with one cotangent. ``torch.distributed.nn.functional.all_reduce`` instead
+    returns one tensor per process, each with its own loss, so its derivative sums the cotangents.
 
     Parameters
     ----------
     x : Tensor
-        What this process contributes.
+        The summand of this process.
     mesh : DeviceMesh
-        Of one dimension.
+        A mesh of one dimension.
 
     Returns
     -------
@@ -164,17 +163,17 @@ _define("total", "float[] shares, str[] groups", _total, lambda x, *rest: _like(
 _define(
     "spread", "float[] shares, str[] groups", _spread, lambda x, shares, groups: x.new_empty((len(shares), *x.shape))
 )
-# A replicated term is one term, however many processes hold it: its cotangent is the whole, not a share of it.
+# A replicated term is one term, even if many processes hold it. So each process gets the full cotangent, not a share.
 _link("total", "spread")
 _link("spread", "total")
 
 
 def total(terms: Tensor, shares: tuple[float, ...], groups: tuple[str, ...]) -> Tensor:
-    """Return ``Σᵢ shareᵢ termsᵢ`` summed over all processes: bit by bit the same number on each."""
+    """Return ``Σᵢ shareᵢ termsᵢ`` summed over all processes, bitwise equal on all of them."""
     return torch.ops.adjointlab.total(terms, shares, groups)  # type: ignore[no-any-return]
 
 
-# -- windows: what a process needs of its neighbours -------------------------------------------------------------------
+# -- windows: rows that a process fetches from others ------------------------------------------------------------------
 
 
 def _message(parts: list[Tensor], like: Tensor) -> Tensor:
@@ -183,12 +182,12 @@ def _message(parts: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _transfer(parts: list[list[Tensor]], sizes: list[int], like: Tensor, group: str) -> list[Tensor]:
-    """Send ``parts[r]`` to process r and return what comes from each, ``sizes[r]`` entries, as flat tensors."""
+    """Send ``parts[r]`` to process r; return the ``sizes[r]`` entries received from each process r as flat tensors."""
     scalars = 2 if like.is_complex() else 1
     message = _message([part for to in parts for part in to], like)
     given = [scalars * sum(part.numel() for part in to) for to in parts]
     taken = [scalars * size for size in sizes]
-    with waiting():
+    with explain_failure():
         received = _c10d.wait_tensor(_c10d.all_to_all_single(message, taken, given, group))
     flats: list[Tensor] = list(received.split(taken))
     return [torch.view_as_complex(flat.reshape(-1, 2)) for flat in flats] if like.is_complex() else flats
@@ -196,24 +195,24 @@ def _transfer(parts: list[list[Tensor]], sizes: list[int], like: Tensor, group: 
 
 def _exchange(x: Tensor, dim: int, *rest: Any) -> Tensor:
     owned, windows, rank, group = rest
-    plan = plan_of(tuple(owned), tuple(windows), rank)
+    plan = exchange_plan(tuple(owned), tuple(windows), rank)
     row = x.numel() // x.shape[dim]
     parts: list[Tensor | None] = [
-        x.narrow(dim, piece.source, piece.length) if piece.peer == rank else None for piece in plan.needs
+        x.narrow(dim, piece.source, piece.length) if piece.peer == rank else None for piece in plan.window
     ]
-    if not plan.silent:
-        gives = [[x.narrow(dim, p.source, p.length) for p in plan.gives_to(q)] for q in range(plan.ranks)]
-        sizes = [row * sum(p.length for p in plan.takes_from(q)) for q in range(plan.ranks)]
+    if not plan.local:
+        gives = [[x.narrow(dim, p.source, p.length) for p in plan.sends_to(q)] for q in range(plan.ranks)]
+        sizes = [row * sum(p.length for p in plan.receives_from(q)) for q in range(plan.ranks)]
         for q, flat in enumerate(_transfer(gives, sizes, x, group)):
-            taken = iter(_pieces(flat, [p.length for p in plan.takes_from(q)], x, dim))
-            for index, piece in enumerate(plan.needs):
+            taken = iter(_pieces(flat, [p.length for p in plan.receives_from(q)], x, dim))
+            for index, piece in enumerate(plan.window):
                 if piece.peer == q != rank:
                     parts[index] = next(taken)
     return torch.cat([part for part in parts if part is not None], dim)
 
 
 def _pieces(flat: Tensor, lengths: list[int], like: Tensor, dim: int) -> list[Tensor]:
-    """Return a message as blocks of so many rows each."""
+    """Return a message split into blocks of the given numbers of rows."""
     row = like.numel() // like.shape[dim]
     shapes = [(*like.shape[:dim], length, *like.shape[dim + 1 :]) for length in lengths]
     found = flat.split([row * length for length in lengths])
@@ -222,18 +221,18 @@ def _pieces(flat: Tensor, lengths: list[int], like: Tensor, dim: int) -> list[Te
 
 def _exchange_adjoint(v: Tensor, dim: int, *rest: Any) -> Tensor:
     owned, windows, rank, group = rest
-    plan = plan_of(tuple(owned), tuple(windows), rank)
+    plan = exchange_plan(tuple(owned), tuple(windows), rank)
     row = v.numel() // v.shape[dim]
     shape = (*v.shape[:dim], owned[rank + 1] - owned[rank], *v.shape[dim + 1 :])
     out = v.new_zeros(shape)
-    for piece in plan.needs:
+    for piece in plan.window:
         if piece.peer == rank:
             out.narrow(dim, piece.source, piece.length).add_(v.narrow(dim, piece.target, piece.length))
-    if not plan.silent:
-        backs = [[v.narrow(dim, p.target, p.length) for p in plan.takes_from(q)] for q in range(plan.ranks)]
-        sizes = [row * sum(p.length for p in plan.gives_to(q)) for q in range(plan.ranks)]
+    if not plan.local:
+        backs = [[v.narrow(dim, p.target, p.length) for p in plan.receives_from(q)] for q in range(plan.ranks)]
+        sizes = [row * sum(p.length for p in plan.sends_to(q)) for q in range(plan.ranks)]
         for q, flat in enumerate(_transfer(backs, sizes, v, group)):
-            given = plan.gives_to(q)
+            given = plan.sends_to(q)
             for piece, part in zip(given, _pieces(flat, [p.length for p in given], v, dim), strict=True):
                 out.narrow(dim, piece.source, piece.length).add_(part)
     return out
@@ -257,21 +256,21 @@ _link("exchange_adjoint", "exchange")
 
 
 def exchange(x: Tensor, dim: int, owned: tuple[int, ...], windows: tuple[int, ...], mesh: DeviceMesh) -> Tensor:
-    """Return the rows of a sharded array that this process asks for, along ``dim``; the adjoint adds them back.
+    """Return the window of a sharded array that this process needs; the adjoint adds the rows back at their origin.
 
-    Only rows that change hands are sent.
+    Only rows that another process holds are sent.
 
     Parameters
     ----------
     x : Tensor
-        What this process holds.
+        The part of the array that this process holds.
     dim : int
-        Along which the array is split.
+        The dimension along which the array is split.
     owned : tuple of int
         Process r holds the rows ``owned[r]`` to ``owned[r + 1]``.
     windows : tuple of int
-        It gets those from ``windows[2r]`` to ``windows[2r + 1]``; rows before the first and after the last are those of
-        a periodic array.
+        Process r receives the rows ``windows[2r]`` to ``windows[2r + 1]``. Row indices are taken modulo the size of the
+        array, so that it is periodic.
     mesh : DeviceMesh
         The processes, along one dimension.
 

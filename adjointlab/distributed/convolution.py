@@ -1,4 +1,4 @@
-"""Convolutions of arrays that are split among processes: ``y = k ∗ x``, each process with its rows of x and of y."""
+"""Convolutions ``y = k ∗ x`` of arrays that are split over processes: each process holds some rows of x and of y."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.distributed.tensor.placement_types import Shard
 
 from adjointlab.distributed.communication import exchange, replicate
 from adjointlab.distributed.derive import linear_operator
-from adjointlab.distributed.sharding import Sharding, alike, along, coordinate, space
-from adjointlab.distributed.windows import bounds, chunk
+from adjointlab.distributed.sharding import Sharding, mesh_coordinates, same_on_all_ranks, space, submesh
+from adjointlab.distributed.windows import shard_bounds, shard_range
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
@@ -28,7 +28,7 @@ _CONVOLUTIONS = {
 
 @dataclass(frozen=True)
 class _Axis:
-    """One dimension of a convolution: of the array (``dim``), and what is done along it."""
+    """The parameters of a convolution along one dimension ``dim`` of the array."""
 
     dim: int
     size: int
@@ -45,18 +45,18 @@ class _Axis:
 
 @dataclass(frozen=True)
 class _Fetch:
-    """What makes the input of one process along a dimension that is split: rows, then padding, then a cut."""
+    """How one process gets its input along a split dimension: it fetches rows, pads them, and cuts the result."""
 
     dim: int
     mesh: DeviceMesh
     owned: tuple[int, ...]
     windows: tuple[int, ...]
     padding: tuple[int, int]
-    cut: tuple[int, int]  # first row and number of rows that are kept after padding
+    cut: tuple[int, int]  # after padding: the first row to keep, and the number of rows to keep
 
 
 class DistributedConvolution(nn.Module):
-    """What one process does: it fetches the rows that its outputs depend on, and convolves them."""
+    """The part of one process: it fetches the rows that its outputs depend on, and convolves them."""
 
     def __init__(self, module: Any, sharding: Sharding) -> None:
         super().__init__()
@@ -65,10 +65,10 @@ class DistributedConvolution(nn.Module):
         assert sharding.shape is not None
         ndim, axes = len(sharding.shape), _axes(module, sharding.shape)
         split = {p.dim: d for d, p in enumerate(sharding.placements) if isinstance(p, Shard)}
-        here = coordinate(sharding.mesh)
-        self.meshes = [along(sharding.mesh, d) for d in split.values()]
+        here = mesh_coordinates(sharding.mesh)
+        self.meshes = [submesh(sharding.mesh, d) for d in split.values()]
         self.fetches = [
-            _fetch(a, along(sharding.mesh, split[a.dim]), here[split[a.dim]]) for a in axes if a.dim in split
+            _fetch(a, submesh(sharding.mesh, split[a.dim]), here[split[a.dim]]) for a in axes if a.dim in split
         ]
         pads = {a.dim: (a.before, a.after) for a in axes if a.dim not in split}
         pads.update({fetch.dim: fetch.padding for fetch in self.fetches})
@@ -90,7 +90,7 @@ class DistributedConvolution(nn.Module):
             if fetch.cut != (0, x.shape[fetch.dim]):
                 x = x.narrow(fetch.dim, *fetch.cut)
         c = self.convolution
-        weight = c.weight  # one for all processes, each of which has a part of its gradient
+        weight = c.weight  # replicated; each process computes a part of its gradient
         for mesh in self.meshes:
             weight = replicate(weight, mesh)
         return self.local(x, weight, None, c.stride, 0, c.dilation, c.groups)
@@ -99,30 +99,31 @@ class DistributedConvolution(nn.Module):
 def convolution(module: nn.Module, domain: Space, **options: Any) -> LinearOperator:
     r"""Return ``x ↦ k ∗ x`` for an array that is split along spatial dimensions, with its derived adjoint.
 
-    It equals the module on the whole array. Each process fetches from its neighbours the rows that its outputs depend
-    on (a halo, of less than the kernel's width) and pads at the outer border only; the adjoint sends the halo's
-    cotangents back and adds them. The result is split as the array is, by DTensor's rule, uneven parts included. The
-    kernel is one for all processes, and so is its gradient, which an all-reduce sums.
+    The result equals that of the module on the whole array. Each process fetches from its neighbours the rows that its
+    outputs depend on (a halo, narrower than the kernel) and pads at the outer border only. The adjoint sends the
+    cotangents of the halo back and adds them. The result is split like the array, by DTensor's rule; parts may have
+    different sizes. All processes share one kernel, and an all-reduce sums its gradient.
 
     Parameters
     ----------
     module : nn.Conv1d, nn.Conv2d or nn.Conv3d
-        Any stride, dilation, groups, padding and padding mode; without bias.
+        A convolution without bias; any stride, dilation, groups, padding and padding mode.
     domain : Space
-        From :func:`space`: one array, split along spatial dimensions (or the batch), each along one mesh dimension.
+        A space made by :func:`space`: one array, split along spatial dimensions or the batch dimension. Each of these
+        is split along one dimension of the mesh.
     **options
         As for :func:`linear_operator`.
 
     Returns
     -------
     LinearOperator
-        From the domain to the space of results.
+        An operator from the domain to the space of results.
 
     Raises
     ------
     SpaceMismatchError
-        If the domain is not such a space, channels are split, the kernels of the processes differ, or one of them would
-        have nothing to do.
+        If the domain is not such a space, the channels are split, the processes have different kernels, or a process
+        would have no outputs.
 
     Examples
     --------
@@ -156,7 +157,7 @@ def _require(module: Any, domain: Any) -> Sharding:
             f"expected a sharded space of one array, got {domain}: adjointlab.distributed.space(shape, mesh, "
             "placements), without a convolution on a DTensor, which is silently wrong"
         )
-    if not alike(sharding.mesh, module, module.weight.requires_grad, module.weight):
+    if not same_on_all_ranks(sharding.mesh, module, module.weight.requires_grad, module.weight):
         raise SpaceMismatchError(
             f"expected the same convolution on all processes, got {module} here, and elsewhere another one or another "
             "kernel: make it from one seed, or torch.distributed.broadcast(module.weight.data, 0)"
@@ -201,29 +202,29 @@ def _axes(module: Any, shape: tuple[int, ...]) -> list[_Axis]:
 
 
 def _fetch(axis: _Axis, mesh: DeviceMesh, here: int) -> _Fetch:
-    """Return what a process fetches along a dimension that is split; all processes find the same windows."""
+    """Return how a process gets its input along a split dimension; all processes compute the same windows."""
     parts = mesh.size()
-    if chunk(axis.outputs, parts, parts - 1)[0] >= axis.outputs:
+    if shard_range(axis.outputs, parts, parts - 1)[0] >= axis.outputs:
         raise SpaceMismatchError(
             f"expected outputs for every process, got {axis.outputs} of them along dim {axis.dim} for {parts} "
             "processes: use fewer, or a smaller stride"
         )
     wanted = []
     for part in range(parts):
-        start, stop = chunk(axis.outputs, parts, part)
+        start, stop = shard_range(axis.outputs, parts, part)
         wanted.append((start * axis.stride - axis.before, (stop - 1) * axis.stride - axis.before + axis.extent))
     windows = [_inside(axis, *window) for window in wanted]
     (first, last), (start, stop) = wanted[here], windows[here]
-    # Where the window holds rows only for what is reflected of them, they are cut off after padding.
+    # Reflection may need rows that the outputs do not: these rows are fetched, reflected, and cut off after padding.
     before, after = (0, 0) if axis.mode == "circular" else (max(0, -first), max(0, last - axis.size))
     return _Fetch(
-        axis.dim, mesh, bounds(axis.size, parts), tuple(n for window in windows for n in window), (before, after),
+        axis.dim, mesh, shard_bounds(axis.size, parts), tuple(n for window in windows for n in window), (before, after),
         (first - (start - before), last - first),
     )  # fmt: skip
 
 
 def _inside(axis: _Axis, first: int, last: int) -> tuple[int, int]:
-    """Return the rows of the array that the rows ``first`` to ``last`` of the padded one are made of."""
+    """Return the rows of the array that padding turns into the rows ``first`` to ``last`` of the padded array."""
     if axis.mode == "circular":
         return first, last
     start, stop = max(0, first), min(axis.size, last)
@@ -239,25 +240,26 @@ def _inside(axis: _Axis, first: int, last: int) -> tuple[int, int]:
 
 
 def halo_exchange(x: Tensor, domain: Space, dim: int, halo: tuple[int, int], *, circular: bool = False) -> Tensor:
-    """Return x with the rows of its neighbours before and after it; the adjoint sends cotangents back and adds them.
+    """Return x extended by rows of neighbouring processes; the adjoint sends their cotangents back and adds them.
 
     Parameters
     ----------
     x : Tensor
-        This process's part of an array, split along ``dim``; it may have been extended along others.
+        This process's part of an array that is split along ``dim``. It may already be extended along other dimensions.
     domain : Space
-        From :func:`space`, of one array: how x is split.
+        The space of the array, made by :func:`space`; it says how the array is split.
     dim : int
         The dimension to extend.
     halo : tuple of int
-        How many rows are wanted before the first and after the last; more than a neighbour has come from the next one.
+        Number of rows to add before the first row and after the last row. A halo may be wider than a neighbour's part;
+        further rows then come from the next process.
     circular : bool
-        Whether the first row follows the last one. If not, nothing is added at the outer borders: pad there.
+        Whether the array is periodic. If not, nothing is added at the outer borders; pad them if needed.
 
     Returns
     -------
     Tensor
-        The rows, x and the rows, along ``dim``.
+        The rows before, x, and the rows after, concatenated along ``dim``.
 
     Raises
     ------
@@ -275,8 +277,8 @@ def halo_exchange(x: Tensor, domain: Space, dim: int, halo: tuple[int, int], *, 
         raise SpaceMismatchError(
             f"expected an array that is split along dim {dim}, got {sharding}: it has no neighbours there"
         )
-    mesh, size = along(sharding.mesh, split[0]), sharding.shape[dim]
-    owned = bounds(size, mesh.size())
+    mesh, size = submesh(sharding.mesh, split[0]), sharding.shape[dim]
+    owned = shard_bounds(size, mesh.size())
     windows: list[int] = []
     for start, stop in pairwise(owned):
         first, last = start - halo[0], stop + halo[1]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adjointlab.derive import from_source, options_of, require_linear
-from adjointlab.distributed.failure import together
+from adjointlab.distributed.failure import raise_on_all_ranks
 from adjointlab.distributed.sharding import Sharding
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
@@ -30,16 +30,16 @@ def linear_operator(
     lowering: bool = True,
     autotune: bool = False,
 ) -> LinearOperator:
-    r"""Return the operator of a forward that communicates, with its derived adjoint: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩`` overall.
+    r"""Return a communicating forward as an operator with a derived adjoint: ``Σᵣ ⟨(Ax)ᵣ, yᵣ⟩ = Σᵣ ⟨xᵣ, (Aᴴy)ᵣ⟩``.
 
-    The forward is what each process does with its part: with :func:`replicate`, :func:`all_reduce` and
-    :func:`halo_exchange` inside, in the same order on all processes. Its adjoint has their adjoints in it. The
-    build-time checks use the inner products of the whole, so that a communication that is missing is found.
+    Each process applies the forward to its part of x. The forward may call :func:`replicate`, :func:`all_reduce` and
+    :func:`halo_exchange`, in the same order on all processes. The derived adjoint contains their adjoints. The
+    build-time checks use inner products over all processes, so they detect missing communication.
 
     Parameters
     ----------
     f : nn.Module or callable
-        From this process's part of x to its part of ``Ax``, called as by :func:`adjointlab.linear_operator`.
+        Maps this process's part of x to its part of ``Ax``; called as by :func:`adjointlab.linear_operator`.
     domain, codomain : Space, TensorSpec or pytree of these
         Sharded spaces on one mesh: :func:`space`, :func:`replicated` or :func:`direct_sum`.
     kwargs, engine, check, lowering, autotune
@@ -48,18 +48,18 @@ def linear_operator(
     Returns
     -------
     LinearOperator
-        The operator, for the same calls as any other.
+        The operator. Every process calls it with its own part.
 
     Raises
     ------
     SpaceMismatchError
-        If the spaces are not sharded alike, or what the forward returns is not in the codomain.
+        If the spaces are not sharded over one mesh, or the result of the forward is not in the codomain.
     NotLinearError
         If the map is not linear.
     NotDifferentiableError
-        If autograd's derivative is not the map's own on the whole: a communication without its adjoint, say.
+        If autograd's derivative differs from the map, for example because a communication has no adjoint.
     RuntimeError
-        If it failed on other processes only.
+        If building the operator failed on other processes only.
 
     Examples
     --------
@@ -81,7 +81,7 @@ def linear_operator(
             f"expected a domain and a codomain that are sharded over one mesh, got {where} and {target}: make them "
             "with adjointlab.distributed.space, replicated or direct_sum"
         )
-    with together(sharding.mesh):
+    with raise_on_all_ranks(sharding.mesh):
         options = Options(engine, False, lowering, autotune, check=check)
         source = Transposition(f, where, kwargs, options, codomain=target, judge=_require_linear)
     return from_source(source, lambda: (_rebuild, (f, source.domain, source.codomain, options_of(source))))
@@ -93,7 +93,7 @@ def _rebuild(f: Callable[..., Any], domain: Space, codomain: Space, options: dic
 
 
 class _NoDTensors(TorchDispatchMode):
-    """Refuses DTensors inside of a forward: torch's convolution of a sharded one is wrong, and no test can see it."""
+    """Refuses DTensors in a forward: torch's convolution of a sharded DTensor is wrong, and no test can detect it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

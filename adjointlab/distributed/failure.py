@@ -1,4 +1,4 @@
-"""What fails on one process fails on all of them, by name: nobody waits for one that is gone."""
+"""An error on one process becomes an error on all processes, so that no process waits for a failed one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
-    """Say what it means that a collective fails: the transport knows of addresses and bytes only."""
+def explain_failure() -> Iterator[None]:
+    """Explain why a collective failed: the transport's own message only mentions addresses and bytes."""
     try:
         yield
     except RuntimeError as error:
@@ -21,20 +21,22 @@ def waiting() -> Iterator[None]:
         ) from error
 
 
-def failing(mesh: DeviceMesh, failed: bool) -> list[int]:
-    """Return the global ranks of the processes of the mesh on which something failed; all of them must ask."""
+def failed_ranks(mesh: DeviceMesh, failed: bool) -> list[int]:
+    """Return the global ranks of the mesh on which something failed; all processes of the mesh must call this."""
     ranks = mesh.mesh.flatten().tolist()
     flags = torch.zeros(len(ranks), device=mesh.device_type)
     flags[ranks.index(torch.distributed.get_rank())] = float(failed)
-    with waiting():
+    with explain_failure():
         for dim in range(mesh.ndim):
             torch.distributed.all_reduce(flags, group=mesh.get_group(dim))
     return [rank for rank, flag in zip(ranks, flags.tolist(), strict=True) if flag]
 
 
 @contextmanager
-def together(mesh: DeviceMesh) -> Iterator[None]:
-    """Make what is raised on one process an error on all: for what each process does by itself, as building its part.
+def raise_on_all_ranks(mesh: DeviceMesh) -> Iterator[None]:
+    """Run a block on all ranks of the mesh; if the block raises on one rank, raise on every rank.
+
+    Use it around code that each process runs separately, such as building its part of an operator.
 
     Parameters
     ----------
@@ -44,25 +46,25 @@ def together(mesh: DeviceMesh) -> Iterator[None]:
     Yields
     ------
     None
-        Nothing.
+        The block runs in this context.
 
     Raises
     ------
     RuntimeError
-        If the block failed on other processes only; it names them.
+        If the block failed on other ranks only; the message names these ranks.
     """
     failure: Exception | None = None
     try:
         yield
-    except Exception as error:  # of whatever kind: it is raised again
+    except Exception as error:  # any kind: it is raised again below
         failure = error
     if failure is not None:
         try:
-            failing(mesh, failed=True)
-        except RuntimeError as error:  # the others are in the middle of something else, and will hear of it there
+            failed_ranks(mesh, failed=True)
+        except RuntimeError as error:  # the other ranks run another collective, which will fail there
             failure.add_note(f"(the other processes could not be told: {error})")
         raise failure
-    failed = failing(mesh, failed=False)
+    failed = failed_ranks(mesh, failed=False)
     if failed:
         raise RuntimeError(
             f"expected all {mesh.size()} processes to succeed, but rank {', '.join(map(str, failed))} failed: the "
@@ -70,4 +72,4 @@ def together(mesh: DeviceMesh) -> Iterator[None]:
         )
 
 
-__all__ = ["failing", "together", "waiting"]
+__all__ = ["explain_failure", "failed_ranks", "raise_on_all_ranks"]

@@ -1,8 +1,8 @@
-r"""Spaces over processes: ``⟨a, b⟩ = Σᵣ ⟨aᵣ, bᵣ⟩``, where what several processes hold alike counts once.
+r"""Spaces over processes: ``⟨a, b⟩ = Σᵣ ⟨aᵣ, bᵣ⟩``, where entries that several processes hold count once.
 
-An element is on each process the tensor that it holds. PyTorch's placements say what that is: ``Shard(dim)`` a range of
-the rows of one large tensor, ``Replicate()`` the same as on the other processes. In a *direct sum*, each process has a
-tensor of its own.
+On each process, an element is represented by the tensor that this process holds. PyTorch's placements describe it:
+``Shard(dim)`` means a range of rows of one large tensor, ``Replicate()`` means the same tensor on all processes. In a
+*direct sum*, each process has a separate tensor.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from adjointlab.distributed import communication
-from adjointlab.distributed.windows import chunk
+from adjointlab.distributed.windows import shard_range
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.space import Space, TensorSpec
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How one tensor is spread over a mesh: ``mesh``, one placement for each of its dimensions, and the whole's shape.
+    """How one tensor is distributed over a mesh of processes: each process holds a shard or a copy.
 
     Parameters
     ----------
@@ -37,9 +37,9 @@ class Sharding:
     placements : tuple of Placement
         ``Shard(dim)`` or ``Replicate()`` for each dimension of the mesh.
     shape : tuple of int or None
-        Of the whole tensor; None for a direct sum, in which each process has a tensor of its own.
+        Shape of the whole tensor; None for a direct sum, where each process has a separate tensor.
     size : int
-        Number of entries of the whole.
+        Number of entries of the whole tensor.
     """
 
     mesh: DeviceMesh
@@ -49,7 +49,7 @@ class Sharding:
 
     @functools.cached_property
     def share(self) -> float:
-        """One over the number of processes that hold the same entries."""
+        """The reciprocal of the number of processes that hold the same entries."""
         return 1.0 / math.prod(self.mesh.size(d) for d, p in enumerate(self.placements) if p.is_replicate())
 
     @functools.cached_property
@@ -57,19 +57,19 @@ class Sharding:
         return tuple(str(self.mesh.get_group(d).group_name) for d in range(self.mesh.ndim) if self.mesh.size(d) > 1)
 
     def total(self, terms: Tensor, shares: tuple[float, ...]) -> Tensor:
-        """Return ``Σᵢ shareᵢ termsᵢ`` summed over all processes: the same number on each."""
+        """Return ``Σᵢ shareᵢ termsᵢ`` summed over all processes, bitwise equal on all of them."""
         return communication.total(terms, shares, self._groups)
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over the processes that should hold the same entries."""
         for d, placement in enumerate(self.placements):
             if placement.is_replicate():
-                tensor = communication.all_reduce(tensor, along(self.mesh, d))
+                tensor = communication.all_reduce(tensor, submesh(self.mesh, d))
         return tensor
 
     def generator(self, generator: torch.Generator | None) -> torch.Generator:
-        """Return a generator for this shard, with a seed from the one given, or else from the mesh's first process."""
-        where = coordinate(self.mesh)
+        """Return a generator for this shard, seeded by the given generator, or by the first process of the mesh."""
+        where = mesh_coordinates(self.mesh)
         seed = torch.randint(1 << 31, (), generator=generator, device="cpu")
         if generator is None:
             first = not any(where)
@@ -87,8 +87,8 @@ class Sharding:
         return f"of {self.shape} by {', '.join(map(str, self.placements))} over {tuple(self.mesh.shape)} processes"
 
 
-def coordinate(mesh: DeviceMesh) -> tuple[int, ...]:
-    """Return where this process is in the mesh."""
+def mesh_coordinates(mesh: DeviceMesh) -> tuple[int, ...]:
+    """Return the coordinates of this process in the mesh."""
     where = mesh.get_coordinate()
     if where is None:
         raise SpaceMismatchError(
@@ -98,8 +98,8 @@ def coordinate(mesh: DeviceMesh) -> tuple[int, ...]:
     return tuple(where)
 
 
-def along(mesh: DeviceMesh, dim: int) -> DeviceMesh:
-    """Return the mesh of the processes that differ from this one in one coordinate."""
+def submesh(mesh: DeviceMesh, dim: int) -> DeviceMesh:
+    """Return the one-dimensional mesh through this process along mesh dimension ``dim``."""
     if mesh.ndim == 1:
         return mesh
     if mesh.mesh_dim_names is None:
@@ -116,31 +116,34 @@ def space(
     *,
     dtype: torch.dtype | None = None,
 ) -> Space:
-    """Return the space of one tensor that is spread over a mesh; its elements are what each process holds.
+    """Return the space of one tensor distributed over a mesh, with ``⟨a, b⟩ = Σᵣ ⟨aᵣ, bᵣ⟩``.
 
-    All processes of the mesh call it, with the same arguments.
+    All processes of the mesh must call it with the same arguments. On each process, an element is represented by the
+    part that this process holds.
 
     Parameters
     ----------
     shape : sequence of int
-        Of the whole tensor.
+        Shape of the whole tensor.
     mesh : DeviceMesh
-        The processes, from ``torch.distributed.init_device_mesh``; with names, if it has several dimensions.
+        The processes, made by ``torch.distributed.init_device_mesh``; a mesh of several dimensions needs
+        ``mesh_dim_names``.
     placements : sequence of Placement
         ``Shard(dim)`` or ``Replicate()`` for each dimension of the mesh. Shards follow the rule of ``torch.chunk`` and
-        DTensor, uneven ones included.
+        DTensor; they may have different sizes.
     dtype : torch.dtype, optional
-        Torch's default dtype if not given.
+        The dtype; torch's default dtype if not given.
 
     Returns
     -------
     Space
-        The same calls work on it as on any other; a pytree of such spaces is a space as well, by ``Space.of``.
+        A space with the methods of any other space. ``Space.of`` combines a pytree of such spaces into one space.
 
     Raises
     ------
     SpaceMismatchError
-        If processes ask for different spaces, one would hold nothing, or a placement is none of these two.
+        If the arguments differ between processes, a process would hold no entries, or a placement is neither
+        ``Shard(dim)`` nor ``Replicate()``.
 
     Examples
     --------
@@ -154,10 +157,10 @@ def space(
     0.0
     >>> dist.destroy_process_group()
     """
-    where = coordinate(mesh)
+    where = mesh_coordinates(mesh)
     whole = tuple(int(n) for n in shape)
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    if not alike(mesh, whole, tuple(placements), dtype):
+    if not same_on_all_ranks(mesh, whole, tuple(placements), dtype):
         raise SpaceMismatchError(
             f"expected the same space on all processes, got {whole} by {tuple(placements)} of {dtype} here: pass the "
             "shape of the whole tensor, not of this process's part"
@@ -177,12 +180,12 @@ def space(
     for d, placement in enumerate(chosen):
         if isinstance(placement, Shard):
             n, parts = whole[placement.dim], mesh.size(d)
-            if chunk(n, parts, parts - 1)[0] >= n:
+            if shard_range(n, parts, parts - 1)[0] >= n:
                 raise SpaceMismatchError(
                     f"expected a part for every process, got {n} rows in {parts} shards of {-(-n // parts)}: the last "
                     "would be empty; use fewer processes, or split another dimension"
                 )
-            start, stop = chunk(n, parts, where[d])
+            start, stop = shard_range(n, parts, where[d])
             local[placement.dim] = stop - start
     sharding = Sharding(mesh, chosen, whole, math.prod(whole))
     return Space((TensorSpec(tuple(local), dtype, torch.device(mesh.device_type), sharding),))
@@ -200,55 +203,57 @@ def _placement(placement: Any, ndim: int) -> Placement:
 
 
 def replicated(local: Any, mesh: DeviceMesh) -> Space:
-    """Return the space of what is the same on all processes of the mesh.
+    """Return the space of elements that are equal on all processes, with ``⟨a, b⟩`` counted once.
 
     Parameters
     ----------
     local : Space or what ``Space.of`` takes
-        What each process holds: the same on all.
+        The space of the element on each process, equal on all processes.
     mesh : DeviceMesh
         The processes.
 
     Returns
     -------
     Space
-        Whose inner products count each entry once.
+        The replicated space; its inner products count each entry once.
 
     Raises
     ------
     SpaceMismatchError
-        If it is not the same space everywhere.
+        If the processes pass different spaces.
     """
     found = _local(local)
     where = (Replicate(),) * mesh.ndim
-    if not alike(mesh, [(s.shape, s.dtype) for s in found.specs], found.structure):
+    if not same_on_all_ranks(mesh, [(s.shape, s.dtype) for s in found.specs], found.structure):
         raise SpaceMismatchError(f"expected the same space on all processes, got {found} here: replicate what is alike")
     specs = tuple(replace(s, sharding=Sharding(mesh, where, s.shape, s.numel)) for s in found.specs)
     return replace(found, specs=specs)
 
 
 def direct_sum(local: Any, mesh: DeviceMesh) -> Space:
-    """Return the space in which each process has a tensor (or pytree) of its own, of a shape of its own.
+    """Return the direct sum ``X₀ ⊕ … ⊕ Xₙ`` of one space per process, with ``⟨a, b⟩ = Σᵣ ⟨aᵣ, bᵣ⟩``.
+
+    Shapes may differ between processes.
 
     Parameters
     ----------
     local : Space or what ``Space.of`` takes
-        What this process has.
+        The space of this process.
     mesh : DeviceMesh
         The processes.
 
     Returns
     -------
     Space
-        Whose inner products sum over the processes.
+        The direct sum; its inner products sum over the processes.
 
     Raises
     ------
     SpaceMismatchError
-        If processes have different numbers of leaves.
+        If the processes have different numbers of leaves.
     """
     found = _local(local)
-    if not alike(mesh, len(found.specs)):
+    if not same_on_all_ranks(mesh, len(found.specs)):
         raise SpaceMismatchError(
             f"expected as many leaves on every process, got {len(found.specs)} here: give all the same structure"
         )
@@ -265,8 +270,8 @@ def _summed(mesh: DeviceMesh, values: list[float]) -> list[float]:
     return everywhere.total(given, (1.0,)).tolist()
 
 
-def alike(mesh: DeviceMesh, *values: Any) -> bool:
-    """Return whether all processes came with the same values: what they print as, tensors bit by bit."""
+def same_on_all_ranks(mesh: DeviceMesh, *values: Any) -> bool:
+    """Return whether all processes pass the same values, comparing tensors bitwise and other values by their repr."""
     bits = [v.detach().cpu().contiguous().flatten().view(torch.uint8) if isinstance(v, Tensor) else v for v in values]
     print_of = b" ".join(bytes(v.tolist()) if isinstance(v, Tensor) else repr(v).encode() for v in bits)
     value = float(zlib.crc32(print_of))
@@ -287,14 +292,14 @@ def _local(local: Any) -> Space:
 
 
 def shard(whole: Any, space: Space) -> Any:
-    """Return this process's part of a whole element: a copy.
+    """Return a copy of this process's part of a whole element.
 
     Parameters
     ----------
     whole : pytree of tensors
-        Of the shapes that the space's tensors have as wholes, on every process.
+        The whole tensors, available on every process.
     space : Space
-        Where the parts live.
+        The sharded space that the parts belong to.
 
     Returns
     -------
@@ -304,7 +309,7 @@ def shard(whole: Any, space: Space) -> Any:
     Raises
     ------
     SpaceMismatchError
-        If the space is not sharded, or the shapes do not fit.
+        If the space is not sharded by rows, or the shapes do not match.
     """
     shardings = _shardings(space)
     leaves = Space.of(
@@ -313,24 +318,24 @@ def shard(whole: Any, space: Space) -> Any:
     parts = []
     for leaf, (sharding, _) in zip(leaves, shardings, strict=True):
         part = leaf
-        where = coordinate(sharding.mesh)
+        where = mesh_coordinates(sharding.mesh)
         for d, placement in enumerate(sharding.placements):
             if isinstance(placement, Shard):
-                start, stop = chunk(leaf.shape[placement.dim], sharding.mesh.size(d), where[d])
+                start, stop = shard_range(leaf.shape[placement.dim], sharding.mesh.size(d), where[d])
                 part = part.narrow(placement.dim, start, stop - start)
         parts.append(part.clone(memory_format=torch.contiguous_format))
     return space.unflatten(parts)
 
 
 def gather(element: Any, space: Space) -> Any:
-    """Return the whole of an element, on every process: for small ones, and for looking at.
+    """Return the whole element on every process; use it for small elements only.
 
     Parameters
     ----------
     element : pytree of tensors
         This process's part.
     space : Space
-        Where it lives.
+        The sharded space of the element.
 
     Returns
     -------
@@ -340,7 +345,7 @@ def gather(element: Any, space: Space) -> Any:
     Raises
     ------
     SpaceMismatchError
-        If it is not an element, or the space is not sharded by ranges of rows.
+        If ``element`` is not in the space, or the space is not sharded by rows.
     """
     shardings = _shardings(space)
     wholes = []
@@ -366,4 +371,14 @@ def _shardings(space: Space) -> list[tuple[Sharding, TensorSpec]]:
     return found  # type: ignore[return-value]
 
 
-__all__ = ["Sharding", "alike", "along", "coordinate", "direct_sum", "gather", "replicated", "shard", "space"]
+__all__ = [
+    "Sharding",
+    "direct_sum",
+    "gather",
+    "mesh_coordinates",
+    "replicated",
+    "same_on_all_ranks",
+    "shard",
+    "space",
+    "submesh",
+]

@@ -1,8 +1,8 @@
-"""Who needs which rows of whom: an array in consecutive shards, and a window of it for each process.
+"""Which rows each process sends to which other process, so that each gets a window of an array split into shards.
 
-A *window* is any range of rows, in which those before the first and after the last are those of a periodic array. So a
-halo of any width is one case, more than one neighbour wide as well, and so are the rows that a strided convolution
-needs for its share of the outputs.
+A *window* is a range of rows whose indices are taken modulo the size of the array, as if it were periodic. A halo is
+one example, even if it is wider than a neighbour's shard. The input rows that a strided convolution needs for this
+process's outputs are another.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows that one process holds and one window asks for: ``source`` among those held, ``target`` in the window."""
+    """Consecutive rows of one window that one process (``peer``) holds.
+
+    ``source`` is the first row's index in the peer's shard, ``target`` its index in the window.
+    """
 
     peer: int
     source: int
@@ -24,39 +27,39 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one process does in an exchange; lists of pieces are in the order of the window that they are for."""
+    """The pieces that one process receives and sends in an exchange, each tuple in the order of its window."""
 
     rank: int
-    needs: tuple[Piece, ...]  # of its window, by the process that holds them
-    gives: tuple[tuple[Piece, ...], ...]  # of what it holds, for each process that needs it
-    silent: bool  # whether no process needs anything of another
+    window: tuple[Piece, ...]  # the pieces of this process's window
+    sends: tuple[tuple[Piece, ...], ...]  # for each process, the pieces of its window that this process holds
+    local: bool  # whether every process holds its whole window already
 
     @property
     def ranks(self) -> int:
         """Number of processes."""
-        return len(self.gives)
+        return len(self.sends)
 
-    def gives_to(self, peer: int) -> tuple[Piece, ...]:
-        """Return the pieces of what this process holds that go to another."""
-        return () if peer == self.rank else self.gives[peer]
+    def sends_to(self, peer: int) -> tuple[Piece, ...]:
+        """Return the pieces that this process sends to another process."""
+        return () if peer == self.rank else self.sends[peer]
 
-    def takes_from(self, peer: int) -> tuple[Piece, ...]:
-        """Return the pieces of this process's window that come from another."""
-        return () if peer == self.rank else tuple(piece for piece in self.needs if piece.peer == peer)
+    def receives_from(self, peer: int) -> tuple[Piece, ...]:
+        """Return the pieces of this process's window that another process sends."""
+        return () if peer == self.rank else tuple(piece for piece in self.window if piece.peer == peer)
 
 
 @functools.lru_cache(maxsize=256)
-def plan_of(owned: tuple[int, ...], windows: tuple[int, ...], rank: int) -> Plan:
-    """Return the plan of process ``rank``, with rows ``owned[r]`` to ``owned[r + 1]`` held by process r."""
+def exchange_plan(owned: tuple[int, ...], windows: tuple[int, ...], rank: int) -> Plan:
+    """Return the plan of process ``rank``, where process r holds the rows ``owned[r]`` to ``owned[r + 1]``."""
     ranks = len(owned) - 1
     cuts = [_cut(owned, windows[2 * r], windows[2 * r + 1]) for r in range(ranks)]
-    silent = all(piece.peer == r for r, pieces in enumerate(cuts) for piece in pieces)
-    gives = tuple(tuple(piece for piece in pieces if piece.peer == rank) for pieces in cuts)
-    return Plan(rank, cuts[rank], gives, silent)
+    local = all(piece.peer == r for r, pieces in enumerate(cuts) for piece in pieces)
+    sends = tuple(tuple(piece for piece in pieces if piece.peer == rank) for pieces in cuts)
+    return Plan(rank, cuts[rank], sends, local)
 
 
 def _cut(owned: tuple[int, ...], start: int, stop: int) -> tuple[Piece, ...]:
-    """Return a window as pieces of the processes that hold them."""
+    """Return a window as pieces, each held by one process."""
     size, pieces, row = owned[-1], [], start
     while row < stop:
         inside = row % size
@@ -67,15 +70,15 @@ def _cut(owned: tuple[int, ...], start: int, stop: int) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
-    """Return the rows of one shard by the rule of ``torch.chunk`` and DTensor: of one size, but for the last."""
+def shard_range(size: int, parts: int, index: int) -> tuple[int, int]:
+    """Return the row range of one shard by the rule of ``torch.chunk`` and DTensor: equal sizes except for the last."""
     step = -(-size // parts)
     return min(size, index * step), min(size, (index + 1) * step)
 
 
-def bounds(size: int, parts: int) -> tuple[int, ...]:
-    """Return where shards begin, and the size."""
-    return (*[chunk(size, parts, index)[0] for index in range(parts)], size)
+def shard_bounds(size: int, parts: int) -> tuple[int, ...]:
+    """Return the first row of every shard, followed by the size of the array."""
+    return (*[shard_range(size, parts, index)[0] for index in range(parts)], size)
 
 
-__all__ = ["Piece", "Plan", "bounds", "chunk", "plan_of"]
+__all__ = ["Piece", "Plan", "exchange_plan", "shard_bounds", "shard_range"]

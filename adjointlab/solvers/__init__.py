@@ -1,4 +1,4 @@
-"""Krylov solvers: ``Ax = b`` and ``min ‖Ax − y‖² + damp² ‖x‖²``, on any device, differentiable."""
+"""Differentiable Krylov solvers for ``Ax = b`` and ``min ‖Ax − y‖² + damp² ‖x‖²``, on any device."""
 
 from adjointlab.solvers.bidiagonalization import lsmr
 from adjointlab.solvers.conjugate_gradients import cg, cgls

@@ -1,18 +1,18 @@
-"""Vectors of a space with one scalar for each problem: ``⟨a, b⟩``, ``y ← y + αx``, ``y ← x + αy``.
+"""Arithmetic of batched vectors with one scalar per problem: ``⟨a, b⟩``, ``y ← y + αx``, ``y ← x + αy``.
 
-A vector is a list of real tensors, one for each leaf (complex leaves are seen as pairs of real numbers), so that
-``Re⟨·, ·⟩`` is a plain sum of products. That is the inner product for which every derived adjoint holds, those of maps
-that are only real-linear included, and the solvers need no other. A scalar is a ``float64`` tensor on the device, of
-the shape of the free leading dimensions: each entry of a batch is a problem of its own.
+A vector is a list of real tensors, one for each leaf (a complex leaf becomes pairs of real numbers), so that
+``Re⟨·, ·⟩`` is a plain sum of products. Every derived adjoint is the adjoint for this inner product, even if the map is
+only real-linear, so the solvers need no other inner product. A scalar is a ``float64`` tensor on the device with the
+shape of the free leading dimensions: each entry of a batch is a separate problem.
 
 Note on sums
 ------------
-For float32, products are summed in single precision over blocks of 4096 entries, and the blocks in double precision.
-The relative error of a squared norm is then about 1e-8, where a sum in double would have 1e-13 and a plain one 1e-6 (at
-512²) to 1e-4 (at 2048²). The iterations themselves carry rounding of 6e-8 in every entry, so that no more is of use.
-Squares are summed by ``vector_norm``, which is one pass without a temporary (0.02 ms at 512², a sum in double 0.2 ms),
-other products in pieces, so that no temporary is of the size of a vector. Products of two numbers of size 1e-19 vanish
-in float32: where the data are so small, or so large, every product is made in double.
+For float32, products are summed in single precision over blocks of 4096 entries, and the block sums are added in double
+precision. The relative error of a squared norm is then about 1e-8; it would be 1e-13 in double precision, and 1e-6 (at
+512²) to 1e-4 (at 2048²) in single precision. More accuracy is useless, since each iteration rounds every entry by 6e-8.
+``vector_norm`` sums squares in one pass without a temporary (0.02 ms at 512²; a sum in double takes 0.2 ms). Other
+products are summed piece by piece, so that no temporary has the size of a vector. Products of two numbers of size 1e-19
+underflow in float32; if the data are that small, or very large, every product is computed in double precision.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from adjointlab.space import Space
 Vector = list[Tensor]
 
 _BLOCK = 4096
-_PIECE = 1 << 17  # entries whose products are held at a time
-_SAFE = (1e-12, 1e12)  # typical sizes whose products float32 holds, with room for six digits of convergence
+_PIECE = 1 << 17  # number of products in memory at a time
+_SAFE = (1e-12, 1e12)  # sizes of entries whose products fit into float32, with room for six digits of convergence
 
 
 def as_vector(leaves: Sequence[Tensor]) -> Vector:
-    """Return the real views of leaves; nothing is copied unless a leaf is lazily conjugated or negated."""
+    """Return real views of the leaves; a leaf is copied only if it is lazily conjugated or negated."""
     return [
         torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf.resolve_neg() for leaf in leaves
     ]  # fmt: skip
 
 
 class Vectors:
-    """Arithmetic of the elements of ``space`` whose free leading dimensions have the sizes ``batch``."""
+    """Arithmetic of elements of ``space`` whose free leading dimensions have the sizes ``batch``."""
 
     def __init__(self, space: Space, batch: tuple[int, ...]) -> None:
         self.space = space.with_batch(batch)
         self.batch = batch
         self.device = self.space.specs[0].device
         self.largest = min(torch.finfo(spec.dtype).max for spec in self.space.specs)
-        self.wide = True  # until the size of the data is known
+        self.wide = True  # until choose_precision has seen the size of the data
 
     def vector(self, element: Any) -> Vector:
-        """Return an element as a vector, without a copy where there need be none."""
+        """Return an element as a vector, without a copy if possible."""
         return as_vector(self.space.leaves(element))
 
     def element(self, vector: Vector) -> Any:
@@ -65,7 +65,7 @@ class Vectors:
         return self.vector(self.space.zeros())
 
     def copy(self, x: Vector) -> Vector:
-        """Return a copy that is contiguous and ours to write to."""
+        """Return a contiguous copy, which the caller may overwrite."""
         return [v.clone(memory_format=torch.contiguous_format) for v in x]
 
     def scalar(self, value: float) -> Tensor:
@@ -73,7 +73,7 @@ class Vectors:
         return torch.full(self.batch, value, dtype=torch.float64, device=self.device)
 
     def choose_precision(self, norm: Tensor) -> None:
-        """Make every product in double where numbers of root mean square ``norm / √n`` need it."""
+        """Compute every product in double precision if entries of root mean square ``norm / √n`` need it."""
         size = norm / self.space.size**0.5
         self.wide = bool(((size > 0) & ~((size > _SAFE[0]) & (size < _SAFE[1]))).any())
 
@@ -92,7 +92,7 @@ class Vectors:
         return self.dot(a, a).sqrt()
 
     def holds(self, alpha: Tensor) -> Tensor:
-        """Return where a scalar is finite, in the dtype of the vectors as well."""
+        """Return the problems whose scalar is finite, also after a cast to the dtype of the vectors."""
         return alpha.abs() <= self.largest
 
     def add(self, y: Vector, alpha: Tensor, x: Vector) -> None:
@@ -111,7 +111,7 @@ class Vectors:
             u.mul_(self._for(alpha, u))
 
     def clear(self, y: Vector, where: Tensor) -> None:
-        """Set ``y ← 0`` in the problems ``where`` says so, whatever it holds there: NaN as well."""
+        """Set ``y ← 0`` in the problems ``where``, even if y is NaN there."""
         for u in y:
             u.masked_fill_(where.to(u.device).reshape(self.batch + (1,) * (u.ndim - len(self.batch))), 0)
 
@@ -134,7 +134,7 @@ def _squares(u: Tensor) -> Tensor:
 
 
 def _products(u: Tensor, v: Tensor, wide: bool) -> Tensor:
-    """Return ``Σ uv`` over the last dimension, in double; `wide` has the products made in double as well."""
+    """Return ``Σ uv`` over the last dimension, in double precision; ``wide`` also computes the products in double."""
     problems = max(1, u.shape[:-1].numel())
     length = max(1, _PIECE // problems)
     length = length - length % _BLOCK or length

@@ -1,4 +1,4 @@
-r"""LSMR: ``min ‖Ax − y‖²_W + damp² ‖x‖²`` by Golub–Kahan bidiagonalisation, the gradient falling at every step."""
+r"""LSMR: ``min ‖Ax − y‖²_W + damp² ‖x‖²`` by Golub–Kahan bidiagonalisation, with monotone gradient norms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adjointlab.affine import AffineOperator
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers import implicit
 from adjointlab.solvers.arithmetic import Vector
-from adjointlab.solvers.problem import Problem, require
+from adjointlab.solvers.problem import Problem, nonnegative
 from adjointlab.solvers.solution import (
     ILL_CONDITIONED,
     LEAST_SQUARES,
@@ -40,26 +40,27 @@ def lsmr(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Solution:
-    r"""Minimise ``‖Ax − y‖²_W + damp² ‖x‖²`` by LSMR: MINRES on the normal equations, by bidiagonalisation.
+    r"""Minimise ``‖Ax − y‖²_W + damp² ‖x‖²`` by LSMR, which is equivalent to MINRES on the normal equations.
 
-    Both ``‖r‖`` and ``‖Aᴴr‖`` fall at every step, so that it may be stopped earlier than CGLS. The rules are those of
-    the authors, for the residual r of the damped system, ``‖A‖`` and ``cond(A)`` being estimates that cost nothing:
+    Both ``‖r‖`` and ``‖Aᴴr‖`` decrease at every step, so LSMR can be stopped earlier than CGLS. Fong and
+    Saunders give these stopping rules, where r is the residual of the damped system, and the recurrences estimate
+    ``‖A‖`` and ``cond(A)`` at no cost:
 
-    - ``‖r‖ ≤ btol ‖y‖ + atol ‖A‖ ‖x‖``: the equations are solved;
+    - ``‖r‖ ≤ btol ‖y‖ + atol ‖A‖ ‖x‖``: x solves the equations;
     - ``‖Aᴴr‖ ≤ atol ‖A‖ ‖r‖``: x is a least-squares solution;
-    - ``cond(A) ≥ conlim``: the problem is too ill-conditioned to go on.
+    - ``cond(A) ≥ conlim``: the problem is too ill-conditioned to continue.
 
-    Where the first two are claimed, they are verified for x itself. With ``batch_dims``, every entry of the batch is a
-    problem of its own.
+    The solver verifies the first two conditions by computing r and ``Aᴴr`` from x again. With ``batch_dims``, every
+    entry of the batch is a separate problem.
 
     Parameters
     ----------
     A, y, x0, damp, weight, maxiter, callback, progress
         As in :func:`cgls`.
     atol, btol : float
-        Relative errors of A and y that the solution may reflect.
+        Relative errors of A and of y; the solution is as accurate as these errors allow.
     conlim : float
-        Largest condition number; 0 for any.
+        Largest condition number that is accepted; 0 for no limit.
 
     Returns
     -------
@@ -69,15 +70,15 @@ def lsmr(
     Raises
     ------
     SpaceMismatchError
-        If A is no operator, or y, ``x0`` or the weight does not live on its spaces.
+        If A is not an operator, or y, ``x0`` or the weight does not match its spaces.
     ValueError
         If a tolerance, ``damp`` or ``maxiter`` is negative.
 
     Notes
     -----
-    x is differentiable as in :func:`cgls`. Beside x and y, memory for four elements of the domain and two of the
-    codomain is used (one more of the codomain with weights, one more of the domain with ``x0`` and damping together),
-    and whatever A takes for itself.
+    x is differentiable as in :func:`cgls`. Besides x, y and the memory of A, the solver needs memory for four elements
+    of the domain and two of the codomain, for one more element of the codomain if there are weights, and for one more
+    of the domain if both ``x0`` and damping are given.
 
     References
     ----------
@@ -89,31 +90,35 @@ def lsmr(
     --------
     >>> import torch
     >>> from adjointlab import linear_operator
-    >>> A = linear_operator(lambda x: x.sum(-1, keepdim=True), (2,))  # of all solutions, the smallest
+    >>> A = linear_operator(lambda x: x.sum(-1, keepdim=True), (2,))  # many solutions; x has the least norm
     >>> lsmr(A, torch.tensor([2.0])).x
     tensor([1.0000, 1.0000])
     """
-    atol, btol, conlim = require("atol", atol), require("btol", btol), require("conlim", conlim)
-    damp = require("damp", damp)
+    atol, btol, conlim = (
+        nonnegative("atol", atol),
+        nonnegative("btol", btol),
+        nonnegative("conlim", conlim),
+    )
+    damp = nonnegative("damp", damp)
     problem = Problem.of(A, y, weight)
     with torch.no_grad(), problem.domain.space.without_autocast():
         inner = problem.diagonalized()
         monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "lsmr")
         x = inner.start(x0)
-        _lsmr(inner, x, damp, _Rules(monitor, atol, btol, conlim, problem.eps), started=x0 is not None)
+        _lsmr(inner, x, damp, _StoppingRules(monitor, atol, btol, conlim, problem.eps), started=x0 is not None)
         solution = monitor.solution(x)
     return implicit.of_least_squares(problem, solution, damp, min(atol, btol), monitor.maxiter, started=x0 is not None)
 
 
-def _lsmr(problem: Problem, x: Vector, damp: float, rules: _Rules, *, started: bool) -> None:
-    """Run LSMR on x in place, and verify what it claims."""
+def _lsmr(problem: Problem, x: Vector, damp: float, rules: _StoppingRules, *, started: bool) -> None:
+    """Run LSMR on x in place, and restart it to verify convergence."""
     domain, codomain = problem.domain, problem.codomain
     u = codomain.copy(problem.data())
     codomain.choose_precision(codomain.norm(u))
     rules.size = problem.weighted(u)[1].sqrt()
-    most = domain.scalar(math.inf)
+    bound = domain.scalar(math.inf)  # largest gradient of a restart that is worth going on from
     while True:
-        left = _Left(problem, u)
+        left = _LeftVector(problem, u)
         if started:
             left.start(x, damp)
         v = domain.zeros()
@@ -123,29 +128,29 @@ def _lsmr(problem: Problem, x: Vector, damp: float, rules: _Rules, *, started: b
         domain.choose_precision(gradient)
         domain.scale(v, _inverse(alpha))
         rules.start(alpha, beta, domain.norm(x))
-        rules.monitor.stop(gradient > most, PRECISION)
+        rules.monitor.stop(gradient > bound, PRECISION)
         state = _Recurrence.start(alpha, beta, 0.0 if left.damp else damp)
         if not _steps(left, x, v, state, rules):
             return
-        most, started = gradient / 2 if started else domain.scalar(0), True
+        bound, started = gradient / 2 if started else domain.scalar(0), True
         del left, v, u
         u = codomain.copy(problem.data())
 
 
-def _steps(left: _Left, x: Vector, v: Vector, state: _Recurrence, rules: _Rules) -> bool:
-    """Run LSMR from x and the first vectors; return whether that ended with claims to verify."""
+def _steps(left: _LeftVector, x: Vector, v: Vector, state: _Recurrence, rules: _StoppingRules) -> bool:
+    """Run LSMR from x and the first vectors; return whether convergence must be verified."""
     domain, monitor = left.problem.domain, rules.monitor
-    going, some = monitor.start(state.residual)
+    going, some_stopped = monitor.start(state.residual)
     if not going:
         return False
     alpha, beta = state.alphabar, state.residual
     h, hbar = domain.copy(v), domain.zeros()
     while going:
-        if some:
+        if some_stopped:
             left.clear(~monitor.running)
             for vector in (hbar, h, v):
                 domain.clear(vector, ~monitor.running)
-        left.push(v, -alpha * _inverse(beta))
+        left.push_forward(v, -alpha * _inverse(beta))
         beta = left.pull_back(v)
         alpha = domain.norm(v)
         domain.scale(v, _inverse(alpha))
@@ -156,54 +161,54 @@ def _steps(left: _Left, x: Vector, v: Vector, state: _Recurrence, rules: _Rules)
         domain.add(x, torch.where(moved, to_x, 0), hbar)
         domain.update(h, v, torch.where(moved, to_h, 0))
         rules(state, domain.norm(x))
-        going, some = monitor.step(x, state.residual, moved)
+        going, some_stopped = monitor.step(x, state.residual, moved)
     return monitor.reopen()
 
 
 @dataclass
-class _Left:
-    """The left vector ``βu`` of the bidiagonalisation, not normalised, which saves a pass over it.
+class _LeftVector:
+    """The left vector ``βu`` of the bidiagonalisation; not normalising it saves a pass over memory.
 
-    The recurrences of LSMR damp the correction to the start. To damp x itself from another start than zero, A is
-    extended by the rows ``damp · x = 0``, in which the left vector is ``damp · below``.
+    The recurrences of LSMR damp the correction to the start. To damp x itself from a nonzero start, A is extended by
+    the rows ``damp · x = 0``. In these rows, the left vector is ``damp · damping_rows``.
     """
 
     problem: Problem
     u: Vector
-    below: Vector = field(default_factory=list)
+    damping_rows: Vector = field(default_factory=list)
     damp: float = 0.0
 
     def start(self, x: Vector, damp: float) -> None:
-        """Take what x explains off the data."""
+        """Subtract ``Ax`` from the data and, with damping, ``damp · x`` from the rows of zeros."""
         codomain, domain = self.problem.codomain, self.problem.domain
         codomain.add(self.u, codomain.scalar(-1), self.problem.apply(x))
         if damp:
-            self.damp, self.below = damp, domain.copy(x)
-            domain.scale(self.below, domain.scalar(-1))
+            self.damp, self.damping_rows = damp, domain.copy(x)
+            domain.scale(self.damping_rows, domain.scalar(-1))
 
-    def push(self, v: Vector, back: Tensor) -> None:
+    def push_forward(self, v: Vector, back: Tensor) -> None:
         """Set ``u ← Av + back · u``."""
         self.problem.codomain.update(self.u, self.problem.apply(v), back)
         if self.damp:
-            self.problem.domain.update(self.below, v, back)
+            self.problem.domain.update(self.damping_rows, v, back)
 
     def pull_back(self, v: Vector) -> Tensor:
         """Set ``v ← Aᴴu / β − βv``, and return ``β = ‖u‖``."""
         domain = self.problem.domain
         s, square = self.problem.pull_back(self.u)
         if self.damp:
-            square = square + self.damp**2 * domain.dot(self.below, self.below)
+            square = square + self.damp**2 * domain.dot(self.damping_rows, self.damping_rows)
         beta = square.sqrt()
         domain.scale(v, -beta)
         domain.add(v, _inverse(beta), s)
         if self.damp:
-            domain.add(v, self.damp**2 * _inverse(beta), self.below)
+            domain.add(v, self.damp**2 * _inverse(beta), self.damping_rows)
         return beta
 
     def clear(self, where: Tensor) -> None:
         self.problem.codomain.clear(self.u, where)
         if self.damp:
-            self.problem.domain.clear(self.below, where)
+            self.problem.domain.clear(self.damping_rows, where)
 
 
 def _inverse(value: Tensor) -> Tensor:
@@ -296,8 +301,8 @@ class _Recurrence:
         self.residual = (self.outside + (self.betad - taud).square() + self.betadd.square()).sqrt()
 
 
-class _Rules:
-    """The stopping rules of section 3.2 of the paper, with the guards against tolerances below the unit roundoff."""
+class _StoppingRules:
+    """The stopping rules of section 3.2 of the paper, and rules against tolerances below the unit roundoff."""
 
     size: Tensor
 
@@ -306,21 +311,21 @@ class _Rules:
         self.norm: Tensor | float = 0.0
 
     def start(self, alpha: Tensor, beta: Tensor, length: Tensor) -> None:
-        """Judge a start: the first one, or that from an x that is claimed to solve the problem."""
+        """Apply the rules to a start: the first one, or a restart that verifies x."""
         self.monitor.stop(~torch.isfinite(alpha * beta), NOT_FINITE)
-        self.size = torch.where(self.size == 0, beta, self.size)  # of no data, the start is the measure
+        self.size = torch.where(self.size == 0, beta, self.size)  # zero data: measure by the start
         self.monitor.stop(beta == 0, SOLVED)
         self.monitor.stop(alpha == 0, LEAST_SQUARES)
-        self._judge(alpha * beta, beta, self.norm * length)
+        self._apply(alpha * beta, beta, self.norm * length)
 
     def __call__(self, state: _Recurrence, length: Tensor) -> None:
         self.norm = state.norm
-        self._judge(state.gradient, state.residual, state.norm * length)
+        self._apply(state.gradient, state.residual, state.norm * length)
         if self.conlim:
             self.monitor.stop(state.condition >= self.conlim, ILL_CONDITIONED)
         self.monitor.stop(state.condition >= 1 / torch.finfo(torch.float64).eps, ILL_CONDITIONED)
 
-    def _judge(self, gradient: Tensor, residual: Tensor, reach: Tensor) -> None:
+    def _apply(self, gradient: Tensor, residual: Tensor, reach: Tensor) -> None:
         self.monitor.stop(residual <= self.btol * self.size + self.atol * reach, SOLVED)
         self.monitor.stop(gradient <= self.atol * self.norm * residual, LEAST_SQUARES)
         self.monitor.stop(residual <= self.eps * (self.size + reach), PRECISION)

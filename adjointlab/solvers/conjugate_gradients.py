@@ -1,4 +1,4 @@
-r"""Conjugate gradients: for ``Ax = b`` with A self-adjoint and positive, and for ``min ‖Ax − y‖²_W + damp² ‖x‖²``."""
+r"""Conjugate gradients for positive definite systems ``Ax = b`` and for ``min ‖Ax − y‖²_W + damp² ‖x‖²``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers import implicit
 from adjointlab.solvers.arithmetic import Vector
-from adjointlab.solvers.problem import Problem, plus, require
+from adjointlab.solvers.problem import Problem, add_scaled, nonnegative
 from adjointlab.solvers.solution import (
     BREAKDOWN,
     LEAST_SQUARES,
@@ -28,8 +28,8 @@ from adjointlab.solvers.solution import (
     Solution,
 )
 
-# Roundings that the gradient Aᴴr carries, each of a unit of ‖A‖ ‖r‖ at most: of Ap, of the step that r takes, of Aᴴr,
-# and of A itself, whose derived adjoint is its own up to rounding. Below that, the gradient says nothing.
+# The gradient Aᴴr contains rounding errors of at most eps ‖A‖ ‖r‖ from each of four sources: Ap, the update of r, Aᴴr,
+# and the difference between A and the adjoint of its derived adjoint. A smaller gradient is only rounding.
 _ROUNDING = 4
 
 
@@ -43,26 +43,27 @@ def cg(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Solution:
-    r"""Solve ``Ax = b``, A being self-adjoint and positive definite, by conjugate gradients.
+    r"""Solve ``Ax = b`` for a self-adjoint positive definite A by conjugate gradients.
 
-    It stops at ``‖b − Ax‖ ≤ tol · ‖b‖`` (``tol · ‖Ax₀‖`` for ``b = 0``), which is verified for x itself, at the cost of
-    one application: if rounding keeps it larger, ``reason`` says so. With ``batch_dims``, every entry of the batch is a
-    system of its own.
+    The solver stops at ``‖b − Ax‖ ≤ tol · ‖b‖`` (``tol · ‖Ax₀‖`` if ``b = 0``). It verifies this by computing
+    ``b − Ax``, which costs one application of A. If rounding keeps the residual larger, ``reason`` says so. With
+    ``batch_dims``, every entry of the batch is a separate system.
 
     Parameters
     ----------
     A : LinearOperator or AffineOperator
-        From a space to itself, ``⟨Ax, z⟩ = ⟨x, Az⟩``, ``⟨x, Ax⟩ > 0``; of an affine map, the linear part is.
+        An operator from a space to itself with ``⟨Ax, z⟩ = ⟨x, Az⟩`` and ``⟨x, Ax⟩ > 0`` for ``x ≠ 0``. If A is affine,
+        its linear part must satisfy this.
     b : pytree of tensors
         The right-hand side.
     x0 : pytree of tensors, optional
-        Where to start; zero if not given.
+        The first iterate; zero if not given.
     maxiter : int, optional
-        Most steps; ten for each unknown, at most 10000, if not given.
+        Largest number of steps; if not given, ten per unknown, but at most 10000.
     tol : float
         Relative tolerance of the residual.
     callback : callable, optional
-        Called with a copy of x after each step; it stops the solver by returning True.
+        Function that is called with a copy of x after each step. If it returns True, the solver stops.
     progress : bool
         Whether to show a progress bar (needs tqdm).
 
@@ -74,17 +75,18 @@ def cg(
     Raises
     ------
     SpaceMismatchError
-        If A does not map a space to itself, or b or ``x0`` is not in it.
+        If A does not map a space to itself, or b or ``x0`` is not in that space.
     ValueError
         If ``tol`` or ``maxiter`` is negative.
 
     Notes
     -----
-    x is differentiable with respect to b and to what A depends on, by implicit differentiation: a backward pass solves
-    one more system with A. The derivative is that of the exact solution, once; ``x0`` has none.
+    x is differentiable with respect to b and to the parameters of A, by implicit differentiation: a backward pass
+    solves one more system with A. It yields the derivative of the exact solution. Second derivatives are not available,
+    and the derivative with respect to ``x0`` is zero.
 
-    Beside x and b, memory for three vectors is used; for four where A is a cyclic convolution (it has a
-    ``multiplier``), with which the steps are taken in Fourier space.
+    Besides x and b, the solver needs memory for three vectors. If A is a cyclic convolution (``A.multiplier`` is not
+    None), the solver works in Fourier space and needs memory for four vectors.
 
     References
     ----------
@@ -98,7 +100,7 @@ def cg(
     >>> cg(diagonal(torch.tensor([1.0, 4.0])), torch.tensor([1.0, 2.0])).x
     tensor([1.0000, 0.5000])
     """
-    tol = require("tol", tol)
+    tol = nonnegative("tol", tol)
     problem = Problem.of(A, b)
     if problem.A.domain != problem.A.codomain:
         raise SpaceMismatchError(
@@ -114,37 +116,37 @@ def cg(
 
 
 def _cg(problem: Problem, x: Vector, started: bool, tol: float, monitor: Monitor) -> None:
-    """Run conjugate gradients on x in place, and verify what they claim."""
+    """Run conjugate gradients on x in place, and restart them to verify convergence."""
     space = problem.domain
     b = problem.data()
     size = space.norm(b)
     space.choose_precision(size)
-    most = space.scalar(math.inf)
+    bound = space.scalar(math.inf)  # largest residual of a restart that is worth going on from
     while True:
         r = space.copy(b)
         if started:
             space.add(r, space.scalar(-1), problem.apply(x))
         norm = space.norm(r)
         size = torch.where(size == 0, norm, size)
-        judge = partial(_judge_residual, monitor, size, tol, space.space.eps)
-        judge(norm)
-        monitor.stop(norm > most, PRECISION)
-        if not _cg_steps(problem, x, r, norm, judge=judge, monitor=monitor):
+        rules = partial(_apply_rules, monitor, size, tol, space.space.eps)
+        rules(norm)
+        monitor.stop(norm > bound, PRECISION)
+        if not _cg_steps(problem, x, r, norm, rules=rules, monitor=monitor):
             return
-        most, started = norm / 2 if started else space.scalar(0), True
+        bound, started = norm / 2 if started else space.scalar(0), True
 
 
 def _cg_steps(
-    problem: Problem, x: Vector, r: Vector, norm: Tensor, *, judge: Callable[[Tensor], None], monitor: Monitor
+    problem: Problem, x: Vector, r: Vector, norm: Tensor, *, rules: Callable[[Tensor], None], monitor: Monitor
 ) -> bool:
-    """Run conjugate gradients from x with the residual r; return whether that ended with claims to verify."""
+    """Run conjugate gradients from x with the residual r; return whether convergence must be verified."""
     space = problem.domain
     p, rho = space.copy(r), norm.square()
-    going, some = monitor.start(norm)
+    going, some_stopped = monitor.start(norm)
     if not going:
         return False
     while going:
-        if some:
+        if some_stopped:
             space.clear(p, ~monitor.running)
         q = problem.apply(p)
         curvature = space.dot(p, q)
@@ -158,13 +160,13 @@ def _cg_steps(
         space.add(r, -step, q)
         del q
         previous, rho = rho, space.dot(r, r)
-        judge(rho.sqrt())
-        going, some = monitor.step(x, rho.sqrt(), moved)
+        rules(rho.sqrt())
+        going, some_stopped = monitor.step(x, rho.sqrt(), moved)
         space.update(p, r, rho / previous)
     return monitor.reopen()
 
 
-def _judge_residual(monitor: Monitor, size: Tensor, tol: float, eps: float, norm: Tensor) -> None:
+def _apply_rules(monitor: Monitor, size: Tensor, tol: float, eps: float, norm: Tensor) -> None:
     monitor.stop(~(norm < math.inf), NOT_FINITE)
     monitor.stop(norm <= tol * size, SOLVED)
     monitor.stop(norm <= eps * size, PRECISION)
@@ -184,21 +186,23 @@ def cgls(
 ) -> Solution:
     r"""Minimise ``‖Ax − y‖²_W + damp² ‖x‖²`` by conjugate gradients on the normal equations.
 
-    It stops once the gradient is small against that at zero, ``‖AᴴW(y − Ax) − damp² x‖ ≤ tol · ‖AᴴWy‖`` (that at
-    ``x0`` for ``y = 0``), or as small as rounding lets it become; either is verified for x itself. Without damping and
-    from zero, it goes to the solution of least norm where there are many. With ``batch_dims``, every entry of the batch
-    is a problem of its own.
+    The solver stops once the gradient at x is small relative to the gradient at zero,
+    ``‖AᴴW(y − Ax) − damp² x‖ ≤ tol · ‖AᴴWy‖`` (relative to the gradient at ``x0`` if ``y = 0``), or consists of
+    rounding errors only. It verifies either condition by computing the gradient at x again. If there are many
+    solutions, the solver finds the solution of least norm, provided that ``damp = 0`` and ``x0`` is not given. With
+    ``batch_dims``, every entry of the batch is a separate problem.
 
     Parameters
     ----------
     A : LinearOperator or AffineOperator
-        Any operator; the offset of an affine one is taken off y.
+        Any operator. If it is affine, its offset is subtracted from y.
     y : pytree of tensors
         The data, an element of ``A.codomain``.
     damp : float
-        Weight of the penalty on x.
+        Damping; ``damp²`` is the weight of the penalty ``‖x‖²``.
     weight : LinearOperator, or pytree of real tensors, optional
-        ``W``, as in :class:`adjointlab.LeastSquares`: self-adjoint and positive, or the entries of a diagonal.
+        The weight ``W``, as in :class:`adjointlab.LeastSquares`: a self-adjoint positive operator, or the entries of a
+        diagonal operator.
     tol : float
         Relative tolerance of the gradient.
     x0, maxiter, callback, progress
@@ -212,20 +216,21 @@ def cgls(
     Raises
     ------
     SpaceMismatchError
-        If A is no operator, or y, ``x0`` or the weight does not live on its spaces.
+        If A is not an operator, or y, ``x0`` or the weight does not match its spaces.
     ValueError
         If ``tol``, ``damp`` or ``maxiter`` is negative.
 
     Notes
     -----
-    x is differentiable with respect to y, to the weight and to what A depends on, by implicit differentiation: a
-    backward pass solves one more problem of the same kind. The derivative is that of the exact minimiser, once. With
-    respect to A it needs the minimiser to be unique, or A to have full rank.
+    x is differentiable with respect to y, to the weight and to the parameters of A, by implicit differentiation: a
+    backward pass solves one more problem of the same kind. It yields the derivative of the exact minimiser. Second
+    derivatives are not available. The derivative with respect to parameters of A requires that the minimiser is unique,
+    or that A has full rank.
 
-    Beside x and y, memory for two elements of the domain and two of the codomain is used (one more of the codomain with
-    weights, one more of the domain with damping). Where A is a cyclic convolution (it has a ``multiplier``) and there
-    are no weights, the steps are taken in Fourier space: they are the same, without a transform in them, for one more
-    element of the domain.
+    Besides x and y, the solver needs memory for two elements of the domain and two of the codomain, for one more
+    element of the codomain if there are weights, and for one more of the domain if there is damping. If A is a cyclic
+    convolution (``A.multiplier`` is not None) and there are no weights, the solver takes the same steps in Fourier
+    space, where A needs no transforms; this needs memory for one more element of the domain.
 
     References
     ----------
@@ -241,7 +246,7 @@ def cgls(
     >>> cgls(A, torch.tensor([1.0, 2.0])).x
     tensor([1.])
     """
-    tol, damp = require("tol", tol), require("damp", damp)
+    tol, damp = nonnegative("tol", tol), nonnegative("damp", damp)
     problem = Problem.of(A, y, weight)
     with torch.no_grad(), problem.domain.space.without_autocast():
         inner = problem.diagonalized()
@@ -253,7 +258,7 @@ def cgls(
 
 
 def _cgls(problem: Problem, x: Vector, damp: float, tol: float, *, monitor: Monitor, started: bool) -> None:
-    """Run CGLS on x in place, and verify what it claims."""
+    """Run CGLS on x in place, and restart it to verify convergence."""
     domain, codomain = problem.domain, problem.codomain
     square = damp**2
     r = codomain.copy(problem.data())
@@ -261,43 +266,43 @@ def _cgls(problem: Problem, x: Vector, damp: float, tol: float, *, monitor: Moni
     s, rr = problem.pull_back(r)
     domain.choose_precision(domain.norm(s))
     gradient = domain.norm(s)
-    judge = _Judge(monitor, tol * gradient, rr.sqrt(), problem.eps)
-    most = domain.scalar(math.inf)
+    rules = _StoppingRules(monitor, tol * gradient, rr.sqrt(), problem.eps)
+    bound = domain.scalar(math.inf)  # largest gradient of a restart that is worth going on from
     while True:
         if started:
             codomain.add(r, codomain.scalar(-1), problem.apply(x))
             s, rr = problem.pull_back(r)
-            s = plus(s, -square, x)
+            s = add_scaled(s, -square, x)
             gradient = domain.norm(s)
         p = domain.copy(s)
         del s
         norm = _damped_norm(problem, rr, square, x)
-        judge.start(gradient, rr.sqrt(), norm, tol)
-        monitor.stop(gradient > most, PRECISION)
-        if not _cgls_steps(problem, x, r, p, square=square, judge=judge):
+        rules.start(gradient, rr.sqrt(), norm, tol)
+        monitor.stop(gradient > bound, PRECISION)
+        if not _cgls_steps(problem, x, r, p, square=square, rules=rules):
             return
-        most, started = gradient / 2 if started else domain.scalar(0), True
+        bound, started = gradient / 2 if started else domain.scalar(0), True
         del p
         r = codomain.copy(problem.data())
 
 
-def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, *, square: float, judge: _Judge) -> bool:
-    """Run CGLS from x with the residual r and its gradient p; return whether that ended with claims to verify."""
-    domain, codomain, monitor = problem.domain, problem.codomain, judge.monitor
-    gamma = length = judge.gradient.square()
-    going, some = monitor.start(judge.damped)
+def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, *, square: float, rules: _StoppingRules) -> bool:
+    """Run CGLS from x with the residual r and the gradient p; return whether convergence must be verified."""
+    domain, codomain, monitor = problem.domain, problem.codomain, rules.monitor
+    gamma = length = rules.gradient.square()
+    going, some_stopped = monitor.start(rules.damped)
     if not going:
         return False
     while going:
-        if some:
+        if some_stopped:
             domain.clear(p, ~monitor.running)
         q = problem.apply(p)
         curvature = problem.weighted(q)[1]
         if square:
             curvature = curvature + square * domain.dot(p, p)
         step = gamma / curvature
-        monitor.stop(~(curvature.abs() < math.inf), NOT_FINITE)  # before it is taken for a norm
-        judge.see((curvature / length).sqrt())
+        monitor.stop(~(curvature.abs() < math.inf), NOT_FINITE)  # before it is used as a norm
+        rules.raise_norm((curvature / length).sqrt())
         monitor.stop(~domain.holds(step), BREAKDOWN)
         moved = monitor.running
         step = torch.where(moved, step, 0)
@@ -305,10 +310,10 @@ def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, *, square: fl
         codomain.add(r, -step, q)
         del q
         s, rr = problem.pull_back(r)
-        s = plus(s, -square, x)
+        s = add_scaled(s, -square, x)
         previous, gamma = gamma, domain.dot(s, s)
-        judge(gamma.sqrt(), rr.sqrt(), _damped_norm(problem, rr, square, x))
-        going, some = monitor.step(x, judge.damped, moved)
+        rules(gamma.sqrt(), rr.sqrt(), _damped_norm(problem, rr, square, x))
+        going, some_stopped = monitor.step(x, rules.damped, moved)
         ratio = gamma / previous
         domain.update(p, s, ratio)
         length = gamma + ratio.square() * length  # ‖p‖², since s is orthogonal to the last p
@@ -320,11 +325,11 @@ def _damped_norm(problem: Problem, rr: Tensor, square: float, x: Vector) -> Tens
     return (rr + square * problem.domain.dot(x, x)).sqrt() if square else rr.sqrt()
 
 
-class _Judge:
-    """Stops a least-squares problem by its gradient ``‖s‖``, or once that is only rounding.
+class _StoppingRules:
+    """Stopping rules of CGLS: the gradient norm ``‖s‖`` reaches its target, or is only rounding.
 
-    Rounding makes ``‖s‖`` as large as a few ``eps ‖A‖ ‖r‖``; the largest ``‖s‖ / ‖r‖`` and ``‖Ap‖ / ‖p‖`` seen stand
-    for ``‖A‖``.
+    Rounding errors in s are as large as a few ``eps ‖A‖ ‖r‖``. The largest ``‖s‖ / ‖r‖`` and ``‖Ap‖ / ‖p‖`` so far
+    estimate ``‖A‖``.
     """
 
     def __init__(self, monitor: Monitor, target: Tensor, size: Tensor, eps: float) -> None:
@@ -332,7 +337,7 @@ class _Judge:
         self.norm = torch.zeros_like(target)
 
     def start(self, gradient: Tensor, residual: Tensor, damped: Tensor, tol: float) -> None:
-        """Judge a start; where the data are zero, what follows is measured by it."""
+        """Apply the rules to a start; if the data are zero, use its gradient and residual as the reference sizes."""
         self.target = torch.where(self.size == 0, tol * gradient, self.target)
         self.size = torch.where(self.size == 0, damped, self.size)
         self(gradient, residual, damped)
@@ -341,10 +346,10 @@ class _Judge:
         self.gradient, self.residual, self.damped = gradient, residual, damped
         self.monitor.stop(~(torch.maximum(gradient, damped) < math.inf), NOT_FINITE)
         self.monitor.stop(gradient <= self.target, LEAST_SQUARES)
-        self.see(torch.where(residual > 0, gradient / residual, 0))
+        self.raise_norm(torch.where(residual > 0, gradient / residual, 0))
         self.monitor.stop(damped <= self.eps * self.size, PRECISION)
 
-    def see(self, norm: Tensor) -> None:
-        """Take note that ``‖A‖`` is at least that."""
+    def raise_norm(self, norm: Tensor) -> None:
+        """Raise the estimate of ``‖A‖`` to at least ``norm``."""
         self.norm = torch.fmax(self.norm, norm)
         self.monitor.stop(self.gradient <= _ROUNDING * self.eps * self.norm * self.residual, PRECISION)

@@ -1,14 +1,15 @@
-r"""Derivatives of solutions, by the equation they solve: no step of the solver is differentiated.
+r"""Implicit differentiation of solutions: the equation is differentiated, and no step of the solver.
 
 Let x solve ``Mx = AᴴWy`` with ``M = AᴴWA + damp²``, and let v be the cotangent of x. With ``Mw = v``, ``z = Aw`` and
 the weighted residual ``ω = W(y − Ax)``,
 
 ``Re⟨v, dx⟩ = Re⟨z, dω⟩ + Re⟨w, (dAᴴ) ω⟩,``
 
-where ``dω`` is taken at fixed x. So the solution is tied to two tensors that autograd can follow to y, to the weight
-and to whatever A depends on, ``ω`` and ``η = Aᴴω`` (ω held fixed here), and one solve with M makes their cotangents.
-Where A has more unknowns than equations, ``Mw = v`` can be solved in the sense of least squares only, with a remainder
-``v − Mw`` in the kernel of A, and ``dx`` has one more term, ``Re⟨v − Mw, (dAᴴ) t⟩`` with ``Aᴴt = x``.
+where ``dω`` is the differential at fixed x. So autograd sees x as a function of two tensors, ``ω`` (at fixed x) and
+``η = Aᴴω`` (at fixed ω), which it can follow to y, to the weight and to the parameters of A. One solve with M computes
+the cotangents z and w of these two tensors. If A has more unknowns than equations, ``Mw = v`` only has a least-squares
+solution, with a remainder ``v − Mw`` in the kernel of A. Then ``Re⟨v, dx⟩`` has one more term,
+``Re⟨v − Mw, (dAᴴ) t⟩`` with ``Aᴴt = x``.
 
 References
 ----------
@@ -36,7 +37,7 @@ Map = Callable[[Vector], Vector]
 
 
 def of_system(problem: Problem, solution: Solution, tol: float, maxiter: int) -> Solution:
-    """Return the solution of ``Ax = b`` with x tied to b and A: ``Re⟨v, dx⟩ = Re⟨w, d(b − Ax)⟩`` with ``Aw = v``."""
+    """Make x, the solution of ``Ax = b``, differentiable: ``Re⟨v, dx⟩ = Re⟨w, d(b − Ax)⟩`` with ``Aw = v``."""
     residual = _residual(problem, solution)
     if residual is None:
         return solution
@@ -47,46 +48,46 @@ def of_system(problem: Problem, solution: Solution, tol: float, maxiter: int) ->
         found = _solve(inner.domain, inner.apply, inner.vector(domain.element(v)), tol, maxiter)
         return [domain.vector(inner.element(found.x))]
 
-    return _tied(domain, solution, [residual], cotangents)
+    return _as_function_of(domain, solution, [residual], cotangents)
 
 
 def of_least_squares(
     problem: Problem, solution: Solution, damp: float, tol: float, maxiter: int, *, started: bool
 ) -> Solution:
-    """Return the minimiser with x tied to y, to the weight and to A."""
+    """Make x, the minimiser, differentiable with respect to y, to the weight and to the parameters of A."""
     residual = _residual(problem, solution)
     if residual is None:
         return solution
     domain, codomain = problem.domain, problem.codomain
     if problem.weight is not None:
         residual = codomain.space.leaves(problem.weight(codomain.space.unflatten(residual)))
-    ties = [residual]
-    pulled = _pulled(problem, tuple(t.detach() for t in residual))
+    inputs = [residual]
+    image = _adjoint_image(problem, tuple(t.detach() for t in residual))
     wide = damp == 0 and not started and real_size(codomain.space) < real_size(domain.space)
-    if pulled is not None:
-        ties.append(pulled)
+    if image is not None:
+        inputs.append(image)
         if wide:
-            ties.append(_pulled(problem, _preimage(problem, solution, tol, maxiter)) or ())
+            inputs.append(_adjoint_image(problem, _preimage(problem, solution, tol, maxiter)) or ())
 
     def cotangents(v: Vector) -> list[Vector]:
         inner = problem.diagonalized()
         found = _solve(inner.domain, inner.normal(damp), inner.vector(domain.element(v)), tol, maxiter)
         w = domain.vector(inner.element(found.x))
-        if found.remainder and len(ties) == 2 and damp == 0:
+        if found.remainder and len(inputs) == 2 and damp == 0:
             warnings.warn(
                 "the gradient with respect to the operator's parameters is not determined, since the least-squares "
                 "problem has many solutions: use damp > 0 (the gradient with respect to the data is right)",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        rest = [a - b for a, b in zip(v, problem.normal(damp)(w), strict=True)] if len(ties) == 3 else []
-        return [problem.apply(w), w, rest][: len(ties)]
+        rest = [a - b for a, b in zip(v, problem.normal(damp)(w), strict=True)] if len(inputs) == 3 else []
+        return [problem.apply(w), w, rest][: len(inputs)]
 
-    return _tied(domain, solution, ties, cotangents)
+    return _as_function_of(domain, solution, inputs, cotangents)
 
 
 def _residual(problem: Problem, solution: Solution) -> tuple[Tensor, ...] | None:
-    """Return ``y − Ax`` with x held fixed, if anything in it is to be differentiated."""
+    """Return ``y − Ax`` at fixed x, or None if it needs no gradient."""
     if not torch.is_grad_enabled():
         return None
     codomain = problem.codomain.space
@@ -95,19 +96,19 @@ def _residual(problem: Problem, solution: Solution) -> tuple[Tensor, ...] | None
     return residual if _required(codomain, residual) else None
 
 
-def _pulled(problem: Problem, element: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Return ``Aᴴ`` of a fixed element, if A is to be differentiated."""
+def _adjoint_image(problem: Problem, element: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Return ``Aᴴ`` of a fixed element, or None if A needs no gradient."""
     leaves = problem.domain.space.leaves(problem.A.H(problem.codomain.space.unflatten(element)))
     return leaves if _required(problem.domain.space, leaves) else None
 
 
 def _required(space: Space, leaves: tuple[Tensor, ...]) -> bool:
-    """Return whether a gradient is asked for: on all processes, where it is on one."""
+    """Return whether a leaf requires a gradient, on this process or any other."""
     return not space.every(not any(leaf.requires_grad for leaf in leaves))
 
 
 def _preimage(problem: Problem, solution: Solution, tol: float, maxiter: int) -> tuple[Tensor, ...]:
-    """Return t with ``Aᴴt = x``, by ``A Aᴴ t = Ax``."""
+    """Return t with ``Aᴴt = x``, the solution of ``A Aᴴ t = Ax``."""
     with torch.no_grad():
 
         def apply(t: Vector) -> Vector:
@@ -118,22 +119,22 @@ def _preimage(problem: Problem, solution: Solution, tol: float, maxiter: int) ->
         return problem.codomain.space.leaves(problem.codomain.element(t))
 
 
-def _tied(
-    domain: Vectors, solution: Solution, ties: list[tuple[Tensor, ...]], cotangents: Callable[[Vector], list[Vector]]
+def _as_function_of(
+    domain: Vectors, solution: Solution, inputs: list[tuple[Tensor, ...]], cotangents: Callable[[Vector], list[Vector]]
 ) -> Solution:
-    """Return the solution with x as a function of ``ties``, whose cotangents are made from that of x."""
-    x = _tie(cotangents, domain.space.leaves(solution.x), *[leaf for tie in ties for leaf in tie])
+    """Return the solution with x as a function of ``inputs``; ``cotangents`` maps the cotangent of x to theirs."""
+    x = _implicit_function(cotangents, domain.space.leaves(solution.x), *[leaf for source in inputs for leaf in source])
     return replace(solution, x=domain.space.unflatten(x))
 
 
-class _Tie(torch.autograd.Function):
-    """The solution as a function of what ties it to its data; the cotangents of all ties come from one solve."""
+class _ImplicitFunction(torch.autograd.Function):
+    """The solution as a function of ``inputs``; one solve computes the cotangents of all of them."""
 
     @staticmethod
-    def forward(ctx: Any, cotangents: Callable[[Vector], list[Vector]], x: tuple[Tensor, ...], *ties: Tensor) -> Any:
+    def forward(ctx: Any, cotangents: Callable[[Vector], list[Vector]], x: tuple[Tensor, ...], *inputs: Tensor) -> Any:
         ctx.cotangents = cotangents
-        ctx.save_for_backward(*ties)
-        ctx.complex = [tie.is_complex() for tie in ties]
+        ctx.save_for_backward(*inputs)
+        ctx.complex = [source.is_complex() for source in inputs]
         return tuple(leaf.view_as(leaf) for leaf in x)
 
     @staticmethod
@@ -145,14 +146,15 @@ class _Tie(torch.autograd.Function):
                 for part, is_complex in zip(parts, ctx.complex, strict=True)
             ]
         if torch.is_grad_enabled():
-            found = list(_once(len(found), *found, *v, *ctx.saved_tensors))
+            found = list(_differentiable_once(len(found), *found, *v, *ctx.saved_tensors))
         return None, None, *found
 
 
-class _Once(torch.autograd.Function):
-    """The first ``count`` tensors, which refuse to be differentiated: a second derivative would be wrong.
+class _DifferentiableOnce(torch.autograd.Function):
+    """The identity on the first ``count`` tensors; its derivative raises, because a second derivative would be wrong.
 
-    The other tensors are what they depend on, so that whoever asks gets here, rather than a derivative of nothing.
+    The first tensors depend on the other tensors. These are inputs, so that a derivative with respect to them raises,
+    too, instead of being zero.
     """
 
     @staticmethod
@@ -167,25 +169,27 @@ class _Once(torch.autograd.Function):
         )
 
 
-_tie: Any = _Tie.apply
-_once: Any = _Once.apply
+_implicit_function: Any = _ImplicitFunction.apply
+_differentiable_once: Any = _DifferentiableOnce.apply
 
 
 @dataclass(frozen=True)
-class _Found:
+class _LeastSquares:
+    """The minimiser x of ``‖v − Mx‖``, and whether a remainder ``v − Mx`` beyond the tolerance is left."""
+
     x: Vector
     remainder: bool
 
 
-def _solve(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _Found:
-    """Return w with least ``‖v − Mw‖``, M being self-adjoint and positive semi-definite, by conjugate residuals."""
+def _solve(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _LeastSquares:
+    """Return the minimiser w of ``‖v − Mw‖`` for a self-adjoint positive semidefinite M, by conjugate residuals."""
     with space.space.without_autocast():
         return _conjugate_residuals(space, apply, v, tol, maxiter)
 
 
-def _conjugate_residuals(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _Found:
-    # E. Stiefel, Relaxationsmethoden bester Strategie, Comment. Math. Helv. 29 (1955) 157-179. The method needs no
-    # solution to exist: where v has a part in the kernel of M, that part is the remainder.
+def _conjugate_residuals(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _LeastSquares:
+    # E. Stiefel, Relaxationsmethoden bester Strategie, Comment. Math. Helv. 29 (1955) 157-179. The method works even if
+    # there is no solution: the component of v in the kernel of M remains as the residual.
     tol = max(tol, 4 * space.space.eps)
     r, p, w = space.copy(v), space.copy(v), space.zeros()
     size = space.norm(r)
@@ -195,7 +199,7 @@ def _conjugate_residuals(space: Vectors, apply: Map, v: Vector, tol: float, maxi
     gamma = space.dot(r, mr)
     solved = size == 0
     finished = solved | ~(gamma > 0)
-    largest = torch.zeros_like(size)  # the largest ‖Mr‖ / ‖r‖ seen stands for ‖M‖
+    largest = torch.zeros_like(size)  # the largest ‖Mr‖ / ‖r‖ so far, an estimate of ‖M‖
     steps = 0
     while steps < maxiter and not bool(finished.all()):
         step = torch.where(finished, 0, gamma / space.dot(mp, mp))
@@ -204,10 +208,10 @@ def _conjugate_residuals(space: Vectors, apply: Map, v: Vector, tol: float, maxi
         del mr
         mr = apply(r)
         previous, gamma = gamma, space.dot(r, mr)
-        length, pulled = space.norm(r), space.norm(mr)
-        largest = torch.fmax(largest, torch.where(length > 0, pulled / length, 0))
+        length, image = space.norm(r), space.norm(mr)
+        largest = torch.fmax(largest, torch.where(length > 0, image / length, 0))
         solved = solved | (length <= tol * size)
-        finished = finished | solved | (pulled <= tol * largest * length) | ~(gamma > 0)
+        finished = finished | solved | (image <= tol * largest * length) | ~(gamma > 0)
         beta = torch.where(finished, 0, gamma / previous)
         space.update(p, r, beta)
         space.update(mp, mr, beta)
@@ -218,4 +222,4 @@ def _conjugate_residuals(space: Vectors, apply: Map, v: Vector, tol: float, maxi
             RuntimeWarning,
             stacklevel=2,
         )
-    return _Found(w, not bool(solved.all()))
+    return _LeastSquares(w, not bool(solved.all()))

@@ -1,4 +1,4 @@
-"""The problems to solve, checked and made uniform: offset taken off, weights made operators, batches made explicit."""
+"""The problem ``Ax ≈ y`` in a uniform form: checked, without offset, with weights as a map and explicit batch sizes."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.least_squares import weight_entries, weight_operator
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers.arithmetic import Vector, Vectors
-from adjointlab.solvers.fourier import Basis
+from adjointlab.solvers.fourier import FourierBasis
 from adjointlab.tree import tree_flatten
 
 _MOST_STEPS = 10_000
 
 
 def detached(vectors: Vectors, element: Any) -> Vector:
-    """Return an element as a vector outside every autograd graph."""
+    """Return an element as a vector that is detached from autograd."""
     return [v.detach() for v in vectors.vector(element)]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """``A x ≈ y`` with optional weights: maps between vectors, none of which writes to what it is given or returns."""
+    """The problem ``Ax ≈ y`` with optional weights; its maps never overwrite their arguments or earlier results."""
 
     A: LinearOperator
     y: Any
     weight: Callable[[Any], Any] | None
     domain: Vectors
     codomain: Vectors
-    basis: Basis | None = None  # that vectors are coordinates in; None where they are the elements themselves
+    basis: FourierBasis | None = None  # in which vectors are coordinates; None: vectors are elements
 
     @staticmethod
     def of(A: LinearOperator | AffineOperator, y: Any, weight: Any = None) -> Problem:
-        """Return the problem, with the offset of an affine operator taken off the data."""
+        """Return the problem; the offset of an affine operator is subtracted from the data."""
         if not isinstance(A, (LinearOperator, AffineOperator)):
             raise SpaceMismatchError(
                 f"expected a LinearOperator or AffineOperator, got {type(A).__name__}: wrap it with al.linear_operator"
@@ -55,34 +55,34 @@ class Problem:
         return Problem(A, y, weigh, domain, codomain)
 
     def diagonalized(self) -> Problem:
-        """Return the same problem in the basis that makes its operator diagonal, if there is one."""
-        # Coordinates are isometric: a solver takes the very same steps, with products in place of transforms. Weights
-        # would be no product there, and leave a problem as it is.
-        basis = Basis.of(self.A) if self.weight is None else None
+        """Return the problem in the Fourier basis if A is diagonal there and has no weights, else this problem."""
+        # The change of basis is an isometry: a solver takes the same steps, with products instead of transforms. But
+        # weights are not diagonal in the Fourier basis.
+        basis = FourierBasis.of(self.A) if self.weight is None else None
         if basis is None:
             return self
         spectra = Vectors(basis.operator.domain, self.domain.batch)
         return replace(self, A=basis.operator, domain=spectra, codomain=spectra, basis=basis)
 
     def vector(self, x: Any) -> Vector:
-        """Return an element of the domain as a vector outside every autograd graph; they may share memory."""
+        """Return an element of the domain as a detached vector, which may share the element's memory."""
         return detached(self.domain, x if self.basis is None else self.basis.spectrum(x))
 
     def element(self, x: Vector) -> Any:
-        """Return the element that a vector of the domain stands for; they may share memory."""
+        """Return the element that a vector of the domain represents; both may share memory."""
         return self.domain.element(x) if self.basis is None else self.basis.element(x)
 
     def copy(self, x: Vector) -> Any:
-        """Return the element that a vector of the domain stands for, in memory of its own."""
+        """Return the element that a vector of the domain represents, in separate memory."""
         return self.element(self.domain.copy(x) if self.basis is None else x)
 
     @property
     def eps(self) -> float:
-        """The coarser rounding of the two spaces."""
+        """The larger unit roundoff of the two spaces."""
         return max(self.domain.space.eps, self.codomain.space.eps)
 
     def start(self, x0: Any) -> Vector:
-        """Return the first iterate, ours to write to."""
+        """Return the first iterate, which the solver may overwrite."""
         if x0 is None:
             return self.domain.zeros()
         space = self.domain.space if self.basis is None else self.basis.space
@@ -94,7 +94,7 @@ class Problem:
         return self.domain.copy(self.vector(x0))
 
     def steps(self, maxiter: int | None) -> int:
-        """Return the most steps to take: ten for each unknown if none is given, which rounding never needs."""
+        """Return the largest number of steps; ten per unknown if not given, which suffices even with rounding."""
         if maxiter is None:
             each = 10 * min(self.domain.space.size, self.codomain.space.size) // max(1, math.prod(self.domain.batch))
             return min(_MOST_STEPS, max(10, 2 * each if self.domain.space.is_complex else each))
@@ -103,7 +103,7 @@ class Problem:
         return maxiter
 
     def data(self) -> Vector:
-        """Return the data, not ours to write to."""
+        """Return the data, which the solver must not overwrite."""
         return detached(self.codomain, self.y if self.basis is None else self.basis.spectrum(self.y))
 
     def apply(self, x: Vector) -> Vector:
@@ -121,17 +121,17 @@ class Problem:
         return wr, self.codomain.dot(r, wr)
 
     def normal(self, damp: float) -> Any:
-        """Return the map ``x ↦ AᴴWAx + damp² x`` of vectors."""
+        """Return the map ``x ↦ AᴴWAx + damp² x`` on vectors."""
 
         def apply(x: Vector) -> Vector:
             s, _ = self.pull_back(self.apply(x))
-            return plus(s, damp**2, x)
+            return add_scaled(s, damp**2, x)
 
         return apply
 
 
 def _weighting(A: LinearOperator | AffineOperator, y: Any, weight: Any) -> Callable[[Any], Any]:
-    """Return ``r ↦ Wr``, without a complex copy of real entries of a diagonal."""
+    """Return ``r ↦ Wr``; real entries of a diagonal stay real, even if r is complex."""
     if isinstance(weight, LinearOperator):
         return weight_operator(A, weight)
     weight_entries(A, weight)  # raises
@@ -154,13 +154,13 @@ def _times(w: Tensor, r: Tensor) -> Tensor:
     return torch.view_as_complex(w[..., None] * torch.view_as_real(r.resolve_conj()))
 
 
-def plus(s: Vector, factor: float, x: Vector) -> Vector:
-    """Return ``s + factor · x``: s itself if the factor is 0, which may be another's memory."""
+def add_scaled(s: Vector, factor: float, x: Vector) -> Vector:
+    """Return ``s + factor · x``; if the factor is 0, the result is s itself and shares its memory."""
     return [torch.add(a, b, alpha=factor) for a, b in zip(s, x, strict=True)] if factor else s
 
 
-def require(name: str, value: float) -> float:
-    """Return a tolerance or a damping as a float."""
+def nonnegative(name: str, value: float) -> float:
+    """Return a tolerance or a damping as a float; raise if it is negative or not finite."""
     if isinstance(value, (bool, complex, str)) or not 0 <= float(value) < math.inf:
         raise ValueError(f"expected {name} to be a finite number of 0 or more, got {value!r}")
     return float(value)

@@ -1,4 +1,4 @@
-"""What a solver returns, and how it keeps account: one status for each problem of a batch."""
+"""The result of a solver, and the monitor that records the status of each problem of a batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REASONS = {
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """The outcome of a solve.
+    """The approximate solution x of ``Ax = b`` or ``min ‖Ax − y‖²`` that a solver found, and how it converged.
 
     Attributes
     ----------
@@ -42,13 +42,13 @@ class Solution:
     converged : bool, or Tensor of bool
         Whether a stopping rule was met; with ``batch_dims``, for each problem of the batch.
     iterations : int, or Tensor of int
-        Number of steps taken; with ``batch_dims``, of each problem.
+        Number of steps; with ``batch_dims``, for each problem.
     residual_norms : Tensor
-        ``float64``, of shape ``(steps + 1, *batch)``, the first being that of the start: ``‖b − Ax‖`` by ``cg``,
-        ``√(‖y − Ax‖²_W + damp² ‖x‖²)`` by ``cgls`` and ``lsmr``, as their recurrences have it; the last one is that of
-        x, where ``converged``. A problem that has stopped keeps its last value.
+        The residual norms of the start and after each step, ``float64``, of shape ``(steps + 1, *batch)``: ``‖b − Ax‖``
+        for ``cg``, ``√(‖y − Ax‖²_W + damp² ‖x‖²)`` for ``cgls`` and ``lsmr``. The recurrences of the solver compute
+        them; but if ``converged``, the last one is computed from x. A problem that has stopped keeps its last value.
     reason : str
-        Why it stopped, in words.
+        Why the solver stopped, in words.
 
     Examples
     --------
@@ -68,14 +68,15 @@ class Solution:
 
 
 class Monitor:
-    """Which problems still run, why the others stopped, and how the residuals fell.
+    """Records which problems still run, why the others stopped, and their residual norms.
 
-    A step costs one exchange with the host: how many problems are running. Callback and progress bar add theirs.
+    A step copies one number to the host: how many problems are running. Callback and progress bar copy more.
 
-    The recurrences of the solvers drift away from what they stand for, by rounding. So a claim to have converged is
-    verified: the problem is reopened, and started again from the residual of its x. If that is not as claimed, the
-    solver goes on as long as each start from a given ``x0`` halves it (a far ``x0`` leaves large rounding errors, which
-    the next start repairs); from zero there is nothing to gain, and it has gone as far as the precision allows.
+    Rounding makes the recurrences of a solver drift away from the true residuals. So the solver verifies convergence:
+    it reopens the converged problems and restarts them from the residual of their x. If that residual is too large, the
+    solver continues as long as each restart halves it, provided that ``x0`` was given (a far ``x0`` causes large
+    rounding errors, which a restart repairs). From zero, a restart gains nothing: the solver has reached the precision
+    of the dtype.
     """
 
     def __init__(self, problem: Problem, maxiter: int, callback: Callback | None, progress: bool, name: str) -> None:
@@ -86,14 +87,14 @@ class Monitor:
         self._codes = torch.arange(EXHAUSTED + 1, device=vectors.device).unbind()
         self.steps = torch.zeros_like(self.status)
         self.norms: list[Tensor] = []
-        self._claimed = self.running
+        self._to_verify = self.running
         self.total = self.status.numel()
         self._callback = callback
         self._bar = _bar(maxiter, name) if progress else None
 
     @property
     def running(self) -> Tensor:
-        """Where the problems are that have not stopped."""
+        """The problems that have not stopped, as a mask."""
         return self.status == RUNNING
 
     def stop(self, where: Tensor, why: int) -> None:
@@ -101,31 +102,31 @@ class Monitor:
         self.status = torch.where(where & (self.status == RUNNING), self._codes[why], self.status)
 
     def start(self, norm: Tensor) -> tuple[bool, bool]:
-        """Record the residuals of a start; return whether there is anything to do, and whether only for some."""
-        self.norms.append(torch.where(self._claimed, norm, self.norms.pop()) if self.norms else norm)
-        return self._onward()
+        """Record the residuals of a start; return whether any problem runs, and whether some have stopped."""
+        self.norms.append(torch.where(self._to_verify, norm, self.norms.pop()) if self.norms else norm)
+        return self._whether_running()
 
     def step(self, x: Vector, norm: Tensor, moved: Tensor) -> tuple[bool, bool]:
-        """Record a step that moved the problems ``moved``; return whether to go on, and whether only with some."""
+        """Record a step of the problems ``moved``; return whether any problem runs, and whether some have stopped."""
         self.norms.append(torch.where(moved, norm, self.norms[-1]))
         self.steps = self.steps + moved
         if self._callback is not None:
-            onward = self._callback(self.problem.copy(x)) is not True
-            if not self.vectors.space.every(onward):  # on any process, where there are several
+            unstopped = self._callback(self.problem.copy(x)) is not True
+            if not self.vectors.space.every(unstopped):  # one process stops all
                 self.stop(torch.ones_like(moved), STOPPED)
         if self._bar is not None:
             self._bar.set_postfix_str(f"residual {float(self.norms[-1].max()):.3e}", refresh=False)
             self._bar.update()
-        return self._onward()
+        return self._whether_running()
 
     def reopen(self) -> bool:
-        """Let the problems run on that claim to have converged; return whether there are any."""
-        self._claimed = self._converged()
-        self.status = torch.where(self._claimed, self._codes[RUNNING], self.status)
-        return bool(self._claimed.any())
+        """Set the converged problems back to running; return whether there are any."""
+        self._to_verify = self._converged()
+        self.status = torch.where(self._to_verify, self._codes[RUNNING], self.status)
+        return bool(self._to_verify.any())
 
     def solution(self, x: Vector) -> Solution:
-        """Return the outcome."""
+        """Return the solution, once the solver has ended."""
         if self._bar is not None:
             self._bar.close()
         self.stop(self.running, EXHAUSTED)
@@ -144,7 +145,7 @@ class Monitor:
     def _converged(self) -> Tensor:
         return torch.isin(self.status, torch.tensor(_CONVERGED, device=self.status.device))
 
-    def _onward(self) -> tuple[bool, bool]:
+    def _whether_running(self) -> tuple[bool, bool]:
         count = int(self.running.sum())
         return count > 0 and len(self.norms) <= self.maxiter, count < self.total
 

@@ -1,8 +1,9 @@
 r"""Spaces: ``⟨a, b⟩ = Σ conj(aᵢ) bᵢ`` over all leaves of a pytree of tensors.
 
-PyTorch's vector-Jacobian product is the adjoint for the *real* inner product ``Re⟨·, ·⟩``. Where a map is
-complex-linear between complex spaces, that is exactly the Hermitian adjoint for ``⟨·, ·⟩``. Where one side is real
-(``rfft``, ``x.real``, ``x.to(complex)``) or the map is antilinear (``conj``), an adjoint exists for ``Re⟨·, ·⟩`` only.
+PyTorch's vector-Jacobian product is the adjoint for the *real* inner product ``Re⟨·, ·⟩``. If a map is
+complex-linear between complex spaces, this adjoint is the Hermitian adjoint for ``⟨·, ·⟩``. If the domain or the
+codomain is real (``rfft``, ``x.real``, ``x.to(complex)``), or the map is antilinear (``conj``), an adjoint exists for
+``Re⟨·, ·⟩`` only.
 """
 
 from __future__ import annotations
@@ -32,10 +33,15 @@ class Space:
     specs : tuple of TensorSpec
         Shape, dtype and device of every leaf.
     structure : object
-        How the leaves form an element; made by :meth:`Space.of`, which is the way to make a space.
+        How the leaves form an element. Use :meth:`Space.of` to make a space; it finds the structure.
     batch_dims : int
-        The first ``batch_dims`` dimensions of every leaf are free: they may have any size, the same for every leaf.
-        Two spaces are equal if they are equal apart from free sizes.
+        The first ``batch_dims`` dimensions of every leaf are free: they may have any sizes, equal for all leaves. Free
+        sizes do not count when spaces are compared.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If there is no leaf, ``batch_dims`` does not fit the leaves, or leaves are sharded over different meshes.
 
     Examples
     --------
@@ -90,26 +96,26 @@ class Space:
         device: torch.device | str | None = None,
         batch_dims: int = 0,
     ) -> Space:
-        """Return the space of an example tensor, shape, ``TensorSpec``, ``Space`` or pytree of these.
+        """Return the space ``K^shape`` of an example tensor, or the product of spaces of a pytree of examples.
 
         Parameters
         ----------
         domain : Tensor, tuple of int, TensorSpec, Space or pytree of these
-            Values of tensors are ignored. A non-empty tuple or list of integers is a shape.
+            An example element. The values of tensors are ignored. A non-empty tuple or list of integers is a shape.
         dtype, device : optional
-            Of leaves that are given as a shape only.
+            Dtype and device of the leaves that are given as a shape.
         batch_dims : int
-            Number of leading dimensions of free size.
+            Number of leading dimensions that may have any size.
 
         Returns
         -------
         Space
-            The space whose elements look like ``domain``.
+            The space that contains elements like ``domain``.
 
         Raises
         ------
         SpaceMismatchError
-            If there is no leaf, a leaf is none of the above, is empty, or is neither floating-point nor complex.
+            If there is no leaf, or a leaf is of another type, is empty, or is neither floating-point nor complex.
 
         Examples
         --------
@@ -126,7 +132,7 @@ class Space:
             domain,
             is_leaf=is_shape,
         )
-        # A space inside a pytree stands for its elements: opened, so that their leaves become leaves of the whole.
+        # A space inside a pytree is replaced by one of its elements, so that its leaves become leaves of the pytree.
         opened = pytree.tree_map(
             lambda leaf: leaf.unflatten(leaf.specs) if isinstance(leaf, Space) else leaf,
             shapes_closed,
@@ -147,7 +153,7 @@ class Space:
                 )
         return cls(tuple(specs), SINGLE if structure == SINGLE else structure, batch_dims)
 
-    # -- what it is ----------------------------------------------------------------------------------------------
+    # -- properties ----------------------------------------------------------------------------------------------
 
     @property
     def _key(self) -> tuple[Any, ...]:
@@ -171,12 +177,12 @@ class Space:
 
     @property
     def size(self) -> int:
-        """Number of entries over all leaves; of a sharded space, over all processes."""
+        """Number of entries over all leaves and, if the space is sharded, over all processes."""
         return sum(spec.numel if spec.sharding is None else spec.sharding.size for spec in self.specs)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether an element is spread over several processes, each of which holds its part."""
+        """Whether elements are distributed over several processes, each of which holds a part."""
         return self.specs[0].sharding is not None
 
     @property
@@ -186,16 +192,16 @@ class Space:
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Sizes of the free leading dimensions in this space's own example."""
+        """Sizes of the free leading dimensions of the example that defined this space."""
         return self.specs[0].shape[: self.batch_dims]
 
     @property
     def is_autocast(self) -> bool:
-        """Whether autocast is at work, which knows nothing of spaces, and would take an element out of its own."""
+        """Whether autocast is active on the device of this space; it would change the dtype of elements."""
         return self.specs[0].device.type != "meta" and torch.is_autocast_enabled(self.specs[0].device.type)
 
     def without_autocast(self) -> AbstractContextManager[Any]:
-        """Return a context in which autocast leaves alone what lives on the device of this space."""
+        """Return a context that turns autocast off on the device of this space."""
         return torch.autocast(self.specs[0].device.type, enabled=False) if self.is_autocast else nullcontext()
 
     def with_batch(self, batch_shape: Sequence[int]) -> Space:
@@ -213,19 +219,19 @@ class Space:
     # -- elements ------------------------------------------------------------------------------------------------
 
     def leaves(self, x: Any, name: str = "x") -> tuple[Tensor, ...]:
-        """Return the leaves of ``x`` after checking that it is an element: structure, shapes, dtypes, devices.
+        """Return the leaves of ``x`` after a check that x has this space's structure, shapes, dtypes and devices.
 
         Parameters
         ----------
         x : pytree of tensors
-            What to check.
+            The candidate element.
         name : str
-            What to call it in the error message.
+            The name of x in the error message.
 
         Returns
         -------
         tuple of Tensor
-            The leaves, untouched: nothing is cast, broadcast or copied.
+            The leaves of x itself: nothing is cast, broadcast or copied.
 
         Raises
         ------
@@ -283,9 +289,9 @@ class Space:
         Parameters
         ----------
         generator : torch.Generator, optional
-            A *CPU* generator; without one, torch's global generator is advanced. Numbers are drawn on the CPU, so that
-            they are the same for every device. In a sharded space every process passes one in the same state; what is
-            replicated comes out alike on all.
+            A *CPU* generator; torch's global generator if not given. Numbers are drawn on the CPU, so that they are the
+            same for every device. In a sharded space, all processes must pass generators in the same state; replicated
+            leaves are then equal on all processes.
 
         Returns
         -------
@@ -299,7 +305,7 @@ class Space:
         return self.unflatten([d.to(device=s.device, dtype=s.dtype) for d, s in zip(draws, self.specs, strict=True)])
 
     def sources(self, generator: torch.Generator | None) -> Iterator[torch.Generator | None]:
-        """Yield what each leaf is drawn from: the generator itself or, where sharded, one for each shard."""
+        """Yield the generator for each leaf: the given one or, for a sharded leaf, the generator of its shard."""
         for spec in self.specs:
             yield generator if spec.sharding is None else spec.sharding.generator(generator)
 
@@ -333,19 +339,20 @@ class Space:
         return self.total(squares).sqrt() if self.is_sharded else torch.stack(squares).sum().sqrt()
 
     def total(self, terms: Sequence[Tensor]) -> Tensor:
-        """Return the sum of one term for each leaf; of a sharded space, over all processes as well.
+        """Return the sum of one term per leaf and, if the space is sharded, over all processes.
 
-        All inner products and norms come from here, so that every process sees the same numbers and decides alike.
+        All inner products and norms use this method, so that all processes get bitwise equal numbers and make the same
+        decisions.
 
         Parameters
         ----------
         terms : sequence of Tensor
-            What each leaf of this process contributes, of one shape.
+            The term of each leaf of this process; all terms have one shape.
 
         Returns
         -------
         Tensor
-            The sum; what is replicated is counted once.
+            The sum; replicated leaves count once.
         """
         sharding = self.specs[0].sharding
         if sharding is not None:
@@ -357,7 +364,7 @@ class Space:
         return total
 
     def every(self, condition: bool) -> bool:
-        """Return whether a condition holds; of a sharded space, whether it holds on every process."""
+        """Return whether a condition holds on this process and, if the space is sharded, on every other process."""
         if not self.is_sharded:
             return condition
         failed = torch.tensor(float(not condition), dtype=torch.float64, device=self.specs[0].device)
@@ -365,7 +372,7 @@ class Space:
         return float(self.total([failed, *[zero] * (len(self.specs) - 1)])) == 0.0
 
     def vector(self, a: Any) -> Tensor:
-        """Return the coordinates of ``a`` as one vector of ``size`` entries, leaves one after the other."""
+        """Return the coordinates of ``a`` as one vector of ``size`` entries, leaf after leaf."""
         self._refuse_sharded()
         return torch.cat([leaf.reshape(-1) for leaf in self.leaves(a, "a")])
 
@@ -391,7 +398,7 @@ class Space:
         return self  # a frozen value
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _space_of, (self.unflatten(self.specs), self.batch_dims)  # a pytree of specs says all there is
+        return _space_of, (self.unflatten(self.specs), self.batch_dims)  # a pytree of specs defines the space
 
     def __repr__(self) -> str:
         names = ", ".join(map(repr, self.specs))

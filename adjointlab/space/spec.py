@@ -1,4 +1,4 @@
-"""The space ``K^shape`` of one tensor: shape, dtype, device and, if it is part of a larger one, how that is spread."""
+"""The space ``K^shape`` of one tensor: shape, dtype, device and, for a part of a larger tensor, its sharding."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from torch import Tensor
 from adjointlab.errors import SpaceMismatchError
 
 
-class Sharding(Protocol):
-    """How one tensor is spread over processes: what a space has to know of it, made by `adjointlab.distributed`."""
+class ShardingProtocol(Protocol):
+    """How one tensor is distributed over processes, as far as a space must know; see `adjointlab.distributed`."""
 
     @property
     def mesh(self) -> Any:
-        """The processes, one value for all leaves of a space."""
+        """The mesh of processes; all leaves of a space have the same mesh."""
 
     @property
     def size(self) -> int:
-        """Number of entries of the whole, each counted once."""
+        """Number of entries of the whole tensor, each counted once."""
 
     @property
     def share(self) -> float:
-        """One over the number of processes that hold the same entries."""
+        """The reciprocal of the number of processes that hold the same entries."""
 
     def total(self, terms: Tensor, shares: tuple[float, ...]) -> Tensor:
-        """Return ``Σ shareᵢ termsᵢ`` summed over all processes: the same number on each."""
+        """Return ``Σ shareᵢ termsᵢ`` summed over all processes, bitwise equal on all of them."""
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor of this sharding over the processes that should hold the same entries."""
+        """Return the sum of a tensor over the processes that should hold the same entries."""
 
     def generator(self, generator: torch.Generator | None) -> torch.Generator:
-        """Return a generator that is seeded alike where the same entries are, and differently elsewhere."""
+        """Return a generator whose seed is equal on processes that hold the same entries, and different on others."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class TensorSpec:
     dtype : torch.dtype, optional
         A floating-point or complex dtype; torch's default dtype if not given.
     device : torch.device or str, optional
-        Where the tensors live; torch's default device if not given.
+        The device of the tensors; torch's default device if not given.
     sharding : Sharding, optional
-        Of what larger tensor this is the part that this process holds; made by :mod:`adjointlab.distributed`.
+        How a larger tensor is distributed, if this process holds only a part of it; see :mod:`adjointlab.distributed`.
 
     Raises
     ------
@@ -65,13 +65,13 @@ class TensorSpec:
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype = None  # type: ignore[assignment]  # filled in below, so that it is read when called
+    dtype: torch.dtype = None  # type: ignore[assignment]  # set in __post_init__, so that the default dtype is read at the call
     device: torch.device = None  # type: ignore[assignment]
-    sharding: Sharding | None = None
+    sharding: ShardingProtocol | None = None
 
     def __post_init__(self) -> None:
         dtype = torch.get_default_dtype() if self.dtype is None else self.dtype
-        # A tensor is asked for, since "cuda" and "cuda:0" are the same device but compare as different.
+        # An empty tensor gives the full device: "cuda" and "cuda:0" are the same device but compare as different.
         device = torch.empty(0, device=self.device).device
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
         object.__setattr__(self, "dtype", dtype)
@@ -99,17 +99,17 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
-        """Number of (real or complex) entries, on this process."""
+        """Number of (real or complex) entries on this process."""
         return math.prod(self.shape)
 
     @property
     def drawn_dtype(self) -> torch.dtype:
-        """The dtype that random numbers are drawn in: half and smaller types have no generator everywhere."""
+        """The dtype of random draws: not every device can draw in dtypes of less than 32 bits."""
         small = torch.finfo(self.dtype).bits < 32
         return {True: torch.complex64, False: torch.float32}[self.is_complex] if small else self.dtype
 
     def remedy(self, tensor: Tensor) -> str:
-        """Return what to do with a tensor that is not in this space."""
+        """Return advice for a tensor that is not in this space."""
         if is_dtensor(tensor):
             return "pass what this process holds of it, .to_local()"
         if tensor.device != self.device:
@@ -126,13 +126,13 @@ class TensorSpec:
 
 
 def is_dtensor(value: Any) -> bool:
-    """Return whether a tensor is a DTensor; if that was never imported, there is none."""
+    """Return whether a tensor is a DTensor, without importing the DTensor module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def refuse_dtensor(value: Any) -> None:
-    """Raise on a DTensor: torch's own operators are silently wrong on some, such as a convolution of sharded images."""
+    """Raise on a DTensor: some of torch's ops are silently wrong on it, such as convolutions of sharded images."""
     if type(value) is not Tensor and is_dtensor(value):
         raise SpaceMismatchError(
             f"expected a plain tensor, got {describe(value)}: an element of a sharded space is the tensor that each "
@@ -142,7 +142,7 @@ def refuse_dtensor(value: Any) -> None:
 
 
 def is_shape(value: Any) -> bool:
-    """Return whether a value is a shape: a tuple or list of integers, not empty."""
+    """Return whether a value is a shape: a non-empty tuple or list of integers."""
     return isinstance(value, (tuple, list)) and bool(value) and all(type(size) is int for size in value)
 
 
@@ -157,4 +157,4 @@ def describe(value: Any) -> str:
     return f"an object of type {type(value).__name__}"
 
 
-__all__ = ["Sharding", "TensorSpec", "describe", "is_dtensor", "is_shape", "refuse_dtensor"]
+__all__ = ["ShardingProtocol", "TensorSpec", "describe", "is_dtensor", "is_shape", "refuse_dtensor"]

@@ -17,21 +17,21 @@ from adjointlab.numerics import full_precision
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 from adjointlab.tree import tree_flatten
+from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors
 from adjointlab.verify.diagnosis import Figure, diagnose
 from adjointlab.verify.dot_test import DotTest
 from adjointlab.verify.report import AdjointReport
-from adjointlab.verify.side import BrokenError, Side, Tensors
 
 
 @dataclass(frozen=True)
 class _Claim:
-    """Two functions between two spaces, and where a trusted adjoint may come from."""
+    """A claim that one map is the adjoint of another, and how to derive a trusted adjoint."""
 
-    forward: Side
-    adjoint: Side
+    forward: CheckedMap
+    adjoint: CheckedMap
     exact: bool
     powers: tuple[int, ...]
-    derive: Callable[[], LinearOperator] | None  # the operator whose A.H may serve as the reference
+    derive: Callable[[], LinearOperator] | None  # returns an operator whose A.H may serve as the reference
 
 
 def check_adjoint(
@@ -45,44 +45,47 @@ def check_adjoint(
     x: Any = None,
     y: Any = None,
 ) -> AdjointReport:
-    r"""Test ``⟨Ax, y⟩ = ⟨x, By⟩`` on random and structured x and y, B being ``A.H`` or a hand-written adjoint.
+    r"""Test ``⟨Ax, y⟩ = ⟨x, By⟩`` on random and structured x and y, where B is ``A.H`` or a hand-written adjoint.
 
-    Random pairs see an error anywhere; impulses at the centre and the corners, constants, and random numbers where an
-    impulse lights up see errors of borders and corners that are too small beside the whole; a pair scaled by a million
-    and back sees what saturates, and one of another batch size what is made for one size only. What is compared with
-    rounding is derived from the dtype (``adjointlab.numerics``), and measured where there is cancellation inside. The
-    rounding noise of a hand-written adjoint excuses no more than that of the derived one or of A does, within a factor:
-    one that computes in a coarser dtype fails. If the test fails, the report says in words what is wrong, as far as it
-    is one of the usual mistakes.
+    Random pairs detect errors anywhere. Impulses at the centre and the corners, constants, and random numbers on the
+    support of an impulse response detect errors at borders and corners that are small relative to the whole. A pair
+    scaled up and down by a million detects saturation, and a pair of another batch size detects an adjoint that works
+    for one size only.
+
+    The tolerance is derived from the unit roundoff of the dtype (``adjointlab.numerics``). If a map has internal
+    cancellation, its rounding errors are measured. The rounding errors of a hand-written adjoint may exceed those of
+    the derived adjoint or of A by a small factor only, so an adjoint that computes in a coarser dtype fails. If the
+    test fails, the report names the mistake, provided that it is one of the common ones.
 
     Parameters
     ----------
     A : LinearOperator, AffineOperator, nn.Module or callable
-        The operator; of an affine one, the linear part is tested. A plain callable needs ``domain``.
+        The operator. If it is affine, its linear part is tested. A plain callable needs ``domain``.
     adjoint : callable, optional
-        The claimed adjoint B, which takes one element of the codomain; ``A.H`` if not given.
+        The claimed adjoint B, a function of one element of the codomain; ``A.H`` if not given.
     domain : Tensor, tuple of int, TensorSpec, Space or pytree of these, optional
-        Where a plain callable A is defined, as for :func:`adjointlab.linear_operator`.
+        The domain of a plain callable A, as for :func:`adjointlab.linear_operator`.
     codomain : Tensor, tuple of int, TensorSpec, Space or pytree of these, optional
-        The space of its results; found by calling A if not given.
+        The codomain of a plain callable A; found by calling A if not given.
     trials : int
         Number of random draws of x and of y.
     seed : int
-        Seed of the draws; torch's global generator is left alone.
+        Seed of the draws; torch's global generator is not used.
     x, y : pytree of tensors, optional
-        A pair to test first.
+        The pair to test first.
 
     Returns
     -------
     AdjointReport
-        Error, tolerance and diagnosis. Nothing is raised if the test fails, or if the adjoint itself raises.
+        Error, tolerance and diagnosis. A failed test does not raise, nor does an adjoint that raises.
 
     Raises
     ------
     SpaceMismatchError
-        If A is no operator and has no domain, the adjoint is not callable, or x or y is not a finite element.
+        If A is neither an operator nor given with a domain, the adjoint is not callable, or x or y is not a finite
+        element of its space.
     ValueError
-        If ``trials`` is not a number of draws, or nothing at all would be compared.
+        If ``trials`` is not an integer of 0 or more, or no pair would be compared.
 
     Examples
     --------
@@ -104,8 +107,8 @@ def check_adjoint(
     given = None
     if x is not None or y is not None:
         given = (_finite(claim.forward.space, x, "x"), _finite(claim.adjoint.space, y, "y"))
-    # Built once, and only if it is needed. What is wrong entry by entry is not for all of several processes to see:
-    # there, the inner products have to say it.
+    # The reference is built once, and only if it is needed. No process can compare all entries of a sharded element, so
+    # then the diagnosis uses inner products only.
     known = claim.derive is not None and not claim.forward.space.is_sharded
     reference = functools.cache(lambda: _reference(claim, seed) if known else None)
     test = DotTest(
@@ -125,20 +128,23 @@ def check_adjoint(
         return _report(test, reference, trials, broken, seed)
 
 
-def _report(test: DotTest, reference: Callable[[], Side | None], trials: int, broken: str, seed: int) -> AdjointReport:
+def _report(
+    test: DotTest, reference: Callable[[], CheckedMap | None], trials: int, broken: str, seed: int
+) -> AdjointReport:
     passed = test.passed and not broken
     notes = []
     if test.vacuous and not broken:
         notes.append("vacuous: A and B are zero on every draw, so nothing was compared")
-    if test.measured > 1.0:
-        notes.append(f"rounding inside is {test.measured:.3g} eps (cancellation): the tolerance was measured")
-    if test.refused:
+    if test.used_noise > 1.0:
+        notes.append(f"rounding inside is {test.used_noise:.3g} eps (cancellation): the tolerance was measured")
+    if test.avoidable_noise:
         notes.append(
-            f"rounding inside the adjoint is {test.refused:.3g} eps, more than it need be: the tolerance leaves it out"
+            f"rounding inside the adjoint is {test.avoidable_noise:.3g} eps, more than it need be: the tolerance "
+            "leaves it out"
         )
     notes += test.notes
-    if test.too_noisy:
-        notes.append(f"left out, lost in rounding: {', '.join(dict.fromkeys(test.too_noisy))}")
+    if test.lost_in_rounding:
+        notes.append(f"left out, lost in rounding: {', '.join(dict.fromkeys(test.lost_in_rounding))}")
     diagnosis = broken
     figure: Figure = ()
     if not passed and not broken:
@@ -165,7 +171,7 @@ def assert_adjoint(
     Raises
     ------
     AdjointMismatchError
-        If the test fails; the message is the report, which is also its attribute ``report``.
+        If the test fails; the message is the report, and the attribute ``report`` holds it.
 
     Examples
     --------
@@ -188,7 +194,7 @@ def _finite(space: Space, element: Any, name: str) -> Tensors | None:
     return tuple(leaf.detach() for leaf in leaves)
 
 
-# -- what is tested --------------------------------------------------------------------------------------------------
+# -- claims to test --------------------------------------------------------------------------------------------------
 
 
 def _claim(A: Any, adjoint: Any, domain: Any, codomain: Any) -> _Claim:
@@ -215,11 +221,11 @@ def _claim(A: Any, adjoint: Any, domain: Any, codomain: Any) -> _Claim:
 
 
 def _of_operator(operator: LinearOperator, adjoint: Callable[[Any], Any] | None) -> _Claim:
-    forward = Side(operator, operator.domain, operator.codomain, "A")
+    forward = CheckedMap(operator, operator.domain, operator.codomain, "A")
     name = "the derived adjoint" if adjoint is None else "the adjoint"
-    back = Side(adjoint or operator.H, operator.codomain, operator.domain, name)
+    back = CheckedMap(adjoint or operator.H, operator.codomain, operator.domain, name)
     parts = [part for part in operator.modules() if isinstance(part, LinearOperator)]
-    # Where an offset is taken off, small elements are lost in the rounding errors of that.
+    # Subtracting an offset causes rounding errors that are large relative to small elements.
     offset = any(part.source is not None and part.source.options.affine for part in parts)
     derive = None if adjoint is None else lambda: operator
     return _Claim(forward, back, operator.is_complex_linear, (20,) if offset else (20, -20), derive)
@@ -240,15 +246,15 @@ def _of_pair(function: Callable[..., Any], adjoint: Callable[[Any], Any], domain
     pair = LinearOperator(forward, adjoint, space, image)
     try:
         exact = pair.is_complex_linear
-    except Exception:  # what is wrong with A is found again, and said, by the test
+    except Exception:  # the test will find and report the error of A
         exact = False
-    back = Side(adjoint, image, space, "the adjoint")
-    forward_side = Side(forward, space, image, "A")
+    back = CheckedMap(adjoint, image, space, "the adjoint")
+    forward_side = CheckedMap(forward, space, image, "A")
     return _Claim(forward_side, back, exact, (20, -20), lambda: linear_operator(function, space, check=False))
 
 
 def _image(forward: Callable[[Any], Any], space: Space) -> Space:
-    """Return the space of results: of a function that is called once, on random numbers."""
+    """Return the space of the results of a function, by calling it once on random numbers."""
     with torch.no_grad():
         try:
             result = forward(space.randn(torch.Generator().manual_seed(0)))
@@ -267,21 +273,21 @@ def _image(forward: Callable[[Any], Any], space: Space) -> Space:
 
 # -- a reference to compare a wrong adjoint with ---------------------------------------------------------------------
 
-_MOST_COLUMNS = 512  # real dimensions up to which the adjoint is read off the dense matrix
+_MOST_COLUMNS = 512  # largest real dimension for which the dense matrix is computed
 
 
-def _reference(claim: _Claim, seed: int) -> Side | None:
-    """Return a trusted adjoint: the derived one if it passes itself, else that of the dense matrix, else none."""
+def _reference(claim: _Claim, seed: int) -> CheckedMap | None:
+    """Return a trusted adjoint: the derived one if it passes the test, else the dense one if A is small, else None."""
     if claim.derive is not None:
         try:
             operator = claim.derive()
             if operator.codomain == claim.adjoint.space:
-                derived = Side(operator.H, claim.adjoint.space, claim.forward.space, "the derived adjoint")
+                derived = CheckedMap(operator.H, claim.adjoint.space, claim.forward.space, "the derived adjoint")
                 test = DotTest(claim.forward, derived, exact=claim.exact, seed=seed + 1)
                 test.run(2)
                 if test.passed:
                     return derived
-        except Exception:  # no derived adjoint, then; the failure at hand is the one to report
+        except Exception:  # without a derived adjoint, report the failure of the given one
             pass
     try:
         return _dense(claim.forward)
@@ -289,8 +295,8 @@ def _reference(claim: _Claim, seed: int) -> Side | None:
         return None
 
 
-def _dense(forward: Side) -> Side | None:
-    """Return the adjoint from A's real matrix, made column by column in double precision, if A is small."""
+def _dense(forward: CheckedMap) -> CheckedMap | None:
+    """Return the transpose of A's real matrix, computed column by column, if A is small."""
     space, codomain = forward.space, forward.codomain
     counts = [spec.numel * (2 if spec.is_complex else 1) for spec in space.specs]
     if sum(counts) > _MOST_COLUMNS:
@@ -312,7 +318,7 @@ def _dense(forward: Side) -> Side | None:
             leaves.append(values.reshape(spec.shape).to(spec.dtype))
         return space.unflatten(leaves)
 
-    return Side(adjoint, codomain, space, "the dense adjoint")
+    return CheckedMap(adjoint, codomain, space, "the dense adjoint")
 
 
 def _coordinates(leaves: Tensors) -> torch.Tensor:

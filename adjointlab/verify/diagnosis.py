@@ -1,7 +1,7 @@
-"""What is wrong with an adjoint, in words: the usual mistakes are made on the right adjoint until one gives the wrong.
+"""Diagnosis of a wrong adjoint in words, by applying the common mistakes to the right adjoint until one matches.
 
-Each mistake is a guess ``T`` with ``B ≈ α T(Aᴴ)``, fitted on random data. Where no reference ``Aᴴ`` is known, the few
-that can be *repaired* are: B is the adjoint if ``α T(B)`` passes the dot test.
+Each mistake is a guess ``T`` with ``B ≈ α T(Aᴴ)``, fitted on random data. Without a reference ``Aᴴ``, a mistake is
+recognised by its repair: B has the mistake T if ``T⁻¹(B) / α`` passes the dot test.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from torch import Tensor
 
 from adjointlab.numerics import dot_gap, norm
 from adjointlab.reporting import Grid
+from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors, impulse
+from adjointlab.verify.comparison import Comparison, Guess
 from adjointlab.verify.dot_test import DotTest
-from adjointlab.verify.evidence import Evidence, Guess
 from adjointlab.verify.mistakes import LAST, MISTAKES
 from adjointlab.verify.parts import worst_impulse
-from adjointlab.verify.side import BrokenError, Side, Tensors, impulse
 
 Figure = tuple[tuple[str, Grid], ...]
-_NEAR, _FAR = (-1.0, 4.0), (2.0**20, 2.0**-20)  # factors of homogeneity
+_NEAR, _FAR = (-1.0, 4.0), (2.0**20, 2.0**-20)  # factors s in tests of f(sx) = s f(x)
 _MOST_CELLS = 32  # along each side of a heat map
 
 
-def diagnose(test: DotTest, reference: Side | None, seed: int) -> tuple[str, Figure]:
-    """Return what is wrong with the adjoint of a failed test, in words, and a figure of an impulse response.
+def diagnose(test: DotTest, reference: CheckedMap | None, seed: int) -> tuple[str, Figure]:
+    """Return the mistake ``B − Aᴴ`` of a failed test in words, and a figure of an impulse response.
 
     Parameters
     ----------
     test : DotTest
         The test that failed.
-    reference : Side or None
+    reference : CheckedMap or None
         A trusted adjoint.
     seed : int
         Seed of the draws.
@@ -39,7 +39,7 @@ def diagnose(test: DotTest, reference: Side | None, seed: int) -> tuple[str, Fig
     Returns
     -------
     tuple of str and figure
-        Never an empty text.
+        The text is never empty.
     """
     generator = torch.Generator().manual_seed(seed + 100)
     worst = test.worst[3] if test.worst else ""
@@ -53,67 +53,67 @@ def diagnose(test: DotTest, reference: Side | None, seed: int) -> tuple[str, Fig
                 return text, ()
         if reference is None:
             return _by_repair(test, generator) or f"unrecognised: the inner products differ most for {worst}", ()
-        evidence = Evidence(test.adjoint, reference, generator)
+        comparison = Comparison(test.adjoint, reference, generator)
         where = ""
-        if not evidence.wrong_leaves() and test.worst_y:  # too small beside the whole, or for some input only
+        if not comparison.wrong_leaves() and test.worst_y:  # a small error, or an error for some inputs only
             text = _not_linear(test.forward, generator, _FAR) or _not_linear(test.adjoint, generator, _FAR)
             if text:
                 return text, ()
-            evidence, where = evidence.at((test.worst_y, test.worst_y)), f"for {worst}: "
-            if not evidence.wrong_leaves():
+            comparison, where = comparison.with_inputs((test.worst_y, test.worst_y)), f"for {worst}: "
+            if not comparison.wrong_leaves():
                 return f"unrecognised: right on random data, but the inner products differ for {worst}", ()
-        return where + _explain(evidence), _figure(evidence)
+        return where + _explain(comparison), _figure(comparison)
     except BrokenError as error:  # on input that the test did not try
         return str(error), ()
 
 
-def _explain(evidence: Evidence) -> str:
+def _explain(comparison: Comparison) -> str:
     """Return the first mistake that explains all leaves at once, else one for each wrong leaf."""
-    wrong = evidence.wrong_leaves()
-    count = len(evidence.found)
+    wrong = comparison.wrong_leaves()
+    count = len(comparison.found)
     if len(wrong) == count:
-        text = _first(evidence)
+        text = _first(comparison)
         if text or count == 1:
-            return text or evidence.location()
-    exchanged = _exchanged(evidence, wrong)
+            return text or comparison.location()
+    exchanged = _exchanged(comparison, wrong)
     if exchanged:
         return exchanged
     parts = []
     for number in wrong:
-        alone = evidence.leaf(number)
+        alone = comparison.leaf(number)
         parts.append(f"leaf {number} of {count}: {_first(alone) or alone.location()}")
     return "; ".join(parts)
 
 
-def _exchanged(evidence: Evidence, wrong: list[int]) -> str:
-    """Return which leaf stands in whose place, if that is what is wrong with them all, in words."""
+def _exchanged(comparison: Comparison, wrong: list[int]) -> str:
+    """Return in words which leaves are exchanged, or an empty string if that does not explain all wrong leaves."""
     pairs = set()
     for number in wrong:
-        alone = evidence.leaf(number)
-        others = (k for k in wrong if k != number and evidence.expected[k].shape == alone.found[0].shape)
-        partner = next((k for k in others if alone.fit((evidence.expected[k],)).fits), None)
+        alone = comparison.leaf(number)
+        others = (k for k in wrong if k != number and comparison.expected[k].shape == alone.found[0].shape)
+        partner = next((k for k in others if alone.fit((comparison.expected[k],)).fits), None)
         if partner is None:
             return ""
         pairs.add((min(number, partner), max(number, partner)))
     return f"leaves {', '.join(f'{i} ↔ {j}' for i, j in sorted(pairs))} exchanged" if pairs else ""
 
 
-def _first(evidence: Evidence) -> str:
+def _first(comparison: Comparison) -> str:
     for mistake in MISTAKES:
-        text = mistake(evidence)
+        text = mistake(comparison)
         if text:
             return text
-    if evidence.batched:
-        entries = evidence.wrong_batch_entries()
-        if 0 < len(entries) < evidence.batch:
-            inner = _first(evidence.entries(entries))
+    if comparison.batched:
+        entries = comparison.wrong_batch_entries()
+        if 0 < len(entries) < comparison.batch:
+            inner = _first(comparison.batch_entries(entries))
             if inner:
                 return f"batch entry {', '.join(map(str, entries))} only: {inner}"
-    return next((text for text in (mistake(evidence) for mistake in LAST) if text), "")
+    return next((text for text in (mistake(comparison) for mistake in LAST) if text), "")
 
 
-def _not_linear(side: Side, generator: torch.Generator, factors: tuple[float, ...] = _NEAR) -> str:
-    """Return how a function fails to be a linear map at all, or an empty string."""
+def _not_linear(side: CheckedMap, generator: torch.Generator, factors: tuple[float, ...] = _NEAR) -> str:
+    """Return in words why a function is not linear, or an empty string."""
     y = side.space.leaves(side.space.randn(generator))
     at_y, again = side(y), side(y)
     size = norm(at_y, side.codomain)
@@ -124,7 +124,7 @@ def _not_linear(side: Side, generator: torch.Generator, factors: tuple[float, ..
     offset = norm(side(tuple(torch.zeros_like(t) for t in y)), side.codomain)
     if offset > tolerance or (size == 0.0 and offset > 0.0):
         return f"{name} is not linear: it maps 0 to something of norm {offset:.3g} (an offset, a bias)"
-    tiny = max(torch.finfo(t.dtype).smallest_normal * t.numel() ** 0.5 for t in at_y)  # what may be lost below
+    tiny = max(torch.finfo(t.dtype).smallest_normal * t.numel() ** 0.5 for t in at_y)  # absolute underflow error
     for factor in factors:
         try:
             image = side(tuple(factor * t for t in y))
@@ -138,19 +138,19 @@ def _not_linear(side: Side, generator: torch.Generator, factors: tuple[float, ..
 
 # -- without a reference ---------------------------------------------------------------------------------------------
 
-Repair = Callable[[Side, Tensors], Tensors]
+Repair = Callable[[CheckedMap, Tensors], Tensors]
 
 
-def _plain(back: Side, y: Tensors) -> Tensors:
+def _plain(back: CheckedMap, y: Tensors) -> Tensors:
     return back(y)
 
 
-def _conjugated(back: Side, y: Tensors) -> Tensors:
+def _conjugated(back: CheckedMap, y: Tensors) -> Tensors:
     return tuple(t.conj().resolve_conj() for t in back(tuple(t.conj().resolve_conj() for t in y)))
 
 
 def _not_alike(test: DotTest, generator: torch.Generator) -> str:
-    """Return how what should be the same on several processes is not, or an empty string."""
+    """Return in words how replicated results differ between processes, or an empty string."""
     x, y = (space.leaves(space.randn(generator)) for space in (test.domain, test.codomain))
     at_y = test.adjoint(y)
     shardings = [spec.sharding for spec in test.domain.specs if spec.sharding is not None]
@@ -165,7 +165,7 @@ def _not_alike(test: DotTest, generator: torch.Generator) -> str:
 
 
 def _by_repair(test: DotTest, generator: torch.Generator) -> str:
-    """Return the factor or conjugation that makes the dot test pass, in words, or an empty string."""
+    """Return in words the factor or conjugation whose repair makes the dot test pass, or an empty string."""
     repairs: list[tuple[str, Repair, bool]] = [("", _plain, False)]
     if test.domain.is_complex and test.codomain.is_complex:
         repairs += [("conjugate missing", _conjugated, False), ("", _plain, test.exact)]
@@ -200,22 +200,22 @@ def _by_repair(test: DotTest, generator: torch.Generator) -> str:
 # -- the figure ------------------------------------------------------------------------------------------------------
 
 
-def _figure(evidence: Evidence) -> Figure:
-    """Return heat maps of the impulse response of B, of Aᴴ and of their difference, where that is largest."""
-    adjoint, reference = evidence.adjoint, evidence.reference
+def _figure(comparison: Comparison) -> Figure:
+    """Return heat maps of an impulse response of B, of Aᴴ and of their difference, where the difference is large."""
+    adjoint, reference = comparison.adjoint, comparison.reference
     space = adjoint.space
-    space = space.with_batch(evidence.inputs[0][0].shape[: space.batch_dims])
+    space = space.with_batch(comparison.inputs[0][0].shape[: space.batch_dims])
     places = [(0, tuple(size // 2 for size in space.specs[0].shape))]
-    places.append(worst_impulse(adjoint, reference, evidence.inputs[0]))
+    places.append(worst_impulse(adjoint, reference, comparison.inputs[0]))
     best: tuple[float, str, Tensors, Tensors] | None = None
     for number, index in places:
         e = impulse(space, number, index)
         got, right = adjoint(e), reference(e)
         gap = norm(tuple(a - b for a, b in zip(got, right, strict=True)))
-        if best is None or gap > 2 * best[0]:  # the centre shows most, unless it shows too little
+        if best is None or gap > 2 * best[0]:  # prefer the centre unless the other impulse shows twice the error
             best = (gap, f"impulse at {index}", got, right)
-    if best is None or best[0] == 0.0:  # a mistake that only shows elsewhere
-        found, expected = (tuple(t[0] for t in leaves) for leaves in (evidence.found, evidence.expected))
+    if best is None or best[0] == 0.0:  # neither impulse shows the mistake
+        found, expected = (tuple(t[0] for t in leaves) for leaves in (comparison.found, comparison.expected))
         best = (1.0, "random input", found, expected)
     _, what, got, right = best
     gaps = [float((a - b).abs().max()) for a, b in zip(got, right, strict=True)]
@@ -234,7 +234,7 @@ def _figure(evidence: Evidence) -> Figure:
 
 
 def _plane(image: Tensor, where: int) -> Tensor:
-    """Return the plane of the last two dimensions through the entry ``where``."""
+    """Return the plane of the last two dimensions that contains the entry with flat index ``where``."""
     plane = image.detach().double().cpu()
     plane = plane.reshape(1, -1) if plane.ndim < 2 else plane
     height, width = plane.shape[-2:]
@@ -242,7 +242,7 @@ def _plane(image: Tensor, where: int) -> Tensor:
 
 
 def _window(images: list[Tensor]) -> list[tuple[int, int]]:
-    """Return the rows and columns where any image is not zero, with a margin: the rest shows nothing."""
+    """Return the rows and columns where some image is not zero, with a margin."""
     lit = torch.stack([image > 1e-6 * float(image.max()) for image in images]).any(dim=0)
     bounds = []
     for dim, size in enumerate(lit.shape):
@@ -254,7 +254,7 @@ def _window(images: list[Tensor]) -> list[tuple[int, int]]:
 
 
 def _grid(plane: Tensor) -> Grid:
-    """Return a plane as numbers, thinned to the largest of each cell, with the sides in proportion."""
+    """Return a plane as numbers, reduced to the largest entry of each cell, with the same aspect ratio."""
     height, width = plane.shape
     share = min(1.0, _MOST_CELLS / max(height, width))
     size = (max(1, round(share * height)), max(1, round(share * width)))

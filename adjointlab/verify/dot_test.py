@@ -1,4 +1,4 @@
-"""The draws of the dot-product test: random pairs for everything, impulses and constants for corners and borders."""
+"""The pairs of the dot-product test: random pairs, and impulses and constants for corners and borders."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ import torch
 
 from adjointlab.numerics import DOT_UNITS, SIGMAS, dot_gap, norm, rounding_noise
 from adjointlab.space import Space
-from adjointlab.verify.side import BrokenError, Side, Tensors, structured, vanishes
+from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors, structured, vanishes
 
-# Weights that a function computes for itself (of an interpolation, say) are rounded alike in every call, which no
-# measurement sees: of bicubic interpolation, A and its derivative differ by 4 eps, 2.4 times the measured noise. So
-# noise counts twice up to these units. Cancellation is beyond them, and halves compute their weights in single.
+# A function may compute weights internally, such as those of an interpolation. Every call rounds them in the same way,
+# so measurements do not show this error: for bicubic interpolation, A and its derivative differ by 4 eps, 2.4 times the
+# measured noise. So measured noise counts twice, up to _UNSEEN eps. Cancellation exceeds that, and half-precision
+# functions compute weights in single precision, so neither needs the factor.
 _UNSEEN, _HALF = 4, 1e-4
 
 
 class DotTest:
-    """The comparison of ``⟨Ax, y⟩`` with ``⟨x, By⟩`` over many pairs; keeps the worst one."""
+    """The comparison of ``⟨Ax, y⟩`` with ``⟨x, By⟩`` over many pairs; it keeps the worst pair."""
 
     def __init__(
         self,
-        forward: Side,
-        adjoint: Side,
+        forward: CheckedMap,
+        adjoint: CheckedMap,
         *,
         exact: bool,
         seed: int,
-        reference: Callable[[], Side | None] | None = None,
+        reference: Callable[[], CheckedMap | None] | None = None,
         powers: tuple[int, ...] = (20, -20),
     ) -> None:
         self.forward, self.adjoint, self.exact = forward, adjoint, exact
-        self.powers = powers  # of two, of the sizes of elements that are compared besides 1
-        self.reference = reference  # where to see how precise a hand-written adjoint can be; None for a derived one
-        self.refused = 0.0  # largest rounding noise of B that was measured and is more than that, in units of eps
+        self.powers = powers  # exponents p of the factors 2^p by which a pair is scaled
+        self.reference = reference  # shows how precise an adjoint can be; None if B is derived
+        self.avoidable_noise = 0.0  # largest measured noise of B beyond that precision, in eps
         self.notes: list[str] = []
         self.domain, self.codomain = forward.space, adjoint.space
         self.generator = torch.Generator().manual_seed(seed)
@@ -42,17 +43,17 @@ class DotTest:
         self.worst: tuple[float, float, float, str] | None = None  # excess, error, tolerance, pair
         self.worst_y: Tensors = ()
         self.pairs = 0
-        self.measured = 0.0  # largest rounding noise that was measured and believed, in units of eps
-        self.too_noisy: list[str] = []
-        self._gains: dict[str, float] = {}  # rounding noise of random elements, in units of their norm
+        self.used_noise = 0.0  # largest measured noise that raised a tolerance, in eps
+        self.lost_in_rounding: list[str] = []
+        self._gains: dict[str, float] = {}  # rounding noise of random elements, relative to their norm
         self._norms: list[tuple[float, ...]] = []
         self._rows: list[float] = []
         self._through_zero: bool | None = None
-        self._trusted: tuple[Side | None] | None = None  # what `reference` returned
+        self._trusted: tuple[CheckedMap | None] | None = None  # the result of `reference`
 
     @property
     def passed(self) -> bool:
-        """Whether some pair was compared and all of them agree."""
+        """Whether at least one pair was compared and all compared pairs agree."""
         return self.worst is not None and self.worst[0] <= 1.0
 
     @property
@@ -61,7 +62,7 @@ class DotTest:
         return all(norms[2] == norms[3] == 0.0 for norms in self._norms)
 
     def run(self, trials: int, given: tuple[Tensors | None, Tensors | None] | None = None) -> None:
-        """Compare the given pair, ``trials`` random draws, each with the next, then impulses and constants."""
+        """Compare the given pair, ``trials`` random pairs and each x with the next y, then impulses and constants."""
         if given is not None:
             x, y = given
             batch = (x or y or ())[0].shape[: self.domain.batch_dims]
@@ -80,39 +81,39 @@ class DotTest:
                 self._compare(f"random pair {trial - 1}, {trial}", *before, y, at_y, random=(True, True))
             before = (x, at_x)
             first = first or (x, at_x, y, at_y)
-        if first is not None and self.passed:  # these look for what random pairs may miss
+        if first is not None and self.passed:  # errors that random pairs may miss
             self._run_scaled(*first)
             self._run_other_batch()
             self._run_structured(*first)
 
     def _run_scaled(self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors) -> None:
-        """Compare a pair again with images of far larger and smaller elements: what saturates is not linear."""
+        """Compare a pair with images of far larger and smaller elements, to detect saturation."""
         for power in self.powers:
             far = []
             for side, at, z in ((self.forward, at_x, x), (self.adjoint, at_y, y)):
                 image = _scaled_image(side, at, z, power)
-                if image is None:  # it would overflow; in half precision, always
+                if image is None:  # the scaled pair may overflow, as it always may in half precision
                     return
                 far.append(image)
             name = f"random pair 0, Ax at 2^{power} x and By at 2^{power} y"
             self._compare(name, x, far[0], y, far[1], random=(True, True), count=False)
 
     def _run_other_batch(self) -> None:
-        """Compare a pair of another free size: an adjoint for one size only is none."""
+        """Compare a pair of another batch size, to detect an adjoint that works for one size only."""
         if not self.domain.batch_dims:
             return
         batch = [size + 1 for size in self.domain.batch_shape]
         x, y = (self._draw(space.with_batch(batch)) for space in (self.domain, self.codomain))
         try:
             at_x = self.forward(x)
-        except BrokenError as error:  # that is not the adjoint's fault
+        except BrokenError as error:  # the forward failed, not the adjoint
             self.notes.append(f"only one batch size compared: at {tuple(batch)}, {error}")
             return
         name = f"random pair of batch size {tuple(batch)}"
         self._compare(name, x, at_x, y, self.adjoint(y), random=(True, True), count=False)
 
     def _run_structured(self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors) -> None:
-        """Compare impulses with a random element, then with what they light up: the second is as local as a bug."""
+        """Compare impulses with a random element, then with random numbers on their response, which is local."""
         for name, u in structured(self.domain):
             at_u = self.forward(u)
             self._compare(f"x = {name}", u, at_u, y, at_y, random=(False, True))
@@ -146,10 +147,10 @@ class DotTest:
     ) -> None:
         norms = (norm(x, self.domain), norm(y, self.codomain), norm(at_x, self.codomain), norm(at_y, self.domain))
         self.pairs += 1
-        count = count and all(random)  # among the independent draws
+        count = count and all(random)  # whether the pair is one of the random draws
         if count or not self._norms:
             self._norms.append(norms)
-        # What an operator does to typical input is what its rounding errors are relative to, where x is special.
+        # For a special x, rounding errors are relative to the norm of the image of a typical input.
         floor = tuple(DOT_UNITS * self.eps * size for size in self._typical(norms)) if not all(random) else (0.0, 0.0)
         options: dict[str, Any] = {"exact": self.exact, "random": random, "norms": norms}
         spaces = (self.domain, self.codomain)
@@ -164,11 +165,11 @@ class DotTest:
                 error, tolerance = dot_gap(*spaces, x, at_x, y, at_y, noise=known, **options)
                 if error <= tolerance:
                     sizes = self._typical(norms)
-                    self.measured = max(
-                        [self.measured, *(n / s / self.eps for n, s in zip(noise, sizes, strict=True) if s)]
+                    self.used_noise = max(
+                        [self.used_noise, *(n / s / self.eps for n, s in zip(noise, sizes, strict=True) if s)]
                     )
             elif not all(random) and self._starts_at_zero() and self._is_lost(x, at_x, y, at_y, norms):
-                self.too_noisy.append(name)
+                self.lost_in_rounding.append(name)
                 return
         if count:
             self._rows.append(tolerance * max(norms[2] * norms[1], norms[0] * norms[3]))
@@ -177,7 +178,7 @@ class DotTest:
             self.worst, self.worst_y = (excess, error, tolerance, name), y
 
     def _typical(self, norms: tuple[float, ...]) -> tuple[float, float]:
-        """Return the norms of Ax and By, or what they would typically be for x and y of this size, if that is more."""
+        """Return the norms of Ax and By, or the typical norms for x and y of this size if these are larger."""
         totals = [math.hypot(*(n[k] for n in self._norms)) for k in range(4)]
         gains = [totals[2] / totals[0] if totals[0] else 0.0, totals[3] / totals[1] if totals[1] else 0.0]
         return max(norms[2], gains[0] * norms[0]), max(norms[3], gains[1] * norms[1])
@@ -185,7 +186,7 @@ class DotTest:
     def _noise(
         self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors, norms: tuple[float, ...], *, random: bool
     ) -> tuple[float, float] | None:
-        """Return the measured rounding errors of Ax and By, or None where they are not what rounding can be."""
+        """Return the measured rounding errors of Ax and By, or None if they are too large to be rounding."""
         if not self._starts_at_zero():
             return None
         try:
@@ -193,18 +194,18 @@ class DotTest:
             backward = self._noise_of(self.adjoint, y, at_y, random=random)
         except BrokenError:
             return None
-        most = max(0.02, 32 * self.eps)  # beyond that, either the function is not linear or its digits are gone
+        most = max(0.02, 32 * self.eps)  # larger noise: the function is not linear, or has no correct digits
         sizes = self._typical(norms)
         if forward > most * sizes[0] or backward > most * sizes[1]:
             return None
         if self.reference is not None and backward > self._attainable(y, forward, sizes, random=random):
-            self.refused = max(self.refused, backward / sizes[1] / self.eps)
-            backward = 0.0  # noise that need not be there excuses nothing
+            self.avoidable_noise = max(self.avoidable_noise, backward / sizes[1] / self.eps)
+            backward = 0.0  # avoidable noise does not raise the tolerance
         return forward, backward
 
-    def _noise_of(self, side: Side, z: Tensors, at_z: Tensors, *, random: bool) -> float:
-        """Return the measured rounding errors at z; where z is an impulse or so, those of random elements if larger."""
-        # One entry may happen to be rounded by nothing in all three measurements; thousands of entries do not.
+    def _noise_of(self, side: CheckedMap, z: Tensors, at_z: Tensors, *, random: bool) -> float:
+        """Return the measured rounding errors at z; for a structured z, at least those of a random element."""
+        # A single entry may have no rounding error in all three measurements; thousands of entries will.
         noise = rounding_noise(side, side.space, side.codomain, z, at_z)
         if random:
             return noise
@@ -215,8 +216,8 @@ class DotTest:
         return max(noise, self._gains[side.name] * norm(z, side.space))
 
     def _is_lost(self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors, norms: tuple[float, ...]) -> bool:
-        """Return whether random elements are as noisy as x and y, as far as sums of n equal terms allow it."""
-        # If so, the digits are gone in rounding. If not, the function is not linear at x or at y.
+        """Return whether random elements are about as noisy as x and y, up to the factor √n of sums of n terms."""
+        # If so, rounding leaves no correct digits. If not, the function is not linear at x or at y.
         for side, z, at_z, size in ((self.forward, x, at_x, norms[0]), (self.adjoint, y, at_y, norms[1])):
             u = self._draw(side.space)
             try:
@@ -229,9 +230,9 @@ class DotTest:
         return True
 
     def _attainable(self, y: Tensors, forward: float, sizes: tuple[float, float], *, random: bool) -> float:
-        """Return how large the rounding noise of a correct adjoint may be at y, however it is computed."""
-        # Sums of n terms in an unlucky order lose √n units or so, and an adjoint with cancellation inside loses what A
-        # or the derived adjoint lose, within a small factor. An adjoint that computes in a coarser dtype loses more.
+        """Return the largest rounding noise at y that any correct adjoint may need."""
+        # A sum of n terms in an unlucky order loses about √n eps. An adjoint with internal cancellation loses as much
+        # as A or the derived adjoint, up to a small factor. An adjoint that computes in a coarser dtype loses more.
         units = min(max(64.0, math.sqrt(max(self.domain.size, self.codomain.size))), 512.0)
         most = max(units * self.eps, 8 * forward / sizes[0] if sizes[0] else 0.0) * sizes[1]
         if self._trusted is None:
@@ -243,7 +244,7 @@ class DotTest:
         return most
 
     def _starts_at_zero(self) -> bool:
-        """Return whether A(0) = 0 and B(0) = 0, without which what is measured is an offset and not rounding."""
+        """Return whether A(0) = 0 and B(0) = 0; otherwise, a measurement shows the offset and not rounding."""
         if self._through_zero is None:
             self._through_zero = True
             for side in (self.forward, self.adjoint):
@@ -252,15 +253,15 @@ class DotTest:
         return self._through_zero
 
     def missed_row_probability(self) -> float:
-        """Return the probability that all random draws miss an error in one row of A: a typical row, wholly wrong.
+        """Return the probability that all random draws miss an error ``e dᴴ`` that makes one row of A wrong.
 
-        The error is ``e dᴴ`` with a unit vector e and ``‖d‖ = ‖A‖_F / √m``: its gap is the product of an entry of y and
-        of a normal number of that size, and it is missed if that stays within the tolerance in every draw.
+        Here e is a unit vector and ``‖d‖ = ‖A‖_F / √m``, the norm of a typical row. The gap of a draw is an entry of y
+        times a normal number of standard deviation ‖d‖. The draws miss the error if every gap is within the tolerance.
 
         Returns
         -------
         float
-            From 0 to 1.
+            The probability, from 0 to 1.
         """
         trials = [n for n in self._norms if n[2] or n[3]]
         if not trials or not self._rows:
@@ -268,38 +269,38 @@ class DotTest:
         row = math.sqrt(sum(n[2] ** 2 for n in trials) / len(trials) / self.codomain.size)
         if row == 0.0:
             return 1.0
-        draws = (len(self._rows) + 1) // 2  # the pairs (k, k + 1) are not independent of the others: leave them out
-        return product_within(max(self._rows) / row, self._kinds()) ** draws
+        draws = (len(self._rows) + 1) // 2  # omit the pairs (k, k + 1), which are not independent
+        return product_within(max(self._rows) / row, self._kind_of_product()) ** draws
 
-    def _kinds(self) -> tuple[bool, float]:
-        """Return whether entries are complex and count as such; else the deviation of a product of real coordinates."""
+    def _kind_of_product(self) -> tuple[bool, float]:
+        """Return whether inner products are complex, and the standard deviation of a product of real coordinates."""
         halves = sum(space.is_complex for space in (self.domain, self.codomain))
         return (True, 1.0) if self.exact and halves == 2 else (False, 2.0 ** (-halves / 2))
 
 
 def _random_within(space: Space, image: Tensors, numbers: Tensors) -> Tensors:
-    """Return random numbers weighted by an image, whose largest entry counts as one: its own size may be any."""
+    """Return random numbers weighted by an image that is scaled to a largest entry of one."""
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in image]
-    # Of an image that is spread over processes, no one knows the largest entry; its norm is as good.
+    # No process knows the largest entry of a sharded image; scaling by its norm works as well.
     largest = norm(tuple(wide), space) if space.is_sharded else max(float(t.abs().max()) for t in wide)
     return tuple(((t / largest) * r).to(r.dtype) for t, r in zip(wide, numbers, strict=True))
 
 
-def _scaled_image(side: Side, at_z: Tensors, z: Tensors, power: int) -> Tensors | None:
-    """Return ``2⁻ᵖ f(2ᵖ z)``, which is exactly ``f(z)`` for a linear f, or None where the dtype is too narrow."""
+def _scaled_image(side: CheckedMap, at_z: Tensors, z: Tensors, power: int) -> Tensors | None:
+    """Return ``2⁻ᵖ f(2ᵖ z)``, which is exactly ``f(z)`` for a linear f, or None if it may overflow."""
     limit = min(torch.finfo(t.dtype).max for t in (*z, *at_z))
     fits = limit >= 1e30 and max(float(t.abs().max()) for t in (*z, *at_z)) * 2.0 ** (2 * abs(power)) <= limit
     if not side.space.every(fits):
         return None
     try:
         image = side(tuple(t * 2.0**power for t in z))
-    except BrokenError:  # an overflow inside, it may be
+    except BrokenError:  # perhaps an overflow inside
         return None
     return tuple(t * 2.0**-power for t in image)
 
 
 def product_within(bound: float, kind: tuple[bool, float]) -> float:
-    """Return ``P(|u v| ≤ bound)`` for normal u and v: complex of variance one, or real and the product scaled."""
+    """Return ``P(|u v| ≤ bound)`` for normal u and v: both complex of variance one, or real with a scaled product."""
     u = torch.logspace(-9, 1.2, 4001, dtype=torch.float64, device="cpu")
     if kind[0]:
         density, within = 2 * u * torch.exp(-u.square()), -torch.expm1(-(bound / u).square())

@@ -1,4 +1,4 @@
-"""Which part of y, or of the result, an adjoint treats wrongly; and the impulse that it treats worst."""
+"""The entries of y for which an adjoint is wrong, and the impulse for which it is most wrong."""
 
 from __future__ import annotations
 
@@ -9,37 +9,43 @@ import torch
 from torch import Tensor
 
 from adjointlab.numerics import norm
-from adjointlab.verify.evidence import Change, Evidence, ranges
-from adjointlab.verify.side import Side, Tensors
+from adjointlab.verify.checked_map import CheckedMap, Tensors
+from adjointlab.verify.comparison import Change, Comparison, ranges
 
-_MOST_LOOKS = 64  # at parts of y along one dimension
+_MOST_LOOKS = 64  # largest number of tested ranges of y along one dimension
 
 
-def wrong_entries_of_y(evidence: Evidence) -> dict[int, list[int]]:
-    """Return, for the dims along which only some entries of y are treated wrongly, which these are."""
-    if len(evidence.inputs[0]) > 1:
+def wrong_entries_of_y(comparison: Comparison) -> dict[int, list[int]]:
+    """Return a map from each dim to the wrong entries of y along it, if only some of them are wrong."""
+    if len(comparison.inputs[0]) > 1:
         return {}
-    (y,) = evidence.inputs[0]
+    (y,) = comparison.inputs[0]
     found = {}
     for dim, size in enumerate(y.shape):
-        places = _bisected(lambda low, high, dim=dim: _is_wrong(evidence.of(_only({dim: range(low, high)}))), size)  # type: ignore[misc]
+
+        def wrong(low: int, high: int, dim: int = dim) -> bool:
+            return _is_wrong(comparison.with_changed_inputs(_only({dim: range(low, high)})))
+
+        places = _bisected(wrong, size)
         if 0 < len(places) < size:
             found[dim] = places
     return found
 
 
-def of_entries(evidence: Evidence, places: dict[int, list[int]]) -> Evidence:
-    """Return the evidence of those entries of y alone."""
-    return evidence.of(_only(places))
+def restricted_to(comparison: Comparison, places: dict[int, list[int]]) -> Comparison:
+    """Return the comparison for y restricted to some entries."""
+    return comparison.with_changed_inputs(_only(places))
 
 
-def said(places: dict[int, list[int]]) -> str:
+def in_words(places: dict[int, list[int]]) -> str:
     """Return places in words: ``"along dim 3 at 12"``."""
     return ", ".join(f"along dim {dim} at {ranges(list(some))}" for dim, some in places.items())
 
 
-def _is_wrong(evidence: Evidence) -> bool:
-    return evidence.misfit > 4 * evidence.tolerance or (norm(evidence.expected) == 0.0 and norm(evidence.found) > 0.0)
+def _is_wrong(comparison: Comparison) -> bool:
+    return comparison.misfit > 4 * comparison.tolerance or (
+        norm(comparison.expected) == 0.0 and norm(comparison.found) > 0.0
+    )
 
 
 def _only(places: dict[int, Sequence[int]] | dict[int, list[int]] | dict[int, range]) -> Change:
@@ -56,7 +62,7 @@ def _only(places: dict[int, Sequence[int]] | dict[int, list[int]] | dict[int, ra
 
 
 def _bisected(wrong: Callable[[int, int], bool], size: int) -> list[int]:
-    """Return the wrong entries, found by halving; nothing if that needs too many looks: then most are wrong."""
+    """Return the wrong entries, found by bisection; an empty list if most entries are wrong."""
     looks, places, intervals = 0, [], [(0, size)]
     while intervals:
         low, high = intervals.pop()
@@ -73,20 +79,20 @@ def _bisected(wrong: Callable[[int, int], bool], size: int) -> list[int]:
     return places
 
 
-def worst_impulse(adjoint: Side, reference: Side, y: Tensors) -> tuple[int, tuple[int, ...]]:
-    """Return the leaf and the index of an impulse whose response is wrong, and nearly the worst, by halving y.
+def worst_impulse(adjoint: CheckedMap, reference: CheckedMap, y: Tensors) -> tuple[int, tuple[int, ...]]:
+    """Return the leaf and the index of an impulse whose response is about the most wrong, by bisection of y.
 
     Parameters
     ----------
-    adjoint, reference : Side
-        The adjoint at hand and the right one.
+    adjoint, reference : CheckedMap
+        The wrong adjoint and the right adjoint.
     y : tuple of Tensor
-        Random leaves, on which they differ.
+        Leaves of a random element on which the adjoints differ.
 
     Returns
     -------
     tuple
-        The half with the larger error is kept until one entry is left: some ``2 log₂ n`` calls of each.
+        Leaf and index. Bisection keeps the half with the larger error, which takes ``2 log₂ n`` calls of each adjoint.
     """
     sizes = [t.numel() for t in y]
     low, high = 0, sum(sizes)
@@ -117,4 +123,4 @@ def worst_impulse(adjoint: Side, reference: Side, y: Tensors) -> tuple[int, tupl
     return leaf, tuple(int(k) for k in index)
 
 
-__all__ = ["of_entries", "said", "worst_impulse", "wrong_entries_of_y"]
+__all__ = ["in_words", "restricted_to", "worst_impulse", "wrong_entries_of_y"]

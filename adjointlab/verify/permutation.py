@@ -1,33 +1,33 @@
-"""Entries along one dimension that stand in each other's place: ``B = P Aᴴ`` or ``Aᴴ P`` with a permutation P."""
+"""Recognition of permuted entries along one dimension: ``B = P Aᴴ`` or ``Aᴴ P`` with a permutation P."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from adjointlab.verify.evidence import Evidence, Guess
+from adjointlab.verify.comparison import Change, Comparison, Guess
 
-_MOST_PROBES = 64  # entries of y along one dimension that are sent through one by one
+_MOST_PROBES = 64  # largest size of a dimension of y whose entries are tested one by one
 _MOST_ENTRIES = 1024
 
 
-def permuted(evidence: Evidence) -> str:
+def permuted(comparison: Comparison) -> str:
     """Entries along one dimension of the result, or of y, are permuted."""
-    if len(evidence.found) > 1:
+    if len(comparison.found) > 1:
         return ""
-    for dim in range(evidence.ndim):
-        found, expected = (_rows(t, dim + 1) for (t,) in (evidence.found, evidence.expected))
-        order = _matching(found, expected, evidence.tolerance)
+    for dim in range(comparison.ndim):
+        found, expected = (_rows(t, dim + 1) for (t,) in (comparison.found, comparison.expected))
+        order = _matching(found, expected, comparison.tolerance)
         if order is not None:
             index = torch.tensor(order, device="cpu")
-            guess = evidence.fit(evidence.changed(after=lambda t, d=dim, i=index: t.index_select(d, i.to(t.device))))  # type: ignore[misc]
+            guess = comparison.fit(comparison.changed(after=_reordering(dim, index)))
             if guess.fits:
                 return Guess.words(f"entries along dim {dim} permuted: {_cycles(order)}", guess.factor)
-    return _permuted_input(evidence)
+    return _permuted_input(comparison)
 
 
-def _permuted_input(evidence: Evidence) -> str:
-    shapes = {tuple(t.shape) for t in evidence.inputs[0]}
+def _permuted_input(comparison: Comparison) -> str:
+    shapes = {tuple(t.shape) for t in comparison.inputs[0]}
     if len(shapes) > 1:
         return ""
     (shape,) = shapes
@@ -42,18 +42,22 @@ def _permuted_input(evidence: Evidence) -> str:
                 only.select(dim, entry).copy_(t.select(dim, 0))
                 return only
 
-            images.append(evidence.of(alone))
+            images.append(comparison.with_changed_inputs(alone))
         found, expected = (
             torch.stack([getattr(image, name)[0].reshape(-1) for image in images]) for name in ("found", "expected")
         )
-        order = _matching(found, expected, evidence.tolerance)
+        order = _matching(found, expected, comparison.tolerance)
         if order is not None:
-            # Of y: what comes in at k is treated as if it were at order[k].
+            # B treats entry k of y as if it were entry order[k].
             index = torch.tensor(order, device="cpu").argsort()
-            guess = evidence.fit(evidence.changed(before=lambda t, d=dim, i=index: t.index_select(d, i.to(t.device))))  # type: ignore[misc]
+            guess = comparison.fit(comparison.changed(before=_reordering(dim, index)))
             if guess.fits:
                 return Guess.words(f"entries of y along dim {dim} permuted: {_cycles(index.tolist())}", guess.factor)
     return ""
+
+
+def _reordering(dim: int, index: Tensor) -> Change:
+    return lambda t: t.index_select(dim, index.to(t.device))
 
 
 def _rows(t: Tensor, dim: int) -> Tensor:
@@ -61,7 +65,7 @@ def _rows(t: Tensor, dim: int) -> Tensor:
 
 
 def _matching(found: Tensor, expected: Tensor, tolerance: float) -> list[int] | None:
-    """Return which row of ``expected`` each row of ``found`` is, up to a factor, if that is a permutation at all."""
+    """Return, for each row of ``found``, the row of ``expected`` that it is a multiple of, if that is a permutation."""
     count = len(found)
     if not 1 < count <= _MOST_ENTRIES or found.shape != expected.shape:
         return None
@@ -78,7 +82,7 @@ def _matching(found: Tensor, expected: Tensor, tolerance: float) -> list[int] | 
 
 
 def _cycles(order: list[int]) -> str:
-    """Return a permutation in words; ``0 → 1`` says that what belongs at 0 stands at 1."""
+    """Return a permutation in words; ``0 → 1`` means that the entry that belongs at 0 is at 1."""
     goes = {source: place for place, source in enumerate(order)}
     texts, seen = [], set()
     for start in range(len(order)):

@@ -1,4 +1,4 @@
-"""What a dot-product test found: a frozen value that prints, shows in notebooks and serialises."""
+"""The report of a dot-product test: a frozen value with text, HTML and JSON forms."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from adjointlab.reporting import Grid, aligned, heat_map, html_table, strict_jso
 
 @dataclass(frozen=True)
 class AdjointReport:
-    """The outcome of a dot-product test; made by :func:`check_adjoint`.
+    """The result of a test of ``⟨Ax, y⟩ = ⟨x, By⟩``; made by :func:`check_adjoint`.
 
     Attributes
     ----------
     passed : bool
         Whether the error stayed within the tolerance in every pair.
     error : float
-        ``|⟨Ax, y⟩ − ⟨x, By⟩| / max(‖Ax‖‖y‖, ‖x‖‖By‖)`` of the pair that exceeds its tolerance most, or comes nearest to
-        it; NaN if there was no number to compare.
+        ``|⟨Ax, y⟩ − ⟨x, By⟩| / max(‖Ax‖‖y‖, ‖x‖‖By‖)`` of the worst pair, whose ratio of error to tolerance is
+        largest; NaN if no pair was compared.
     tolerance : float
-        What rounding may explain of that.
+        The largest error that rounding can explain, for the worst pair.
     eps : float
         Unit roundoff of the coarser space.
     trials : int
         Number of random draws of x and of y.
     diagnosis : str
-        What is wrong, in words; empty if the test passed.
+        The mistake in words; empty if the test passed.
     pairs : int
         Number of pairs (x, y) compared, random and structured (impulses, constants).
     worst : str
-        Which pair ``error`` and ``tolerance`` are of.
+        Name of the worst pair, to which ``error`` and ``tolerance`` belong.
     missed_row_probability : float
-        Probability that the random pairs miss an error confined to one row: a row of typical norm, wholly wrong.
+        Probability that the random pairs miss an error in one row of A with the norm of a typical row.
     vacuous : bool
-        Whether A and B were zero on every draw: nothing was compared.
+        Whether A and B were zero on every draw, so that the test means nothing.
     notes : tuple of str
-        What else a reader should know.
+        Further remarks, such as measured rounding errors.
     figure : tuple of (str, grid of floats)
-        Magnitudes of an impulse response of B, of what it should be, and of the difference; empty if the test passed.
+        Magnitudes of an impulse response of B, of the right response, and of their difference; empty if the test
+        passed.
     """
 
     passed: bool
@@ -78,7 +79,7 @@ class AdjointReport:
         return html_table(self._title, self.passed, self._rows(), f"<div>{maps}</div>" if maps else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values; the figure stays out."""
+        """Return the report as a dictionary of plain values, without the figure."""
         return {
             "passed": self.passed,
             "error": self.error,

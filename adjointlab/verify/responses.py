@@ -1,7 +1,7 @@
-"""Mistakes in a kernel, read off impulse responses: ``B eₖ`` against ``Aᴴ eₖ`` in the small box where each is not zero.
+"""Mistakes in a kernel, found by comparing the impulse responses ``B eₖ`` and ``Aᴴ eₖ`` on their supports.
 
-A kernel keeps its mistake whatever stride, dilation, groups and channels are around it; whole images do not, since
-strides and borders break the symmetry that a flipped kernel has.
+An impulse response shows a wrong kernel for any stride, dilation, groups and channels. Whole images do not, because
+strides and borders break the symmetry between a kernel and the flipped kernel.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from adjointlab.verify.evidence import Change, Evidence, Guess
-from adjointlab.verify.side import Side, impulse
+from adjointlab.verify.checked_map import CheckedMap, impulse
+from adjointlab.verify.comparison import Change, Comparison, Guess
 
-_MOST_CHANNELS = 32  # that impulses are sent through, one by one
+_MOST_CHANNELS = 32  # largest number of channels of y, each of which needs an impulse
 
 
 @dataclass(frozen=True, eq=False)
 class _Patch:
-    """Impulse responses at one place, cut to the box that holds them: channels of y, of the result, then space."""
+    """Impulse responses at one place, cropped to their support: channels of y, channels of the result, space."""
 
     values: Tensor
     start: tuple[int, ...]
 
 
-def kernel(evidence: Evidence) -> str:
-    """B's impulse responses are those of Aᴴ flipped, transposed, conjugated or moved, alike at two places."""
-    probes = _probes(evidence)
+def kernel(comparison: Comparison) -> str:
+    """B's impulse responses are flipped, transposed, conjugated or shifted, in the same way at two places."""
+    probes = _probes(comparison)
     for words, change in _changes(probes[0][1].values) if probes else ():
         factors, moves = [], []
         for found, expected in probes:
@@ -39,26 +39,26 @@ def kernel(evidence: Evidence) -> str:
             factor = complex(torch.vdot(image.reshape(-1), found.values.reshape(-1))) / float(
                 image.abs().square().sum()
             )
-            if float((found.values - factor * image).abs().max()) > evidence.tolerance * float(
+            if float((found.values - factor * image).abs().max()) > comparison.tolerance * float(
                 found.values.abs().max()
             ):
                 break
             factors.append(factor)
             moves.append(tuple(a - b for a, b in zip(found.start, expected.start, strict=True)))
-        alike = len(factors) == len(probes) and abs(factors[0] - factors[-1]) <= evidence.tolerance * abs(factors[0])
+        alike = len(factors) == len(probes) and abs(factors[0] - factors[-1]) <= comparison.tolerance * abs(factors[0])
         if alike and factors[0]:
-            text = _said(words, moves)
+            text = _in_words(words, moves)
             if text:
                 return Guess.words(text, factors[0])
-            # The same kernel: then what is wrong is elsewhere, unless it is its size.
-            same = abs(factors[0] - 1) <= evidence.tolerance
+            # The kernels are equal up to a factor. If the factor is 1, the mistake is elsewhere.
+            same = abs(factors[0] - 1) <= comparison.tolerance
             return "" if same else f"{Guess.words('', factors[0])} away from the border"
     return ""
 
 
-def footprint(evidence: Evidence) -> str:
-    """B's impulse responses have another size than those of Aᴴ."""
-    probes = _probes(evidence)
+def footprint(comparison: Comparison) -> str:
+    """B's impulse responses have another support than the responses of Aᴴ."""
+    probes = _probes(comparison)
     sizes = [[tuple(patch.values.shape[2:]) for patch in probe] for probe in probes]
     if not sizes or any(found == expected or [found, expected] != sizes[0] for found, expected in sizes):
         return ""
@@ -66,8 +66,8 @@ def footprint(evidence: Evidence) -> str:
     return f"an impulse reaches {got} pixels where {right} are expected (kernel size or dilation)"
 
 
-def _said(words: str, moves: list[tuple[int, ...]]) -> str:
-    """Return the mistake with how far the responses are moved; empty if there is none."""
+def _in_words(words: str, moves: list[tuple[int, ...]]) -> str:
+    """Return the mistake and the shift of the responses in words; empty if there is neither."""
     first = moves[0]
     dims = range(2, len(first) + 2) if len(first) < 4 else range(len(first))
     if any(move != first for move in moves):
@@ -80,7 +80,7 @@ def _said(words: str, moves: list[tuple[int, ...]]) -> str:
 
 
 def _changes(values: Tensor) -> Iterator[tuple[str, Change]]:
-    """Yield what may be done to a kernel wrongly, in words and as a change of patches that it does change."""
+    """Yield the common mistakes with a kernel, in words and as changes of patches."""
     space = list(range(2, values.ndim))
     conjugations: list[tuple[str, Change]] = [("", lambda t: t)]
     if values.imag.any():
@@ -106,15 +106,15 @@ def _changes(values: Tensor) -> Iterator[tuple[str, Change]]:
                     ) -> Tensor:
                         return conjugate(exchange(t.flip(some) if some else t))
 
-                    # A symmetric kernel that is flipped is what it was: that explains nothing.
+                    # Flipping a symmetric kernel changes nothing, so it explains nothing.
                     image = change(values)
                     if not words or image.shape != values.shape or not torch.equal(image, values):
                         yield words, change
 
 
-def _probes(evidence: Evidence) -> list[tuple[_Patch, _Patch]]:
-    """Return the patches of B and of Aᴴ at up to two places inside, or nothing where responses are not local."""
-    shapes = [spec.shape for space in (evidence.adjoint.space, evidence.adjoint.codomain) for spec in space.specs]
+def _probes(comparison: Comparison) -> list[tuple[_Patch, _Patch]]:
+    """Return the patches of B and of Aᴴ at up to two interior places; an empty list if responses are not local."""
+    shapes = [spec.shape for space in (comparison.adjoint.space, comparison.adjoint.codomain) for spec in space.specs]
     if len(shapes) != 2 or len(shapes[0]) != len(shapes[1]) or not shapes[0]:
         return []
     shape, sizes = shapes
@@ -124,27 +124,27 @@ def _probes(evidence: Evidence) -> list[tuple[_Patch, _Patch]]:
     probes = []
     for step in (0, 1, -1):
         place = tuple(min(max(size // 2 + step, 0), size - 1) for size in shape[lead:])
-        found, right = (_responses(evidence, side, place) for side in (evidence.adjoint, evidence.reference))
+        found, right = (_responses(comparison, side, place) for side in (comparison.adjoint, comparison.reference))
         if found is None or right is None:
             return []
-        # What reaches the border may be cut there, and would no longer be the kernel.
+        # A response that reaches the border may be cropped, and would not show the whole kernel.
         ends = [s + n for s, n in zip(right.start, right.values.shape[2:], strict=True)]
         if all(size <= 2 or 0 < s < e < size for s, e, size in zip(right.start, ends, sizes[lead:], strict=True)):
             probes.append((found, right))
     return probes[:2]
 
 
-def _responses(evidence: Evidence, side: Side, place: tuple[int, ...]) -> _Patch | None:
+def _responses(comparison: Comparison, side: CheckedMap, place: tuple[int, ...]) -> _Patch | None:
     space = side.space
     if len(space.specs[0].shape) > 2:
         rows = [side(impulse(space, 0, (0, c, *place)))[0][0] for c in range(space.specs[0].shape[1])]
     else:
         rows = [side(impulse(space, 0, place))[0][None]]
-    return _cut(torch.stack(rows).to(torch.complex128), evidence.tolerance)
+    return _cut(torch.stack(rows).to(torch.complex128), comparison.tolerance)
 
 
 def _cut(values: Tensor, tolerance: float) -> _Patch | None:
-    """Return the box of what is not zero, or None where everything is."""
+    """Return the bounding box of the nonzero entries, or None if all entries are zero."""
     lit = values.abs() > tolerance * values.abs().max()
     if not bool(lit.any()):
         return None

@@ -29,7 +29,10 @@ def test_a_part_that_cannot_be_built_is_an_error_on_all(group: Group) -> None:
 def a_part_that_raises_alone(size: int) -> str:
     mesh, rank = mesh_of(size), torch.distributed.get_rank()
     expected = al.NotLinearError if rank == size - 1 else RuntimeError
-    with pytest.raises(expected, match=f"rank {size - 1} failed|has an offset") as caught, distributed.together(mesh):
+    with (
+        pytest.raises(expected, match=f"rank {size - 1} failed|has an offset") as caught,
+        distributed.raise_on_all_ranks(mesh),
+    ):
         al.linear_operator(nn.Conv1d(1, 1, 3, bias=rank == size - 1), (1, 1, 8))  # an offset, on the last process
     A = distributed.vstack(al.identity((3,)), mesh)  # nobody is left behind: they go on together
     assert float(A.H(torch.ones(3)).sum()) == 3 * size

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from email.parser import BytesParser
@@ -79,7 +80,16 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         "adjointlab",
         "adjointlab.dist-info",
     }
+    assert not [name for name in names if "demo/" in name], "the demonstration belongs to the repository"
     assert "adjointlab/py.typed" in names, "the marker that lets type checkers read the annotations is missing"
+
+
+def test_source_archive_holds_the_demonstration(tmp_path):
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, ROOT)
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"examples/demo/__init__.py", "adjointlab/__init__.py", "tests/test_demo.py", "CITATION.cff"} <= names
 
 
 def test_runtime_requirements_are_torch_and_numpy(metadata):

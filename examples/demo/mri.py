@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import adjointlab as al
-from adjointlab.demo.common import Recovery, Stage, curve, gaussian, recover, save, scale, show
+
+from .common import Recovery, Stage, curve, gaussian, recover, save, scale, show
 
 _BLUR_NOISE = 0.005
 _COIL_NOISE = 0.005

@@ -1,6 +1,6 @@
 """The demonstration: minimise ``F(x) = ½‖c x − y‖²`` on real data by its gradient ``cᴴ(c x − y)``.
 
-Needs the extra ``adjointlab[demo]``. Run it with ``adjointlab demo`` or :func:`run`.
+Needs the extra ``adjointlab[demo]``. In a clone, ``make demo`` and ``adjointlab demo`` run it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from adjointlab.demo.common import Recovery, Stage
-from adjointlab.demo.mri import deblur_volume, reconstruct_coils
-from adjointlab.demo.photograph import deblur_photograph
-from adjointlab.demo.seed import seed_question
+from .common import Recovery, Stage
+from .mri import deblur_volume, reconstruct_coils
+from .photograph import deblur_photograph
+from .seed import seed_question
 
 __all__ = ["FIGURES", "run"]
 

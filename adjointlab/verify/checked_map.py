@@ -1,4 +1,4 @@
-"""One side of the dot-product test: a function whose results are checked, and the structured input it is given."""
+"""A map of the dot-product test, whose results are checked, and the structured inputs of the test."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from adjointlab.tree import tree_flatten
 
 Tensors = tuple[Tensor, ...]
 
-_MOST_LEAVES = 4  # that impulses are sent through, one by one
-_PHASE = 0.8 + 0.6j  # of complex impulses and constants: neither real nor imaginary
+_MOST_LEAVES = 4  # largest number of leaves that are tested with impulses
+_PHASE = 0.8 + 0.6j  # phase of complex impulses and constants: neither real nor imaginary
 
 
 class BrokenError(Exception):
-    """A function gave nothing that could be compared; the message is the diagnosis."""
+    """A map raised, or its result cannot be compared; the message is the diagnosis."""
 
 
-class Side:
-    """One of the two functions, on leaves: it gets copies, and what it returns is checked."""
+class CheckedMap:
+    """A or B as a map on leaves: the function gets copies, and its result is checked."""
 
     def __init__(self, function: Callable[[Any], Any], space: Space, codomain: Space, name: str) -> None:
         self.function, self.space, self.codomain, self.name = function, space, codomain, name
@@ -35,18 +35,18 @@ class Side:
         Parameters
         ----------
         leaves : tuple of Tensor
-            Of an element of ``space``.
+            The leaves of an element of ``space``.
 
         Returns
         -------
         tuple of Tensor
-            Of an element of ``codomain``.
+            The leaves of an element of ``codomain``.
 
         Raises
         ------
         BrokenError
-            If the function raises, or does not return a finite element of its codomain. What is raised on one of
-            several processes goes through: the others wait in the middle of the function, and cannot hear of it.
+            If the function raises, or does not return a finite element of its codomain. If the space is sharded, the
+            function's own exception is raised instead, because the other processes still wait inside the function.
         """
         try:
             result = self._result(leaves)
@@ -66,16 +66,16 @@ class Side:
             raise BrokenError(f"{self.name}: what it returned is not in the codomain on some processes{here}")
         if not self.codomain.every(all(bool(torch.isfinite(leaf).all()) for leaf in found)):
             raise BrokenError(f"{self.name} returned NaN or infinity for finite input")
-        # A batch of free size must come back as it went in.
+        # The batch sizes of the result must equal those of the input.
         k = self.codomain.batch_dims
         if k and found[0].shape[:k] != leaves[0].shape[: self.space.batch_dims]:
             raise BrokenError(wrong_kind(self.name, result, self.codomain.with_batch(leaves[0].shape[:k])))
-        return tuple(leaf.detach().clone() for leaf in found)  # it may write to the same tensor in the next call
+        return tuple(leaf.detach().clone() for leaf in found)  # the next call may overwrite the result
 
     def _result(self, leaves: Tensors) -> Any:
         try:
             return self.function(self.space.unflatten([leaf.clone() for leaf in leaves]))
-        except RuntimeError:  # it may differentiate inside, as by autograd.grad: that needs gradients recorded
+        except RuntimeError:  # the function may call autograd.grad inside, which needs grad mode
             if torch.is_grad_enabled():
                 raise
             with torch.enable_grad():
@@ -124,30 +124,32 @@ def _listed(dims: list[int]) -> str:
 
 
 def impulse(space: Space, leaf: int, index: tuple[int, ...]) -> Tensors:
-    """Return the leaves of the unit vector at ``index`` of one leaf."""
+    """Return the leaves of the unit vector whose nonzero entry is at ``index`` of one leaf."""
     leaves = space.leaves(space.zeros())
     leaves[leaf][index].fill_(_PHASE if leaves[leaf].is_complex() else 1.0)
     return leaves
 
 
 def vanishes(space: Space, leaves: Tensors) -> bool:
-    """Return whether all entries are zero, on all processes if there are several."""
+    """Return whether all entries are zero on all processes."""
     return space.every(not any(bool(leaf.any()) for leaf in leaves))
 
 
 def structured(space: Space) -> Iterator[tuple[str, Tensors]]:
-    """Yield impulses at the centre and at the first and last corner of every leaf (the first few), and a constant."""
+    """Yield impulses at the centre and the first and last corner of the first few leaves, and a constant."""
     for number, spec in enumerate(space.specs[:_MOST_LEAVES]):
         where = f" of leaf {number}" if len(space.specs) > 1 else ""
         centre = tuple(size // 2 for size in spec.shape)
         corners = [tuple(0 for _ in spec.shape), tuple(size - 1 for size in spec.shape)]
-        places = [centre, *corners]  # on each process, if there are several: all of them make the same number of draws
+        places = [centre, *corners]  # if sharded, all processes must make the same number of draws
         for index in places if space.is_sharded else dict.fromkeys(places):
             yield f"impulse at {index}{where}", impulse(space, number, index)
-    size = 2.0 ** -round(math.log2(space.size) / 2)  # of norm one or so: sums of many ones overflow in half precision
+    size = 2.0 ** -round(
+        math.log2(space.size) / 2
+    )  # norm about one, since sums of many ones overflow in half precision
     values = [size * _PHASE if spec.is_complex else size for spec in space.specs]
     ones = [torch.full(s.shape, v, dtype=s.dtype, device=s.device) for s, v in zip(space.specs, values, strict=True)]
     yield "constant", tuple(ones)
 
 
-__all__ = ["BrokenError", "Side", "Tensors", "impulse", "structured", "vanishes", "wrong_kind"]
+__all__ = ["BrokenError", "CheckedMap", "Tensors", "impulse", "structured", "vanishes", "wrong_kind"]

@@ -9,7 +9,8 @@ from skimage import data as images
 from torch import Tensor, nn
 
 import adjointlab as al
-from adjointlab.demo.common import Recovery, Stage, curve, gaussian, recover, save, show
+
+from .common import Recovery, Stage, curve, gaussian, recover, save, show
 
 _NOISE = 0.003
 _SIGMA = 1.6

@@ -11,7 +11,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import adjointlab as al
-from adjointlab.demo.common import Stage, gaussian, save, show
+
+from .common import Stage, gaussian, save, show
 
 _CONV: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSE: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

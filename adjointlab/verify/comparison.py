@@ -1,4 +1,4 @@
-"""What a wrong adjoint and the right one do to the same random numbers, and the fit of a guess to it."""
+"""The images of the same random y under a wrong and a right adjoint, and the fit of guesses to them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from adjointlab.numerics import norm, rounding_noise
-from adjointlab.verify.side import Side, Tensors
+from adjointlab.verify.checked_map import CheckedMap, Tensors
 
-Change = Callable[[Tensor], Tensor]  # of one tensor, without the leading dimension of draws
+Change = Callable[[Tensor], Tensor]  # acts on one tensor, without the leading dimension of draws
 _DRAWS = 2
 _WIDE = {True: torch.complex128, False: torch.float64}
 
 
 @dataclass(frozen=True)
 class Guess:
-    """How well ``B ≈ α T(Aᴴ)`` fits, and with which factor."""
+    """Whether ``B ≈ α T(Aᴴ)`` fits, and the factor α."""
 
     fits: bool
     factor: complex
@@ -45,19 +45,19 @@ class Guess:
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
-    """The images of a few random y under B (``found``) and under Aᴴ (``expected``), leaf by leaf, stacked and wide."""
+class Comparison:
+    """The images of a few random y under B (``found``) and Aᴴ (``expected``), stacked in double precision."""
 
-    adjoint: Side
-    reference: Side
+    adjoint: CheckedMap
+    reference: CheckedMap
     generator: torch.Generator
     inputs: tuple[Tensors, ...] = ()
     found: Tensors = ()
     expected: Tensors = ()
     tolerance: float = 0.0
-    noise: float = 0.0  # rounding errors of B as measured, in units of its size
-    view: Change = lambda t: t  # of each leaf of an image: which batch entries are looked at
-    number: int | None = None  # which leaf is looked at; all of them, if None
+    noise: float = 0.0  # measured rounding errors of B, relative to its image
+    view: Change = lambda t: t  # selects the compared part of each leaf of an image
+    number: int | None = None  # index of the compared leaf; None for all leaves
 
     def __post_init__(self) -> None:
         if self.inputs:
@@ -83,12 +83,12 @@ class Evidence:
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def leaf(self, number: int) -> Evidence:
-        """Return the evidence of one leaf of the images."""
+    def leaf(self, number: int) -> Comparison:
+        """Return the comparison of one leaf of the images."""
         return replace(self, found=(self.found[number],), expected=(self.expected[number],), number=number)
 
-    def entries(self, entries: Sequence[int]) -> Evidence:
-        """Return the evidence of some batch entries."""
+    def batch_entries(self, entries: Sequence[int]) -> Comparison:
+        """Return the comparison of some batch entries."""
         chosen = torch.tensor(entries, device="cpu")
 
         def view(t: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ class Evidence:
         found, expected = (tuple(torch.stack([view(d) for d in t]) for t in u) for u in (self.found, self.expected))
         return replace(self, found=found, expected=expected, view=view)
 
-    def where(self, mask: Tensor) -> Evidence:
-        """Return the evidence of the entries of the only leaf that ``mask`` names, in a row."""
+    def masked(self, mask: Tensor) -> Comparison:
+        """Return the comparison of the masked entries of the only leaf, as one row."""
 
         def view(t: Tensor) -> Tensor:
             return self.view(t)[mask]
@@ -106,41 +106,41 @@ class Evidence:
         found, expected = ((torch.stack([d[mask] for d in t]),) for (t,) in (self.found, self.expected))
         return replace(self, found=found, expected=expected, view=view)
 
-    def of(self, change: Change) -> Evidence:
-        """Return the evidence of other inputs: the same random ones, each leaf changed."""
-        return self.at(tuple(tuple(change(t) for t in y) for y in self.inputs))
+    def with_changed_inputs(self, change: Change) -> Comparison:
+        """Return the comparison for changed inputs: ``change`` is applied to each leaf."""
+        return self.with_inputs(tuple(tuple(change(t) for t in y) for y in self.inputs))
 
-    def at(self, inputs: tuple[Tensors, ...]) -> Evidence:
-        """Return the evidence of the given inputs."""
+    def with_inputs(self, inputs: tuple[Tensors, ...]) -> Comparison:
+        """Return the comparison for other inputs."""
         found, expected = (self._images(side, inputs) for side in (self.adjoint, self.reference))
         return replace(self, inputs=inputs, found=found, expected=expected)
 
-    def _images(self, side: Side, inputs: Sequence[Tensors], after: Change = lambda t: t) -> Tensors:
+    def _images(self, side: CheckedMap, inputs: Sequence[Tensors], after: Change = lambda t: t) -> Tensors:
         images = _stacked([side(y) for y in inputs])
         if self.number is not None:
             images = (images[self.number],)
-        # `after` acts on whole images, and only then is the part looked at that is at hand.
+        # `after` acts on whole images; the compared part is selected afterwards.
         return tuple(torch.stack([self.view(after(d)) for d in t]) for t in images)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the first leaf that is looked at."""
+        """Shape of the first compared leaf."""
         return tuple(self.expected[0].shape[1:])
 
     @property
     def ndim(self) -> int:
-        """Number of its dimensions."""
+        """Number of dimensions of the first compared leaf."""
         return len(self.shape)
 
     @property
     def spatial(self) -> tuple[int, ...]:
-        """Dimensions of it that are taken to be space: those after batch and channels, of three all but the first."""
+        """The presumed spatial dimensions: all after batch and channel; if there are three, all after the first."""
         dims = range({3: 1}.get(self.ndim, 2 if self.ndim > 3 else 0), self.ndim)
         return tuple(d for d in dims if self.shape[d] > 1)
 
     @property
     def batched(self) -> bool:
-        """Whether the first dimension may be a batch."""
+        """Whether the first dimension may be a batch dimension."""
         return all(t.ndim >= 3 and t.shape[1] == self.batch for t in self.expected) and self.batch > 1
 
     @property
@@ -148,31 +148,31 @@ class Evidence:
         """Size of the first dimension."""
         return self.shape[0] if self.shape else 1
 
-    # -- where it is wrong -------------------------------------------------------------------------------------------
+    # -- wrong entries ----------------------------------------------------------------------------------------------
 
     def wrong(self, number: int = 0) -> Tensor:
-        """Return which entries of a leaf are wrong in some draw."""
+        """Return a mask of the entries of a leaf that are wrong in some draw."""
         expected = self.expected[number]
         size = max(float(expected.abs().max()), float(self.found[number].abs().max()))
         return ((self.found[number] - expected).abs() > self.tolerance * size).any(dim=0)
 
     def wrong_leaves(self) -> list[int]:
-        """Return the leaves that are wrong somewhere, be it by little more than rounding."""
+        """Return the indices of the leaves that differ by more than rounding."""
         return [k for k, (f, e) in enumerate(zip(self.found, self.expected, strict=True)) if _far(f, e, 4 * self.eps)]
 
     @property
     def misfit(self) -> float:
-        """``‖B − Aᴴ‖ / ‖Aᴴ‖``, as the draws show it."""
+        """``‖B − Aᴴ‖ / ‖Aᴴ‖``, estimated from the draws."""
         size = norm(self.expected)
         return norm(tuple(f - e for f, e in zip(self.found, self.expected, strict=True))) / size if size else 0.0
 
     def wrong_batch_entries(self) -> list[int]:
-        """Return the entries of the first dimension that are wrong."""
+        """Return the indices of the wrong batch entries."""
         wrong = torch.stack([self.wrong(k).flatten(1).any(dim=1) for k in range(len(self.expected))]).any(dim=0)
         return [int(k) for k in wrong.nonzero().flatten()]
 
     def places(self) -> str:
-        """Return how many entries of the first leaf are wrong and, where it is not everywhere, along which dims."""
+        """Return in words how many entries of the first leaf are wrong, and where along each dimension."""
         wrong = self.wrong()
         text = f"{int(wrong.sum())} of {wrong.numel()} entries differ"
         for dim, size in enumerate(self.shape):
@@ -184,7 +184,7 @@ class Evidence:
         return text
 
     def location(self) -> str:
-        """Return where the largest difference lies, honestly naming no mistake."""
+        """Return in words where the largest difference is; used if no mistake is recognised."""
         difference = (self.found[0] - self.expected[0]).abs()
         draw, *index = (int(k) for k in torch.unravel_index(difference.argmax(), difference.shape))
         got, right = (complex(t[(draw, *index)]) for t in (self.found[0], self.expected[0]))
@@ -196,7 +196,7 @@ class Evidence:
     # -- guesses -----------------------------------------------------------------------------------------------------
 
     def changed(self, before: Change | None = None, after: Change | None = None) -> Tensors | None:
-        """Return the images under ``after ∘ Aᴴ ∘ before``, or None where that makes no sense for the shapes at hand."""
+        """Return the images under ``after ∘ Aᴴ ∘ before``, or None if the shapes do not allow it."""
         expected = self.expected
         if before is not None:
             inputs = [tuple(before(t).contiguous() for t in y) for y in self.inputs]
@@ -210,7 +210,7 @@ class Evidence:
         return expected if same else None
 
     def fit(self, images: Tensors | None, inside: Change | None = None, *, complex_factor: bool = False) -> Guess:
-        """Return whether ``found ≈ α images`` on the part ``inside``, for images that are not simply the right ones."""
+        """Return whether ``found ≈ α images`` on the part ``inside``, for images that differ from the right ones."""
         if images is None:
             return Guess(False, 0.0)
         inside = inside or (lambda t: t)
@@ -227,7 +227,7 @@ class Evidence:
             factor = complex(factor.real)
         misfit = float(torch.linalg.vector_norm(found - factor * guess))
         fits = misfit <= self.tolerance * size
-        # A guess that changes nothing explains nothing: the border of a symmetric blur, a real operator conjugated.
+        # A guess that changes nothing explains nothing, such as the conjugation of a real operator.
         telling = _far(guess, right, 4 * self.tolerance) or images is self.expected
         return Guess(fits and telling, factor)
 
@@ -252,4 +252,4 @@ def _number(value: complex) -> str:
     return f"{value.real:.4g}{value.imag:+.4g}j" if value.imag else f"{value.real:.4g}"
 
 
-__all__ = ["Change", "Evidence", "Guess", "ranges"]
+__all__ = ["Change", "Comparison", "Guess", "ranges"]
