@@ -1,4 +1,4 @@
-"""Settings of the whole suite: deterministic, strict about warnings apart from those named here, and on one device."""
+"""Settings of the whole suite: deterministic, strict about warnings apart from those named here, on one device."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+
+pytest.register_assert_rewrite("laws", "lawbook")
 
 hypothesis.settings.register_profile(
     "adjointlab",
@@ -18,10 +20,16 @@ hypothesis.settings.load_profile("adjointlab")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.getgroup("adjointlab").addoption(
+    group = parser.getgroup("adjointlab")
+    group.addoption(
         "--on",
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="the torch device that tests and benchmarks make their tensors on (default: %(default)s)",
+    )
+    group.addoption(
+        "--quick",
+        action="store_true",
+        help="every fifth operator of the zoo, in one dtype, no slow tests; of benchmarks, tiny sizes and few rounds",
     )
 
 
@@ -34,6 +42,23 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_default_device(config.getoption("--on"))
     # Tests compare with what float32 can: tests of what torch's TF32 does to the engine turn it on.
     torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        left_out = [item for item in items if not _is_quick(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    from operator_zoo import QUICK, Entry
+
+    if item.get_closest_marker("slow") or item.get_closest_marker("packaging"):
+        return False
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    entry, dtype = given.get("entry"), given.get("dtype")
+    return not isinstance(entry, Entry) or (entry.name in QUICK and dtype in {None, QUICK[entry.name]})
 
 
 @pytest.fixture(autouse=True)
