@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws import (
-    assert_close,
-    distance,
-    draw,
-)
+from laws import assert_close, distance, draw
 from torch import nn
 
 import adjointlab as al

@@ -1,4 +1,4 @@
-"""The laws of linear operators, over the whole zoo."""
+"""Linear operators: their algebra, domains and batches; laws over the whole zoo are in test_laws.py."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from laws import (
 from torch import nn
 
 import adjointlab as al
-
-# ----------------------------------------------------------------------------------------------------- single operators
 
 
 def blur() -> al.LinearOperator:

@@ -6,10 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from laws import (
-    assert_close,
-    norm,
-)
+from laws import assert_close, norm
 from torch import Tensor, nn
 
 import adjointlab as al
@@ -180,11 +177,17 @@ def test_estimates_need_a_space_to_itself() -> None:
             estimate(A)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("power", [-25, -3, 2, 25])
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [
+        (dtype, power)
+        for dtype in (torch.float16, torch.float32, torch.float64)
+        for power in (-25, -3, 2, 25)
+        if torch.finfo(dtype).smallest_normal < 10.0**power < torch.finfo(dtype).max
+    ],
+    ids=str,
+)
 def test_norm_neither_vanishes_nor_overflows(dtype: torch.dtype, power: int) -> None:
-    if not torch.finfo(dtype).smallest_normal < 10.0**power < torch.finfo(dtype).max:
-        return
     d = (10.0**power * torch.tensor([0.5, 3.0], dtype=torch.float64)).to(dtype)
     found = float(al.operator_norm(al.diagonal(d))) / float(d.max())
     assert abs(found - 1) <= 1e-4 + 16 * torch.finfo(dtype).eps
