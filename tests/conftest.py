@@ -2,12 +2,11 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
-
-pytest.register_assert_rewrite("laws", "lawbook")
 
 hypothesis.settings.register_profile(
     "adjointlab",
@@ -34,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    pytest.register_assert_rewrite("laws", "lawbook")
     # torch says so whenever a module is moved to a complex dtype.
     config.addinivalue_line("filterwarnings", "ignore:Complex modules are a new feature:UserWarning")
     # What torch says about an even kernel under padding="same" is about speed, and no concern of a test.
@@ -44,17 +44,35 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+# Folders and files that start programs or processes, compile, or run the whole of something. Elsewhere the marker
+# stands at the tests.
+SLOW = (
+    "cli",
+    "demo",
+    "distributed",
+    "packaging",
+    "transpose/frontend/test_capture.py",
+    "transpose/passes",
+    "transpose/runtime",
+    "transpose/test_dispatch.py",
+    "transpose/test_review.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(item.path.is_relative_to(Path(__file__).parent / place) for place in SLOW):
+            item.add_marker(pytest.mark.slow)
     if config.getoption("--quick"):
-        left_out = [item for item in items if not _is_quick(item)]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=[item for item in items if not _is_quick(item)])
+        items[:] = [item for item in items if _is_quick(item)]
 
 
 def _is_quick(item: pytest.Item) -> bool:
     from operator_zoo import QUICK, Entry
 
-    if item.get_closest_marker("slow") or item.get_closest_marker("packaging"):
+    if item.get_closest_marker("slow"):
         return False
     given = item.callspec.params if hasattr(item, "callspec") else {}
     entry, dtype = given.get("entry"), given.get("dtype")

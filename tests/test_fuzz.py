@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +45,7 @@ def refused(error: Exception) -> str:
     return "refused"
 
 
+@pytest.mark.slow
 def test_any_argument_gives_an_operator_or_one_clear_error() -> None:
     outcomes: Counter[str] = Counter()
 
@@ -81,6 +83,7 @@ LINEAR = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_linear_functions_on_any_domain_pass_the_check() -> None:
     outcomes: Counter[str] = Counter()
 

@@ -214,7 +214,7 @@ def test_containers_that_pytree_does_not_know() -> None:
 # ----------------------------------------------------------------------------------------------------------- batch_dims
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "auto"])
+@pytest.mark.parametrize("engine", [*ENGINES, pytest.param("auto", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_batch_sizes_may_change(engine: str, batch: int) -> None:
     layer = nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular", bias=False, dtype=torch.float64)

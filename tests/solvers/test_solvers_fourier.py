@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -27,6 +28,12 @@ def convolution(
     return layer
 
 
+@functools.cache
+def made(shape: tuple[int, ...], channels: int, width: int) -> al.LinearOperator:
+    """Return an operator on a batch of two, made once: for tests that leave it as it is."""
+    return make(shape, 2, channels, width=width)
+
+
 def make(shape: tuple[int, ...] = (12, 10), batch: int = 1, channels: int = 1, **o: Any) -> al.LinearOperator:
     free = o.pop("batch_dims", 0)
     layer = convolution(shape, channels=channels, **o)
@@ -36,6 +43,7 @@ def make(shape: tuple[int, ...] = (12, 10), batch: int = 1, channels: int = 1, *
 # -------------------------------------------------------------------------------------------------------- multiplier
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
@@ -109,6 +117,7 @@ def test_what_is_only_claimed_to_be_linear_has_none() -> None:
     assert A.multiplier is None
 
 
+@pytest.mark.slow
 def test_compiled_operators_have_the_same() -> None:
     layer = convolution()
     A, B = (al.linear_operator(layer, (1, 1, 12, 10), engine=engine) for engine in ("compiled", "traced"))
@@ -116,6 +125,7 @@ def test_compiled_operators_have_the_same() -> None:
     assert torch.equal(A.multiplier, B.multiplier)
 
 
+@pytest.mark.slow
 def test_other_engines_and_compositions_have_none() -> None:
     layer = convolution()
     dynamic = al.linear_operator(layer, (1, 1, 12, 10), batch_dims=1, engine="compiled")
@@ -150,17 +160,19 @@ def alike(found: Any, expected: Any) -> None:
     assert torch.allclose(found.residual_norms, expected.residual_norms, rtol=1e-9)
 
 
+@pytest.mark.slow
 @every_solver
 @pytest.mark.parametrize("damp", [0.0, 0.3])
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize(("shape", "channels"), [((15,), 1), ((12, 10), 1), ((9, 7), 3), ((4, 6, 9), 2)])
 def test_same_steps(solve, damp: float, started: bool, shape: Any, channels: int) -> None:
-    A = make(shape, 2, channels, width=3 if len(shape) == 3 else 5)
+    A = made(shape, channels, 3 if len(shape) == 3 else 5)
     assert A.multiplier is not None
     x0 = draw(A.domain, 5) if started else None
     alike(*both_ways(solve, A, draw(A.codomain, 4), damp=damp, x0=x0, maxiter=6))
 
 
+@pytest.mark.slow
 @every_solver
 def test_minimiser(solve) -> None:
     A = make(batch=2, channels=2)
@@ -232,6 +244,7 @@ def test_callback_sees_elements_of_the_domain(solve) -> None:
     assert found.x.any()
 
 
+@pytest.mark.slow
 @every_solver
 def test_derivatives(solve) -> None:
     layer = convolution()
@@ -257,6 +270,7 @@ class Transforms(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @every_solver
 def test_no_step_transforms(solve) -> None:
     A = make((64, 64))
@@ -280,6 +294,7 @@ def test_extreme_sizes() -> None:
         assert norm(found.x / scale - expected.x) <= 8 * each * norm(expected.x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damp", [0.0, 0.5])
 @pytest.mark.parametrize("given", [(), ("x0",), ("callback",), ("x0", "callback")], ids="+".join)
 @every_solver

@@ -9,6 +9,7 @@ from verify_power import BUGS, OPERATORS, ROUNDING, STUDIED, built, false_alarms
 FEW = ("grouped dilated convolution", "circular convolution", "sensitivity maps", "two leaves", "cancellation inside")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", STUDIED, ids=str)
 def test_bugs_above_rounding_are_detected(dtype: torch.dtype) -> None:
     trials = list(mutants(built([dtype], FEW), seeds=1, explain=False))
@@ -17,6 +18,7 @@ def test_bugs_above_rounding_are_detected(dtype: torch.dtype) -> None:
     assert sum(trial.detected for trial in trials) >= 0.8 * len(trials)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [*STUDIED, torch.float16], ids=str)
 def test_correct_adjoints_raise_no_alarm(dtype: torch.dtype) -> None:
     for _, draws, alarms in false_alarms(built([dtype], FEW), 50):
