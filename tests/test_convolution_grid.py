@@ -146,6 +146,7 @@ def test_forward_is_the_module(conv: Configuration) -> None:
     assert_close(f(x), module(x).detach(), f.domain.eps, scale)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(configurations())
 def test_engines_agree(conv: Configuration) -> None:

@@ -109,6 +109,7 @@ def test_linear_functions_on_any_domain_pass_the_check() -> None:
     assert min(outcomes["passed"], outcomes["refused"]) > EXAMPLES / 20, outcomes
 
 
+@pytest.mark.slow
 def test_any_adjoint_gives_a_report_or_one_clear_error() -> None:
     outcomes: Counter[str] = Counter()
 

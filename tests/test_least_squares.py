@@ -51,6 +51,7 @@ def test_gradient_matches_differences_of_the_value(dtype: torch.dtype) -> None:
     assert abs(slope - expected) <= 16 * A.domain.eps * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 def test_gradcheck(dtype: torch.dtype) -> None:
     layer, A, x, y = problem(dtype)

@@ -215,7 +215,7 @@ def test_containers_that_pytree_does_not_know() -> None:
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, pytest.param("auto", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 2, pytest.param(5, marks=pytest.mark.slow)])
 def test_batch_sizes_may_change(engine: str, batch: int) -> None:
     layer = nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular", bias=False, dtype=torch.float64)
     A = al.linear_operator(layer, (2, 1, 4, 5), batch_dims=1, engine=engine)

@@ -112,7 +112,6 @@ def test_skipped(adjoint_check):
     done.assert_outcomes(passed=2, skipped=1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -311,6 +311,7 @@ def test_unusable_argument(name: str, engine: str) -> None:
         A(ELEMENTS[name])
 
 
+@pytest.mark.slow
 @every_engine
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_unusable_argument_of_the_adjoint(name: str, engine: str) -> None:

@@ -225,7 +225,6 @@ def test_enough_operators_are_compared() -> None:
     assert len({name.split("-")[0] for name in CASES}) >= 25
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_derived_adjoint_is_the_one_of_pylops(name: str) -> None:
     make, forward, example = CASES[name]

@@ -43,7 +43,6 @@ def make(shape: tuple[int, ...] = (12, 10), batch: int = 1, channels: int = 1, *
 # -------------------------------------------------------------------------------------------------------- multiplier
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
@@ -117,7 +116,6 @@ def test_what_is_only_claimed_to_be_linear_has_none() -> None:
     assert A.multiplier is None
 
 
-@pytest.mark.slow
 def test_compiled_operators_have_the_same() -> None:
     layer = convolution()
     A, B = (al.linear_operator(layer, (1, 1, 12, 10), engine=engine) for engine in ("compiled", "traced"))
@@ -125,7 +123,6 @@ def test_compiled_operators_have_the_same() -> None:
     assert torch.equal(A.multiplier, B.multiplier)
 
 
-@pytest.mark.slow
 def test_other_engines_and_compositions_have_none() -> None:
     layer = convolution()
     dynamic = al.linear_operator(layer, (1, 1, 12, 10), batch_dims=1, engine="compiled")
@@ -160,7 +157,6 @@ def alike(found: Any, expected: Any) -> None:
     assert torch.allclose(found.residual_norms, expected.residual_norms, rtol=1e-9)
 
 
-@pytest.mark.slow
 @every_solver
 @pytest.mark.parametrize("damp", [0.0, 0.3])
 @pytest.mark.parametrize("started", [False, True])
@@ -172,7 +168,6 @@ def test_same_steps(solve, damp: float, started: bool, shape: Any, channels: int
     alike(*both_ways(solve, A, draw(A.codomain, 4), damp=damp, x0=x0, maxiter=6))
 
 
-@pytest.mark.slow
 @every_solver
 def test_minimiser(solve) -> None:
     A = make(batch=2, channels=2)
@@ -244,7 +239,6 @@ def test_callback_sees_elements_of_the_domain(solve) -> None:
     assert found.x.any()
 
 
-@pytest.mark.slow
 @every_solver
 def test_derivatives(solve) -> None:
     layer = convolution()
@@ -270,7 +264,6 @@ class Transforms(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.slow
 @every_solver
 def test_no_step_transforms(solve) -> None:
     A = make((64, 64))
@@ -294,7 +287,6 @@ def test_extreme_sizes() -> None:
         assert norm(found.x / scale - expected.x) <= 8 * each * norm(expected.x)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damp", [0.0, 0.5])
 @pytest.mark.parametrize("given", [(), ("x0",), ("callback",), ("x0", "callback")], ids="+".join)
 @every_solver

@@ -123,6 +123,7 @@ def test_mistakes_are_named(name: str) -> None:
     assert said in str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["factor", "sign", "kernel", "border", "conjugate"])
 def test_plain_callables_get_the_same_diagnosis(name: str) -> None:
     operator, adjoint, said = MISTAKES[name]

@@ -31,6 +31,7 @@ COARSE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COARSE)
 @pytest.mark.parametrize("seed", range(3))
 def test_lower_precision_inside_is_no_excuse(name: str, seed: int) -> None:

@@ -32,6 +32,7 @@ def test_study_is_as_broad_as_it_says() -> None:
         assert sum(dtype in dtypes for _, dtypes in OPERATORS.values()) >= 10
 
 
+@pytest.mark.slow
 def test_page_is_complete() -> None:
     operators = list(built([torch.float64], ["weights"]))
     text = page(list(mutants(operators, seeds=1)), list(false_alarms(operators, 50)), 1)
