@@ -29,7 +29,7 @@ BENCH_STAMP := $(VENV)/.stamp-bench
 # One thread per process: test workers run side by side, and threads that compete for cores are slower than none.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help env demo test interop bench power notebooks docs browse lint format types layers check wheel clean
+.PHONY: help env demo quick test interop bench power notebooks docs browse lint format types layers check wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ demo: $(STAMP) ## Run the demonstration
 
 test: $(STAMP) ## Run all tests and doctests, in parallel
 	$(ONE_THREAD) $(BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+quick: $(STAMP) ## Run a part of the tests in a minute: every fifth operator, one dtype, nothing slow
+	$(ONE_THREAD) $(BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal --quick $(ARGS)
 
 # torch and torchvision first and alone, spelt like this: see $(STAMP).
 $(INTEROP_STAMP): pyproject.toml $(INTEROP_CONSTRAINTS)

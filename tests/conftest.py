@@ -1,7 +1,8 @@
-"""Settings of the whole suite: deterministic, strict about warnings apart from those named here, and on one device."""
+"""Settings of the whole suite: deterministic, strict about warnings apart from those named here, on one device."""
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -18,14 +19,21 @@ hypothesis.settings.load_profile("adjointlab")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.getgroup("adjointlab").addoption(
+    group = parser.getgroup("adjointlab")
+    group.addoption(
         "--on",
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="the torch device that tests and benchmarks make their tensors on (default: %(default)s)",
     )
+    group.addoption(
+        "--quick",
+        action="store_true",
+        help="every fifth operator of the zoo, in one dtype, no slow tests; of benchmarks, tiny sizes and few rounds",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    pytest.register_assert_rewrite("laws", "lawbook")
     # torch says so whenever a module is moved to a complex dtype.
     config.addinivalue_line("filterwarnings", "ignore:Complex modules are a new feature:UserWarning")
     # What torch says about an even kernel under padding="same" is about speed, and no concern of a test.
@@ -34,6 +42,54 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_default_device(config.getoption("--on"))
     # Tests compare with what float32 can: tests of what torch's TF32 does to the engine turn it on.
     torch.backends.cudnn.allow_tf32 = False
+
+
+# Folders and files that start programs or processes, compile, import much, or build many operators. Elsewhere the
+# marker stands at the tests.
+SLOW = (
+    "cli",
+    "demo",
+    "distributed",
+    "interop",
+    "packaging",
+    "solvers/test_solvers_fourier.py",
+    "test_pytest_plugin.py",
+    "transpose/frontend/test_capture.py",
+    "transpose/frontend/test_vjp.py",
+    "transpose/passes",
+    "transpose/runtime",
+    "transpose/test_adversaries.py",
+    "transpose/test_dispatch.py",
+    "transpose/test_review.py",
+)
+
+
+def _is_slow_place(path: Path) -> bool:
+    return any(path.is_relative_to(Path(__file__).parent / place) for place in SLOW)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return (config.getoption("--quick") and _is_slow_place(collection_path)) or None  # None: others decide
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if _is_slow_place(item.path):
+            item.add_marker(pytest.mark.slow)
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if not _is_quick(item)])
+        items[:] = [item for item in items if _is_quick(item)]
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    from operator_zoo import QUICK, Entry
+
+    if item.get_closest_marker("slow"):
+        return False
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    entry, dtype = given.get("entry"), given.get("dtype")
+    return not isinstance(entry, Entry) or (entry.name in QUICK and dtype in {None, QUICK[entry.name]})
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,6 @@
-"""What the laws are stated with: dense matrices made column by column, norm-scaled errors, a watch on side effects.
+"""What laws are, and what they are stated with: dense matrices, norm-scaled errors, a watch on side effects.
+
+Laws stand in `lawbook`, are registered with `@law`, and run on every operator of the zoo in `test_laws.py`.
 
 Matrices are real, in coordinates `(Re, Im)` leaf by leaf, so that the adjoint is the plain transpose for every
 operator, complex-linear or only real-linear.
@@ -7,8 +9,11 @@ operator, complex-linear or only real-linear.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,28 +28,30 @@ ENGINES = ("eager", "traced")
 EXACT = (torch.float64, torch.complex128)
 
 
-def cases(entries: list[Entry] = LINEAR, dtypes: tuple[torch.dtype, ...] | None = None) -> list[Any]:
+def cases(entries: list[Entry] = LINEAR) -> list[Any]:
     """Return `(entry, dtype)` for `pytest.mark.parametrize`, as many as there are."""
     return [
         pytest.param(entry, dtype, id=f"{entry.name}-{str(dtype).removeprefix('torch.')}")
         for entry in entries
         for dtype in entry.dtypes
-        if dtypes is None or dtype in dtypes
     ]
 
 
-def widest(entries: list[Entry] = LINEAR) -> list[Any]:
-    """Return `(entry, dtype)` with one dtype for each entry: complex where it can be, else double."""
-    return [case for e in entries for case in cases([e], (EXACT[torch.complex128 in e.dtypes],))[:1] or cases([e])]
+@functools.cache
+def affine(entry: Entry, dtype: torch.dtype, engine: str) -> al.AffineOperator:
+    """Return the affine operator of an entry, made once; tests that change it must build their own."""
+    function, domain = entry.build(dtype)
+    with no_side_effects(function, domain):
+        return al.affine_operator(function, domain, engine=engine)
 
 
 @functools.cache
 def operator(entry: Entry, dtype: torch.dtype, engine: str) -> al.LinearOperator:
     """Return the operator of an entry, made once; tests that change it must build their own."""
+    if entry.affine:
+        return affine(entry, dtype, engine).linear
     function, domain = entry.build(dtype)
     with no_side_effects(function, domain):
-        if entry.affine:
-            return al.affine_operator(function, domain, engine=engine).linear
         return al.linear_operator(function, domain, engine=engine)
 
 
@@ -60,6 +67,117 @@ def seeded(seed: int) -> torch.Generator:
 
 def draw(space: al.Space, seed: int = 0) -> Any:
     return space.randn(torch.Generator().manual_seed(seed))
+
+
+# --------------------------------------------------------------------------------------------------------------- laws
+
+
+@dataclass(frozen=True)
+class Case:
+    """What laws are stated of: an entry of the zoo in one dtype, made by one engine."""
+
+    entry: Entry
+    dtype: torch.dtype
+    engine: str
+
+    @property
+    def A(self) -> al.LinearOperator:
+        """The operator, or the linear part of an affine one."""
+        return operator(self.entry, self.dtype, self.engine)
+
+    @property
+    def f(self) -> al.AffineOperator:
+        return affine(self.entry, self.dtype, self.engine)
+
+    @property
+    def dense(self) -> Tensor:
+        """The real matrix, made without adjointlab."""
+        return forward_matrix(self.entry, self.dtype)
+
+    def build(self) -> tuple[Callable[..., Any], Any]:
+        """Return the raw function and an example of its domain."""
+        return self.entry.build(self.dtype)
+
+
+Statement = Callable[[Case], None]
+Condition = Callable[[Case], bool]
+
+
+@dataclass(frozen=True)
+class Law:
+    """A statement, which asserts, and all the conditions under which it is to hold."""
+
+    statement: Statement
+    conditions: tuple[Condition, ...]
+
+    @property
+    def name(self) -> str:
+        return self.statement.__name__
+
+    def applies(self, case: Case) -> bool:
+        return all(condition(case) for condition in self.conditions)
+
+
+LAWS: list[Law] = []
+
+
+def law(*conditions: Condition) -> Callable[[Statement], Statement]:
+    """Register a statement as a law of every operator for which the conditions hold."""
+
+    def register(statement: Statement) -> Statement:
+        LAWS.append(Law(statement, conditions))
+        return statement
+
+    return register
+
+
+def check(case: Case, laws: Iterable[Law] | None = None) -> None:
+    """Try every law that applies, each by itself, and fail with the names of all that do not hold."""
+    broken = []
+    for each in LAWS if laws is None else laws:
+        if not each.applies(case):
+            continue
+        torch.manual_seed(0)
+        try:
+            each.statement(case)
+        except AssertionError as error:
+            place = traceback.extract_tb(error.__traceback__)[1]
+            broken.append(f"{each.name} ({Path(place.filename).name}:{place.lineno}): {error}")
+        except Exception as error:
+            error.add_note(
+                "\n".join([f"raised by the law {each.name}", *(f"broken before: {line}" for line in broken)])
+            )
+            raise
+    if broken:
+        pytest.fail("\n".join([f"{len(broken)} laws do not hold:", *broken]), pytrace=False)
+
+
+def exact(case: Case) -> bool:
+    return case.dtype in EXACT
+
+
+def in_widest_dtype(case: Case) -> bool:
+    """Choose one dtype for each entry, complex where there is one: the algebra does not depend on the dtype."""
+    dtypes = case.entry.dtypes
+    return case.dtype == next((dtype for dtype in reversed(EXACT) if dtype in dtypes), dtypes[0])
+
+
+def in_first_dtype(case: Case) -> bool:
+    """Choose one dtype for each entry, mostly double."""
+    return case.dtype == case.entry.dtypes[0]
+
+
+def once(case: Case) -> bool:
+    """Choose one engine: of what does not depend on it, or makes its own operator."""
+    return case.engine == "traced"
+
+
+def is_linear(case: Case) -> bool:
+    return not case.entry.affine
+
+
+def is_affine(case: Case) -> bool:
+    return case.entry.affine
 
 
 # -------------------------------------------------------------------------------------------------------- coordinates

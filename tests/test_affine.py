@@ -4,89 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws import (
-    ENGINES,
-    assert_acts_as,
-    assert_close,
-    call,
-    cases,
-    distance,
-    draw,
-    eps,
-    forward_matrix,
-    frobenius,
-    no_side_effects,
-    norm,
-)
-from operator_zoo import AFFINE, LINEAR, Entry
+from laws import assert_close, distance, draw
 from torch import nn
 
 import adjointlab as al
-
-every_engine = pytest.mark.parametrize("engine", ENGINES)
-every_affine = pytest.mark.parametrize(("entry", "dtype"), cases(AFFINE))
-some_linear = pytest.mark.parametrize(("entry", "dtype"), cases(LINEAR[::10]))
-
-
-@every_affine
-@every_engine
-def test_value_is_the_function(entry: Entry, dtype: torch.dtype, engine: str) -> None:
-    function, domain = entry.build(dtype)
-    f = al.affine_operator(function, domain, engine=engine)
-    x = draw(f.linear.domain)
-    expected = call(function, x)
-    scale = frobenius(forward_matrix(entry, dtype)) * norm(x) + norm(f.offset)
-    assert_close(f(x), expected, eps(f.linear.domain), scale)
-
-
-@every_affine
-@every_engine
-def test_offset_is_the_value_at_zero(entry: Entry, dtype: torch.dtype, engine: str) -> None:
-    function, domain = entry.build(dtype)
-    f = al.affine_operator(function, domain, engine=engine)
-    assert_close(f.offset, call(function, domain), eps(f.linear.domain))
-
-
-@every_affine
-@every_engine
-def test_value_is_linear_part_plus_offset(entry: Entry, dtype: torch.dtype, engine: str) -> None:
-    function, domain = entry.build(dtype)
-    f = al.affine_operator(function, domain, engine=engine)
-    x = draw(f.linear.domain)
-    assert_close(f(x), f.linear(x) + f.offset, eps(f.linear.domain), norm(f.linear(x)) + norm(f.offset))
-
-
-@every_affine
-@every_engine
-def test_adjoint_is_that_of_the_linear_part(entry: Entry, dtype: torch.dtype, engine: str) -> None:
-    function, domain = entry.build(dtype)
-    f = al.affine_operator(function, domain, engine=engine)
-    dense = forward_matrix(entry, dtype)
-    assert_acts_as(f.H, dense.T, draw(f.linear.codomain), eps(f.linear.domain))
-
-
-@every_affine
-def test_adjoint_is_a_linear_operator(entry: Entry, dtype: torch.dtype) -> None:
-    f = al.affine_operator(*entry.build(dtype))
-    assert isinstance(f.linear, al.LinearOperator)
-    assert f.H is f.linear.H
-    assert f.H.H is f.linear
-
-
-@some_linear
-def test_linear_maps_are_affine_with_offset_zero(entry: Entry, dtype: torch.dtype) -> None:
-    f = al.affine_operator(*entry.build(dtype))
-    assert norm(f.offset) == 0
-    dense = forward_matrix(entry, dtype)
-    assert_acts_as(f.H, dense.T, draw(f.linear.codomain), eps(f.linear.domain))
-
-
-@every_affine
-def test_making_and_calling_changes_nothing(entry: Entry, dtype: torch.dtype) -> None:
-    function, domain = entry.build(dtype)
-    with no_side_effects(function, domain):
-        f = al.affine_operator(function, domain)
-        f.H(f(draw(f.linear.domain)))
 
 
 def biased() -> nn.Conv1d:

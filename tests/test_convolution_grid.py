@@ -105,6 +105,7 @@ def configurations(draw: Callable[..., Any], **options: Any) -> Configuration:
 SAMPLE = [configuration(random.Random(seed).choice) for seed in range(160)]
 
 
+@pytest.mark.slow
 @every_engine
 @settings(max_examples=25)
 @given(configurations())
@@ -114,6 +115,7 @@ def test_adjoint_is_the_conjugate_transpose(engine: str, conv: Configuration) ->
     assert_close(matrix(A.H, A.codomain.zeros()), dense.T.contiguous(), A.domain.eps, frobenius(dense))
 
 
+@pytest.mark.slow
 @every_engine
 @settings(max_examples=25)
 @given(configurations())
@@ -123,6 +125,7 @@ def test_dot_product(engine: str, conv: Configuration) -> None:
     assert dot_error(A, A.H, x, y, real=False) <= 16 * A.domain.eps
 
 
+@pytest.mark.slow
 @every_engine
 @settings(max_examples=10)
 @given(configurations(dtypes=(torch.float32, torch.complex64)))
@@ -132,6 +135,7 @@ def test_dot_product_in_single_precision(engine: str, conv: Configuration) -> No
     assert dot_error(A, A.H, x, y, real=False) <= 16 * A.domain.eps
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(configurations())
 def test_forward_is_the_module(conv: Configuration) -> None:
@@ -142,6 +146,7 @@ def test_forward_is_the_module(conv: Configuration) -> None:
     assert_close(f(x), module(x).detach(), f.domain.eps, scale)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(configurations())
 def test_engines_agree(conv: Configuration) -> None:
@@ -150,6 +155,7 @@ def test_engines_agree(conv: Configuration) -> None:
     assert_close(traced.H(y), eager.H(y), eager.domain.eps, frobenius(conv.matrix()) * norm(y))
 
 
+@pytest.mark.slow
 def test_95_percent_of_the_sample_are_proved() -> None:
     linear = [conv for conv in SAMPLE if not conv.options["bias"]][:100]
     assert len(linear) == 100
@@ -157,6 +163,7 @@ def test_95_percent_of_the_sample_are_proved() -> None:
     assert len(others) <= 5, others
 
 
+@pytest.mark.slow
 def test_traced_engine_serves_the_sample() -> None:
     others = [conv for conv in SAMPLE[:30] if conv.linear("traced").engine != "traced"]
     assert not others, others

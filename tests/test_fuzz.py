@@ -1,9 +1,11 @@
 """Whatever `linear_operator` is given, it works or raises one of its own errors."""
 
 import os
+from collections import Counter
 
+import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -38,21 +40,35 @@ DOMAINS = st.recursive(
 OWN = (al.SpaceMismatchError, al.NotLinearError, al.NotDifferentiableError)
 
 
-@given(
-    function=st.sampled_from(FUNCTIONS),
-    domain=DOMAINS,
-    batch_dims=st.sampled_from([0, 0, 0, 1, 2, -1, "1", None]),
-    kwargs=st.sampled_from([None, None, {}, {"dim": 0}]),
-)
-@settings(max_examples=EXAMPLES, deadline=None)
-def test_any_argument_gives_an_operator_or_one_clear_error(function, domain, batch_dims, kwargs) -> None:
-    try:
-        operator = al.linear_operator(function, domain, batch_dims=batch_dims, kwargs=kwargs)
-    except OWN:
-        return
-    x = operator.domain.randn(torch.Generator().manual_seed(0))
-    operator.codomain.check(operator(x))
-    operator.domain.check(operator.H(operator(x)))
+def refused(error: Exception) -> str:
+    assert len(str(error)) > 20, "expected an error that says what is wrong"
+    return "refused"
+
+
+@pytest.mark.slow
+def test_any_argument_gives_an_operator_or_one_clear_error() -> None:
+    outcomes: Counter[str] = Counter()
+
+    @given(
+        function=st.sampled_from(FUNCTIONS),
+        domain=DOMAINS,
+        batch_dims=st.sampled_from([0, 0, 0, 1, 2, -1, "1", None]),
+        kwargs=st.sampled_from([None, None, {}, {"dim": 0}]),
+    )
+    @settings(max_examples=EXAMPLES, deadline=None)
+    def each(function, domain, batch_dims, kwargs) -> None:
+        try:
+            operator = al.linear_operator(function, domain, batch_dims=batch_dims, kwargs=kwargs)
+        except OWN as error:
+            outcomes[refused(error)] += 1
+        else:
+            x = operator.domain.randn(torch.Generator().manual_seed(0))
+            operator.codomain.check(operator(x))
+            operator.domain.check(operator.H(operator(x)))
+            outcomes["made"] += 1
+
+    each()
+    assert min(outcomes["made"], outcomes["refused"]) > 0, outcomes
 
 
 NUMBERS = st.sampled_from([torch.float32, torch.float64, torch.complex64, torch.bfloat16, torch.half])
@@ -67,33 +83,49 @@ LINEAR = [
 ]  # fmt: skip
 
 
-@given(
-    function=st.sampled_from(LINEAR),
-    domain=FITTING,
-    batch_dims=st.sampled_from([0, 0, 1]),
-    engine=st.sampled_from(["auto", "eager", "traced", "steam"]),
-    check=st.booleans(),
-)
-@settings(max_examples=EXAMPLES, deadline=None)
-def test_linear_functions_on_any_domain_pass_the_check(function, domain, batch_dims, engine, check) -> None:
-    try:
-        operator = al.linear_operator(function, domain, batch_dims=batch_dims, engine=engine, check=check)
-    except (*OWN, ValueError):
-        return
-    report = al.check_adjoint(operator, trials=2)
-    event("an operator")
-    assert report.passed, report
+@pytest.mark.slow
+def test_linear_functions_on_any_domain_pass_the_check() -> None:
+    outcomes: Counter[str] = Counter()
+
+    @given(
+        function=st.sampled_from(LINEAR),
+        domain=FITTING,
+        batch_dims=st.sampled_from([0, 0, 1]),
+        engine=st.sampled_from(["auto", "eager", "traced", "steam"]),
+        check=st.booleans(),
+    )
+    @settings(max_examples=EXAMPLES, deadline=None)
+    def each(function, domain, batch_dims, engine, check) -> None:
+        try:
+            operator = al.linear_operator(function, domain, batch_dims=batch_dims, engine=engine, check=check)
+        except (*OWN, ValueError) as error:
+            outcomes[refused(error)] += 1
+        else:
+            report = al.check_adjoint(operator, trials=2)
+            assert report.passed, report
+            outcomes["passed"] += 1
+
+    each()
+    assert min(outcomes["passed"], outcomes["refused"]) > EXAMPLES / 20, outcomes
 
 
-@given(function=st.sampled_from(LINEAR), adjoint=st.sampled_from([*FUNCTIONS, *LINEAR]), domain=FITTING)
-@settings(max_examples=EXAMPLES, deadline=None)
-def test_any_adjoint_gives_a_report_or_one_clear_error(function, adjoint, domain) -> None:
-    try:
-        report = al.check_adjoint(function, adjoint, domain=domain, trials=2)
-    except OWN:
-        return
-    event("passed" if report.passed else "failed")
-    assert report.passed == (report.diagnosis == "")
-    assert str(report)
-    assert report._repr_html_()
-    assert report.to_json()
+@pytest.mark.slow
+def test_any_adjoint_gives_a_report_or_one_clear_error() -> None:
+    outcomes: Counter[str] = Counter()
+
+    @given(function=st.sampled_from(LINEAR), adjoint=st.sampled_from([*FUNCTIONS, *LINEAR]), domain=FITTING)
+    @settings(max_examples=EXAMPLES, deadline=None)
+    def each(function, adjoint, domain) -> None:
+        try:
+            report = al.check_adjoint(function, adjoint, domain=domain, trials=2)
+        except OWN as error:
+            outcomes[refused(error)] += 1
+        else:
+            assert report.passed == (report.diagnosis == "")
+            assert str(report)
+            assert report._repr_html_()
+            assert report.to_json()
+            outcomes["passed" if report.passed else "failed"] += 1
+
+    each()
+    assert min(outcomes["passed"], outcomes["failed"], outcomes["refused"]) > 0, outcomes

@@ -26,6 +26,7 @@ def test_unknown_name() -> None:
         al.linear_transpose  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["adjointlab.derive", "adjointlab.solvers", "adjointlab.verify", "adjointlab.affine"])
 def test_functions_are_not_hidden_by_modules(first: str) -> None:
     hidden = "[n for n in al.__all__ if n != 'solvers' and not callable(getattr(al, n))]"
@@ -62,6 +63,7 @@ print(sorted({"torch", "numpy"} & set(sys.modules)), "importlib.metadata" in lig
     assert python(code) == "[] False"
 
 
+@pytest.mark.slow
 def test_import_is_light() -> None:
     code = """
 import sys, adjointlab.errors

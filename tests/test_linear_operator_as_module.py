@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 import adjointlab as al
 
-every_engine = pytest.mark.parametrize("engine", [*ENGINES, "auto"])
+every_engine = pytest.mark.parametrize("engine", [*ENGINES, pytest.param("auto", marks=pytest.mark.slow)])
 
 
 def conv(dtype: torch.dtype = torch.float64) -> nn.Conv2d:
@@ -24,21 +25,20 @@ def conv(dtype: torch.dtype = torch.float64) -> nn.Conv2d:
 SHAPE = (1, 1, 4, 5)
 
 
-def relatives(A: al.LinearOperator) -> dict[str, al.LinearOperator]:
-    return {
-        "H": A.H,
-        "T": A.T,
-        "gram": A.gram,
-        "product": A.H @ A,
-        "sum": A + 2 * A,
-        "difference": A - A,
-        "negative": -A,
-        "quotient": A / 2,
-        "vstack": al.vstack([A, A]),
-        "hstack": al.hstack([A, A]),
-        "block_diag": al.block_diag([A, A.H]),
-        "stack of algebra": al.vstack([A.H @ A, A.gram]),
-    }
+RELATIVES: dict[str, Callable[[al.LinearOperator], al.LinearOperator]] = {
+    "H": lambda A: A.H,
+    "T": lambda A: A.T,
+    "gram": lambda A: A.gram,
+    "product": lambda A: A.H @ A,
+    "sum": lambda A: A + 2 * A,
+    "difference": lambda A: A - A,
+    "negative": lambda A: -A,
+    "quotient": lambda A: A / 2,
+    "vstack": lambda A: al.vstack([A, A]),
+    "hstack": lambda A: al.hstack([A, A]),
+    "block_diag": lambda A: al.block_diag([A, A.H]),
+    "stack of algebra": lambda A: al.vstack([A.H @ A, A.gram]),
+}
 
 
 def test_an_operator_is_a_module() -> None:
@@ -50,22 +50,23 @@ def test_parameters_are_those_of_the_module() -> None:
     assert [id(p) for p in al.linear_operator(layer, SHAPE).parameters()] == [id(layer.weight)]
 
 
-@pytest.mark.parametrize("name", relatives(al.linear_operator(conv(), SHAPE)))
+@pytest.mark.parametrize("name", RELATIVES)
 def test_relatives_share_the_parameters(name: str) -> None:
     layer = conv()
-    relative = relatives(al.linear_operator(layer, SHAPE))[name]
+    relative = RELATIVES[name](al.linear_operator(layer, SHAPE))
     assert {id(p) for p in relative.parameters()} == {id(layer.weight)}
 
 
-@pytest.mark.parametrize("name", relatives(al.linear_operator(conv(), SHAPE)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RELATIVES)
 def test_relatives_see_an_update(name: str) -> None:
     layer = conv()
-    relative = relatives(al.linear_operator(layer, SHAPE))[name]
+    relative = RELATIVES[name](al.linear_operator(layer, SHAPE))
     x = draw(relative.domain)
     relative(x)
     with torch.no_grad():
         layer.weight.copy_(torch.randn_like(layer.weight))
-    expected = relatives(al.linear_operator(layer, SHAPE, engine="eager"))[name](x)
+    expected = RELATIVES[name](al.linear_operator(layer, SHAPE, engine="eager"))(x)
     assert_close(relative(x), expected, relative.domain.eps)
 
 
@@ -124,6 +125,7 @@ def test_state_dict_has_each_tensor_once() -> None:
     assert len(A.H.state_dict()) == 1
 
 
+@pytest.mark.slow
 @every_engine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex128], ids=str)
 def test_to_dtype_moves_parameters_and_spaces(engine: str, dtype: torch.dtype) -> None:
@@ -188,9 +190,10 @@ def test_deep_copy_of_the_adjoint() -> None:
     assert_close(B.H(B(y)), A(A.H(y)), A.domain.eps)
 
 
-@pytest.mark.parametrize("name", relatives(al.linear_operator(conv(), SHAPE)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RELATIVES)
 def test_pickle_round_trip(name: str) -> None:
-    B = relatives(al.linear_operator(conv(), SHAPE))[name]
+    B = RELATIVES[name](al.linear_operator(conv(), SHAPE))
     C = pickle.loads(pickle.dumps(B))
     x = draw(B.domain)
     assert_close(C(x), B(x), B.domain.eps)
@@ -296,6 +299,7 @@ def test_forward_hooks_of_the_operator_run() -> None:
     assert seen == [(1, 2, 4, 5)]
 
 
+@pytest.mark.slow
 def test_zoo_operators_can_be_copied() -> None:
     for name in ("multi-coil-mri", "tuple-domain", "chain-with-norm", "weight-norm"):
         entry = BY_NAME[name]

@@ -6,27 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from laws import no_side_effects, seeded, widest
-from operator_zoo import BY_NAME, ZOO, Entry
+from laws import seeded
+from operator_zoo import BY_NAME, ZOO
 from torch import nn
 
 import adjointlab as al
 from adjointlab import linearity
 from adjointlab.transpose.kernels import registry as kernels
 from adjointlab.transpose.kernels import select as choice
-
-every_entry = pytest.mark.parametrize(("entry", "dtype"), widest(ZOO))
-
-
-@every_entry
-def test_verdict(entry: Entry, dtype: torch.dtype) -> None:
-    function, domain = entry.build(dtype)
-    with no_side_effects(function, domain):
-        report = al.check_linearity(function, domain)
-    assert report.is_affine
-    # An offset refutes linearity; that the map is affine may be proved all the same.
-    allowed = {"proved"} if entry.proved else {"proved", "supported"}
-    assert report.verdict in (allowed | {"refuted"} if entry.affine else allowed), report
 
 
 @pytest.mark.parametrize("name", ["conv2d", "fft2", "irfft-6", "real-part", "conj", "rfft-7", "multi-coil-mri"])

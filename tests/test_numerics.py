@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -66,14 +67,11 @@ SETTINGS = {
 def test_settings_are_left_as_they_were(name: str, raises: bool) -> None:
     SETTINGS[name]()
     before = newer(), older()
-    try:
-        with full_precision:
-            assert set(newer()) == {"ieee"}
-            assert torch.get_float32_matmul_precision() == "highest"
-            if raises:
-                raise KeyError
-    except KeyError:
-        pass
+    with pytest.raises(KeyError, match="inside") if raises else contextlib.nullcontext(), full_precision:
+        assert set(newer()) == {"ieee"}
+        assert torch.get_float32_matmul_precision() == "highest"
+        if raises:
+            raise KeyError("inside")
     assert (newer(), older()) == before
 
 

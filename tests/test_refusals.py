@@ -16,7 +16,7 @@ from torch import nn
 import adjointlab as al
 
 D = torch.float64
-every_engine = pytest.mark.parametrize("engine", [*ENGINES, "auto"])
+every_engine = pytest.mark.parametrize("engine", [*ENGINES, pytest.param("auto", marks=pytest.mark.slow)])
 
 
 class WrongBackward(torch.autograd.Function):
@@ -164,6 +164,7 @@ def test_not_differentiable(name: str, engine: str) -> None:
         al.linear_operator(function, torch.zeros(shape, dtype=D), engine=engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_never_proved(name: str) -> None:
     make, shape, _ = ALL[name]
@@ -177,6 +178,7 @@ def test_never_proved(name: str) -> None:
 AFFINE = ("bias", "conv-bias", "constant", "tiny-constant")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NOT_LINEAR if name not in AFFINE])
 def test_refuted_with_a_counterexample(name: str) -> None:
     make, shape, _ = NOT_LINEAR[name]
@@ -300,6 +302,7 @@ ELEMENTS = {
 }
 
 
+@pytest.mark.slow
 @every_engine
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_unusable_argument(name: str, engine: str) -> None:
@@ -308,6 +311,7 @@ def test_unusable_argument(name: str, engine: str) -> None:
         A(ELEMENTS[name])
 
 
+@pytest.mark.slow
 @every_engine
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_unusable_argument_of_the_adjoint(name: str, engine: str) -> None:

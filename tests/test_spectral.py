@@ -6,75 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from laws import (
-    ENGINES,
-    assert_close,
-    draw,
-    forward_matrix,
-    leaves,
-    no_side_effects,
-    norm,
-    operator,
-    widest,
-)
-from operator_zoo import ZOO, Entry
+from laws import assert_close, norm
 from torch import Tensor, nn
 
 import adjointlab as al
 from adjointlab import spectral
-
-every_operator = pytest.mark.parametrize(("entry", "dtype"), widest(ZOO))
-every_engine = pytest.mark.parametrize("engine", ENGINES)
-
-
-def single(A: al.LinearOperator) -> bool:
-    return len(leaves(A.domain.zeros())) == len(leaves(A.codomain.zeros())) == 1
-
-
-@every_operator
-@every_engine
-def test_real_matrix(entry: Entry, dtype: torch.dtype, engine: str) -> None:
-    A = operator(entry, dtype, engine)
-    dense = al.to_dense(A, real=True)
-    reference = forward_matrix(entry, dtype)
-    assert dense.shape == reference.shape
-    if single(A):  # the order of coordinates of several leaves is not laid down
-        assert_close(dense.double(), reference, max(A.domain.eps, A.codomain.eps))
-    else:
-        gap = float(torch.linalg.matrix_norm(dense.double()) - torch.linalg.matrix_norm(reference))
-        assert abs(gap) <= 16 * max(A.domain.eps, A.codomain.eps) * float(torch.linalg.matrix_norm(reference))
-
-
-@every_operator
-@every_engine
-def test_real_matrix_of_the_adjoint_is_the_transpose(entry: Entry, dtype: torch.dtype, engine: str) -> None:
-    A = operator(entry, dtype, engine)
-    dense = al.to_dense(A, real=True)
-    assert_close(al.to_dense(A.H, real=True).double(), dense.double().T, max(A.domain.eps, A.codomain.eps), norm(dense))
-
-
-@every_operator
-def test_matrix_acts_as_the_operator(entry: Entry, dtype: torch.dtype) -> None:
-    A = operator(entry, dtype, "traced")
-    if A.domain.is_complex and not A.is_complex_linear:
-        return  # a real matrix then: see the law for `real=True`
-    x = draw(A.domain)
-    dense = al.to_dense(A)
-    assert dense.shape == (A.codomain.size, A.domain.size)
-    vector, expected = A.domain.vector(x), A.codomain.vector(A(x))
-    wide = torch.promote_types(dense.dtype, vector.dtype)
-    found = dense.to(wide) @ vector.to(wide)
-    assert_close(found, expected.to(wide), A.domain.eps, norm(dense) * norm(x))
-
-
-@every_operator
-def test_matrix_of_the_adjoint_is_the_conjugate_transpose(entry: Entry, dtype: torch.dtype) -> None:
-    A = operator(entry, dtype, "traced")
-    if (A.domain.is_complex or A.codomain.is_complex) and not A.is_complex_linear:
-        return
-    dense = al.to_dense(A)
-    adjoint = al.to_dense(A.H)
-    assert_close(adjoint, dense.mH.to(adjoint.dtype), A.domain.eps, norm(dense))
 
 
 def test_matrix_of_a_matrix() -> None:
@@ -133,16 +69,6 @@ def test_batched_operator_is_dense_for_its_own_example() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- norm
-
-
-@every_operator
-def test_norm_is_the_largest_singular_value(entry: Entry, dtype: torch.dtype) -> None:
-    A = operator(entry, dtype, "traced")
-    with no_side_effects(A):
-        found = float(al.operator_norm(A))
-    expected = float(torch.linalg.matrix_norm(forward_matrix(entry, dtype), 2))
-    # The default asks for as much as single precision gives.
-    assert abs(found - expected) <= 16 * torch.finfo(torch.float32).eps ** 0.5 * expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 30])
@@ -251,11 +177,17 @@ def test_estimates_need_a_space_to_itself() -> None:
             estimate(A)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("power", [-25, -3, 2, 25])
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [
+        (dtype, power)
+        for dtype in (torch.float16, torch.float32, torch.float64)
+        for power in (-25, -3, 2, 25)
+        if torch.finfo(dtype).smallest_normal < 10.0**power < torch.finfo(dtype).max
+    ],
+    ids=str,
+)
 def test_norm_neither_vanishes_nor_overflows(dtype: torch.dtype, power: int) -> None:
-    if not torch.finfo(dtype).smallest_normal < 10.0**power < torch.finfo(dtype).max:
-        return
     d = (10.0**power * torch.tensor([0.5, 3.0], dtype=torch.float64)).to(dtype)
     found = float(al.operator_norm(al.diagonal(d))) / float(d.max())
     assert abs(found - 1) <= 1e-4 + 16 * torch.finfo(dtype).eps

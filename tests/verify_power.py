@@ -2,7 +2,7 @@
 
 `python -m tests.verify_power` injects realistic bugs into the adjoints of some operators, in several dtypes, counts
 what the test detects with its default settings, draws at least 100,000 random pairs for the correct adjoints, and
-writes the tables to docs/verification_power.md. tests/test_verify_power.py runs a small part of it.
+writes the tables to docs/verification_power.md. tests/verify/test_verify_power.py runs a small part of it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ PACKAGES = ("adjointlab", "torch", "numpy", "scipy", "pylops", "jax", "jaxlib", 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("adjointlab benchmarks")
-    group.addoption("--quick", action="store_true", help="tiny sizes and few rounds: does everything run?")
     group.addoption("--share", type=float, default=1.0, help="the part of its usual time that each comparison gets")
     group.addoption("--remark", default="", help="a sentence on how it was measured, for the page")
 

@@ -41,7 +41,6 @@ def dense() -> tuple[Tensor, al.LinearOperator]:
 
 
 def reversed_kernel(y: Tensor) -> Tensor:
-    layer, _ = padded()
     return F.conv2d(y, layer.weight, padding=1)
 
 
@@ -124,6 +123,7 @@ def test_mistakes_are_named(name: str) -> None:
     assert said in str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["factor", "sign", "kernel", "border", "conjugate"])
 def test_plain_callables_get_the_same_diagnosis(name: str) -> None:
     operator, adjoint, said = MISTAKES[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -25,6 +26,12 @@ def convolution(
     with torch.no_grad():
         layer.weight.copy_(torch.randn(layer.weight.shape, generator=seeded(3)))
     return layer
+
+
+@functools.cache
+def made(shape: tuple[int, ...], channels: int, width: int) -> al.LinearOperator:
+    """Return an operator on a batch of two, made once: for tests that leave it as it is."""
+    return make(shape, 2, channels, width=width)
 
 
 def make(shape: tuple[int, ...] = (12, 10), batch: int = 1, channels: int = 1, **o: Any) -> al.LinearOperator:
@@ -155,7 +162,7 @@ def alike(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize(("shape", "channels"), [((15,), 1), ((12, 10), 1), ((9, 7), 3), ((4, 6, 9), 2)])
 def test_same_steps(solve, damp: float, started: bool, shape: Any, channels: int) -> None:
-    A = make(shape, 2, channels, width=3 if len(shape) == 3 else 5)
+    A = made(shape, channels, 3 if len(shape) == 3 else 5)
     assert A.multiplier is not None
     x0 = draw(A.domain, 5) if started else None
     alike(*both_ways(solve, A, draw(A.codomain, 4), damp=damp, x0=x0, maxiter=6))

@@ -7,59 +7,10 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from laws import ENGINES, draw, no_side_effects, operator, tree_map, widest
-from operator_zoo import LINEAR, Entry
+from laws import draw, no_side_effects
 from torch import Tensor, nn
 
 import adjointlab as al
-
-every_operator = pytest.mark.parametrize(("entry", "dtype"), widest(LINEAR))
-every_engine = pytest.mark.parametrize("engine", ENGINES)
-each_way = pytest.mark.parametrize("entry", LINEAR, ids=lambda entry: entry.name)
-
-
-@every_operator
-@every_engine
-def test_derived_adjoints_pass(entry: Entry, dtype: torch.dtype, engine: str) -> None:
-    A = operator(entry, dtype, engine)
-    with no_side_effects(A):
-        report = al.check_adjoint(A)
-    assert report.passed, report
-    assert report.error <= report.tolerance
-    assert report.diagnosis == ""
-
-
-@every_operator
-def test_tolerance_is_a_small_multiple_of_eps(entry: Entry, dtype: torch.dtype) -> None:
-    A = operator(entry, dtype, "traced")
-    assert 0 < al.check_adjoint(A).tolerance <= 16 * max(A.domain.eps, A.codomain.eps)
-
-
-@each_way
-def test_scaled_adjoint_fails(entry: Entry) -> None:
-    A = operator(entry, entry.dtypes[0], "traced")
-    if entry.name == "zero-map":
-        return  # any multiple of zero is its adjoint
-    eps = max(A.domain.eps, A.codomain.eps)
-    assert not al.check_adjoint(A, lambda y: tree_map(lambda leaf: leaf * (1 + 1e3 * eps), A.H(y))).passed
-
-
-@each_way
-def test_negated_adjoint_fails(entry: Entry) -> None:
-    A = operator(entry, entry.dtypes[0], "traced")
-    if entry.name == "zero-map":
-        return
-    report = al.check_adjoint(A, lambda y: tree_map(torch.neg, A.H(y)))
-    assert not report.passed
-    assert report.error > report.tolerance
-    assert report.diagnosis != ""
-
-
-@each_way
-def test_shifted_adjoint_fails(entry: Entry) -> None:
-    A = operator(entry, entry.dtypes[0], "traced")
-    wrong = tree_map(torch.ones_like, A.domain.zeros())
-    assert not al.check_adjoint(A, lambda y: tree_map(torch.add, A.H(y), wrong)).passed
 
 
 def real_conv(**options) -> tuple[nn.Conv2d, al.LinearOperator]:
@@ -255,6 +206,6 @@ def test_arguments_of_the_wrong_kind_are_refused() -> None:
 def test_adjoint_may_write_to_its_argument() -> None:
     A = al.linear_operator(lambda x: 2 * x, torch.zeros(5, dtype=torch.float64))
     assert al.check_adjoint(A, lambda y: y.mul_(2)).passed
-    y = draw(A.codomain)
-    with no_side_effects(A, y):
-        al.check_adjoint(A)
+    x = draw(A.domain)
+    with no_side_effects(A, x):
+        assert al.check_adjoint(lambda x: x.mul_(2), lambda y: y.mul_(2), domain=x).passed

@@ -31,6 +31,7 @@ COARSE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COARSE)
 @pytest.mark.parametrize("seed", range(3))
 def test_lower_precision_inside_is_no_excuse(name: str, seed: int) -> None:
@@ -61,6 +62,7 @@ def test_without_a_reference_precision_is_judged_by_size() -> None:
     assert not al.check_adjoint(opaque, lambda y: y.flip(0).bfloat16().float(), domain=(3000,)).passed
 
 
+@pytest.mark.slow
 def test_an_adjoint_may_be_as_coarse_as_its_operator() -> None:
     def forward(x: Tensor) -> Tensor:
         return F.conv2d(x.bfloat16(), WEIGHT.bfloat16(), padding=1).float()
@@ -71,6 +73,7 @@ def test_an_adjoint_may_be_as_coarse_as_its_operator() -> None:
             assert al.check_adjoint(B, adjoint, seed=seed).passed
 
 
+@pytest.mark.slow
 def test_an_adjoint_may_be_summed_in_another_order() -> None:
     box = al.linear_operator(lambda x: F.conv1d(x, torch.ones(1, 1, 31), padding=15), (1, 1, 4096))
 
@@ -86,6 +89,7 @@ def test_an_adjoint_may_be_summed_in_another_order() -> None:
 # ---------------------------------------------------------------------------------------------- odd, and nevertheless
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_entries_that_happen_to_be_rounded_by_nothing_raise_no_alarm(dtype: torch.dtype) -> None:
     def noisy(x: Tensor) -> Tensor:  # its own adjoint; exact for impulses, and for some single entries

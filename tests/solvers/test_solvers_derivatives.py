@@ -29,6 +29,7 @@ class Kernel(nn.Module):
         return (self.w * self.w) @ x
 
 
+@pytest.mark.slow
 @every_solver
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)], ids=["tall", "wide", "square"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 Adjoint = Callable[[Tensor], Tensor]
 
 
+@functools.cache
 def make(dims: int, variant: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Tensor, Callable[..., Adjoint]]:
     """Return A, its weight, and what makes the adjoint for a (wrong) weight."""
     options = dict(VARIANTS[variant])
@@ -77,6 +79,7 @@ def mistakes(dims: int, variant: str) -> Iterator[tuple[str, Adjoint]]:
         yield "output_padding", adjoint(w, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mistakes_of_convolutions_are_named(dims: int, variant: str) -> None:
@@ -87,6 +90,7 @@ def test_mistakes_of_convolutions_are_named(dims: int, variant: str) -> None:
         assert said in report.diagnosis, f"{said}: {report.diagnosis}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("variant", ["stride", "groups"])
 def test_complex_mistakes_of_convolutions_are_named(dims: int, variant: str) -> None:

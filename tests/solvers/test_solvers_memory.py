@@ -32,6 +32,7 @@ def longer(dtype: torch.dtype, problems: int = 0) -> al.LinearOperator:
     return al.LinearOperator(forward, adjoint, *spaces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "problems"), [(torch.float32, 0), (torch.float32, 10), (torch.float64, 2), (torch.complex64, 0)], ids=str
 )

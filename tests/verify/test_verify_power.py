@@ -9,6 +9,7 @@ from verify_power import BUGS, OPERATORS, ROUNDING, STUDIED, built, false_alarms
 FEW = ("grouped dilated convolution", "circular convolution", "sensitivity maps", "two leaves", "cancellation inside")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", STUDIED, ids=str)
 def test_bugs_above_rounding_are_detected(dtype: torch.dtype) -> None:
     trials = list(mutants(built([dtype], FEW), seeds=1, explain=False))
@@ -17,6 +18,7 @@ def test_bugs_above_rounding_are_detected(dtype: torch.dtype) -> None:
     assert sum(trial.detected for trial in trials) >= 0.8 * len(trials)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [*STUDIED, torch.float16], ids=str)
 def test_correct_adjoints_raise_no_alarm(dtype: torch.dtype) -> None:
     for _, draws, alarms in false_alarms(built([dtype], FEW), 50):
@@ -30,6 +32,7 @@ def test_study_is_as_broad_as_it_says() -> None:
         assert sum(dtype in dtypes for _, dtypes in OPERATORS.values()) >= 10
 
 
+@pytest.mark.slow
 def test_page_is_complete() -> None:
     operators = list(built([torch.float64], ["weights"]))
     text = page(list(mutants(operators, seeds=1)), list(false_alarms(operators, 50)), 1)

@@ -1,0 +1,1 @@
+"""The laws, by chapters; `test_laws.py` runs them."""

@@ -1,0 +1,18 @@
+"""Laws of the report on linearity."""
+
+from __future__ import annotations
+
+from laws import Case, in_widest_dtype, law, no_side_effects, once
+
+import adjointlab as al
+
+
+@law(in_widest_dtype, once)
+def verdict_on_linearity(case: Case) -> None:
+    function, domain = case.build()
+    with no_side_effects(function, domain):
+        report = al.check_linearity(function, domain)
+    assert report.is_affine
+    # An offset refutes linearity; that the map is affine may be proved all the same.
+    allowed = {"proved"} if case.entry.proved else {"proved", "supported"}
+    assert report.verdict in (allowed | {"refuted"} if case.entry.affine else allowed), report
