@@ -210,7 +210,8 @@ def _assess(map_: Transposition, derivation: Derivation, numbers: _Numbers) -> L
     if not is_affine or numbers.offset > 0.0:
         verdict = "refuted"
     else:
-        proved = explanation.independent and not explanation.cut and differentiable
+        settled = not explanation.cut and not explanation.is_stateful
+        proved = explanation.independent and settled and differentiable
         verdict = "proved" if proved else "supported"
     if verdict == "refuted" and counterexample is None and deterministic:
         counterexample = Counterexample("f(0) = 0", numbers.offset, 0.0, (map_.domain.zeros(),))

@@ -6,14 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from laws import seeded
 from operator_zoo import BY_NAME, ZOO
 from torch import nn
 
 import adjointlab as al
-from adjointlab import linearity
-from adjointlab.transpose.kernels import registry as kernels
-from adjointlab.transpose.kernels import select as choice
 
 
 @pytest.mark.parametrize("name", ["conv2d", "fft2", "irfft-6", "real-part", "conj", "rfft-7", "multi-coil-mri"])
@@ -116,33 +112,14 @@ def test_nan_weights_are_refuted() -> None:
     assert al.check_linearity(lambda x: weight * x, (3,)).verdict == "refuted"
 
 
-@pytest.mark.cpu
-def test_rounding_of_the_quick_sample_is_measured_before_the_laws_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "choose", lambda site, **_: kernels.transformed(site))  # it rounds unlike any other
-    module = nn.Conv2d(1, 1, 5, padding=2, bias=False)
-    calls = []
-    module.register_forward_hook(lambda *_: calls.append(1))
-    right, known = linearity.dot_gap, []
+def test_a_proof_calls_the_function_once() -> None:
+    module, calls = nn.Conv2d(1, 1, 5, padding=2, bias=False), []
 
-    def unlucky(*arguments: object, noise: tuple[float, float] = (0.0, 0.0), **options: object) -> tuple[float, float]:
-        gap, allowed = right(*arguments, noise=noise, **options)
-        known.append(noise)
-        return (gap, allowed) if any(noise) else (1.1 * allowed, allowed)
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return module(x)
 
-    monkeypatch.setattr(linearity, "dot_gap", unlucky)
+    counted.__module__ = "elsewhere"
     assert al.check_linearity(module, (1, 1, 32, 32)).verdict == "proved"
-    assert len(known) == 2
-    assert known[1][1] > 0
-    assert len(calls) < 8  # the laws take ten more
-
-
-@pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1.001, False)])
-def test_measured_rounding_hides_no_factor(factor: float, agrees: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = nn.Conv2d(1, 1, 5, padding=2, bias=False)
-    module.weight.data.normal_(generator=seeded(0))
-    source = al.linear_operator(module, (1, 1, 32, 32)).source
-    sample, adjoint = source.verify(), source.adjoint
-    wrong = dataclasses.replace(sample, at_v=tuple(factor * t for t in sample.at_v))
-    # What is derived agrees with the eager one in what both have wrong.
-    monkeypatch.setattr(type(source), "adjoint", property(lambda _: lambda v: factor * adjoint(v)))
-    assert linearity._Numbers(source, 0).sample_agrees(wrong) == agrees
+    report = al.check_linearity(counted, (1, 1, 32, 32))
+    assert report.verdict == "supported"  # it keeps state in Python, whatever that is for

@@ -16,7 +16,7 @@ from adjointlab.distributed.sharding import Sharding
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
-from adjointlab.transpose import Derivation, Options, Transposition
+from adjointlab.transpose import Eager, Options, Transposition
 
 
 def linear_operator(
@@ -82,8 +82,10 @@ def linear_operator(
             "with adjointlab.distributed.space, replicated or direct_sum"
         )
     with raise_on_all_ranks(sharding.mesh):
+        if check:
+            _refuse_dtensors(Eager(f, dict(kwargs or {}), where))
         options = Options(engine, False, lowering, autotune, check=check)
-        source = Transposition(f, where, kwargs, options, codomain=target, judge=_require_linear)
+        source = Transposition(f, where, kwargs, options, codomain=target, judge=require_linear)
     return from_source(source, lambda: (_rebuild, (f, source.domain, source.codomain, options_of(source))))
 
 
@@ -110,10 +112,9 @@ class _NoDTensors(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _require_linear(source: Transposition, derivation: Derivation, domain: Space) -> None:
+def _refuse_dtensors(eager: Eager) -> None:
     with torch.no_grad(), _NoDTensors():
-        source.eager.flat(domain.leaves(domain.zeros()))
-    require_linear(source, derivation, domain)
+        eager.flat(eager.domain.leaves(eager.domain.zeros()))
 
 
 __all__ = ["linear_operator"]

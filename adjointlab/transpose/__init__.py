@@ -6,8 +6,9 @@ from adjointlab.transpose.frontend.guards import buffers_kept, modules_of
 from adjointlab.transpose.frontend.trace import ReadsInputError, UntraceableError
 from adjointlab.transpose.pipeline import Options
 from adjointlab.transpose.runtime.derivation import Derivation
+from adjointlab.transpose.runtime.eager import Eager
 
 __all__ = [
-    "Derivation", "Explanation", "Options", "ReadsInputError", "Transposition", "UntraceableError", "buffers_kept",
-    "modules_of",
+    "Derivation", "Eager", "Explanation", "Options", "ReadsInputError", "Transposition", "UntraceableError",
+    "buffers_kept", "modules_of",
 ]  # fmt: skip

@@ -154,7 +154,7 @@ def captured(
     module, results = found["module"], [origins[id(result)] for result in results]
     found.clear()  # what the compiled form goes on holding
     if not holds():
-        raise ChangingError("stateful: a call changes what the next one does")
+        raise ChangingError("a call changes what the next one does")
     return module, readers, results, holds
 
 

@@ -333,12 +333,11 @@ class Transposition:
                 with guards.attributes_kept(self.modules):
                     captured = capture(self.callable, self.kwargs, domain, self.modules)
                     graphs = pipeline.graphs_of(captured, domain, options)
-                    if not captured.holds():
-                        raise UntraceableError("stateful: a call changes what the next one does")
+                    if not captured.holds():  # a counter, say: that it does not matter is for numbers to show
+                        captured.ignore_changes()
+                        graphs = replace(graphs, is_stateful=True)
             except UntraceableError as error:
                 self.untraceable = error
-            except compat.ChangingError as error:
-                self.untraceable = UntraceableError(str(error))
         if not domain.every(graphs is not None):
             self.untraceable = self.untraceable or UntraceableError("it is so on another process")
         if graphs is None or self.untraceable is not None:

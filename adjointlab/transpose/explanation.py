@@ -38,6 +38,8 @@ class Explanation:
         Why Python state is watched in part only.
     autograd_gap : float or None
         How far autograd's own adjoint is from this one, relative to its norm, where the two were compared.
+    is_stateful : bool
+        Whether a call was seen to change Python state that the forward reads.
     program : str
         The adjoint.
     """
@@ -54,6 +56,7 @@ class Explanation:
     hidden: tuple[str, ...] = ()
     partly: str = ""
     autograd_gap: float | None = None
+    is_stateful: bool = False
     program: str = ""
 
     @property
@@ -64,7 +67,7 @@ class Explanation:
     @property
     def is_evident(self) -> bool:
         """Whether the graph shows all that the function does: nothing reads the input, or hides it from autograd."""
-        return self.independent and not self.cut and not self.hidden
+        return self.independent and not self.cut and not self.hidden and not self.is_stateful
 
     def __str__(self) -> str:
         asked = "" if self.requested == "auto" else f" (asked for: {self.requested})"
@@ -84,6 +87,8 @@ class Explanation:
             lines.append(f"the forward has {', '.join(self.hidden)}: there, autograd's word is no proof")
         if self.autograd_gap is not None:
             lines.append(f"autograd's own adjoint differs by {self.autograd_gap:.1e} of its norm")
+        if self.is_stateful:
+            lines.append("a call of the forward changes Python state that it reads, which is taken not to matter")
         if self.partly:
             lines.append(
                 "watched: tensors, and what modules hold (training, attributes, submodules); call A.refresh() after "

@@ -96,6 +96,7 @@ class Graphs:
     captured: Capture
     cut: str
     hidden: tuple[str, ...]
+    is_stateful: bool
 
     def mapping(self) -> dict[str, Graph]:
         """Return the graphs of what can be called, by name."""
@@ -123,7 +124,10 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     adjoint = adjoint_of(linear)
     apart = linear is not forward and adjoint.of_state is not None
     of_state = adjoint_of(forward).of_state if apart else adjoint.of_state
-    return Graphs(forward, linear, adjoint, of_state, captured, cut_off(forward), hides(captured, domain.specs))
+    return Graphs(
+        forward, linear, adjoint, of_state, captured, cut_off(forward), hides(captured, domain.specs),
+        captured.is_stateful,
+    )  # fmt: skip
 
 
 def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: Options, seen: Sketch | None,
@@ -204,7 +208,7 @@ def explanation_of(graphs: Graphs, options: Options) -> Explanation:
     adjoint = graphs.adjoint
     return Explanation(
         "traced", options.requested, readers=adjoint.readers, ops_before=adjoint.ops_before, cut=graphs.cut,
-        hidden=graphs.hidden, partly=graphs.captured.partly,
+        hidden=graphs.hidden, partly=graphs.captured.partly, is_stateful=graphs.is_stateful,
     )  # fmt: skip
 
 
@@ -213,7 +217,12 @@ def eager_derivation(eager: Eager, options: Options, reason: str, known: Explana
     explanation = Explanation("eager", options.requested, reason)
     if known is not None:
         explanation = replace(
-            explanation, readers=known.readers, cut=known.cut, hidden=known.hidden, autograd_gap=known.autograd_gap
+            explanation,
+            readers=known.readers,
+            cut=known.cut,
+            hidden=known.hidden,
+            autograd_gap=known.autograd_gap,
+            is_stateful=known.is_stateful,
         )
     linear = eager.linear if options.affine else eager.flat
     return Derivation(explanation, {"function": eager.flat, "linear": linear, "adjoint": eager.adjoint})

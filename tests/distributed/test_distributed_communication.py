@@ -51,23 +51,23 @@ def graphs(size: int) -> None:
     A = distributed.convolution(alike(nn.Conv2d(1, 1, 3, padding=1, bias=False)), X, engine="traced")
     program = A.explain()
     assert "exchange_adjoint" in program
-    account = A.source.account
-    assert account.ops_after["adjointlab.exchange_adjoint"] == 1, account.ops_after
-    assert account.ops_after["adjointlab.exchange"] == 0
-    assert account.ops_before["adjointlab.exchange"] == 1  # the forward was there, before it was cut off
-    assert account.independent
+    explanation = A.source.explanation
+    assert explanation.ops_after["adjointlab.exchange_adjoint"] == 1, explanation.ops_after
+    assert explanation.ops_after["adjointlab.exchange"] == 0
+    assert explanation.ops_before["adjointlab.exchange"] == 1  # the forward was there, before it was cut off
+    assert explanation.independent
     rows = distributed.linear_operator(
         lambda x: (1 + torch.distributed.get_rank()) * distributed.replicate(x, mesh),
         distributed.replicated((4,), mesh), distributed.direct_sum((4,), mesh),
     )  # fmt: skip
-    after = rows.source.account.ops_after
+    after = rows.source.explanation.ops_after
     assert (after["adjointlab.all_reduce"], after["adjointlab.replicate"]) == (1, 0), after
     columns = distributed.linear_operator(
         lambda x: distributed.all_reduce(x, mesh),
         distributed.direct_sum((4,), mesh),
         distributed.replicated((4,), mesh),
     )
-    assert columns.source.account.ops_after["adjointlab.all_reduce"] == 0
+    assert columns.source.explanation.ops_after["adjointlab.all_reduce"] == 0
 
 
 def test_no_forward_collective_survives_in_the_adjoint(group: Group) -> None:

@@ -45,6 +45,10 @@ class Capture:
         Whether all that the function depends on, besides values of the state, is as it was.
     partly : str
         Why PyTorch's front end refused the function, so that Python state is watched in part only; else empty.
+    ignore_changes : callable
+        Has the guards leave out what a call has changed meanwhile.
+    is_stateful : bool
+        Whether a call was seen to change what the next one depends on.
     """
 
     function: Callable[[Tensors, Tensors], Tensors]
@@ -52,6 +56,8 @@ class Capture:
     sources: dict[int, Source]
     holds: Callable[[], bool]
     partly: str = ""
+    ignore_changes: Callable[[], None] = lambda: None
+    is_stateful: bool = False
 
 
 def flatten_outputs(output: Any) -> tuple[Tensors, Structure | None]:
@@ -87,28 +93,21 @@ def _flat(*leaves: Tensor) -> Tensors:
 def capture(
     function: Callable[..., Any], kwargs: dict[str, Any], domain: Space, modules: tuple[nn.Module, ...]
 ) -> Capture:
-    """Return what a function on a domain depends on; the function is not run on values.
-
-    Raises
-    ------
-    ChangingError
-        If a call changes what the next one does.
-    """
+    """Return what a function on a domain depends on; the function is not run on values."""
     try:
         return _by_compiler(function, kwargs, domain)
-    except compat.ChangingError:
-        raise
-    except compat.RefusedError as error:
-        reason = str(error)
+    except (compat.RefusedError, compat.ChangingError) as error:
+        reason, is_stateful = str(error), isinstance(error, compat.ChangingError)
     # PyTorch's front end may raise anything on code that it does not know; the function has run before, and is fine.
     except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason, is_stateful = f"{type(error).__name__}: {first_line(error)}", False
 
     def run(_: Tensors, leaves: Tensors) -> Tensors:
         x = domain.unflatten([leaf.view_as(leaf) for leaf in leaves])
         return flatten_outputs(function(*x, **kwargs) if type(x) is tuple else function(x, **kwargs))[0]
 
-    return Capture(run, (), guards.sources_of(modules), guards.watch(modules), reason)
+    watch, sources = guards.Watch(modules), guards.sources_of(modules)
+    return Capture(run, (), sources, watch.holds, reason, watch.ignore_changes, is_stateful)
 
 
 def _by_compiler(function: Callable[..., Any], kwargs: dict[str, Any], domain: Space) -> Capture:

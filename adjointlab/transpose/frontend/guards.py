@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,26 +111,47 @@ def _get(container: Any, key: Any) -> Any:
     return container[key]
 
 
-def watch(modules: tuple[nn.Module, ...]) -> Callable[[], bool]:
-    """Return a function that says whether modules hold what they held, apart from the values of tensors."""
-    parts = [part for module in modules for part in module.modules()]
-    before = [_held(part) for part in parts]
+class Watch:
+    """Whether modules hold what they held, apart from the values of tensors."""
 
-    def holds() -> bool:
-        return all(map(_equal, map(_held, parts), before))
+    def __init__(self, modules: tuple[nn.Module, ...]) -> None:
+        self._parts = [part for module in modules for part in module.modules()]
+        self._before = [_held(part) for part in self._parts]
 
-    return holds
+    def holds(self) -> bool:
+        """Return whether they do."""
+        return all(now == before for now, before in zip(map(_held, self._parts), self._before, strict=True))
+
+    def ignore_changes(self) -> None:
+        """Leave out from now on what is not as it was."""
+        for part, before in zip(self._parts, self._before, strict=True):
+            now = _held(part)
+            for key in before.keys() | now.keys():
+                if before.get(key, _MISSING) != now.get(key, _MISSING):
+                    before[key] = _ANYTHING
 
 
-def _held(part: nn.Module) -> list[Any]:
-    held: list[Any] = [type(part)]
+class _Anything:
+    """Equal to everything."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_ANYTHING, _MISSING = _Anything(), object()
+
+
+def _held(part: nn.Module) -> dict[str, Any]:
+    held: dict[str, Any] = {"": type(part)}
     for key, item in vars(part).items():
         if key == "_modules":
-            held.extend(item.items())
+            held[key] = [(name, _Same(inner)) for name, inner in item.items()]
         elif key in _TENSORS:
-            held.append(tuple(item))
+            held[key] = tuple(item)
         else:
-            held.append((key, _plain(item)))
+            held[key] = _plain(item)
     return held
 
 
@@ -157,10 +178,6 @@ class _Same:
         return isinstance(other, _Same) and self.value is other.value
 
     __hash__ = None  # type: ignore[assignment]
-
-
-def _equal(now: list[Any], before: list[Any]) -> bool:
-    return len(now) == len(before) and now == before
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def suits_transform(spec: ConvSpec) -> bool:
 
 
 class _DisturbedError(Exception):
-    """Other work holds the processors: what a run takes says nothing of the kernel."""
+    """Runs say nothing: other work holds the processors, or the memory."""
 
 
 def _chosen(spec: ConvSpec, thorough: bool) -> Kernel | None:
@@ -145,7 +145,10 @@ def _random(spec: ConvSpec) -> tuple[torch.Tensor, torch.Tensor]:
     c_in, c_out = spec.input_shape[0], spec.output_shape[0]
     first, second = (c_in, c_out // spec.groups) if spec.transposed else (c_out, c_in // spec.groups)
     shapes = (spec.batch, *spec.input_shape), (first, second, *spec.kernel)
-    x, weight = (torch.randn(shape, generator=generator, dtype=spec.dtype, device="cpu") for shape in shapes)
+    try:
+        x, weight = (torch.randn(shape, generator=generator, dtype=spec.dtype, device="cpu") for shape in shapes)
+    except RuntimeError as error:  # an operator may be larger than memory
+        raise _DisturbedError("there is no memory for a run") from error
     return x.to(spec.device), weight.to(spec.device)
 
 
