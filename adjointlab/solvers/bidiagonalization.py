@@ -101,7 +101,7 @@ def lsmr(
     )
     damp = nonnegative("damp", damp)
     problem = Problem.of(A, y, weight)
-    with torch.no_grad(), problem.domain.space.without_autocast():
+    with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
         inner = problem.diagonalized()
         monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "lsmr")
         x = inner.start(x0)

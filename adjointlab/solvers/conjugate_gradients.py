@@ -106,7 +106,7 @@ def cg(
         raise SpaceMismatchError(
             f"expected an operator from a space to itself, got one from {A.domain} to {A.codomain}: use cgls or lsmr"
         )
-    with torch.no_grad(), problem.domain.space.without_autocast():
+    with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
         inner = problem.diagonalized()
         monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "cg")
         x = inner.start(x0)
@@ -248,7 +248,7 @@ def cgls(
     """
     tol, damp = nonnegative("tol", tol), nonnegative("damp", damp)
     problem = Problem.of(A, y, weight)
-    with torch.no_grad(), problem.domain.space.without_autocast():
+    with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
         inner = problem.diagonalized()
         monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "cgls")
         x = inner.start(x0)
