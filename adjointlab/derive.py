@@ -146,7 +146,10 @@ def require_linear(source: Transposition, derivation: Derivation, domain: Space)
             "al.affine_operator, whose .linear is the linear part"
         )
     if not report.differentiable:
-        hidden = " and ".join(derivation.explanation.hidden) or "something"
+        hidden = (
+            " and ".join(derivation.explanation.hidden)
+            or "something (.detach(), .data, torch.no_grad(), a custom backward)"
+        )
         raise NotDifferentiableError(
             f"expected autograd's derivative of {name} to be the map itself, but the dot test fails: {hidden} hides it "
             'from autograd; take that out, or choose derivative="forward" to have the adjoint of what the forward '

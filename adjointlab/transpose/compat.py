@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -128,7 +130,7 @@ def captured(
     if "outputs" not in found:
         raise RefusedError("torch.compile is turned off, or has nothing to compile")
     (entry,) = dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)
-    check, where = entry.guard_manager.check, {"leaves": tuple(torch.zeros(()).expand(a.shape) for a in arguments)}
+    check, where = entry.guard_manager.root.check, {"leaves": tuple(torch.zeros(()).expand(a.shape) for a in arguments)}
     names = {**dynamo.guards._get_closure_vars(), "G": scope, "L": where}
     placeholders = [node for node in found["module"].graph.nodes if node.op == "placeholder"]
     readers: list[Any] = []
@@ -145,8 +147,15 @@ def captured(
     }
     if any(id(result) not in origins for result in results):
         raise RefusedError("it returns a tensor that its graph does not have")
-    # Guards tell objects by their addresses: none may be given to another object while the guards are in use.
+    # Guards tell objects by their addresses: none may be given to another object while the guards are in use. So they
+    # are kept alive here, and torch.compile need not wait for their end, which for functions of torch never comes.
     alive = [_value(name, names) for name in found["names"]]
+    _detach_finalizers(entry.guard_manager)
+    del entry
+    # The compiled form is not called again, and would live for ever. Guards go on reading the globals that it had added.
+    added = dict(scope)
+    dynamo.eval_frame.reset_code(function.__code__)
+    scope.update(added)
 
     def holds(_alive: Any = (alive, function)) -> bool:
         return bool(check(where))
@@ -156,6 +165,15 @@ def captured(
     if not holds():
         raise ChangingError("a call changes what the next one does")
     return module, readers, results, holds
+
+
+def _detach_finalizers(guard_manager: Any) -> None:
+    """Detach what waits for the end of guarded objects: it would keep every graph that was ever captured in memory."""
+    for finalizer in list(getattr(weakref.finalize, "_registry", ())):
+        alive = finalizer.peek()
+        owner = getattr(getattr(alive[1], "func", None), "__self__", None) if alive else None
+        if owner is not None and getattr(owner, "guard_manager", None) is guard_manager:
+            finalizer.detach()
 
 
 def _reader(source: Any, names: dict[str, Any], value: Tensor) -> Callable[[], Any]:
@@ -180,6 +198,19 @@ def _value(name: Any, names: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
+def sources_forgotten() -> Iterator[None]:
+    """Drop the sources of graph modules that are made in a block: torch.fx keeps them for ever, for tracebacks."""
+    kept: dict[str, Any] = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+    before = len(kept)
+    try:
+        yield
+    finally:
+        for name in list(kept)[before:]:
+            del kept[name]
+            linecache.cache.pop(name, None)
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep torch from logging what it cannot trace: the reason goes into the explanation, and is no error."""
     logs = [logging.getLogger(name) for name in _LOGS]
@@ -196,5 +227,5 @@ def quiet() -> Iterator[None]:
 __all__ = [
     "ChangingError", "FakeTensorMode", "RefusedError", "_disable_current_modes", "captured", "differentiated",
     "get_proxy_mode", "is_dispatched", "is_forward_mode", "is_nested_forward_mode", "is_transformed", "is_wrapped",
-    "make_fx", "plain", "quiet",
+    "make_fx", "plain", "quiet", "sources_forgotten",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from adjointlab.errors import NotLinearError
+from adjointlab.errors import NotLinearError, SpaceMismatchError
 from adjointlab.space import Space
 from adjointlab.transpose import compat, pipeline, selfcheck
 from adjointlab.transpose.explanation import Explanation
@@ -54,7 +54,7 @@ def _alone(method: Method[P, R]) -> Method[P, R]:
 
     @functools.wraps(method)
     def locked(self: Transposition, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with _BUILDING, self.domain.without_autocast():
+        with _BUILDING, self.domain.without_autocast(), compat.sources_forgotten():
             return method(self, *args, **kwargs)
 
     return locked
@@ -295,6 +295,11 @@ class Transposition:
 
     def _ran(self, eager: Eager) -> Sketch | None:
         """Run the function once on random data, the way its user would; return what is to be kept of the result."""
+        if self.options.check and any(spec.device.type == "meta" for spec in self.domain.specs):
+            raise SpaceMismatchError(
+                f"expected a domain on a device with values to test, got {self.domain} on meta: choose a real device, "
+                "or build with check=False"
+            )
         try:
             x = selfcheck.Pair(eager.domain, eager.domain).x
         except RuntimeError:

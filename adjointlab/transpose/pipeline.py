@@ -249,20 +249,20 @@ def assemble(
         run = autodiff.affine(programs["function"], run_linear, run_adjoint, programs["adjoint"].whole, n, of_function)
     linked = {"function": run, "linear": run_linear, "adjoint": run_adjoint}
     lowered = [p.graph for p in (programs["adjoint"], programs["function"])]
+    chosen = lowered[::-1] if options.lowering and mode != "plain" else []
     explanation = replace(
         explanation, engine="compiled" if mode == "compiled" else "traced", ops_after=ops(lowered[0]),
-        program=listing(lowered[0]), kernels=tuple(dict.fromkeys(k for g in lowered[::-1] for k in kernels_of(g))),
+        program=listing(lowered[0]), kernels=tuple(dict.fromkeys(k for g in chosen for k in kernels_of(g))),
     )  # fmt: skip
+    way = "" if compiled is not None else mode  # what is compiled for all sizes has no graph of one size
     derivation = Derivation(
         explanation, {}, {name: (programs[name], linked[name]) for name in programs}, graphs.captured.holds, state,
         tuple(metadata_of(source.read()) for source in state), graphs.forward.baked, graphs.mapping(),
     )  # fmt: skip
     return replace(
         derivation,
-        gradient=functools.cache(
-            functools.partial(_gradient, derivation, graphs, spaces[0], options, "" if compiled else mode)
-        ),
-        multiplier=_multiplier(derivation, graphs, spaces[0], options, mode),
+        gradient=functools.cache(functools.partial(_gradient, derivation, graphs, spaces[0], options, way)),
+        multiplier=_multiplier(derivation, graphs, spaces[0], options, way),
     )
 
 
@@ -304,7 +304,7 @@ def _multiplier(
 
     @functools.cache
     def find() -> Callable[..., Any] | None:
-        if not options.lowering or mode == "plain" or domain.is_sharded:
+        if not options.lowering or mode not in {"lowered", "compiled"} or domain.is_sharded:
             return None
         adjoint, forward = (
             convolutions.lower(fuse_slices(graph), transformed) for graph in (graphs.adjoint.graph, graphs.linear)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from adjointlab.cli.app import app
 from adjointlab.cli.demonstration import load
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 demo = load(ROOT)
 Stage, gaussian, recover = demo.common.Stage, demo.common.gaussian, demo.common.recover

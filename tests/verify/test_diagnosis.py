@@ -149,7 +149,8 @@ def test_without_a_reference_what_can_be_repaired_is_named() -> None:
     assert "3.000 × too large" in al.check_adjoint(Opaque(), lambda y: (3 - 6j) * y, domain=x).diagnosis
     assert "conjugate missing" in al.check_adjoint(Opaque(), lambda y: (2 + 4j) * y, domain=x).diagnosis
     assert "zero" in al.check_adjoint(Opaque(), torch.zeros_like, domain=x).diagnosis
-    assert "unrecognised" in al.check_adjoint(Opaque(), lambda y: y.roll(1), domain=x).diagnosis
+    said = al.check_adjoint(Opaque(), lambda y: y.roll(1), domain=x).diagnosis
+    assert "unrecognised" in said or "shifted by" in said  # where torch can read NumPy code, it has a reference
 
 
 def test_small_operators_have_the_dense_matrix_as_reference() -> None:

@@ -57,16 +57,16 @@ def choose_vjp(function: Function, primals: Tensors, cotangents: Tensors) -> tup
     Raises
     ------
     NotDifferentiableError
-        With what ``torch.func.vjp`` said, if ``torch.autograd.grad`` refuses as well.
+        With what ``torch.autograd.grad`` said, if that refuses as well.
     """
     try:
         return vjp_by_func, "", vjp_by_func(function, primals, cotangents)
     except (RuntimeError, NotImplementedError) as refusal:
         try:
             result = vjp_by_grad(function, primals, cotangents)
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError) as error:
             raise NotDifferentiableError(
-                f"expected a map that autograd can differentiate, but it says: {first_line(refusal).rstrip('.')}; "
+                f"expected a map that autograd can differentiate, but it says: {first_line(error).rstrip('.')}; "
                 "write that part with other ops, or as an autograd.Function"
             ) from refusal
         return vjp_by_grad, f"torch.func.vjp refuses it ({first_line(refusal)})", result

@@ -52,13 +52,18 @@ class Graph:
 
 
 def compiled(body: fx.Graph) -> Callable[..., Any]:
-    """Return a plain function: a graph without attributes needs no module, and torch.compile likes it so."""
-    function = type(fx.GraphModule({}, body)).forward
+    """Return a graph as a plain function, with a code object of its own: torch.compile counts recompilations by code.
+
+    No ``GraphModule`` is made, which would keep the source for ever.
+    """
+    made = body.python_code("self")
+    scope = dict(made.globals)
+    exec(compile(made.src, "<adjointlab program>", "exec"), scope)  # as fx itself does
+    function = scope["forward"]
 
     def run(*tensors: Tensor) -> Any:
         return function(None, *tensors)
 
-    # A code object of its own: torch.compile counts recompilations by code, over all programs of the process.
     run.__code__ = run.__code__.replace(co_name="program")
     return run
 
