@@ -96,7 +96,7 @@ def captured(
     function : function
         With ``scope`` as its globals, and a code object of its own: its compiled forms are kept with that.
     arguments : sequence of Tensor
-        What it is called with; it is not run.
+        What it is called with.
     scope : dict
         Its globals.
 
@@ -113,11 +113,11 @@ def captured(
         guards = torch._guards.TracingContext.get().guards_context.dynamo_guards
         kept = type(guards.inner)(g for g in guards.inner if g.create_fn_name() not in _OF_THE_CALL)
         guards.inner = kept
-        values = [n.meta["example_value"] for n in next(iter(reversed(module.graph.nodes))).args[0]]
         found.update(module=module, names=[guard.name for guard in kept])
 
-        def run(*given: Any) -> list[Tensor]:  # nothing is computed: all that is asked is where results come from
-            outputs = [torch.zeros((), dtype=v.dtype, device=v.device).expand(v.shape) for v in values]
+        def run(*given: Any) -> Any:  # for real: what a forward keeps for later, as it may, are tensors with values
+            with torch.no_grad():
+                outputs = module(*given)
             found.update(inputs=given, outputs=outputs)
             return outputs
 
@@ -152,7 +152,7 @@ def captured(
     alive = [_value(name, names) for name in found["names"]]
     _detach_finalizers(entry.guard_manager)
     del entry
-    # The compiled form is not called again, and would live for ever. Guards go on reading the globals that it had added.
+    # The compiled form is not called again, and would live for ever. The guards go on reading globals that it added.
     added = dict(scope)
     dynamo.eval_frame.reset_code(function.__code__)
     scope.update(added)

@@ -134,3 +134,31 @@ def test_operators_are_built_in_threads_side_by_side() -> None:
     with ThreadPoolExecutor(4) as pool:
         operators = list(pool.map(lambda module: al.linear_operator(module, (1, 1, 8, 8)), modules))
     assert [operator.engine for operator in operators] == ["traced"] * 8
+
+
+@pytest.mark.parametrize("front_end", [True, False])
+def test_what_a_forward_keeps_for_later_has_values(front_end: bool) -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.tensor([1.0, 2.0, 3.0]))
+            self.kept, self.last = {}, None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.mask = self.mask * 1.0
+            if "ramp" not in self.kept:
+                self.kept["ramp"] = torch.arange(3.0)
+            self.last = x + 1
+            if not front_end and self.mask.sum() < 0:  # which PyTorch's front end refuses
+                return 2 * x
+            return self.mask * self.kept["ramp"] * x
+
+    module = Keeping()
+    A, x = al.linear_operator(module, (3,)), torch.ones(3)
+    expected = torch.tensor([0.0, 2.0, 6.0])
+    assert torch.equal(module(x), expected)
+    assert torch.equal(A(x), expected)
+    assert torch.equal(A.H(x), expected)
+    for tensor in (module.mask, module.last, module.kept["ramp"]):
+        assert type(tensor) is torch.Tensor
+    assert module.mask.tolist() == [1.0, 2.0, 3.0]

@@ -93,7 +93,7 @@ def _flat(*leaves: Tensor) -> Tensors:
 def capture(
     function: Callable[..., Any], kwargs: dict[str, Any], domain: Space, modules: tuple[nn.Module, ...]
 ) -> Capture:
-    """Return what a function on a domain depends on; the function is not run on values."""
+    """Return what a function on a domain depends on; what PyTorch's front end makes of it is run at zero."""
     try:
         return _by_compiler(function, kwargs, domain)
     except (compat.RefusedError, compat.ChangingError) as error:

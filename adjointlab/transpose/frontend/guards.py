@@ -6,6 +6,7 @@ This is what is known of a function where PyTorch's own front end refuses it. Of
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Iterator
@@ -182,17 +183,24 @@ class _Same:
 
 @contextmanager
 def attributes_kept(modules: tuple[nn.Module, ...]) -> Iterator[None]:
-    """Put back the attributes of modules after a block in which they may be given tensors that have no values."""
-    parts = [part for module in modules for part in module.modules()]
-    before = [dict(vars(part)) for part in parts]
+    """Put back what modules hold, after a block in which they may be given tensors that have no values."""
+    parts = [vars(part) for module in modules for part in module.modules()]
+    inner = [item for part in parts for item in part.values() if isinstance(item, (dict, list, set))]
+    before = [(container, copy.copy(container)) for container in (*parts, *inner)]
     try:
         yield
     finally:
-        for part, old in zip(parts, before, strict=True):
-            now = vars(part)
-            if now.keys() != old.keys() or any(now[key] is not item for key, item in old.items()):
-                now.clear()
-                now.update(old)
+        for container, old in before:
+            _restore(container, old)
+
+
+def _restore(container: Any, old: Any) -> None:
+    now, then = (list(c.items()) if isinstance(c, dict) else list(c) for c in (container, old))
+    flat = [part for pair in now for part in pair] if isinstance(container, dict) else now
+    kept = [part for pair in then for part in pair] if isinstance(container, dict) else then
+    if len(flat) != len(kept) or any(a is not b for a, b in zip(flat, kept, strict=True)):
+        container.clear()
+        container.extend(old) if isinstance(container, list) else container.update(old)
 
 
 @contextmanager

@@ -176,8 +176,10 @@ def trace_forward(captured: Capture, specs: Sequence[TensorSpec]) -> Graph:
     real = [source.read() for source in captured.state]
     known, n, values = _faked(real, fake), len(real), _Values(real)
     sources = {**captured.sources, **{id(t): source for t, source in zip(real, captured.state, strict=True)}}
+    # Looked up now: a forward may replace what its modules hold while it is traced.
+    by_memory = {_memory(source.read()): source for source in captured.sources.values()}
     module = _make(lambda *tensors: captured.function(tensors[:n], tensors[n:]), [*known, *inputs], values)
-    state = (*captured.state, *_lift(module, n, captured))
+    state = (*captured.state, *_lift(module, n, {**by_memory, **captured.sources}))
     baked = tuple((sources.get(key) or constant(t), t.clone()) for key, t in values.read.items())
     _raise_if_random(module)
     if any(is_mutable(node.target) for node in module.graph.nodes):
@@ -299,10 +301,9 @@ def _fakes(module: fx.GraphModule) -> list[Tensor]:
     return _faked(values, values[-1].fake_mode)
 
 
-def _lift(module: fx.GraphModule, n_known: int, captured: Capture) -> tuple[Source, ...]:
+def _lift(module: fx.GraphModule, n_known: int, sources: dict[Any, Source]) -> tuple[Source, ...]:
     """Turn constants of the graph into inputs, between the state that is known and the rest; return their sources."""
     graph = module.graph
-    by_memory = {_memory(source.read()): source for source in captured.sources.values()}
     state: list[Source] = []
     lifted: dict[int, fx.Node] = {}
     first = [node for node in graph.nodes if node.op == "placeholder"][n_known]
@@ -312,7 +313,7 @@ def _lift(module: fx.GraphModule, n_known: int, captured: Capture) -> tuple[Sour
         tensor = getattr(module, node.target)
         if not isinstance(tensor, Tensor):  # a generator of random numbers, say
             raise UntraceableError(f"it depends on a {type(tensor).__name__}, which is no tensor")
-        source = captured.sources.get(id(tensor)) or by_memory.get(_memory(tensor))
+        source = sources.get(id(tensor)) or sources.get(_memory(tensor))
         key = id(source or tensor)
         if key not in lifted:
             with graph.inserting_before(first):
