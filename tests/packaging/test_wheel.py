@@ -89,7 +89,7 @@ def test_source_archive_holds_the_demonstration(tmp_path):
     (built,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(built) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"examples/demo/__init__.py", "adjointlab/__init__.py", "tests/test_demo.py", "CITATION.cff"} <= names
+    assert {"examples/demo/__init__.py", "adjointlab/__init__.py", "tests/demo/test_demo.py", "CITATION.cff"} <= names
 
 
 def test_runtime_requirements_are_torch_and_numpy(metadata):
