@@ -88,7 +88,9 @@ class LinearOperator(nn.Module):
         for found in source.tensors():  # parameters that a function closes over, outside of any module
             if isinstance(found, nn.Parameter) and id(found) not in inside:
                 operator.register_parameter(f"parameter_{len(operator._parameters)}", found)
-        operator.H  # noqa: B018  # made now: torch.compile cannot make modules
+        adjoint = operator.H  # made now: torch.compile cannot make modules
+        for name, parameter in operator.named_parameters(recurse=False):
+            source.follow(parameter, name, (operator, adjoint))
         return operator
 
     @property

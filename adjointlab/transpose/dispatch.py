@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,12 @@ from adjointlab.transpose.frontend import guards
 from adjointlab.transpose.frontend.capture import Tensors, capture
 from adjointlab.transpose.frontend.outputs import require_outputs, space_of
 from adjointlab.transpose.frontend.trace import UntraceableError
+from adjointlab.transpose.graph.ir import Source
 from adjointlab.transpose.kernels.convolution import ConvSpec
 from adjointlab.transpose.kernels.registry import Kernel
 from adjointlab.transpose.kernels.select import Chooser
 from adjointlab.transpose.pipeline import Options
-from adjointlab.transpose.runtime.derivation import Derivation
+from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import canonical
 from adjointlab.transpose.selfcheck import Pair, Sketch
@@ -58,6 +60,16 @@ def _alone(method: Method[P, R]) -> Method[P, R]:
             return method(self, *args, **kwargs)
 
     return locked
+
+
+def _changed(error: NotLinearError) -> NotLinearError:
+    return NotLinearError(
+        f"expected the map that was checked, but it has changed, and is not linear any more; undo the change: {error}"
+    )
+
+
+def _versions(tensors: Tensors) -> tuple[Any, ...]:
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 def _remembered(choose: Chooser) -> Chooser:
@@ -112,6 +124,9 @@ class Transposition:
         self._frozen: dict[tuple[int, ...], tuple[Derivation, Tensors]] | None = None
         self._listings: set[Any] = set()  # of programs that were checked: at another size they are the same
         self._rebuilds, self._served = 0, 0
+        # The values of the state that derivations were judged with, where that matters.
+        self._elsewhere: dict[int, tuple[Tensor, str, list[Any]]] = {}
+        self._judged: WeakKeyDictionary[Derivation, tuple[Any, ...]] = WeakKeyDictionary()
         self._compiled: dict[str, Callable[..., Tensors]] | None = None
         derivation = self._derived(self.domain.batch_shape)
         self._derivations = OrderedDict({self.domain.batch_shape: [derivation]})
@@ -124,6 +139,32 @@ class Transposition:
         self._listings = set()
         derivation = self._derived(self.domain.batch_shape)
         self._derivations = OrderedDict({self.domain.batch_shape: [derivation]})
+
+    def follow(self, parameter: Tensor, name: str, holders: Sequence[nn.Module]) -> None:
+        """Read a parameter that the function closes over from modules, by name, once they hold another there."""
+        self._elsewhere[id(parameter)] = parameter, name, [holder._parameters for holder in holders]
+        for batch, known in self._derivations.items():
+            self._derivations[batch] = [self._followed(derivation) for derivation in known]
+
+    def _followed(self, derivation: Derivation) -> Derivation:
+        """Return a derivation that reads parameters from where ``follow`` was told."""
+
+        def read(source: Source, parameter: Tensor, name: str, places: list[Any]) -> Any:
+            tensor = source.read()
+            held = [place[name] for place in places] if tensor is parameter else []
+            return next((other for other in held if other is not parameter), tensor)
+
+        state = [(source, self._elsewhere.get(id(source.read()))) for source in derivation.state]
+        followed = (replace(s, read=functools.partial(read, s, *e)) if e else s for s, e in state)
+        return replace(derivation, state=tuple(followed)) if self._elsewhere else derivation
+
+    def _require_own(self) -> None:
+        for parameter, name, places in self._elsewhere.values():
+            if any(place[name] is not parameter for place in places):
+                raise SpaceMismatchError(
+                    f"expected {name} to be the tensor that the function closes over, but it was replaced, which a "
+                    "function that is not traced cannot see: change its values in place, with copy_"
+                )
 
     # -- what is called ----------------------------------------------------------------------------------------------
 
@@ -156,6 +197,8 @@ class Transposition:
         source, target = (codomain, self.domain) if name == "adjoint" else (self.domain, codomain)
         leaves = source.leaves(x)
         derivation, state = self._current(leaves)
+        if not derivation.programs and self._elsewhere:
+            self._require_own()
         found = derivation.run(name, state, leaves)
         if not derivation.programs and name != "adjoint":
             require_outputs(found, self.eager.structure, codomain)
@@ -234,6 +277,8 @@ class Transposition:
             state = derivation.state_now()
             if state is not None:
                 self._served += 1
+                if not self._is_judged(derivation, state):
+                    self._judge_again(derivation, state, batch)
                 if frozen is not None:
                     frozen[batch] = derivation.frozen(state), state
                     return frozen[batch]
@@ -241,6 +286,20 @@ class Transposition:
         if not compat.plain():
             return self._eager("it is first met, or has changed, inside of a transform"), ()
         return self._refreshed(batch)
+
+    @_alone
+    def _judge_again(self, derivation: Derivation, state: Tensors, batch: tuple[int, ...]) -> None:
+        """Raise if a map that is linear for some values of its state only is not so for those it has now."""
+        if self._judge is None or not self.options.check or not compat.plain():
+            return
+        try:
+            self._judge(self, derivation, self.domain.with_batch(batch))
+        except NotLinearError as error:
+            raise _changed(error) from error
+        self._judged[derivation] = _versions(state)
+
+    def _is_judged(self, derivation: Derivation, state: Tensors) -> bool:
+        return not derivation.is_doubtful or self._judged.get(derivation) == _versions(state)
 
     @_alone
     def _refreshed(self, batch: tuple[int, ...]) -> tuple[Derivation, Tensors]:
@@ -251,7 +310,7 @@ class Transposition:
                 return derivation, state
         if known:  # one that has served for a while was worth its making
             self._rebuilds, self._served = (self._rebuilds + 1 if self._served < _WORTH else 0), 0
-        derivation = self._rederived(batch) if known else self._derived(batch)
+        derivation = self._rederived(batch)
         self._derivations[batch] = [derivation, *known][:_MOST_STATES]
         while len(self._derivations) > _MOST_SIZES:
             oldest = next(size for size in self._derivations if size not in {batch, self.domain.batch_shape})
@@ -269,15 +328,25 @@ class Transposition:
         eager = _resized(self.eager, domain)
         self.untraceable = None
         # Another size of a function that has not changed was judged already.
-        is_new = self._codomain is None or any(known.state_now() is None for known in self._known())
+        now = [(known, known.state_now()) for known in self._known()]
+        is_new = self._codomain is None or any(s is None or not self._is_judged(known, s) for known, s in now)
         seen = self._ran(eager) if is_new else None
         if self.options.requested == "eager" or self._rebuilds > _MOST_REBUILDS:
             asked = self.options.requested == "eager"
             derivation = self._eager("it was asked for" if asked else "what it depends on changes from call to call")
         else:
             derivation = self._traced(eager, domain, seen)
+        if not derivation.programs and self._rebuilds <= _MOST_REBUILDS:  # of the user's code, the modules are watched
+            state = tuple(guards.sources_of(self.modules).values())
+            derivation = replace(
+                derivation, holds=guards.Watch(self.modules).holds, state=state, is_doubtful=True,
+                metadata=tuple(metadata_of(source.read()) for source in state),
+            )  # fmt: skip
         if self._judge is not None and self.options.check and is_new:
             self._judge(self, derivation, domain)
+        derivation = self._followed(derivation)
+        if derivation.is_doubtful:
+            self._judged[derivation] = _versions(tuple(source.read() for source in derivation.state))
         return derivation
 
     def _rederived(self, batch: tuple[int, ...]) -> Derivation:
@@ -285,10 +354,7 @@ class Transposition:
         try:
             return self._derived(batch)
         except NotLinearError as error:
-            raise NotLinearError(
-                f"expected the map that was checked, but it has changed, and is not linear any more; undo the change: "
-                f"{error}"
-            ) from error
+            raise _changed(error) from error
 
     def _known(self) -> list[Derivation]:
         return [found[0] for found in getattr(self, "_derivations", {}).values()]
@@ -336,11 +402,9 @@ class Transposition:
         if self.untraceable is None:
             try:
                 with guards.attributes_kept(self.modules):
-                    captured = capture(self.callable, self.kwargs, domain, self.modules)
+                    watched = (self.modules, eager.once) if options.check else (self.modules,)
+                    captured = capture(self.callable, self.kwargs, domain, *watched)
                     graphs = pipeline.graphs_of(captured, domain, options)
-                    if not captured.holds():  # a counter, say: that it does not matter is for numbers to show
-                        captured.ignore_changes()
-                        graphs = replace(graphs, is_stateful=True)
             except UntraceableError as error:
                 self.untraceable = error
         if not domain.every(graphs is not None):

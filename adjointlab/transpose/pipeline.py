@@ -31,7 +31,7 @@ from adjointlab.transpose.kernels.convolution import ConvSpec
 from adjointlab.transpose.kernels.registry import transformed
 from adjointlab.transpose.kernels.select import Chooser, choose, suits_transform
 from adjointlab.transpose.passes import convolutions
-from adjointlab.transpose.passes.compose import linear_part, residual_and_gradient
+from adjointlab.transpose.passes.compose import adds_state, linear_part, residual_and_gradient
 from adjointlab.transpose.passes.convolutions import kernels_of
 from adjointlab.transpose.passes.drop_forward import Adjoint, cut_off, drop_forward, ops
 from adjointlab.transpose.passes.fuse_slices import fuse_slices
@@ -225,7 +225,8 @@ def eager_derivation(eager: Eager, options: Options, reason: str, known: Explana
             is_stateful=known.is_stateful,
         )
     linear = eager.linear if options.affine else eager.flat
-    return Derivation(explanation, {"function": eager.flat, "linear": linear, "adjoint": eager.adjoint})
+    linked = autodiff.eager_pair(eager.flat, linear, eager.adjoint, eager.domain)
+    return Derivation(explanation, dict(zip(("function", "linear", "adjoint"), linked, strict=True)))
 
 
 def assemble(
@@ -258,6 +259,7 @@ def assemble(
     derivation = Derivation(
         explanation, {}, {name: (programs[name], linked[name]) for name in programs}, graphs.captured.holds, state,
         tuple(metadata_of(source.read()) for source in state), graphs.forward.baked, graphs.mapping(),
+        is_doubtful=bool(graphs.adjoint.readers) or (not options.affine and adds_state(graphs.forward)),
     )  # fmt: skip
     return replace(
         derivation,

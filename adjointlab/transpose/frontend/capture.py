@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,10 +45,8 @@ class Capture:
         Whether all that the function depends on, besides values of the state, is as it was.
     partly : str
         Why PyTorch's front end refused the function, so that Python state is watched in part only; else empty.
-    ignore_changes : callable
-        Has the guards leave out what a call has changed meanwhile.
     is_stateful : bool
-        Whether a call was seen to change what the next one depends on.
+        Whether each call was seen to change what the next one depends on.
     """
 
     function: Callable[[Tensors, Tensors], Tensors]
@@ -56,7 +54,6 @@ class Capture:
     sources: dict[int, Source]
     holds: Callable[[], bool]
     partly: str = ""
-    ignore_changes: Callable[[], None] = lambda: None
     is_stateful: bool = False
 
 
@@ -68,10 +65,14 @@ def flatten_outputs(output: Any) -> tuple[Tensors, Structure | None]:
     SpaceMismatchError
         If it returned anything but tensors.
     """
-    if isinstance(output, Tensor):
+    if isinstance(output, Tensor) and not output.is_nested:
         return (output,), None
-    flat, structure = tree_flatten(output)
+    flat, structure = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
     for leaf in flat:
+        if isinstance(leaf, Tensor) and leaf.is_nested:
+            raise SpaceMismatchError(
+                "expected the forward to return tensors of one size, got a nested tensor: return a tuple of tensors"
+            )
         if not isinstance(leaf, Tensor):
             raise SpaceMismatchError(
                 f"expected the forward to return a tensor or a pytree of tensors, got {type(leaf).__name__} "
@@ -91,13 +92,19 @@ def _flat(*leaves: Tensor) -> Tensors:
 
 
 def capture(
-    function: Callable[..., Any], kwargs: dict[str, Any], domain: Space, modules: tuple[nn.Module, ...]
-) -> Capture:
-    """Return what a function on a domain depends on; what PyTorch's front end makes of it is run at zero."""
+    function: Callable[..., Any], kwargs: dict[str, Any], domain: Space, modules: tuple[nn.Module, ...],
+    call: Callable[[], Any] = lambda: None,
+) -> Capture:  # fmt: skip
+    """Return what a function on a domain depends on; ``call`` runs it once for real, as PyTorch's front end does."""
     try:
-        return _by_compiler(function, kwargs, domain)
-    except (compat.RefusedError, compat.ChangingError) as error:
-        reason, is_stateful = str(error), isinstance(error, compat.ChangingError)
+        with guards.attributes_kept(modules):
+            captured = _by_compiler(function, kwargs, domain)
+            is_stateful = not captured.holds() and _changes(modules, call)
+        if captured.holds():
+            return replace(captured, is_stateful=is_stateful)
+        reason, is_stateful = "a call changes what the next one does", True
+    except compat.RefusedError as error:
+        reason, is_stateful = str(error), False
     # PyTorch's front end may raise anything on code that it does not know; the function has run before, and is fine.
     except Exception as error:
         reason, is_stateful = f"{type(error).__name__}: {first_line(error)}", False
@@ -106,8 +113,16 @@ def capture(
         x = domain.unflatten([leaf.view_as(leaf) for leaf in leaves])
         return flatten_outputs(function(*x, **kwargs) if type(x) is tuple else function(x, **kwargs))[0]
 
-    watch, sources = guards.Watch(modules), guards.sources_of(modules)
-    return Capture(run, (), sources, watch.holds, reason, watch.ignore_changes, is_stateful)
+    with guards.attributes_kept(modules):
+        is_stateful = is_stateful or (_changes(modules, call) and _changes(modules, call))
+    return Capture(run, (), guards.sources_of(modules), guards.Watch(modules).holds, reason, is_stateful)
+
+
+def _changes(modules: tuple[nn.Module, ...], call: Callable[[], Any]) -> bool:
+    """Return whether a call changes what modules hold: the first may, to fill a cache, where the second does not."""
+    watch = guards.Watch(modules)
+    call()
+    return not watch.holds()
 
 
 def _by_compiler(function: Callable[..., Any], kwargs: dict[str, Any], domain: Space) -> Capture:

@@ -102,7 +102,7 @@ def sources_of(modules: tuple[nn.Module, ...]) -> dict[int, Source]:
     for module in modules:
         for path, part in module.named_modules():
             for tensors in (*(getattr(part, name) for name in _TENSORS), vars(part)):
-                for key in list(tensors) if isinstance(tensors, dict) else ():
+                for key in tuple(tensors.keys()):  # those of a scripted module are no dictionary
                     if key not in (*_TENSORS, "_modules"):
                         add(tensors, key, f"{path}.{key}".lstrip("."))
     return found
@@ -123,26 +123,6 @@ class Watch:
         """Return whether they do."""
         return all(now == before for now, before in zip(map(_held, self._parts), self._before, strict=True))
 
-    def ignore_changes(self) -> None:
-        """Leave out from now on what is not as it was."""
-        for part, before in zip(self._parts, self._before, strict=True):
-            now = _held(part)
-            for key in before.keys() | now.keys():
-                if before.get(key, _MISSING) != now.get(key, _MISSING):
-                    before[key] = _ANYTHING
-
-
-class _Anything:
-    """Equal to everything."""
-
-    def __eq__(self, other: object) -> bool:
-        return True
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-_ANYTHING, _MISSING = _Anything(), object()
-
 
 def _held(part: nn.Module) -> dict[str, Any]:
     held: dict[str, Any] = {"": type(part)}
@@ -150,7 +130,7 @@ def _held(part: nn.Module) -> dict[str, Any]:
         if key == "_modules":
             held[key] = [(name, _Same(inner)) for name, inner in item.items()]
         elif key in _TENSORS:
-            held[key] = tuple(item)
+            held[key] = tuple(item.keys())
         else:
             held[key] = _plain(item)
     return held

@@ -313,6 +313,8 @@ def _lift(module: fx.GraphModule, n_known: int, sources: dict[Any, Source]) -> t
         tensor = getattr(module, node.target)
         if not isinstance(tensor, Tensor):  # a generator of random numbers, say
             raise UntraceableError(f"it depends on a {type(tensor).__name__}, which is no tensor")
+        if isinstance(tensor, compat.FakeTensor):
+            raise UntraceableError("a part of it runs where no trace sees it: in another thread, say")
         source = sources.get(id(tensor)) or sources.get(_memory(tensor))
         key = id(source or tensor)
         if key not in lifted:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adjointlab.errors import NotDifferentiableError
+from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
+from adjointlab.transpose import compat
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]
 VJP = Callable[[Function, Tensors, Tensors], Tensors]
+_REFUSALS = (RuntimeError, NotImplementedError, AssertionError)  # the last by torch.cond, scan and map
 
 
 def vjp_by_func(function: Function, primals: Tensors, cotangents: Tensors) -> Tensors:
@@ -32,7 +34,8 @@ def vjp_by_grad(function: Function, primals: Tensors, cotangents: Tensors) -> Te
         inputs = tuple(p.detach().requires_grad_() for p in primals)
         # A view of the leaf is handed over, since autograd forbids writing to a leaf in place.
         outputs = function(tuple(leaf.view_as(leaf) for leaf in inputs))
-    attached = [(out, ct) for out, ct in zip(outputs, cotangents, strict=True) if out.requires_grad]
+    pairs = zip(outputs, _like(cotangents, outputs), strict=True)
+    attached = [(out, ct) for out, ct in pairs if out.requires_grad]
     if not attached:
         return tuple(torch.zeros_like(p) for p in primals)
     gradients = torch.autograd.grad(
@@ -46,8 +49,12 @@ def vjp_by_grad(function: Function, primals: Tensors, cotangents: Tensors) -> Te
 
 
 def _like(cotangents: Tensors, outputs: Tensors) -> Tensors:
-    if len(cotangents) != len(outputs):
-        raise RuntimeError(f"the forward returned {len(outputs)} tensors where it had returned {len(cotangents)}")
+    before, now = ([tuple(t.shape) for t in tensors] for tensors in (cotangents, outputs))
+    if before != now:
+        raise SpaceMismatchError(
+            f"expected the function to return tensors of shapes {before}, as it did, but it returns {now}: build the "
+            "operator anew"
+        )
     return tuple(cotangents)
 
 
@@ -60,11 +67,17 @@ def choose_vjp(function: Function, primals: Tensors, cotangents: Tensors) -> tup
         With what ``torch.autograd.grad`` said, if that refuses as well.
     """
     try:
-        return vjp_by_func, "", vjp_by_func(function, primals, cotangents)
-    except (RuntimeError, NotImplementedError) as refusal:
+        result = vjp_by_func(function, primals, cotangents)
+        if not compat.plain() or any(t.any() for t in result):
+            return vjp_by_func, "", result
+        # Of what runs in another thread, torch.func sees nothing.
+        result = vjp_by_grad(function, primals, cotangents)
+        seen = any(t.any() for t in result)
+        return (vjp_by_grad, "torch.func.vjp does not see it", result) if seen else (vjp_by_func, "", result)
+    except _REFUSALS as refusal:
         try:
             result = vjp_by_grad(function, primals, cotangents)
-        except (RuntimeError, NotImplementedError) as error:
+        except _REFUSALS as error:
             raise NotDifferentiableError(
                 f"expected a map that autograd can differentiate, but it says: {first_line(error).rstrip('.')}; "
                 "write that part with other ops, or as an autograd.Function"

@@ -78,6 +78,27 @@ _PRODUCTS = {
 }  # fmt: skip
 
 
+_OF_FIRST = {aten.div.Tensor, aten.convolution.default, aten.grid_sampler_2d.default, aten.grid_sampler_3d.default}
+
+
+def adds_state(forward: Graph) -> bool:
+    """Return whether a graph may add something to what depends on the input that other values of the state change."""
+    state, dependent = set(forward.placeholders[: len(forward.state)]), set(forward.inputs)
+    for node in forward.body.nodes:
+        if node.op != "call_function":
+            continue
+        operands = node.all_input_nodes
+        if not any(operand in dependent for operand in operands):
+            state |= {node} if any(operand in state for operand in operands) else set()
+            continue
+        dependent.add(node)
+        of_state = [operand for operand in operands if operand in state]
+        scales = node.target in _PRODUCTS or (node.target in _OF_FIRST and of_state == [node.args[1]])
+        if of_state and not scales:
+            return True
+    return any(out in state for out in forward.outputs)
+
+
 def _without_bias(graph: fx.Graph, node: fx.Node, dependent: set[fx.Node]) -> fx.Node | None:
     """Return what a node computes apart from what is added to it; None where that cannot be read off."""
     target, operands = node.target, node.all_input_nodes
@@ -150,4 +171,4 @@ def _difference(forward: Graph) -> Graph:
     return Graph(graph, forward.state, forward.baked)
 
 
-__all__ = ["linear_part", "residual_and_gradient"]
+__all__ = ["adds_state", "linear_part", "residual_and_gradient"]

@@ -18,7 +18,7 @@ Linked = Callable[..., Tensors]
 GONE = (KeyError, IndexError, AttributeError, TypeError)  # raised where what held a tensor holds none any more
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Derivation:
     """A function, its linear part and its adjoint, for one size of everything.
 
@@ -44,6 +44,8 @@ class Derivation:
         ``(weighted, residual)`` to the program of the least-squares gradient, None where the parts are to run.
     multiplier : callable
         The state to what the adjoint multiplies spectra with, None where it does anything else.
+    is_doubtful : bool
+        Whether the map may be linear only for the values that its state has.
     checked : bool
         Whether the functions were compared with the user's forward, and with each other.
     """
@@ -58,12 +60,11 @@ class Derivation:
     graphs: Mapping[str, Graph] = field(default_factory=dict)
     gradient: Callable[[bool, bool], Program | None] = lambda *_: None
     multiplier: Callable[[Tensors], Tensor | None] = lambda _: None
+    is_doubtful: bool = False
     checked: bool = False
 
     def state_now(self) -> Tensors | None:
         """Return the values of the state; None where the programs are out of date."""
-        if not self.programs:
-            return ()
         if not self.holds():
             return None
         try:

@@ -10,7 +10,7 @@ import torch
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.space import Space
 from adjointlab.transpose import compat
-from adjointlab.transpose.frontend import vjp
+from adjointlab.transpose.frontend import guards, vjp
 from adjointlab.transpose.frontend.capture import Tensors, flatten_outputs
 
 
@@ -19,6 +19,7 @@ class Eager:
 
     def __init__(self, function: Callable[..., Any], kwargs: dict[str, Any], domain: Space) -> None:
         self.callable, self.kwargs, self.domain = function, kwargs, domain
+        self.modules = guards.modules_of(function, kwargs)
         self.structure: Any = None  # of what the function returned last
         self._vjp: tuple[vjp.VJP, str] | None = None
 
@@ -34,17 +35,22 @@ class Eager:
         flat, self.structure = flatten_outputs(output)
         return flat
 
-    def called(self, leaves: Tensors, *, copied: bool = True) -> Tensors:
-        """Return the leaves of ``f(x)``; what the function raises on an element of its claimed domain is a mismatch."""
+    def called(self, leaves: Tensors, *, copied: bool = True, times: int = 1) -> Tensors:
+        """Return the leaves of ``f(x)``, leaving what modules hold as it was: one may calibrate itself at first.
+
+        Of several calls in a row, the last is returned. An error that the function raises on an element of its claimed domain is a mismatch.
+        """
         try:
-            with torch.no_grad():
+            with torch.no_grad(), guards.attributes_kept(self.modules):
+                for _ in range(times - 1):
+                    self.flat(leaves)
                 return self.flat(leaves, copied=copied)
         except SpaceMismatchError:
             raise
         except Exception as error:  # a third-party forward may raise anything
             refusal = error
         try:  # one that differentiates inside of itself needs to record gradients
-            with torch.enable_grad():
+            with torch.enable_grad(), guards.attributes_kept(self.modules):
                 return tuple(out.detach() for out in self.flat(leaves))
         except Exception:  # the first error is the one to tell
             raise SpaceMismatchError(
@@ -52,16 +58,21 @@ class Eager:
                 f"{vjp.first_line(refusal)}; check the shape and dtype of the domain"
             ) from refusal
 
+    def once(self) -> None:
+        """Run the function once, on random data."""
+        with torch.no_grad():
+            self.flat(self.domain.leaves(self.domain.randn(torch.Generator().manual_seed(20))))
+
     def linear(self, leaves: Tensors) -> Tensors:
         """Return the leaves of ``f(x) − f(0)``."""
         zeros = tuple(torch.zeros_like(leaf) for leaf in leaves)
         return tuple(a - b for a, b in zip(self.flat(leaves), self.flat(zeros), strict=True))
 
     def adjoint(self, cotangents: Tensors) -> Tensors:
-        """Return ``f'(0)ᴴ v`` by the plain eager vector-Jacobian product."""
+        """Return ``f'(1)ᴴ v`` by the plain eager vector-Jacobian product: at zero, a function may do otherwise."""
         k = self.domain.batch_dims
         batch = cotangents[0].shape[:k]
-        primals = tuple(torch.zeros((*batch, *s.shape[k:]), dtype=s.dtype, device=s.device) for s in self.domain.specs)
+        primals = tuple(torch.ones((*batch, *s.shape[k:]), dtype=s.dtype, device=s.device) for s in self.domain.specs)
         if self._vjp is None:
             found, why, result = vjp.choose_vjp(self.flat, primals, tuple(c.detach() for c in cotangents))
             self._vjp = found, why
