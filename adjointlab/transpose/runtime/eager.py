@@ -38,7 +38,8 @@ class Eager:
     def called(self, leaves: Tensors, *, copied: bool = True, times: int = 1) -> Tensors:
         """Return the leaves of ``f(x)``, leaving what modules hold as it was: one may calibrate itself at first.
 
-        Of several calls in a row, the last is returned. An error that the function raises on an element of its claimed domain is a mismatch.
+        Of several calls in a row, the last is returned. An error that the function
+        raises on an element of its claimed domain is a mismatch.
         """
         try:
             with torch.no_grad(), guards.attributes_kept(self.modules):
