@@ -102,7 +102,7 @@ def configurations(draw: Callable[..., Any], **options: Any) -> Configuration:
     return configuration(lambda choices: draw(st.sampled_from(choices)), **options)
 
 
-SAMPLE = [configuration(random.Random(seed).choice) for seed in range(160)]
+SAMPLE = [configuration(random.Random(seed).choice) for seed in range(80)]
 
 
 @pytest.mark.slow
@@ -157,10 +157,10 @@ def test_engines_agree(conv: Configuration) -> None:
 
 @pytest.mark.slow
 def test_95_percent_of_the_sample_are_proved() -> None:
-    linear = [conv for conv in SAMPLE if not conv.options["bias"]][:100]
-    assert len(linear) == 100
+    linear = [conv for conv in SAMPLE if not conv.options["bias"]][:40]
+    assert len(linear) == 40
     others = [c for c in linear if al.check_linearity(c.module(), c.domain()).verdict != "proved"]
-    assert len(others) <= 5, others
+    assert len(others) <= 2, others
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def groups() -> Iterator[Callable[[int], Group]]:
         group.close()
 
 
-@pytest.fixture(params=[2, 3, 4], ids=lambda n: f"{n} processes")
+@pytest.fixture(params=[2, 3], ids=lambda n: f"{n} processes")
 def group(request: pytest.FixtureRequest, groups: Callable[[int], Group]) -> Group:
-    """Two, three and four processes."""
+    """Two and three processes."""
     return groups(request.param)

@@ -70,20 +70,20 @@ def equals_single(size: int, name: str, dtype: torch.dtype, engines: tuple[str, 
         assert al.check_adjoint(A, trials=1).passed
 
 
-# Not 5 rows in 4 shards of 2, one of which is empty: refused, see test_distributed_spaces.py.
-FITTING = [(name, size) for name in CASES for size in (2, 3, 4) if (name, size) != ("batch", 4)]
+# On four processes only where halos come from further than the next.
+FITTING = [(name, size) for name in CASES for size in (2, 3, 4) if size < 4 or name.startswith("wide")]
 
 
 @pytest.mark.parametrize(("name", "size"), FITTING)
 def test_equals_the_convolution_of_the_whole(groups: Callable[[int], Group], name: str, size: int) -> None:
-    engines = {2: ENGINES, 3: ("eager", "auto"), 4: ("auto",)}[size]
+    engines = {2: ENGINES, 3: ("auto",), 4: ("auto",)}[size]
     groups(size).run(equals_single, size, name, torch.float64, engines)
 
 
 @pytest.mark.parametrize("name", ["2d circular", "stride reflect", "wide halo circular", "groups"])
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.float32, torch.complex64], ids=str)
-def test_dtypes(group: Group, name: str, dtype: torch.dtype) -> None:
-    group.run(equals_single, group.size, name, dtype, ("eager", "auto"))
+def test_dtypes(groups: Callable[[int], Group], name: str, dtype: torch.dtype) -> None:
+    groups(2).run(equals_single, 2, name, dtype, ("eager", "auto"))
 
 
 def on_two_mesh_dimensions(mode: str, stride: int, engine: str) -> None:

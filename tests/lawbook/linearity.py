@@ -16,3 +16,5 @@ def verdict_on_linearity(case: Case) -> None:
     # An offset refutes linearity; that the map is affine may be proved all the same.
     allowed = {"proved"} if case.entry.proved else {"proved", "supported"}
     assert report.verdict in (allowed | {"refuted"} if case.entry.affine else allowed), report
+    if case.entry.proved:
+        assert any("does not read the input" in each for each in report.evidence), report

@@ -82,6 +82,8 @@ def test_every_pass_leaves_an_equal_graph(entry: Entry) -> None:
         for name, each in PASSES.items():
             changed = each(graph)
             assert listing(graph) == before, f"{name} changes the graph that it is given"
+            if listing(changed) == before and name != "normalise":
+                continue  # nothing of it is for this pass
             assert_equal(run(changed, tensors), expected, name)
             with torch.no_grad():
                 program = Program(changed, graph)
