@@ -148,7 +148,7 @@ def require_linear(source: Transposition, derivation: Derivation, domain: Space)
     if not report.differentiable:
         hidden = (
             " and ".join(derivation.explanation.hidden)
-            or "something (.detach(), .data, torch.no_grad(), a custom backward)"
+            or "something (.detach(), .data, torch.no_grad(), a custom backward, an assignment to indices that repeat)"
         )
         raise NotDifferentiableError(
             f"expected autograd's derivative of {name} to be the map itself, but the dot test fails: {hidden} hides it "

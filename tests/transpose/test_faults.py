@@ -425,3 +425,18 @@ class TestWhatAutogradCanDo:
         operator = al.linear_operator(f, domain)
         assert operator.engine == "traced" or "reason: " in operator.explain()
         assert al.check_adjoint(operator).passed
+
+    def test_a_hessian_by_two_gradients(self):
+        w = torch.randn(3, dtype=DOUBLE)
+
+        def product(v, *, create_graph):
+            z = w.clone().requires_grad_()
+            (g,) = torch.autograd.grad(z.sin().sum() + z.prod(), z, create_graph=True)
+            return torch.autograd.grad(g, z, v, create_graph=create_graph)[0]
+
+        seen = functools.partial(product, create_graph=True)
+        unseen = functools.partial(product, create_graph=False)
+        with pytest.raises(al.errors.NotDifferentiableError, match="an output that autograd does not see"):
+            al.linear_operator(unseen, SPACE)
+        for operator in (al.linear_operator(seen, SPACE), al.linear_operator(unseen, SPACE, derivative="forward")):
+            torch.testing.assert_close(operator.H(ONES), seen(ONES).detach())

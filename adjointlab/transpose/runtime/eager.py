@@ -38,31 +38,40 @@ class Eager:
     def called(self, leaves: Tensors, *, copied: bool = True, times: int = 1) -> Tensors:
         """Return the leaves of ``f(x)``, leaving what modules hold as it was: one may calibrate itself at first.
 
-        Of several calls in a row, the last is returned. An error that the function
-        raises on an element of its claimed domain is a mismatch.
+        Of several calls in a row, the last is returned. An error that the function raises on an element of its claimed
+        domain is a mismatch.
         """
         try:
-            with torch.no_grad(), guards.attributes_kept(self.modules):
+            with guards.attributes_kept(self.modules):
                 for _ in range(times - 1):
-                    self.flat(leaves)
+                    self.tried(leaves)
+                return self.tried(leaves, copied=copied)
+        except SpaceMismatchError:
+            raise
+        except Exception as error:  # a third-party forward may raise anything
+            raise SpaceMismatchError(
+                f"expected the forward to take an element of {self.domain}, but it raised {type(error).__name__}: "
+                f"{vjp.first_line(error)}; check the shape and dtype of the domain"
+            ) from error
+
+    def tried(self, leaves: Tensors, *, copied: bool = True) -> Tensors:
+        """Return the leaves of ``f(x)``, without recording gradients unless the function itself needs that."""
+        try:
+            with torch.no_grad():
                 return self.flat(leaves, copied=copied)
         except SpaceMismatchError:
             raise
         except Exception as error:  # a third-party forward may raise anything
             refusal = error
-        try:  # one that differentiates inside of itself needs to record gradients
-            with torch.enable_grad(), guards.attributes_kept(self.modules):
+        try:  # one that differentiates inside of itself
+            with torch.enable_grad():
                 return tuple(out.detach() for out in self.flat(leaves))
         except Exception:  # the first error is the one to tell
-            raise SpaceMismatchError(
-                f"expected the forward to take an element of {self.domain}, but it raised {type(refusal).__name__}: "
-                f"{vjp.first_line(refusal)}; check the shape and dtype of the domain"
-            ) from refusal
+            raise refusal from None
 
     def once(self) -> None:
         """Run the function once, on random data."""
-        with torch.no_grad():
-            self.flat(self.domain.leaves(self.domain.randn(torch.Generator().manual_seed(20))))
+        self.tried(self.domain.leaves(self.domain.randn(torch.Generator().manual_seed(20))))
 
     def linear(self, leaves: Tensors) -> Tensors:
         """Return the leaves of ``f(x) − f(0)``."""
