@@ -382,6 +382,3 @@ def _resized(eager: Eager, domain: Space) -> Eager:
     found = Eager(eager.callable, eager.kwargs, domain)
     found.structure = eager.structure
     return found
-
-
-__all__ = ["Transposition"]

@@ -25,7 +25,7 @@ from adjointlab.space import Space
 from adjointlab.transpose import selfcheck
 from adjointlab.transpose.explanation import Explanation, listing
 from adjointlab.transpose.frontend.capture import Capture, Tensors
-from adjointlab.transpose.frontend.trace import UntraceableError, hides, trace_forward, trace_vjp
+from adjointlab.transpose.frontend.trace import hides, trace_forward, trace_vjp
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.kernels.convolution import ConvSpec
 from adjointlab.transpose.kernels.registry import transformed
@@ -42,7 +42,7 @@ from adjointlab.transpose.runtime import autodiff
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import Program
-from adjointlab.transpose.selfcheck import Candidate, Pair, Sketch
+from adjointlab.transpose.selfcheck import Candidate, Sketch
 
 ENGINES = ("auto", "eager", "traced", "compiled")
 DERIVATIVES = ("autograd", "forward")
@@ -104,13 +104,7 @@ class Graphs:
 
 
 def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
-    """Return the graphs of a function that was captured: steps 2 to 4.
-
-    Raises
-    ------
-    UntraceableError
-        If it has none.
-    """
+    """Return the graphs of a function that was captured: steps 2 to 4."""
     n = len(domain.specs)
     by_forward = options.derivative == "forward"
     forward = own_outputs(normalise(trace_forward(captured, domain.specs), detached=not by_forward))
@@ -134,25 +128,8 @@ def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: O
            compiled: Compiled | None = None) -> Derivation:  # fmt: skip
     """Return the fastest programs of some graphs that pass the self-check, or the eager functions: steps 5 to 7.
 
-    Parameters
-    ----------
-    graphs : Graphs
-        Of the function.
-    eager : Eager
-        The function itself.
-    spaces : tuple of Space
-        Its domain and codomain.
-    options : Options
-        How the operator is to be derived.
-    seen : Sketch or None
-        What the function made of a random x; None where nothing is to be checked.
-    compiled : callable or None
-        Returns functions of leaves that are compiled for all sizes at once, where sizes are free.
-
-    Returns
-    -------
-    Derivation
-        The functions, with the reasons for what could not be used.
+    ``seen`` is what the function made of a random x, None where nothing is to be checked; ``compiled`` returns
+    functions of leaves that are compiled for all sizes at once, where sizes are free.
     """
     reasons: list[str] = []
     explanation = explanation_of(graphs, options)
@@ -257,7 +234,7 @@ def assemble(
     way = "" if compiled is not None else mode  # what is compiled for all sizes has no graph of one size
     derivation = Derivation(
         explanation, {}, {name: (programs[name], linked[name]) for name in programs}, graphs.captured.holds, state,
-        tuple(metadata_of(source.read()) for source in state), graphs.forward.baked, graphs.mapping(),
+        tuple(metadata_of(source.read()) for source in state), graphs.forward.specialized, graphs.mapping(),
     )  # fmt: skip
     return replace(
         derivation,
@@ -322,9 +299,3 @@ def _multiplier(
         return None if found is None else found(*state)[0]
 
     return multiplier
-
-
-__all__ = [
-    "DERIVATIVES", "ENGINES", "Graphs", "Options", "Pair", "UntraceableError", "assemble", "derive", "eager_derivation",
-    "graphs_of",
-]  # fmt: skip

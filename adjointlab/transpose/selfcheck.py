@@ -325,9 +325,3 @@ def alike(function: Function, reference: Function, shapes: Sequence[Tensor]) -> 
     bounds = [allowance(2 * _UNITS, eps_of((t,))) for t in expected]
     gaps = [relative_gap((a,), (b,)) for a, b in zip(expected, found, strict=True)]
     return all(gap <= bound for gap, bound in zip(gaps, bounds, strict=True))
-
-
-__all__ = [
-    "Candidate", "Function", "Pair", "Sketch", "agrees_with_autograd", "alike", "autograd_gap", "disagreement",
-    "gradient_disagreement", "witness",
-]  # fmt: skip

@@ -31,43 +31,19 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Capture:
-    """A function of leaves that can be traced, with its state and its guards.
+    """A function of leaves that can be traced, with its state and its guards."""
 
-    Attributes
-    ----------
-    function : callable
-        ``(state, leaves) → leaves``; its state are the values of ``state``.
-    state : tuple of Source
-        The tensors that it is known to read; others show while it is traced.
-    sources : dict
-        Where tensors that show later are read from, by their ids.
-    holds : callable
-        Whether all that the function depends on, besides values of the state, is as it was.
-    partly : str
-        Why PyTorch's front end refused the function, so that Python state is watched in part only; else empty.
-    ignore_changes : callable
-        Has the guards leave out what a call has changed meanwhile.
-    is_stateful : bool
-        Whether a call was seen to change what the next one depends on.
-    """
-
-    function: Callable[[Tensors, Tensors], Tensors]
-    state: tuple[Source, ...]
-    sources: dict[int, Source]
-    holds: Callable[[], bool]
-    partly: str = ""
-    ignore_changes: Callable[[], None] = lambda: None
-    is_stateful: bool = False
+    function: Callable[[Tensors, Tensors], Tensors]  # (values of the state, leaves) → leaves
+    state: tuple[Source, ...]  # the tensors that it is known to read; others show while it is traced
+    sources: dict[int, Source]  # where tensors that show later are read from, by their ids
+    holds: Callable[[], bool]  # whether all that it depends on, besides values of the state, is as it was
+    partly: str = ""  # why PyTorch's front end refused it, so that Python state is watched in part only
+    ignore_changes: Callable[[], None] = lambda: None  # has the guards leave out what a call has changed meanwhile
+    is_stateful: bool = False  # whether a call was seen to change what the next one depends on
 
 
 def flatten_outputs(output: Any) -> tuple[Tensors, Structure | None]:
-    """Return the leaves of what a function returned, and how they hang together, None for a single tensor.
-
-    Raises
-    ------
-    SpaceMismatchError
-        If it returned anything but tensors.
-    """
+    """Return the leaves of what a function returned, and how they hang together, None for a single tensor."""
     if isinstance(output, Tensor):
         return (output,), None
     flat, structure = tree_flatten(output)
@@ -139,6 +115,3 @@ def _name(expression: str, function: Callable[..., Any]) -> str:
         expression = expression.replace(f"G['function'].__closure__[{index}].cell_contents", name)
     expression = re.sub(r"_(parameters|buffers|modules)\['(\w+)'\]", r"\2", expression)
     return re.sub(r"^G\['\w+'\]", "", expression).strip(".") or "a tensor"
-
-
-__all__ = ["Capture", "Tensors", "capture", "flatten_outputs"]

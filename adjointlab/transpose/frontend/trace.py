@@ -163,13 +163,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 def trace_forward(captured: Capture, specs: Sequence[TensorSpec]) -> Graph:
-    """Return the functional graph of a function on tensors like ``specs``, with what it depends on as state.
-
-    Raises
-    ------
-    UntraceableError
-        If there is no such graph; ``ReadsInputError`` if it would depend on the values of the input.
-    """
+    """Return the functional graph of a function on tensors like ``specs``, with what it depends on as state."""
     fake = compat.FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         inputs = [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in specs]
@@ -180,12 +174,12 @@ def trace_forward(captured: Capture, specs: Sequence[TensorSpec]) -> Graph:
     by_memory = {_memory(source.read()): source for source in captured.sources.values()}
     module = _make(lambda *tensors: captured.function(tensors[:n], tensors[n:]), [*known, *inputs], values)
     state = (*captured.state, *_lift(module, n, {**by_memory, **captured.sources}))
-    baked = tuple((sources.get(key) or constant(t), t.clone()) for key, t in values.read.items())
+    specialized = tuple((sources.get(key) or constant(t), t.clone()) for key, t in values.read.items())
     _raise_if_random(module)
     if any(is_mutable(node.target) for node in module.graph.nodes):
         module = _functionalise(module, len(state))
     _raise_if_stateful(module, state)
-    return Graph(module.graph, state, baked)
+    return Graph(module.graph, state, specialized)
 
 
 def hides(captured: Capture, specs: Sequence[TensorSpec]) -> tuple[str, ...]:
@@ -252,11 +246,6 @@ def trace_vjp(forward: Graph) -> Graph:
     """Return the graph ``(*state, *primals, *cotangents) → (*Aᴴ cotangents, *gradients)`` of the forward's VJP.
 
     Gradients are those in the state, None for what requires none, and for all of it where one cannot be traced.
-
-    Raises
-    ------
-    UntraceableError
-        If an op of the forward has no derivative that can be traced.
     """
     n_state, n_inputs = len(forward.state), len(forward.inputs)
     examples = [node.meta["val"] for node in forward.placeholders]
@@ -293,7 +282,7 @@ def trace_vjp(forward: Graph) -> Graph:
         raise refusal
     if any(is_mutable(node.target) for node in module.graph.nodes):
         module = _functionalise(module, len(arguments) + len(cotangents))
-    return Graph(module.graph, forward.state, forward.baked)
+    return Graph(module.graph, forward.state, forward.specialized)
 
 
 def _fakes(module: fx.GraphModule) -> list[Tensor]:
@@ -353,6 +342,3 @@ def _raise_if_stateful(module: fx.GraphModule, state: tuple[Source, ...]) -> Non
             written = names.get(node.args[0])
             what = written.name if written else "a tensor"
             raise UntraceableError(f"stateful: {op_name(node.target)} writes to {what} at every call")
-
-
-__all__ = ["ReadsInputError", "UntraceableError", "trace_forward", "trace_vjp"]

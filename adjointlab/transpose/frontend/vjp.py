@@ -52,13 +52,7 @@ def _like(cotangents: Tensors, outputs: Tensors) -> Tensors:
 
 
 def choose_vjp(function: Function, primals: Tensors, cotangents: Tensors) -> tuple[VJP, str, Tensors]:
-    """Return the VJP that works for ``function``, why ``torch.func.vjp`` does not where that is so, and its result.
-
-    Raises
-    ------
-    NotDifferentiableError
-        With what ``torch.autograd.grad`` said, if that refuses as well.
-    """
+    """Return the VJP that works for ``function``, why ``torch.func.vjp`` does not where that is so, and its result."""
     try:
         return vjp_by_func, "", vjp_by_func(function, primals, cotangents)
     except (RuntimeError, NotImplementedError) as refusal:

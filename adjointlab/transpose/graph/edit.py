@@ -31,7 +31,7 @@ def part(graph: Graph, outputs: Sequence[fx.Node | None]) -> Graph:
         if "output_mask" in names:
             position, used = names.index("output_mask"), {user.args[1] for user in node.users}
             node.update_arg(position, [i in used and wanted for i, wanted in enumerate(node.args[position])])
-    return Graph(copied, graph.state, graph.baked)
+    return Graph(copied, graph.state, graph.specialized)
 
 
 def copied(graph: Graph) -> Graph:
@@ -44,6 +44,3 @@ def clean(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op in ("call_function", "get_attr") and not node.users:
             graph.erase_node(node)
-
-
-__all__ = ["call", "clean", "copied", "part"]

@@ -24,28 +24,15 @@ Prepack = Callable[[Tensor, ConvSpec], Tensor]
 class Kernel:
     """One way to compute convolutions.
 
-    Attributes
-    ----------
-    name : str
-        As ``explain()`` prints it.
-    make : callable
-        From a spec to ``(x, prepacked, bias) ↦ y``: what follows from sizes alone is not computed at every call.
-    prepack : callable or None
-        From a weight and a spec to what the kernel reads instead of the weight; None where that is the weight itself.
-    supports : callable
-        Whether the kernel can compute a spec, as accurately as PyTorch's own.
-    cost : callable
-        The expected seconds for a spec. It is right to a factor of a few only: the rest is measured.
-    kept_everywhere : bool
-        Whether what is prepacked is kept on accelerators, too. To see that a weight is unchanged is to compare its
-        values, for which an accelerator has to finish all that it has been given: only a transform takes longer.
+    To see that a weight is unchanged is to compare its values, for which an accelerator has to finish all that it has
+    been given: only a transform takes longer, and is ``kept_everywhere``.
     """
 
-    name: str
-    make: Callable[[ConvSpec], Run]
-    prepack: Prepack | None
-    supports: Callable[[ConvSpec], bool]
-    cost: Callable[[ConvSpec], float]
+    name: str  # as explain() prints it
+    make: Callable[[ConvSpec], Run]  # to (x, prepacked, bias) ↦ y: sizes alone are not looked at in every call
+    prepack: Prepack | None  # from a weight and a spec to what the kernel reads instead, None for the weight itself
+    supports: Callable[[ConvSpec], bool]  # whether it can compute a spec, as accurately as PyTorch's own
+    cost: Callable[[ConvSpec], float]  # the expected seconds, right to a factor of a few only: the rest is measured
     kept_everywhere: bool = False
 
     def bind(self, spec: ConvSpec) -> Run:
@@ -169,6 +156,3 @@ def available(spec: ConvSpec) -> tuple[Kernel, ...]:
 def transformed(spec: ConvSpec) -> Kernel:
     """Return the product of transforms for a spec wherever it is accurate enough, else PyTorch's own kernel."""
     return FFT if FFT.supports(spec) else NATIVE
-
-
-__all__ = ["FFT", "KERNELS", "NATIVE", "Kernel", "available", "bound", "transformed"]

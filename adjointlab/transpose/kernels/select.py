@@ -185,6 +185,3 @@ def undisturbed(way: Callable[[], object], device: torch.device) -> float | None
 def _switches() -> int:
     """Return how often the system has taken a processor from a thread of this process."""
     return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-
-
-__all__ = ["Chooser", "by_model", "choose", "fastest", "suits_transform", "undisturbed"]

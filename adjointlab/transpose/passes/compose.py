@@ -47,7 +47,7 @@ def residual_and_gradient(forward: Graph, adjoint: Graph, *, weighted: bool, res
         if node.op == "call_function":
             back[node] = graph.node_copy(node, back.__getitem__)
     graph.output((*(apart if residual else ()), *[back[out] for out in adjoint.outputs]))
-    return Graph(graph, forward.state, forward.baked)
+    return Graph(graph, forward.state, forward.specialized)
 
 
 def linear_part(forward: Graph) -> Graph:
@@ -147,7 +147,4 @@ def _difference(forward: Graph) -> Graph:
         outputs.append(difference)
     graph.output(tuple(outputs))
     clean(graph)
-    return Graph(graph, forward.state, forward.baked)
-
-
-__all__ = ["linear_part", "residual_and_gradient"]
+    return Graph(graph, forward.state, forward.specialized)

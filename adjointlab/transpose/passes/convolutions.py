@@ -239,6 +239,3 @@ def _describe(kernel: Kernel, spec: ConvSpec) -> str:
 
 def _by(sizes: Iterable[int]) -> str:
     return "×".join(map(str, sizes))
-
-
-__all__ = ["joined", "kernels_of", "lower", "multiplier"]

@@ -52,25 +52,13 @@ def _shape_only(node: fx.Node) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Adjoint:
-    """The adjoint as a graph, and how it was found.
+    """The adjoint as a graph, and how it was found."""
 
-    Attributes
-    ----------
-    graph : Graph
-        ``(*state, *cotangents) → Aᴴ cotangents``, with no forward in it.
-    of_state : Graph or None
-        ``(*state, *primals, *cotangents) →`` gradients in the state, None for each that is not known.
-    readers : tuple of str
-        Operations that still read the primal. If there are none, the map is affine by proof.
-    ops_before, ops_after : Counter
-        Operations of the vector-Jacobian product, and of the adjoint.
-    """
-
-    graph: Graph
-    of_state: Graph | None
-    readers: tuple[str, ...]
-    ops_before: Counter[str]
-    ops_after: Counter[str]
+    graph: Graph  # (*state, *cotangents) → Aᴴ cotangents, with no forward in it
+    of_state: Graph | None  # (*state, *primals, *cotangents) → gradients in the state, None for each that is not known
+    readers: tuple[str, ...]  # operations that still read the primal; if there are none, the map is affine by proof
+    ops_before: Counter[str]  # of the vector-Jacobian product
+    ops_after: Counter[str]  # of the adjoint
 
 
 def drop_forward(whole: Graph, n_primals: int) -> Adjoint:
@@ -216,6 +204,3 @@ def cut_off(graph: Graph) -> str:
             return op_name(node.target)
         seen.add(node)
     return ""
-
-
-__all__ = ["Adjoint", "cut_off", "drop_forward", "ops"]

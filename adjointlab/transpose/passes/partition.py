@@ -64,21 +64,12 @@ _IN_PLACE = {torch.add: torch.Tensor.add_, torch.sub: torch.Tensor.sub_, torch.m
 
 @dataclass(frozen=True)
 class Parts:
-    """A graph as functions.
+    """A graph as functions."""
 
-    Attributes
-    ----------
-    constants : callable or None
-        ``() → constants``.
-    prepacks : tuple of (tuple of int, callable)
-        The positions of the state that a piece depends on, and ``(*those, *constants) → pieces``.
-    main : callable
-        ``(*state, *inputs, *constants, *pieces) → outputs``.
-    """
-
-    constants: Callable[..., Any] | None
+    constants: Callable[..., Any] | None  # () → constants
+    # The positions of the state that a piece depends on, and (*those, *constants) → pieces:
     prepacks: tuple[tuple[tuple[int, ...], Callable[..., Any]], ...]
-    main: Callable[..., Any]
+    main: Callable[..., Any]  # (*state, *inputs, *constants, *pieces) → outputs
 
 
 def partition(graph: Graph) -> Parts:
@@ -206,6 +197,3 @@ def _in_place(part: fx.Graph) -> None:
 def value_of_state(graph: Graph, node: fx.Node) -> Callable[..., Any]:
     """Return the value of a node that depends on nothing but the state, as a function of that."""
     return extract(graph, graph.placeholders[: len(graph.state)], [node])
-
-
-__all__ = ["Parts", "extract", "partition", "value_of_state"]

@@ -68,6 +68,3 @@ class Eager:
             if compat.plain() and not torch.is_grad_enabled():
                 return result
         return self._vjp[0](self.flat, primals, cotangents)
-
-
-__all__ = ["Eager"]

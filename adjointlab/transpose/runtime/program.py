@@ -123,6 +123,3 @@ def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable
         return compiled(*tensors)
 
     return run
-
-
-__all__ = ["Program", "Tensors", "canonical"]
