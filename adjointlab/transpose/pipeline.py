@@ -14,6 +14,7 @@ The eighth step, the way of every call, is ``dispatch``.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -144,14 +145,11 @@ def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: O
         if not said and graphs.hidden:
             said, explanation = _against_autograd(candidate, derivation, eager, options)
         if not said:
-            found = replace(explanation, reason="; ".join(reasons), **_of_programs(derivation.explanation))
+            gap = explanation.autograd_gap
+            found = replace(derivation.explanation, reason="; ".join(reasons), autograd_gap=gap)
             return replace(derivation, explanation=found, checked=True)
         reasons.append(f"{mode}: {said}")
     return eager_derivation(eager, options, "; ".join(reasons), explanation)
-
-
-def _of_programs(explanation: Explanation) -> dict[str, Any]:
-    return {name: getattr(explanation, name) for name in ("engine", "kernels", "program", "ops_after")}
 
 
 def _candidate(derivation: Derivation, spaces: tuple[Space, Space]) -> Candidate:
@@ -191,16 +189,10 @@ def explanation_of(graphs: Graphs, options: Options) -> Explanation:
 
 def eager_derivation(eager: Eager, options: Options, reason: str, known: Explanation | None = None) -> Derivation:
     """Return the user's function and its eager adjoint, for a reason; ``known`` is what its graphs say of it."""
-    explanation = Explanation("eager", options.requested, reason)
-    if known is not None:
-        explanation = replace(
-            explanation,
-            readers=known.readers,
-            cut=known.cut,
-            hidden=known.hidden,
-            autograd_gap=known.autograd_gap,
-            is_stateful=known.is_stateful,
-        )
+    explanation = replace(
+        known or Explanation("eager", options.requested), engine="eager", reason=reason, ops_before=Counter(),
+        ops_after=Counter(), kernels=(), partly="", program="",
+    )  # fmt: skip
     linear = eager.linear if options.affine else eager.flat
     return Derivation(explanation, {"function": eager.flat, "linear": linear, "adjoint": eager.adjoint})
 

@@ -105,11 +105,6 @@ class Candidate:
     codomain: Space
 
 
-def witness(result: Tensors, pair: Pair) -> Sketch:
-    """Return what is kept of the result that the user's own forward has for the x of a pair."""
-    return Sketch.of(result, pair.y)
-
-
 @full_precision
 def disagreement(
     candidate: Candidate, seen: Sketch, user: Function, *, affine: bool, compiled: bool, tol: float | None = None
@@ -245,8 +240,6 @@ def _dot(candidate: Candidate, pair: Pair, image: Sketch, at_y: Tensors, tol: fl
 
 
 def _total(space: Space, number: float) -> float:
-    if not space.is_sharded:
-        return number
     terms = [torch.tensor(number if i == 0 else 0.0, dtype=torch.float64) for i in range(len(space.specs))]
     return float(space.total(terms))
 

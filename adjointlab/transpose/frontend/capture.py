@@ -97,16 +97,16 @@ def _by_compiler(function: Callable[..., Any], kwargs: dict[str, Any], domain: S
     }  # fmt: skip
     flat = types.FunctionType(_flat.__code__.replace(co_name="captured"), scope, "captured")
     examples = [torch.zeros(s.shape, dtype=s.dtype, device=s.device).requires_grad_() for s in domain.specs]
-    module, readers, results, holds = compat.captured(flat, examples, scope)
-    state = tuple(Source(reader, _name(reader.__name__, function)) for reader in readers if callable(reader))
+    found = compat.captured(flat, examples, scope)
+    state = tuple(Source(reader, _name(reader.__name__, function)) for reader in found.readers if callable(reader))
 
     def run(values: Tensors, leaves: Tensors) -> Tensors:
         rest = iter(values)
-        inputs = [next(rest) if callable(reader) else leaves[reader] for reader in readers]
-        outputs = module(*inputs)
-        return tuple(outputs[i] if i >= 0 else inputs[-1 - i] for i in results)
+        inputs = [next(rest) if callable(reader) else leaves[reader] for reader in found.readers]
+        outputs = found.module(*inputs)
+        return tuple(outputs[i] if i >= 0 else inputs[-1 - i] for i in found.results)
 
-    return Capture(run, state, {}, holds)
+    return Capture(run, state, {}, found.holds)
 
 
 def _name(expression: str, function: Callable[..., Any]) -> str:

@@ -176,8 +176,7 @@ def trace_forward(captured: Capture, specs: Sequence[TensorSpec]) -> Graph:
     state = (*captured.state, *_lift(module, n, {**by_memory, **captured.sources}))
     specialized = tuple((sources.get(key) or constant(t), t.clone()) for key, t in values.read.items())
     _raise_if_random(module)
-    if any(is_mutable(node.target) for node in module.graph.nodes):
-        module = _functionalise(module, len(state))
+    module = _functionalised(module, len(state))
     _raise_if_stateful(module, state)
     return Graph(module.graph, state, specialized)
 
@@ -280,14 +279,8 @@ def trace_vjp(forward: Graph) -> Graph:
             refusal = error
     else:
         raise refusal
-    if any(is_mutable(node.target) for node in module.graph.nodes):
-        module = _functionalise(module, len(arguments) + len(cotangents))
+    module = _functionalised(module, len(arguments) + len(cotangents))
     return Graph(module.graph, forward.state, forward.specialized)
-
-
-def _fakes(module: fx.GraphModule) -> list[Tensor]:
-    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-    return _faked(values, values[-1].fake_mode)
 
 
 def _lift(module: fx.GraphModule, n_known: int, sources: dict[Any, Source]) -> tuple[Source, ...]:
@@ -321,12 +314,17 @@ def _memory(tensor: Tensor) -> Any:
     return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj())
 
 
-def _functionalise(module: fx.GraphModule, first_input: int) -> fx.GraphModule:
+def _functionalised(module: fx.GraphModule, first_input: int) -> fx.GraphModule:
+    if not any(is_mutable(node.target) for node in module.graph.nodes):
+        return module
+
     # Inputs are cloned, so that writing to them is no side effect; the state is not, so that it shows as one.
     def run(*tensors: Tensor) -> Any:
         return module(*tensors[:first_input], *(t.clone() for t in tensors[first_input:]))
 
-    return _make(torch.func.functionalize(run, remove="mutations"), _fakes(module), _Values())
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    fakes = _faked(values, values[-1].fake_mode)
+    return _make(torch.func.functionalize(run, remove="mutations"), fakes, _Values())
 
 
 def _raise_if_random(module: fx.GraphModule) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
@@ -37,6 +38,26 @@ def part(graph: Graph, outputs: Sequence[fx.Node | None]) -> Graph:
 def copied(graph: Graph) -> Graph:
     """Return a copy of a graph, without dead code, to be edited in place."""
     return part(graph, graph.outputs)
+
+
+def zeros(graph: fx.Graph, like: Tensor) -> fx.Node:
+    """Add zeros of the shape, dtype and device of a value."""
+    node = graph.call_function(
+        torch.ops.aten.zeros.default, (list(like.shape),), {"dtype": like.dtype, "device": like.device}
+    )
+    node.meta["val"] = like
+    return node
+
+
+def reached(roots: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Return the nodes that are reached from some, these included."""
+    found, pending = set[fx.Node](), list(roots)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(following(node))
+    return found
 
 
 def clean(graph: fx.Graph) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.graph.edit import clean, copied
+from adjointlab.transpose.graph.edit import clean, copied, zeros
 from adjointlab.transpose.graph.ir import Graph
 
 aten = torch.ops.aten
@@ -141,8 +141,7 @@ def _write(nodes: fx.Graph, node: fx.Node, found: Sum) -> fx.Node:
         if pieces:
             call = nodes.call_function(accumulate, (sources, layout, tuple(value.shape), covered))
         else:
-            options = {"dtype": value.dtype, "device": value.device}
-            call = nodes.call_function(aten.zeros.default, (list(value.shape),), options)
+            call = zeros(nodes, value)
     call.meta = dict(node.meta)
     return call
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from adjointlab.transpose.graph.edit import reached
 from adjointlab.transpose.graph.ir import Graph, compiled
 from adjointlab.transpose.graph.ops import VIEWS
 from adjointlab.transpose.kernels.registry import Kernel, bound
@@ -81,14 +82,17 @@ def partition(graph: Graph) -> Parts:
         n for n in graph.body.nodes
         if n.op == "call_function" and level[n] < 2 and n not in results and not _stays(n)
     ]  # fmt: skip
-    roots = {n: frozenset(_roots(n, placeholders)) for n in keep}
+    behind = {n: reached([n], lambda node: node.all_input_nodes) for n in keep}
+    roots = {n: frozenset(i for i, root in enumerate(placeholders) if root in behind[n]) for n in keep}
     small = {
         n for n in keep
         if level[n] == 0 or (sum(placeholders[i].meta["val"].numel() for i in roots[n]) <= _SMALL
         and all(_is_kept(n, placeholders[i].meta["val"].device) for i in roots[n]))
     }  # fmt: skip
     # Only what the rest uses is kept; tuples of tensors (of convolution_backward, say) through their items.
-    frontier = [n for n in keep if n in small and isinstance(n.meta.get("val"), Tensor) and _leaves(n, small)]
+    frontier = [
+        n for n in keep if n in small and isinstance(n.meta.get("val"), Tensor) and not small.issuperset(n.users)
+    ]
     constants = [n for n in frontier if level[n] == 0]
     apart: dict[frozenset[int], list[fx.Node]] = {}  # by what they depend on: each is recomputed for that only
     for n in frontier:
@@ -136,21 +140,6 @@ def _stays(node: fx.Node) -> bool:
     return cheap and bool(inputs) and all(n.op == "placeholder" or _stays(n) for n in inputs)
 
 
-def _roots(node: fx.Node, placeholders: list[fx.Node]) -> set[int]:
-    seen: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current not in seen:
-            seen.add(current)
-            pending.extend(current.all_input_nodes)
-    return {i for i, placeholder in enumerate(placeholders) if placeholder in seen}
-
-
-def _leaves(node: fx.Node, kept: set[fx.Node]) -> bool:
-    return any(user not in kept for user in node.users)
-
-
 def extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callable[..., Any]:
     """Return the part of the graph that computes ``outputs`` from ``inputs`` as a function."""
     part = fx.Graph()
@@ -158,15 +147,10 @@ def extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callable
     for node in inputs:
         copies[node] = part.placeholder(node.name)
         copies[node].meta = node.meta
-    needed: set[fx.Node] = set()
-    pending = [n for n in outputs if isinstance(n, fx.Node)]
-    while pending:
-        node = pending.pop()
-        if node not in needed and node not in copies:
-            needed.add(node)
-            pending.extend(node.all_input_nodes)
+    wanted = [n for n in outputs if isinstance(n, fx.Node)]
+    needed = reached(wanted, lambda node: [] if node in copies else node.all_input_nodes)
     for node in graph.body.nodes:
-        if node in needed:
+        if node in needed and node not in copies:
             copies[node] = part.node_copy(node, copies.__getitem__)
             if node.args and isinstance(node.args[0], (fx.Node, list)):  # they take no number for a tensor
                 copies[node].target = _BUILTIN.get(node.target, node.target)
