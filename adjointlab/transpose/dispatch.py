@@ -322,7 +322,7 @@ class Transposition:
                     graphs = pipeline.graphs_of(captured, domain, options)
                     if not captured.holds():  # a counter, say: that it does not matter is for numbers to show
                         captured.ignore_changes()
-                        graphs = replace(graphs, is_stateful=True)
+                        graphs = replace(graphs, explanation=replace(graphs.explanation, is_stateful=True))
             except UntraceableError as error:
                 self.untraceable = error
         if not domain.every(graphs is not None):

@@ -99,7 +99,7 @@ def listing(graph: Graph) -> str:
                 sources, pieces = _show(node.args[0], names), len(node.args[1])
                 lines.append(f"{names[node]} = accumulate({sources}, {pieces} pieces)  # {tuple(node.args[2])}")
                 continue
-            options = [f"{name}={value}" for name, value in node.kwargs.items()]
+            options = (f"{name}={value}" for name, value in node.kwargs.items())
             arguments = ", ".join([*(_show(a, names) for a in node.args), *options])
             value = node.meta.get("val")
             shape = f"  # {tuple(value.shape)}" if hasattr(value, "shape") else ""

@@ -94,10 +94,8 @@ class Graphs:
     linear: Graph
     adjoint: Adjoint
     of_state: Graph | None  # of the function itself, where it is not linear
-    captured: Capture
-    cut: str
-    hidden: tuple[str, ...]
-    is_stateful: bool
+    holds: Callable[[], bool]
+    explanation: Explanation  # what is known before they are programs
 
     def mapping(self) -> dict[str, Graph]:
         """Return the graphs of what can be called, by name."""
@@ -119,10 +117,11 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     adjoint = adjoint_of(linear)
     apart = linear is not forward and adjoint.of_state is not None
     of_state = adjoint_of(forward).of_state if apart else adjoint.of_state
-    return Graphs(
-        forward, linear, adjoint, of_state, captured, cut_off(forward), hides(captured, domain.specs),
-        captured.is_stateful,
+    explanation = Explanation(
+        "traced", options.requested, readers=adjoint.readers, ops_before=adjoint.ops_before, cut=cut_off(forward),
+        hidden=hides(captured, domain.specs), partly=captured.partly, is_stateful=captured.is_stateful,
     )  # fmt: skip
+    return Graphs(forward, linear, adjoint, of_state, captured.holds, explanation)
 
 
 def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: Options, seen: Sketch | None,
@@ -133,16 +132,17 @@ def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: O
     functions of leaves that are compiled for all sizes at once, where sizes are free.
     """
     reasons: list[str] = []
-    explanation = explanation_of(graphs, options)
+    explanation = graphs.explanation
     for mode in options.modes:
         derivation = assemble(graphs, spaces, options, mode, explanation, compiled)
         if seen is None:
             return derivation
-        candidate = _candidate(derivation, spaces)
+        function, linear, adjoint = map(derivation.function, ("function", "linear", "adjoint"))
+        candidate = Candidate(function, linear, adjoint, *spaces)
         said = selfcheck.disagreement(
             candidate, seen, eager.called, affine=options.affine, compiled=mode == "compiled", tol=options.tol
         )
-        if not said and graphs.hidden:
+        if not said and explanation.hidden:
             said, explanation = _against_autograd(candidate, derivation, eager, options)
         if not said:
             gap = explanation.autograd_gap
@@ -152,22 +152,16 @@ def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: O
     return eager_derivation(eager, options, "; ".join(reasons), explanation)
 
 
-def _candidate(derivation: Derivation, spaces: tuple[Space, Space]) -> Candidate:
-    function, linear, adjoint = map(derivation.function, ("function", "linear", "adjoint"))
-    return Candidate(function, linear, adjoint, *spaces)
-
-
 def _against_autograd(
     candidate: Candidate, derivation: Derivation, eager: Eager, options: Options
 ) -> tuple[str, Explanation]:
     """Return how a derivation that passed differs from autograd's, where the function has a derivative of its own."""
     explanation = derivation.explanation
     try:
-        gap = selfcheck.autograd_gap(candidate, eager.adjoint)
+        gap, agree = selfcheck.autograd_gap(candidate, eager.adjoint)
     except NotDifferentiableError as error:
         said = "" if options.derivative == "forward" else str(error)
         return ("" if candidate.domain.every(not said) else said or "it is so on another process"), explanation
-    agree = selfcheck.agrees_with_autograd(candidate, eager.adjoint, gap)
     explanation = replace(explanation, autograd_gap=None if candidate.domain.every(agree) else gap)
     if options.derivative == "forward":
         return "", explanation
@@ -176,15 +170,6 @@ def _against_autograd(
     wanted = [(source.name, tensor) for source in derivation.state if (tensor := source.read()).requires_grad]
     said = selfcheck.gradient_disagreement(candidate, eager.flat, wanted) if wanted else ""
     return ("" if candidate.domain.every(not said) else said or "gradients differ on another process"), explanation
-
-
-def explanation_of(graphs: Graphs, options: Options) -> Explanation:
-    """Return what is known of some graphs before they are programs."""
-    adjoint = graphs.adjoint
-    return Explanation(
-        "traced", options.requested, readers=adjoint.readers, ops_before=adjoint.ops_before, cut=graphs.cut,
-        hidden=graphs.hidden, partly=graphs.captured.partly, is_stateful=graphs.is_stateful,
-    )  # fmt: skip
 
 
 def eager_derivation(eager: Eager, options: Options, reason: str, known: Explanation | None = None) -> Derivation:
@@ -225,7 +210,7 @@ def assemble(
     )  # fmt: skip
     way = "" if compiled is not None else mode  # what is compiled for all sizes has no graph of one size
     derivation = Derivation(
-        explanation, {}, {name: (programs[name], linked[name]) for name in programs}, graphs.captured.holds, state,
+        explanation, {}, {name: (programs[name], linked[name]) for name in programs}, graphs.holds, state,
         tuple(metadata_of(source.read()) for source in state), graphs.forward.specialized, graphs.mapping(),
     )  # fmt: skip
     return replace(

@@ -53,8 +53,7 @@ class _Values(TorchDispatchMode):
         if func is aten.masked_select.default:
             x, mask = torch.broadcast_tensors(*args)
             return aten.index.Tensor(x, self._positions([mask]))
-        reads = torch.Tag.data_dependent_output in func.tags or func in _READERS
-        if not reads:
+        if torch.Tag.data_dependent_output not in func.tags and func not in _READERS:
             return func(*args, **kwargs)
         real = [self.value(arg, op_name(func)) if isinstance(arg, Tensor) else arg for arg in args]
         with compat._disable_current_modes():
@@ -91,9 +90,9 @@ class _Values(TorchDispatchMode):
                 return self.state[position]
             raise ReadsInputError(f"{reader} turns a value of the input into a Python number")
         if node.op == "get_attr":
-            values[node] = getattr(tracer.root, str(node.target))
-            self.read[id(values[node])] = values[node]
-            return values[node]
+            held = values[node] = getattr(tracer.root, str(node.target))
+            self.read[id(held)] = held
+            return held
         if is_mutable(node.target):
             raise UntraceableError(f"a number is read from a tensor that {op_name(node.target)} changed in place")
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: self._evaluate(arg, tracer, values, reader))
@@ -251,7 +250,7 @@ def trace_vjp(forward: Graph) -> Graph:
     fake = examples[-1].fake_mode
     with fake:
         cotangents = [torch.empty_like(node.meta["val"]) for node in forward.outputs]
-        arguments = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in examples]
+    arguments = _faked(examples, fake)
 
     def pull_back(vjp: Any, wanted: list[int]) -> Callable[..., Any]:
         def run(*tensors: Tensor) -> tuple[Tensor | None, ...]:

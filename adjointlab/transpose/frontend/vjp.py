@@ -23,7 +23,9 @@ def vjp_by_func(function: Function, primals: Tensors, cotangents: Tensors) -> Te
     """Return ``J(primals)ᴴ cotangents`` by ``torch.func.vjp``."""
     result: tuple[Any, ...] = torch.func.vjp(lambda *leaves: function(leaves), *primals)
     outputs, pull_back = result
-    return tuple(pull_back(_like(cotangents, outputs)))
+    if len(cotangents) != len(outputs):
+        raise RuntimeError(f"the forward returned {len(outputs)} tensors where it had returned {len(cotangents)}")
+    return tuple(pull_back(tuple(cotangents)))
 
 
 def vjp_by_grad(function: Function, primals: Tensors, cotangents: Tensors) -> Tensors:
@@ -35,20 +37,10 @@ def vjp_by_grad(function: Function, primals: Tensors, cotangents: Tensors) -> Te
     attached = [(out, ct) for out, ct in zip(outputs, cotangents, strict=True) if out.requires_grad]
     if not attached:
         return tuple(torch.zeros_like(p) for p in primals)
-    gradients = torch.autograd.grad(
-        [out for out, _ in attached],
-        inputs,
-        [ct for _, ct in attached],
-        create_graph=torch.is_grad_enabled(),
-        allow_unused=True,
-    )
+    tracked, given = zip(*attached, strict=True)
+    create = torch.is_grad_enabled()
+    gradients = torch.autograd.grad(tracked, inputs, given, create_graph=create, allow_unused=True)
     return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, primals, strict=True))
-
-
-def _like(cotangents: Tensors, outputs: Tensors) -> Tensors:
-    if len(cotangents) != len(outputs):
-        raise RuntimeError(f"the forward returned {len(outputs)} tensors where it had returned {len(cotangents)}")
-    return tuple(cotangents)
 
 
 def choose_vjp(function: Function, primals: Tensors, cotangents: Tensors) -> tuple[VJP, str, Tensors]:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import reached
 from adjointlab.transpose.graph.ir import Graph, compiled
-from adjointlab.transpose.graph.ops import VIEWS
+from adjointlab.transpose.graph.ops import VIEWS, op_name
 from adjointlab.transpose.kernels.registry import Kernel, bound
 
 aten = torch.ops.aten
@@ -38,28 +38,17 @@ def _as_complex(x: Tensor) -> Tensor:
 # The same functions by a door that costs half as much: calls through torch.ops parse their arguments in Python. And
 # views that copy where they must: real results need not have the strides that fake ones had.
 _BUILTIN: dict[Any, Callable[..., Any]] = {
-    aten.convolution.default: torch.convolution,
-    aten.add.Tensor: torch.add,
-    aten.sub.Tensor: torch.sub,
-    aten.mul.Tensor: torch.mul,
-    aten.neg.default: torch.neg,
-    aten.transpose.int: torch.transpose,
-    aten.permute.default: torch.permute,
-    aten.select.int: torch.select,
-    aten.unsqueeze.default: torch.unsqueeze,
-    aten.cat.default: torch.cat,
+    **{op: getattr(torch, op_name(op)) for op in (
+        aten.convolution.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.neg.default,
+        aten.transpose.int, aten.permute.default, aten.select.int, aten.unsqueeze.default, aten.cat.default,
+        aten.view_as_real.default, aten.slice_scatter.default, aten.constant_pad_nd.default, aten.mm.default,
+        aten.bmm.default,
+    )},
     aten._conj.default: torch.conj,
-    aten.view_as_real.default: torch.view_as_real,
     aten.view_as_complex.default: _as_complex,
     aten.view.default: torch.reshape,
     aten._unsafe_view.default: torch.reshape,
-    aten.slice_scatter.default: torch.slice_scatter,
-    aten.constant_pad_nd.default: torch.constant_pad_nd,
-    aten.mm.default: torch.mm,
-    aten.bmm.default: torch.bmm,
-}
-
-
+}  # fmt: skip
 _IN_PLACE = {torch.add: torch.Tensor.add_, torch.sub: torch.Tensor.sub_, torch.mul: torch.Tensor.mul_}
 
 
