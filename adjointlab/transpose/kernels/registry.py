@@ -37,21 +37,17 @@ class Kernel:
 
     def bind(self, spec: ConvSpec) -> Run:
         """Return the kernel as a function ``(x, prepacked, bias) ↦ y`` that carries its kernel and spec."""
-        run: Run = _carrying(self.make(spec), self, spec, self.name)
-        return run
+        return _carrying(self.make(spec), self, spec, self.name)  # type: ignore[no-any-return]
 
     def bind_prepack(self, spec: ConvSpec) -> Callable[[Tensor], Tensor]:
         """Return the function of the weight alone whose result the bound kernel reads."""
         prepack: Any = self.prepack
-        run: Callable[[Tensor], Tensor] = _carrying(
-            lambda weight: prepack(weight, spec), self, spec, f"prepack_{self.name}"
-        )
-        return run
+        name = f"prepack_{self.name}"
+        return _carrying(lambda weight: prepack(weight, spec), self, spec, name)  # type: ignore[no-any-return]
 
 
 def _carrying(run: Any, kernel: Kernel, spec: ConvSpec, name: str) -> Any:
-    run.kernel, run.spec, run.__name__ = kernel, spec, name
-    run.__qualname__ = name
+    run.kernel, run.spec, run.__name__, run.__qualname__ = kernel, spec, name, name
     return run
 
 
@@ -99,10 +95,6 @@ def _tapped_cost(spec: ConvSpec) -> float:
     return math.prod(spec.kernel) * (1e-5 + size / rate)
 
 
-def _supports_flipped(spec: ConvSpec) -> bool:
-    return spec.transposed and _is_plain(spec)
-
-
 def _is_plain(spec: ConvSpec) -> bool:
     """Return whether a convolution is a plain one, if need be with the flipped kernel."""
     return not spec.transposed or (_reaches(spec) and set(spec.stride) == {1} and not any(spec.output_padding))
@@ -138,8 +130,8 @@ FFT = Kernel("fft", fft, spectrum, _supports_fft, _fft_cost, kept_everywhere=Tru
 KERNELS = (
     NATIVE,
     Kernel(
-        "flipped", flipped, flip, _supports_flipped,
-        lambda spec: _direct_cost(spec._replace(transposed=False, output_shape=spec.output_shape)),
+        "flipped", flipped, flip, lambda spec: spec.transposed and _is_plain(spec),
+        lambda spec: _direct_cost(spec._replace(transposed=False)),
     ),
     Kernel("tapped", tapped, taps, _supports_tapped, _tapped_cost),
     Kernel("polyphase", polyphase, phase_kernels, _supports_polyphase, lambda spec: 6e-5 + phases_cost(spec)),

@@ -71,8 +71,7 @@ def partition(graph: Graph) -> Parts:
         n for n in graph.body.nodes
         if n.op == "call_function" and level[n] < 2 and n not in results and not _stays(n)
     ]  # fmt: skip
-    behind = {n: reached([n], lambda node: node.all_input_nodes) for n in keep}
-    roots = {n: frozenset(i for i, root in enumerate(placeholders) if root in behind[n]) for n in keep}
+    roots = {n: _roots(n, placeholders) for n in keep}
     small = {
         n for n in keep
         if level[n] == 0 or (sum(placeholders[i].meta["val"].numel() for i in roots[n]) <= _SMALL
@@ -127,6 +126,11 @@ def _stays(node: fx.Node) -> bool:
     cheap = packet in VIEWS or torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet is aten.clone
     inputs = node.all_input_nodes
     return cheap and bool(inputs) and all(n.op == "placeholder" or _stays(n) for n in inputs)
+
+
+def _roots(node: fx.Node, placeholders: list[fx.Node]) -> frozenset[int]:
+    seen = reached([node], lambda node: node.all_input_nodes)
+    return frozenset(i for i, placeholder in enumerate(placeholders) if placeholder in seen)
 
 
 def extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callable[..., Any]:
