@@ -259,7 +259,7 @@ class Transposition:
         return pipeline.eager_derivation(self.eager, self.options, reason)
 
     def _derived(self, batch: tuple[int, ...]) -> Derivation:
-        """Return what is derived for a size from the function as it is now, once it is judged to be linear."""
+        """Derive for a size from the function as it is now, and judge whether that is linear."""
         domain = self.domain.with_batch(batch)
         eager = self.eager.on(domain)
         self.untraceable = None
@@ -313,7 +313,7 @@ class Transposition:
         return Pair(domain, codomain.with_batch(domain.batch_shape))
 
     def _traced(self, eager: Eager, domain: Space, seen: Sketch | None) -> Derivation:
-        """Return what is derived from the graph of a function, the eager functions where it has none."""
+        """Derive from the graph of a function; where it has none, its eager functions serve."""
         graphs, options = None, replace(self.options, choose=self._chooser)
         if self.untraceable is None:
             try:

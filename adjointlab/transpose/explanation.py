@@ -1,4 +1,4 @@
-"""What was derived and why, in words: what ``A.explain()`` prints."""
+"""The account in words that ``A.explain()`` prints: how an adjoint was derived, and why so."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def _other(pair: Pair) -> Pair:
 def _tried(
     function: Function, argument: Tensors, name: str, space: Space, *, compiled: bool
 ) -> tuple[Tensors | None, str]:
-    """Return what a derived function makes of an argument, or nothing and what it raised."""
+    """Call a derived function; return its result, or nothing and the reason."""
     said, found = "", None
     try:
         found = function(argument)

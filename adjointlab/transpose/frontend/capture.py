@@ -1,4 +1,4 @@
-"""What a function depends on besides its argument: the tensors of its *state*, and *guards* on all else.
+"""All that a function depends on besides its argument: the tensors of its *state*, and *guards* on the rest.
 
 PyTorch's own front end comes first. It reads the function's code, so that it knows every tensor, attribute, global and
 container that the function reads, and says in a microsecond or two whether one of them has changed. Where it refuses
@@ -69,7 +69,7 @@ def _flat(*leaves: Tensor) -> Tensors:
 def capture(
     function: Callable[..., Any], kwargs: dict[str, Any], domain: Space, modules: tuple[nn.Module, ...]
 ) -> Capture:
-    """Return what a function on a domain depends on; what PyTorch's front end makes of it is run at zero."""
+    """Find all that a function on a domain depends on; PyTorch's front end runs it at zero for that."""
     try:
         return _by_compiler(function, kwargs, domain)
     except (compat.RefusedError, compat.ChangingError) as error:

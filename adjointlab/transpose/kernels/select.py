@@ -108,7 +108,7 @@ def _median(ways: list[Callable[[], object]], spec: ConvSpec, clock: Clock) -> l
 
 
 def _seconds_of_native(spec: ConvSpec, clock: Clock) -> float | None:
-    """Return what native is expected to take, from its rate on a part of the image; None where the whole is as quick.
+    """Return the seconds expected of native, from its rate on a part of the image; None where the whole is as quick.
 
     On an accelerator, each size of the image would need a plan of its own.
     """

@@ -79,7 +79,7 @@ _PRODUCTS = {
 
 
 def _without_bias(graph: fx.Graph, node: fx.Node, dependent: set[fx.Node]) -> fx.Node | None:
-    """Return what a node computes apart from what is added to it; None where that cannot be read off."""
+    """Return the value of a node without what is added to it; None where that cannot be read off."""
     target, operands = node.target, node.all_input_nodes
     if target in {aten.rsub.Scalar, aten.rsub.Tensor, aten.add.Scalar, aten.sub.Scalar} or _fills(node):
         return None

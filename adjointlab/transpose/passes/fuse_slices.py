@@ -228,7 +228,7 @@ def _shape(node: fx.Node) -> list[int]:
 
 
 def _within(pieces: Sum, dim: int, *ranges: tuple[int, int]) -> Sum:
-    """Return what is left of pieces inside of ranges of a dimension."""
+    """Return the parts of pieces inside of ranges of a dimension."""
     parts = (piece.within(dim, *each) for piece, each in itertools.product(pieces, ranges))
     return tuple(part for part in parts if part is not None)
 

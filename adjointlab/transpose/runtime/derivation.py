@@ -1,4 +1,4 @@
-"""What is derived for one size of everything: functions of the state and leaves, and whether they are up to date."""
+"""One size of everything: the functions of state and leaves derived for it, and whether they are up to date."""
 
 from __future__ import annotations
 
