@@ -7,7 +7,8 @@ import linecache
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -31,11 +32,6 @@ def plain() -> bool:
 def is_transformed() -> bool:
     """Return whether a transform of ``torch.func`` is under way."""
     return torch._C._are_functorch_transforms_active()
-
-
-def is_dispatched() -> bool:
-    """Return whether a ``TorchDispatchMode`` is under way, under which no value of a tensor can be asked for."""
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_forward_mode() -> bool:
@@ -74,7 +70,6 @@ _OF_THE_CALL = frozenset({
     "FUNCTORCH_STACK_MATCH", "GLOBAL_STATE", "GRAD_MODE", "SHAPE_ENV", "TENSOR_MATCH", "TORCH_FUNCTION_STATE",
 })  # fmt: skip
 
-
 _LOGS = ("torch._subclasses.fake_tensor", "torch._guards", "torch._dynamo")
 
 
@@ -82,73 +77,35 @@ class RefusedError(Exception):
     """PyTorch's front end has no graph of a function; the message is its reason."""
 
 
-def captured(
-    function: Any, arguments: Sequence[Tensor], scope: dict[str, Any]
-) -> tuple[Any, list[Callable[[], Any]], Sequence[Any], Callable[[], bool]]:
-    """Return what ``torch.compile`` makes of a function of tensors, as one graph.
+@dataclass(frozen=True)
+class Captured:
+    """A function of tensors as one graph."""
 
-    Parameters
-    ----------
-    function : function
-        With ``scope`` as its globals, and a code object of its own: its compiled forms are kept with that.
-    arguments : sequence of Tensor
-        What it is called with.
-    scope : dict
-        Its globals.
+    module: Any
+    readers: list[Any]  # for each input of the graph a function that reads it, or the number of the argument
+    results: list[int]  # for each result the number of an output or, counted from −1 down, of an input of the graph
+    holds: Callable[[], bool]  # whether all that the graph has built in is as it was
 
-    Returns
-    -------
-    tuple
-        The graph module; for each of its inputs a function that reads it, or the number of the argument; for each
-        result of the function the number of an output or, counted from −1 down, of an input of the graph; and
-        a function that says whether all that the graph has built in is as it was.
+
+def captured(function: Any, arguments: Sequence[Tensor], scope: dict[str, Any]) -> Captured:
+    """Return ``torch.compile``'s one graph of a function of tensors.
+
+    ``scope`` are its globals. It has a code object of its own, since its compiled forms are kept with that.
     """
-    found: dict[str, Any] = {}
-
-    def backend(module: Any, _: Any) -> Callable[..., Any]:
-        context = torch._guards.TracingContext.get()
-        guards = context.guards_context.dynamo_guards
-        kept = type(guards.inner)(g for g in guards.inner if g.create_fn_name() not in _OF_THE_CALL)
-        guards.inner = kept
-        # To check the guards and to time that, which flushes the caches of the processor, is left out.
-        dynamo.symbolic_convert.InstructionTranslator.current_tx().output.skip_guards_check = True
-        found.update(module=module, mode=context.fake_mode, names=[guard.name for guard in kept])
-
-        def run(*given: Any) -> Any:  # for real: what a forward keeps for later, as it may, are tensors with values
-            with torch.no_grad():
-                outputs = module(*given)
-            found.update(inputs=given, outputs=outputs)
-            return outputs
-
-        return run
-
-    compile_, dynamo = torch.compile, cast(Any, torch._dynamo)
-    # Hooks on the parts of a module are guarded too, which torch.compile leaves out unless it is told.
-    with quiet(), torch.enable_grad(), dynamo.config.patch(skip_nnmodule_hook_guards=False):
-        results = cast(Any, compile_)(function, backend=backend, fullgraph=True, dynamic=False)(*arguments)
-    if "outputs" not in found:
-        raise RefusedError("torch.compile is turned off, or has nothing to compile")
+    results, seen = _run_once(function, arguments)
+    dynamo: Any = torch._dynamo
     (entry,) = dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)
     check, where = entry.guard_manager.root.check, {"leaves": tuple(torch.zeros(()).expand(a.shape) for a in arguments)}
     names = {**dynamo.guards._get_closure_vars(), "G": scope, "L": where}
-    placeholders = [node for node in found["module"].graph.nodes if node.op == "placeholder"]
-    readers: list[Any] = []
-    for node, value in zip(placeholders, found["inputs"], strict=True):
-        number = next((i for i, argument in enumerate(arguments) if value is argument), None)
-        if number is not None:
-            readers.append(number)
-        elif not isinstance(value, Tensor):
-            raise RefusedError(f"it reads a {type(value).__name__} that changes")
-        else:
-            readers.append(_reader(node._dynamo_source, names, value))
-    origins = {id(t): -1 - i for i, t in enumerate(found["inputs"])} | {
-        id(t): i for i, t in enumerate(found["outputs"])
-    }
+    module, inputs = seen["module"], seen["inputs"]
+    sources = [node._dynamo_source for node in module.graph.nodes if node.op == "placeholder"]
+    readers = [_reader(source, names, value, arguments) for source, value in zip(sources, inputs, strict=True)]
+    origins = {id(t): -1 - i for i, t in enumerate(inputs)} | {id(t): i for i, t in enumerate(seen["outputs"])}
     if any(id(result) not in origins for result in results):
         raise RefusedError("it returns a tensor that its graph does not have")
     # Guards tell objects by their addresses: none may be given to another object while the guards are in use. So they
     # are kept alive here, and torch.compile need not wait for their end, which for functions of torch never comes.
-    alive = [_value(name, names) for name in found["names"]]
+    alive = [_value(name, names) for name in seen["guards"]]
     _detach_finalizers(entry.guard_manager)
     del entry
     # The compiled form is not called again, and would live for ever. The guards go on reading globals that it added.
@@ -159,13 +116,43 @@ def captured(
     def holds(_alive: Any = (alive, function)) -> bool:
         return bool(check(where))
 
-    module, results = found["module"], [origins[id(result)] for result in results]
+    numbers = [origins[id(result)] for result in results]
     # Tensors without values, whose mode has weak references to the user's, which keep torch from swapping these.
     for node in module.graph.nodes:
         node.meta.clear()
-    found["mode"].shape_env.tracked_fakes.clear()
-    found.clear()  # what the compiled form goes on holding
-    return module, readers, results, holds
+    seen["mode"].shape_env.tracked_fakes.clear()
+    seen.clear()  # what the compiled form goes on holding
+    return Captured(module, readers, numbers, holds)
+
+
+def _run_once(function: Any, arguments: Sequence[Tensor]) -> tuple[Sequence[Any], dict[str, Any]]:
+    """Run a function as ``torch.compile`` sees it; return its results, and the graph with what that was given."""
+    seen: dict[str, Any] = {}
+
+    def backend(module: Any, _: Any) -> Callable[..., Any]:
+        context = torch._guards.TracingContext.get()
+        guards = context.guards_context.dynamo_guards
+        guards.inner = type(guards.inner)(g for g in guards.inner if g.create_fn_name() not in _OF_THE_CALL)
+        # To check the guards and to time that, which flushes the caches of the processor, is left out.
+        dynamo.symbolic_convert.InstructionTranslator.current_tx().output.skip_guards_check = True
+        seen.update(module=module, mode=context.fake_mode, guards=[guard.name for guard in guards.inner])
+
+        def run(*given: Any) -> Any:  # for real: what a forward keeps for later, as it may, are tensors with values
+            with torch.no_grad():
+                outputs = module(*given)
+            seen.update(inputs=given, outputs=outputs)
+            return outputs
+
+        return run
+
+    compile_: Any = torch.compile
+    dynamo: Any = torch._dynamo  # imported by its first use
+    # Hooks on the parts of a module are guarded too, which torch.compile leaves out unless it is told.
+    with quiet(), torch.enable_grad(), dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        results = compile_(function, backend=backend, fullgraph=True, dynamic=False)(*arguments)
+    if "outputs" not in seen:
+        raise RefusedError("torch.compile is turned off, or has nothing to compile")
+    return results, seen
 
 
 def _detach_finalizers(guard_manager: Any) -> None:
@@ -177,13 +164,22 @@ def _detach_finalizers(guard_manager: Any) -> None:
             finalizer.detach()
 
 
-def _reader(source: Any, names: dict[str, Any], value: Tensor) -> Callable[[], Any]:
-    """Return a function that reads an input of a graph from where PyTorch's front end found it."""
+# Of an expression that torch.compile made: it is none, or what it reads is there no more.
+_UNREADABLE = (SyntaxError, NameError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def _reader(source: Any, names: dict[str, Any], value: Any, arguments: Sequence[Tensor]) -> Any:
+    """Return the number of the argument that an input of a graph is, or a function that reads it from its source."""
+    for number, argument in enumerate(arguments):
+        if value is argument:
+            return number
+    if not isinstance(value, Tensor):
+        raise RefusedError(f"it reads a {type(value).__name__} that changes")
     name = source.name if isinstance(source.name, str) else source.name()
     try:
         read: Callable[[], Any] = eval(f"lambda: {name}", names)  # an expression made by torch.compile
         same = read() is value or (isinstance(read(), Tensor) and read().data_ptr() == value.data_ptr())
-    except (SyntaxError, NameError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except _UNREADABLE as error:
         raise RefusedError(f"it reads {name}, which cannot be read again ({error})") from error
     if not same:
         raise RefusedError(f"it reads {name}, which is made anew whenever it is read")
@@ -192,9 +188,10 @@ def _reader(source: Any, names: dict[str, Any], value: Tensor) -> Callable[[], A
 
 
 def _value(name: Any, names: dict[str, Any]) -> Any:
+    """Return the object that a guard is on, None where its name is no expression: there is nothing to keep alive."""
     try:
         return eval(name if isinstance(name, str) else name(), names)  # an expression made by torch.compile
-    except Exception:  # names of guards that are no expressions: nothing to keep alive
+    except _UNREADABLE:
         return None
 
 
@@ -227,6 +224,6 @@ def quiet() -> Iterator[None]:
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "RefusedError", "_disable_current_modes", "captured", "differentiated",
-    "get_proxy_mode", "is_dispatched", "is_forward_mode", "is_nested_forward_mode", "is_transformed", "is_wrapped",
+    "get_proxy_mode", "is_forward_mode", "is_nested_forward_mode", "is_transformed", "is_wrapped",
     "make_fx", "plain", "quiet", "sources_forgotten",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adjointlab.errors import NotLinearError, SpaceMismatchError
 from adjointlab.space import Space
-from adjointlab.transpose import compat, pipeline, selfcheck
+from adjointlab.transpose import compat, pipeline
 from adjointlab.transpose.explanation import Explanation
 from adjointlab.transpose.frontend import guards
 from adjointlab.transpose.frontend.capture import Tensors, capture
@@ -37,9 +37,6 @@ from adjointlab.transpose.runtime.program import canonical
 from adjointlab.transpose.selfcheck import Pair, Sketch
 from adjointlab.tree import SINGLE
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 _MOST_SIZES = 16  # of the free dimensions, whose derivations are kept
 _MOST_STATES = 4  # of one size: train() and eval() in turn, say
 _MOST_REBUILDS = 8  # in a row, each for few calls: deriving again and again is slower than eager
@@ -47,19 +44,6 @@ _WORTH = 64  # calls that pay for a derivation
 
 _BUILDING = threading.RLock()  # tracing replaces functions of torch for a while: one thread does so at a time
 _is_compiling = torch.compiler.is_compiling
-
-Method = Callable[Concatenate["Transposition", P], R]
-
-
-def _alone(method: Method[P, R]) -> Method[P, R]:
-    """Return a method that one thread runs at a time, without autocast: a function derives from its own dtypes."""
-
-    @functools.wraps(method)
-    def locked(self: Transposition, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with _BUILDING, self.domain.without_autocast(), compat.sources_forgotten():
-            return method(self, *args, **kwargs)
-
-    return locked
 
 
 def _changed(error: NotLinearError) -> NotLinearError:
@@ -105,6 +89,8 @@ class Transposition:
         self.options = options or Options()
         self._judge = judge
         self._target = codomain  # where results live, which the results of one of several processes do not show
+        self._derivations: OrderedDict[tuple[int, ...], list[Derivation]] = OrderedDict()
+        self._elsewhere: dict[int, tuple[Tensor, str, list[Any]]] = {}  # parameters, and where others may replace them
         self.rebase(domain)
 
     def rebase(self, domain: Space) -> None:
@@ -112,33 +98,38 @@ class Transposition:
         self.domain = domain
         self.refresh()
 
-    @_alone
     def refresh(self) -> None:
         """Derive afresh from the function as it is now."""
-        self.modules: tuple[nn.Module, ...] = guards.modules_of(self.callable, self.kwargs)
-        guards.require_shapes(self.modules)
-        self.eager = Eager(self.callable, self.kwargs, self.domain)
-        self._codomain: Space | None = None
-        self.untraceable: UntraceableError | None = None
+        with self._alone():
+            self.modules: tuple[nn.Module, ...] = guards.modules_of(self.callable, self.kwargs)
+            guards.require_shapes(self.modules)
+            self.eager = Eager(self.callable, self.kwargs, self.domain)
+            self._codomain: Space | None = None
+            self.untraceable: UntraceableError | None = None
+            self._frozen: dict[tuple[int, ...], tuple[Derivation, Tensors]] | None = None
+            self._rebuilds, self._served = 0, 0
+            self._restart()
+
+    def switch(self, engine: str, *, autotune: bool = False, options: dict[str, Any] | None = None) -> None:
+        """Change the engine in place, and check it now."""
+        with self._alone():
+            self.options = replace(self.options, requested=engine, autotune=autotune, options=dict(options or {}))
+            self._restart()
+
+    def _restart(self) -> None:
         self._chooser = _remembered(self.options.chooser)
-        self._frozen: dict[tuple[int, ...], tuple[Derivation, Tensors]] | None = None
         self._listings: set[Any] = set()  # of programs that were checked: at another size they are the same
-        self._rebuilds, self._served = 0, 0
         # The values of the state that derivations were judged with, where that matters.
-        self._elsewhere: dict[int, tuple[Tensor, str, list[Any]]] = {}
         self._judged: WeakKeyDictionary[Derivation, tuple[Any, ...]] = WeakKeyDictionary()
         self._compiled: dict[str, Callable[..., Tensors]] | None = None
         derivation = self._derived(self.domain.batch_shape)
         self._derivations = OrderedDict({self.domain.batch_shape: [derivation]})
 
-    @_alone
-    def switch(self, engine: str, *, autotune: bool = False, options: dict[str, Any] | None = None) -> None:
-        """Change the engine in place, and check it now."""
-        self.options = replace(self.options, requested=engine, autotune=autotune, options=dict(options or {}))
-        self._chooser, self._compiled = _remembered(self.options.chooser), None
-        self._listings = set()
-        derivation = self._derived(self.domain.batch_shape)
-        self._derivations = OrderedDict({self.domain.batch_shape: [derivation]})
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Build in one thread at a time, without autocast: a function derives from its own dtypes."""
+        with _BUILDING, self.domain.without_autocast(), compat.sources_forgotten():
+            yield
 
     def follow(self, parameter: Tensor, name: str, holders: Sequence[nn.Module]) -> None:
         """Read a parameter that the function closes over from modules, by name, once they hold another there."""
@@ -174,20 +165,17 @@ class Transposition:
         assert self._codomain is not None
         return self._codomain
 
-    @property
-    def function(self) -> Callable[[Any], Any]:
-        """``x ↦ f(x)``."""
-        return functools.partial(self._call, "function")
+    def function(self, x: Any) -> Any:
+        """Return ``f(x)``."""
+        return self._call("function", x)
 
-    @property
-    def linear(self) -> Callable[[Any], Any]:
-        """``x ↦ f(x) − f(0)``."""
-        return functools.partial(self._call, "linear")
+    def linear(self, x: Any) -> Any:
+        """Return ``f(x) − f(0)``."""
+        return self._call("linear", x)
 
-    @property
-    def adjoint(self) -> Callable[[Any], Any]:
-        """``v ↦ f'ᴴ v``."""
-        return functools.partial(self._call, "adjoint")
+    def adjoint(self, v: Any) -> Any:
+        """Return ``f'ᴴ v``."""
+        return self._call("adjoint", v)
 
     def _call(self, name: str, x: Any) -> Any:
         if self.domain.is_autocast:  # spaces have dtypes, and keep them
@@ -237,7 +225,7 @@ class Transposition:
     @property
     def explanation(self) -> Explanation:
         """How the nominal size is served."""
-        explanation = self._derivations[self.domain.batch_shape][0].explanation
+        explanation = self.nominal.explanation
         return replace(explanation, path=self.eager.path) if explanation.engine == "eager" else explanation
 
     @property
@@ -285,23 +273,25 @@ class Transposition:
                 return derivation, state
         if not compat.plain():
             return self._eager("it is first met, or has changed, inside of a transform"), ()
-        return self._refreshed(batch)
+        with self._alone():
+            return self._refreshed(batch)
 
-    @_alone
     def _judge_again(self, derivation: Derivation, state: Tensors, batch: tuple[int, ...]) -> None:
         """Raise if a map that is linear for some values of its state only is not so for those it has now."""
         if self._judge is None or not self.options.check or not compat.plain():
             return
         try:
-            self._judge(self, derivation, self.domain.with_batch(batch))
+            with self._alone():
+                self._judge(self, derivation, self.domain.with_batch(batch))
         except NotLinearError as error:
             raise _changed(error) from error
         self._judged[derivation] = _versions(state)
 
-    def _is_judged(self, derivation: Derivation, state: Tensors) -> bool:
+    def _is_judged(self, derivation: Derivation, state: Tensors | None) -> bool:
+        if state is None:
+            return False
         return not derivation.is_doubtful or self._judged.get(derivation) == _versions(state)
 
-    @_alone
     def _refreshed(self, batch: tuple[int, ...]) -> tuple[Derivation, Tensors]:
         known = self._derivations.get(batch, [])
         for derivation in known:  # another thread may have been here
@@ -310,7 +300,10 @@ class Transposition:
                 return derivation, state
         if known:  # one that has served for a while was worth its making
             self._rebuilds, self._served = (self._rebuilds + 1 if self._served < _WORTH else 0), 0
-        derivation = self._rederived(batch)
+        try:
+            derivation = self._derived(batch)
+        except NotLinearError as error:  # of a function that has changed; where that is refused, it is at every call
+            raise _changed(error) from error
         self._derivations[batch] = [derivation, *known][:_MOST_STATES]
         while len(self._derivations) > _MOST_SIZES:
             oldest = next(size for size in self._derivations if size not in {batch, self.domain.batch_shape})
@@ -323,13 +316,14 @@ class Transposition:
         return pipeline.eager_derivation(self.eager, self.options, reason)
 
     def _derived(self, batch: tuple[int, ...]) -> Derivation:
-        """Return what is derived for a size from the function as it is now, once it is judged to be linear."""
+        """Derive for a size from the function as it is now, and judge whether that is linear."""
         domain = self.domain.with_batch(batch)
-        eager = _resized(self.eager, domain)
+        eager = self.eager.on(domain)
         self.untraceable = None
         # Another size of a function that has not changed was judged already.
-        now = [(known, known.state_now()) for known in self._known()]
-        is_new = self._codomain is None or any(s is None or not self._is_judged(known, s) for known, s in now)
+        is_new = self._codomain is None or not all(
+            self._is_judged(known[0], known[0].state_now()) for known in self._derivations.values()
+        )
         seen = self._ran(eager) if is_new else None
         if self.options.requested == "eager" or self._rebuilds > _MOST_REBUILDS:
             asked = self.options.requested == "eager"
@@ -349,16 +343,6 @@ class Transposition:
             self._judged[derivation] = _versions(tuple(source.read() for source in derivation.state))
         return derivation
 
-    def _rederived(self, batch: tuple[int, ...]) -> Derivation:
-        """Return what is derived from a function that has changed; where that is refused, it is at every call."""
-        try:
-            return self._derived(batch)
-        except NotLinearError as error:
-            raise _changed(error) from error
-
-    def _known(self) -> list[Derivation]:
-        return [found[0] for found in getattr(self, "_derivations", {}).values()]
-
     def _ran(self, eager: Eager) -> Sketch | None:
         """Run the function once on random data, the way its user would; return what is to be kept of the result."""
         if self.options.check and any(spec.device.type == "meta" for spec in self.domain.specs):
@@ -367,7 +351,7 @@ class Transposition:
                 "or build with check=False"
             )
         try:
-            x = selfcheck.Pair(eager.domain, eager.domain).x
+            x = Pair(eager.domain, eager.domain).x
         except RuntimeError:
             if self.options.check:
                 raise
@@ -390,14 +374,14 @@ class Transposition:
             require_outputs(result, eager.structure, self.codomain)
         if not self.options.check:
             return None
-        return selfcheck.witness(result, self._pair(eager.domain))
+        return Sketch.of(result, self._pair(eager.domain).y)
 
     def _pair(self, domain: Space) -> Pair:
         codomain = self.codomain
         return Pair(domain, codomain.with_batch(domain.batch_shape))
 
     def _traced(self, eager: Eager, domain: Space, seen: Sketch | None) -> Derivation:
-        """Return what is derived from the graph of a function, the eager functions where it has none."""
+        """Derive from the graph of a function; where it has none, its eager functions serve."""
         graphs, options = None, replace(self.options, choose=self._chooser)
         if self.untraceable is None:
             try:
@@ -415,7 +399,7 @@ class Transposition:
         listing = tuple((n.op, n.target) for g in graphs.mapping().values() for n in g.body.nodes)
         pair = self._pair(domain)
         if seen is None and options.check and listing not in self._listings:
-            seen = selfcheck.witness(eager.called(pair.x), pair)
+            seen = Sketch.of(eager.called(pair.x), pair.y)
         derivation = pipeline.derive(graphs, eager, (pair.domain, pair.codomain), options, seen, compiled)
         if derivation.checked:
             self._listings.add(listing)
@@ -437,15 +421,3 @@ class Transposition:
 
             self._compiled = {f.__name__: torch.compile(f, **options) for f in (function, linear, adjoint)}
         return self._compiled
-
-
-def _resized(eager: Eager, domain: Space) -> Eager:
-    """Return the same function on another size of the free dimensions."""
-    if domain.batch_shape == eager.domain.batch_shape:
-        return eager
-    found = Eager(eager.callable, eager.kwargs, domain)
-    found.structure = eager.structure
-    return found
-
-
-__all__ = ["Transposition"]

@@ -1,4 +1,4 @@
-"""What was derived and why, in words: what ``A.explain()`` prints."""
+"""The account in words that ``A.explain()`` prints: how an adjoint was derived, and why so."""
 
 from __future__ import annotations
 
@@ -14,50 +14,22 @@ from adjointlab.transpose.passes.fuse_slices import accumulate
 
 @dataclass(frozen=True)
 class Explanation:
-    """How an adjoint was derived.
-
-    Attributes
-    ----------
-    engine, requested : str
-        The engine in force, and the one that was asked for.
-    reason : str
-        Why the engine is not the one that was wanted.
-    path : str
-        Why the eager adjoint is not by ``torch.func.vjp``, where that is so.
-    readers : tuple of str or None
-        Operations of the adjoint that read the primal; None where there is no graph.
-    ops_before, ops_after : Counter
-        Operations of the vector-Jacobian product, and of the adjoint.
-    kernels : tuple of str
-        A line on each convolution.
-    cut : str
-        An operation of the forward that cuts its input off from autograd.
-    hidden : tuple of str
-        What hides values from autograd, or has a backward of its own.
-    partly : str
-        Why Python state is watched in part only.
-    autograd_gap : float or None
-        How far autograd's own adjoint is from this one, relative to its norm, where the two were compared.
-    is_stateful : bool
-        Whether a call was seen to change Python state that the forward reads.
-    program : str
-        The adjoint.
-    """
+    """How an adjoint was derived."""
 
     engine: str
     requested: str
-    reason: str = ""
-    path: str = ""
-    readers: tuple[str, ...] | None = None
-    ops_before: Counter[str] = field(default_factory=Counter)
-    ops_after: Counter[str] = field(default_factory=Counter)
-    kernels: tuple[str, ...] = ()
-    cut: str = ""
-    hidden: tuple[str, ...] = ()
-    partly: str = ""
-    autograd_gap: float | None = None
-    is_stateful: bool = False
-    program: str = ""
+    reason: str = ""  # why the engine is not the one that was wanted
+    path: str = ""  # why the eager adjoint is not by torch.func.vjp, where that is so
+    readers: tuple[str, ...] | None = None  # operations of the adjoint that read the primal; None without a graph
+    ops_before: Counter[str] = field(default_factory=Counter)  # of the vector-Jacobian product
+    ops_after: Counter[str] = field(default_factory=Counter)  # of the adjoint
+    kernels: tuple[str, ...] = ()  # a line on each convolution
+    cut: str = ""  # an operation of the forward that cuts its input off from autograd
+    hidden: tuple[str, ...] = ()  # what hides values from autograd, or has a backward of its own
+    partly: str = ""  # why Python state is watched in part only
+    autograd_gap: float | None = None  # how far autograd's adjoint is from this one, of its norm, where compared
+    is_stateful: bool = False  # whether a call was seen to change Python state that the forward reads
+    program: str = ""  # the adjoint
 
     @property
     def independent(self) -> bool:
@@ -127,7 +99,7 @@ def listing(graph: Graph) -> str:
                 sources, pieces = _show(node.args[0], names), len(node.args[1])
                 lines.append(f"{names[node]} = accumulate({sources}, {pieces} pieces)  # {tuple(node.args[2])}")
                 continue
-            options = [f"{name}={value}" for name, value in node.kwargs.items()]
+            options = (f"{name}={value}" for name, value in node.kwargs.items())
             arguments = ", ".join([*(_show(a, names) for a in node.args), *options])
             value = node.meta.get("val")
             shape = f"  # {tuple(value.shape)}" if hasattr(value, "shape") else ""
@@ -140,6 +112,3 @@ def _show(value: object, names: dict[fx.Node, str]) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_show(item, names) for item in value) + "]"
     return names[value] if isinstance(value, fx.Node) else str(value).replace("torch.", "")
-
-
-__all__ = ["Explanation", "listing"]

@@ -14,6 +14,7 @@ The eighth step, the way of every call, is ``dispatch``.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +26,7 @@ from adjointlab.space import Space
 from adjointlab.transpose import selfcheck
 from adjointlab.transpose.explanation import Explanation, listing
 from adjointlab.transpose.frontend.capture import Capture, Tensors
-from adjointlab.transpose.frontend.trace import UntraceableError, hides, trace_forward, trace_vjp
+from adjointlab.transpose.frontend.trace import hides, trace_forward, trace_vjp
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.kernels.convolution import ConvSpec
 from adjointlab.transpose.kernels.registry import transformed
@@ -42,7 +43,7 @@ from adjointlab.transpose.runtime import autodiff
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import Program
-from adjointlab.transpose.selfcheck import Candidate, Pair, Sketch
+from adjointlab.transpose.selfcheck import Candidate, Sketch
 
 ENGINES = ("auto", "eager", "traced", "compiled")
 DERIVATIVES = ("autograd", "forward")
@@ -93,10 +94,8 @@ class Graphs:
     linear: Graph
     adjoint: Adjoint
     of_state: Graph | None  # of the function itself, where it is not linear
-    captured: Capture
-    cut: str
-    hidden: tuple[str, ...]
-    is_stateful: bool
+    holds: Callable[[], bool]
+    explanation: Explanation  # what is known before they are programs
 
     def mapping(self) -> dict[str, Graph]:
         """Return the graphs of what can be called, by name."""
@@ -104,13 +103,7 @@ class Graphs:
 
 
 def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
-    """Return the graphs of a function that was captured: steps 2 to 4.
-
-    Raises
-    ------
-    UntraceableError
-        If it has none.
-    """
+    """Return the graphs of a function that was captured: steps 2 to 4."""
     n = len(domain.specs)
     by_forward = options.derivative == "forward"
     forward = own_outputs(normalise(trace_forward(captured, domain.specs), detached=not by_forward))
@@ -124,62 +117,39 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     adjoint = adjoint_of(linear)
     apart = linear is not forward and adjoint.of_state is not None
     of_state = adjoint_of(forward).of_state if apart else adjoint.of_state
-    return Graphs(
-        forward, linear, adjoint, of_state, captured, cut_off(forward), hides(captured, domain.specs),
-        captured.is_stateful,
+    explanation = Explanation(
+        "traced", options.requested, readers=adjoint.readers, ops_before=adjoint.ops_before, cut=cut_off(forward),
+        hidden=hides(captured, domain.specs), partly=captured.partly, is_stateful=captured.is_stateful,
     )  # fmt: skip
+    return Graphs(forward, linear, adjoint, of_state, captured.holds, explanation)
 
 
 def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: Options, seen: Sketch | None,
            compiled: Compiled | None = None) -> Derivation:  # fmt: skip
     """Return the fastest programs of some graphs that pass the self-check, or the eager functions: steps 5 to 7.
 
-    Parameters
-    ----------
-    graphs : Graphs
-        Of the function.
-    eager : Eager
-        The function itself.
-    spaces : tuple of Space
-        Its domain and codomain.
-    options : Options
-        How the operator is to be derived.
-    seen : Sketch or None
-        What the function made of a random x; None where nothing is to be checked.
-    compiled : callable or None
-        Returns functions of leaves that are compiled for all sizes at once, where sizes are free.
-
-    Returns
-    -------
-    Derivation
-        The functions, with the reasons for what could not be used.
+    ``seen`` is what the function made of a random x, None where nothing is to be checked; ``compiled`` returns
+    functions of leaves that are compiled for all sizes at once, where sizes are free.
     """
     reasons: list[str] = []
-    explanation = explanation_of(graphs, options)
+    explanation = graphs.explanation
     for mode in options.modes:
         derivation = assemble(graphs, spaces, options, mode, explanation, compiled)
         if seen is None:
             return derivation
-        candidate = _candidate(derivation, spaces)
+        function, linear, adjoint = map(derivation.function, ("function", "linear", "adjoint"))
+        candidate = Candidate(function, linear, adjoint, *spaces)
         said = selfcheck.disagreement(
             candidate, seen, eager.called, affine=options.affine, compiled=mode == "compiled", tol=options.tol
         )
-        if not said and graphs.hidden:
+        if not said and explanation.hidden:
             said, explanation = _against_autograd(candidate, derivation, eager, options)
         if not said:
-            found = replace(explanation, reason="; ".join(reasons), **_of_programs(derivation.explanation))
+            gap = explanation.autograd_gap
+            found = replace(derivation.explanation, reason="; ".join(reasons), autograd_gap=gap)
             return replace(derivation, explanation=found, checked=True)
         reasons.append(f"{mode}: {said}")
     return eager_derivation(eager, options, "; ".join(reasons), explanation)
-
-
-def _of_programs(explanation: Explanation) -> dict[str, Any]:
-    return {name: getattr(explanation, name) for name in ("engine", "kernels", "program", "ops_after")}
-
-
-def _candidate(derivation: Derivation, spaces: tuple[Space, Space]) -> Candidate:
-    function, linear, adjoint = map(derivation.function, ("function", "linear", "adjoint"))
-    return Candidate(function, linear, adjoint, *spaces)
 
 
 def _against_autograd(
@@ -188,11 +158,10 @@ def _against_autograd(
     """Return how a derivation that passed differs from autograd's, where the function has a derivative of its own."""
     explanation = derivation.explanation
     try:
-        gap = selfcheck.autograd_gap(candidate, eager.adjoint)
+        gap, agree = selfcheck.autograd_gap(candidate, eager.adjoint)
     except NotDifferentiableError as error:
         said = "" if options.derivative == "forward" else str(error)
         return ("" if candidate.domain.every(not said) else said or "it is so on another process"), explanation
-    agree = selfcheck.agrees_with_autograd(candidate, eager.adjoint, gap)
     explanation = replace(explanation, autograd_gap=None if candidate.domain.every(agree) else gap)
     if options.derivative == "forward":
         return "", explanation
@@ -203,27 +172,12 @@ def _against_autograd(
     return ("" if candidate.domain.every(not said) else said or "gradients differ on another process"), explanation
 
 
-def explanation_of(graphs: Graphs, options: Options) -> Explanation:
-    """Return what is known of some graphs before they are programs."""
-    adjoint = graphs.adjoint
-    return Explanation(
-        "traced", options.requested, readers=adjoint.readers, ops_before=adjoint.ops_before, cut=graphs.cut,
-        hidden=graphs.hidden, partly=graphs.captured.partly, is_stateful=graphs.is_stateful,
-    )  # fmt: skip
-
-
 def eager_derivation(eager: Eager, options: Options, reason: str, known: Explanation | None = None) -> Derivation:
     """Return the user's function and its eager adjoint, for a reason; ``known`` is what its graphs say of it."""
-    explanation = Explanation("eager", options.requested, reason)
-    if known is not None:
-        explanation = replace(
-            explanation,
-            readers=known.readers,
-            cut=known.cut,
-            hidden=known.hidden,
-            autograd_gap=known.autograd_gap,
-            is_stateful=known.is_stateful,
-        )
+    explanation = replace(
+        known or Explanation("eager", options.requested), engine="eager", reason=reason, ops_before=Counter(),
+        ops_after=Counter(), kernels=(), partly="", program="",
+    )  # fmt: skip
     linear = eager.linear if options.affine else eager.flat
     linked = autodiff.eager_pair(eager.flat, linear, eager.adjoint, eager.domain)
     return Derivation(explanation, dict(zip(("function", "linear", "adjoint"), linked, strict=True)))
@@ -257,8 +211,8 @@ def assemble(
     )  # fmt: skip
     way = "" if compiled is not None else mode  # what is compiled for all sizes has no graph of one size
     derivation = Derivation(
-        explanation, {}, {name: (programs[name], linked[name]) for name in programs}, graphs.captured.holds, state,
-        tuple(metadata_of(source.read()) for source in state), graphs.forward.baked, graphs.mapping(),
+        explanation, {}, {name: (programs[name], linked[name]) for name in programs}, graphs.holds, state,
+        tuple(metadata_of(source.read()) for source in state), graphs.forward.specialized, graphs.mapping(),
         is_doubtful=bool(graphs.adjoint.readers) or (not options.affine and adds_state(graphs.forward)),
     )  # fmt: skip
     return replace(
@@ -324,9 +278,3 @@ def _multiplier(
         return None if found is None else found(*state)[0]
 
     return multiplier
-
-
-__all__ = [
-    "DERIVATIVES", "ENGINES", "Graphs", "Options", "Pair", "UntraceableError", "assemble", "derive", "eager_derivation",
-    "graphs_of",
-]  # fmt: skip

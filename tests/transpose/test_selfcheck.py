@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adjointlab as al
 from adjointlab.transpose import selfcheck
-from adjointlab.transpose.selfcheck import Candidate, Pair
+from adjointlab.transpose.selfcheck import Candidate, Pair, Sketch
 
 Leaves = tuple[Tensor, ...]
 Change = Callable[[Leaves], Leaves]
@@ -25,7 +25,7 @@ def said(function: object, domain: object, change: Callable[[Candidate], Candida
     derivation, pair = made.nominal, Pair(made.domain, made.codomain)
     functions = [derivation.function(name) for name in ("function", "linear", "adjoint")]
     candidate = change(Candidate(*functions, made.domain, made.codomain))
-    seen = selfcheck.witness(made.eager.called(pair.x), pair)
+    seen = Sketch.of(made.eager.called(pair.x), pair.y)
     affine = made.options.affine
     return selfcheck.disagreement(candidate, seen, made.eager.called, affine=affine, compiled=False)
 

@@ -1,4 +1,4 @@
-"""What a function depends on besides its argument: the tensors of its *state*, and *guards* on all else.
+"""All that a function depends on besides its argument: the tensors of its *state*, and *guards* on the rest.
 
 PyTorch's own front end comes first. It reads the function's code, so that it knows every tensor, attribute, global and
 container that the function reads, and says in a microsecond or two whether one of them has changed. Where it refuses
@@ -31,40 +31,18 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Capture:
-    """A function of leaves that can be traced, with its state and its guards.
+    """A function of leaves that can be traced, with its state and its guards."""
 
-    Attributes
-    ----------
-    function : callable
-        ``(state, leaves) → leaves``; its state are the values of ``state``.
-    state : tuple of Source
-        The tensors that it is known to read; others show while it is traced.
-    sources : dict
-        Where tensors that show later are read from, by their ids.
-    holds : callable
-        Whether all that the function depends on, besides values of the state, is as it was.
-    partly : str
-        Why PyTorch's front end refused the function, so that Python state is watched in part only; else empty.
-    is_stateful : bool
-        Whether each call was seen to change what the next one depends on.
-    """
-
-    function: Callable[[Tensors, Tensors], Tensors]
-    state: tuple[Source, ...]
-    sources: dict[int, Source]
-    holds: Callable[[], bool]
-    partly: str = ""
-    is_stateful: bool = False
+    function: Callable[[Tensors, Tensors], Tensors]  # (values of the state, leaves) → leaves
+    state: tuple[Source, ...]  # the tensors that it is known to read; others show while it is traced
+    sources: dict[int, Source]  # where tensors that show later are read from, by their ids
+    holds: Callable[[], bool]  # whether all that it depends on, besides values of the state, is as it was
+    partly: str = ""  # why PyTorch's front end refused it, so that Python state is watched in part only
+    is_stateful: bool = False  # whether each call was seen to change what the next one depends on
 
 
 def flatten_outputs(output: Any) -> tuple[Tensors, Structure | None]:
-    """Return the leaves of what a function returned, and how they hang together, None for a single tensor.
-
-    Raises
-    ------
-    SpaceMismatchError
-        If it returned anything but tensors.
-    """
+    """Return the leaves of what a function returned, and how they hang together, None for a single tensor."""
     if isinstance(output, Tensor) and not output.is_nested:
         return (output,), None
     flat, structure = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
@@ -136,16 +114,16 @@ def _by_compiler(function: Callable[..., Any], kwargs: dict[str, Any], domain: S
     }  # fmt: skip
     flat = types.FunctionType(_flat.__code__.replace(co_name="captured"), scope, "captured")
     examples = [torch.zeros(s.shape, dtype=s.dtype, device=s.device).requires_grad_() for s in domain.specs]
-    module, readers, results, holds = compat.captured(flat, examples, scope)
-    state = tuple(Source(reader, _name(reader.__name__, function)) for reader in readers if callable(reader))
+    found = compat.captured(flat, examples, scope)
+    state = tuple(Source(reader, _name(reader.__name__, function)) for reader in found.readers if callable(reader))
 
     def run(values: Tensors, leaves: Tensors) -> Tensors:
         rest = iter(values)
-        inputs = [next(rest) if callable(reader) else leaves[reader] for reader in readers]
-        outputs = module(*inputs)
-        return tuple(outputs[i] if i >= 0 else inputs[-1 - i] for i in results)
+        inputs = [next(rest) if callable(reader) else leaves[reader] for reader in found.readers]
+        outputs = found.module(*inputs)
+        return tuple(outputs[i] if i >= 0 else inputs[-1 - i] for i in found.results)
 
-    return Capture(run, state, {}, holds)
+    return Capture(run, state, {}, found.holds)
 
 
 def _name(expression: str, function: Callable[..., Any]) -> str:
@@ -154,6 +132,3 @@ def _name(expression: str, function: Callable[..., Any]) -> str:
         expression = expression.replace(f"G['function'].__closure__[{index}].cell_contents", name)
     expression = re.sub(r"_(parameters|buffers|modules)\['(\w+)'\]", r"\2", expression)
     return re.sub(r"^G\['\w+'\]", "", expression).strip(".") or "a tensor"
-
-
-__all__ = ["Capture", "Tensors", "capture", "flatten_outputs"]

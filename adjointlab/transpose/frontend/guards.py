@@ -175,10 +175,10 @@ def attributes_kept(modules: tuple[nn.Module, ...]) -> Iterator[None]:
 
 
 def _restore(container: Any, old: Any) -> None:
-    now, then = (list(c.items()) if isinstance(c, dict) else list(c) for c in (container, old))
-    flat = [part for pair in now for part in pair] if isinstance(container, dict) else now
-    kept = [part for pair in then for part in pair] if isinstance(container, dict) else then
-    if len(flat) != len(kept) or any(a is not b for a, b in zip(flat, kept, strict=True)):
+    now, then = (
+        [part for pair in c.items() for part in pair] if isinstance(c, dict) else [*c] for c in (container, old)
+    )
+    if len(now) != len(then) or any(a is not b for a, b in zip(now, then, strict=True)):
         container.clear()
         container.extend(old) if isinstance(container, list) else container.update(old)
 

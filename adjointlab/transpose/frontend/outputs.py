@@ -13,28 +13,9 @@ from adjointlab.tree import SINGLE, Structure
 
 
 def space_of(outputs: Sequence[Tensor], structure: Structure | None, domain: Space, target: Space | None) -> Space:
-    """Return the space of outputs; ``target`` says how they are spread over processes, if they are.
+    """Return the space of outputs, which have the batch dimensions of the domain; None is the structure of one tensor.
 
-    Parameters
-    ----------
-    outputs : sequence of Tensor
-        The leaves, real or fake.
-    structure : Structure or None
-        How they hang together; None for a single tensor.
-    domain : Space
-        Of the map, which has the batch dimensions.
-    target : Space or None
-        The codomain that was asked for.
-
-    Returns
-    -------
-    Space
-        With the batch dimensions of the domain.
-
-    Raises
-    ------
-    SpaceMismatchError
-        If outputs are neither real nor complex, do not begin with the batch, or are not in the target.
+    ``target`` is the codomain that was asked for: it says how outputs are spread over processes, if they are.
     """
     for out in outputs:
         if not (out.is_floating_point() or out.is_complex()):
@@ -81,6 +62,3 @@ def require_outputs(outputs: Sequence[Tensor], structure: Structure | None, codo
             f"expected outputs in {codomain}, but the function has changed, and returns {found}: build the operator "
             "anew"
         )
-
-
-__all__ = ["require_outputs", "space_of"]

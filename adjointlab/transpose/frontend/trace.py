@@ -53,8 +53,7 @@ class _Values(TorchDispatchMode):
         if func is aten.masked_select.default:
             x, mask = torch.broadcast_tensors(*args)
             return aten.index.Tensor(x, self._positions([mask]))
-        reads = torch.Tag.data_dependent_output in func.tags or func in _READERS
-        if not reads:
+        if torch.Tag.data_dependent_output not in func.tags and func not in _READERS:
             return func(*args, **kwargs)
         real = [self.value(arg, op_name(func)) if isinstance(arg, Tensor) else arg for arg in args]
         with compat._disable_current_modes():
@@ -91,9 +90,9 @@ class _Values(TorchDispatchMode):
                 return self.state[position]
             raise ReadsInputError(f"{reader} turns a value of the input into a Python number")
         if node.op == "get_attr":
-            values[node] = getattr(tracer.root, str(node.target))
-            self.read[id(values[node])] = values[node]
-            return values[node]
+            held = values[node] = getattr(tracer.root, str(node.target))
+            self.read[id(held)] = held
+            return held
         if is_mutable(node.target):
             raise UntraceableError(f"a number is read from a tensor that {op_name(node.target)} changed in place")
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: self._evaluate(arg, tracer, values, reader))
@@ -163,13 +162,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 def trace_forward(captured: Capture, specs: Sequence[TensorSpec]) -> Graph:
-    """Return the functional graph of a function on tensors like ``specs``, with what it depends on as state.
-
-    Raises
-    ------
-    UntraceableError
-        If there is no such graph; ``ReadsInputError`` if it would depend on the values of the input.
-    """
+    """Return the functional graph of a function on tensors like ``specs``, with what it depends on as state."""
     fake = compat.FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         inputs = [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in specs]
@@ -180,12 +173,11 @@ def trace_forward(captured: Capture, specs: Sequence[TensorSpec]) -> Graph:
     by_memory = {_memory(source.read()): source for source in captured.sources.values()}
     module = _make(lambda *tensors: captured.function(tensors[:n], tensors[n:]), [*known, *inputs], values)
     state = (*captured.state, *_lift(module, n, {**by_memory, **captured.sources}))
-    baked = tuple((sources.get(key) or constant(t), t.clone()) for key, t in values.read.items())
+    specialized = tuple((sources.get(key) or constant(t), t.clone()) for key, t in values.read.items())
     _raise_if_random(module)
-    if any(is_mutable(node.target) for node in module.graph.nodes):
-        module = _functionalise(module, len(state))
+    module = _functionalised(module, len(state))
     _raise_if_stateful(module, state)
-    return Graph(module.graph, state, baked)
+    return Graph(module.graph, state, specialized)
 
 
 def hides(captured: Capture, specs: Sequence[TensorSpec]) -> tuple[str, ...]:
@@ -252,18 +244,13 @@ def trace_vjp(forward: Graph) -> Graph:
     """Return the graph ``(*state, *primals, *cotangents) → (*Aᴴ cotangents, *gradients)`` of the forward's VJP.
 
     Gradients are those in the state, None for what requires none, and for all of it where one cannot be traced.
-
-    Raises
-    ------
-    UntraceableError
-        If an op of the forward has no derivative that can be traced.
     """
     n_state, n_inputs = len(forward.state), len(forward.inputs)
     examples = [node.meta["val"] for node in forward.placeholders]
     fake = examples[-1].fake_mode
     with fake:
         cotangents = [torch.empty_like(node.meta["val"]) for node in forward.outputs]
-        arguments = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in examples]
+    arguments = _faked(examples, fake)
 
     def pull_back(vjp: Any, wanted: list[int]) -> Callable[..., Any]:
         def run(*tensors: Tensor) -> tuple[Tensor | None, ...]:
@@ -291,14 +278,8 @@ def trace_vjp(forward: Graph) -> Graph:
             refusal = error
     else:
         raise refusal
-    if any(is_mutable(node.target) for node in module.graph.nodes):
-        module = _functionalise(module, len(arguments) + len(cotangents))
-    return Graph(module.graph, forward.state, forward.baked)
-
-
-def _fakes(module: fx.GraphModule) -> list[Tensor]:
-    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-    return _faked(values, values[-1].fake_mode)
+    module = _functionalised(module, len(arguments) + len(cotangents))
+    return Graph(module.graph, forward.state, forward.specialized)
 
 
 def _lift(module: fx.GraphModule, n_known: int, sources: dict[Any, Source]) -> tuple[Source, ...]:
@@ -334,12 +315,17 @@ def _memory(tensor: Tensor) -> Any:
     return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj())
 
 
-def _functionalise(module: fx.GraphModule, first_input: int) -> fx.GraphModule:
+def _functionalised(module: fx.GraphModule, first_input: int) -> fx.GraphModule:
+    if not any(is_mutable(node.target) for node in module.graph.nodes):
+        return module
+
     # Inputs are cloned, so that writing to them is no side effect; the state is not, so that it shows as one.
     def run(*tensors: Tensor) -> Any:
         return module(*tensors[:first_input], *(t.clone() for t in tensors[first_input:]))
 
-    return _make(torch.func.functionalize(run, remove="mutations"), _fakes(module), _Values())
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    fakes = _faked(values, values[-1].fake_mode)
+    return _make(torch.func.functionalize(run, remove="mutations"), fakes, _Values())
 
 
 def _raise_if_random(module: fx.GraphModule) -> None:
@@ -355,6 +341,3 @@ def _raise_if_stateful(module: fx.GraphModule, state: tuple[Source, ...]) -> Non
             written = names.get(node.args[0])
             what = written.name if written else "a tensor"
             raise UntraceableError(f"stateful: {op_name(node.target)} writes to {what} at every call")
-
-
-__all__ = ["ReadsInputError", "UntraceableError", "trace_forward", "trace_vjp"]

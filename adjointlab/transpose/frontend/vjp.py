@@ -25,7 +25,9 @@ def vjp_by_func(function: Function, primals: Tensors, cotangents: Tensors) -> Te
     """Return ``J(primals)ᴴ cotangents`` by ``torch.func.vjp``."""
     result: tuple[Any, ...] = torch.func.vjp(lambda *leaves: function(leaves), *primals)
     outputs, pull_back = result
-    return tuple(pull_back(_like(cotangents, outputs)))
+    if len(cotangents) != len(outputs):
+        raise RuntimeError(f"the forward returned {len(outputs)} tensors where it had returned {len(cotangents)}")
+    return tuple(pull_back(tuple(cotangents)))
 
 
 def vjp_by_grad(function: Function, primals: Tensors, cotangents: Tensors) -> Tensors:
@@ -38,13 +40,9 @@ def vjp_by_grad(function: Function, primals: Tensors, cotangents: Tensors) -> Te
     attached = [(out, ct) for out, ct in pairs if out.requires_grad]
     if not attached:
         return tuple(torch.zeros_like(p) for p in primals)
-    gradients = torch.autograd.grad(
-        [out for out, _ in attached],
-        inputs,
-        [ct for _, ct in attached],
-        create_graph=torch.is_grad_enabled(),
-        allow_unused=True,
-    )
+    tracked, given = zip(*attached, strict=True)
+    create = torch.is_grad_enabled()
+    gradients = torch.autograd.grad(tracked, inputs, given, create_graph=create, allow_unused=True)
     return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, primals, strict=True))
 
 
@@ -59,13 +57,7 @@ def _like(cotangents: Tensors, outputs: Tensors) -> Tensors:
 
 
 def choose_vjp(function: Function, primals: Tensors, cotangents: Tensors) -> tuple[VJP, str, Tensors]:
-    """Return the VJP that works for ``function``, why ``torch.func.vjp`` does not where that is so, and its result.
-
-    Raises
-    ------
-    NotDifferentiableError
-        With what ``torch.autograd.grad`` said, if that refuses as well.
-    """
+    """Return the VJP that works for ``function``, why ``torch.func.vjp`` does not where that is so, and its result."""
     try:
         result = vjp_by_func(function, primals, cotangents)
         if not compat.plain() or any(t.any() for t in result):

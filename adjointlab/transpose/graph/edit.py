@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
@@ -31,7 +32,7 @@ def part(graph: Graph, outputs: Sequence[fx.Node | None]) -> Graph:
         if "output_mask" in names:
             position, used = names.index("output_mask"), {user.args[1] for user in node.users}
             node.update_arg(position, [i in used and wanted for i, wanted in enumerate(node.args[position])])
-    return Graph(copied, graph.state, graph.baked)
+    return Graph(copied, graph.state, graph.specialized)
 
 
 def copied(graph: Graph) -> Graph:
@@ -39,11 +40,28 @@ def copied(graph: Graph) -> Graph:
     return part(graph, graph.outputs)
 
 
+def zeros(graph: fx.Graph, like: Tensor) -> fx.Node:
+    """Add zeros of the shape, dtype and device of a value."""
+    node = graph.call_function(
+        torch.ops.aten.zeros.default, (list(like.shape),), {"dtype": like.dtype, "device": like.device}
+    )
+    node.meta["val"] = like
+    return node
+
+
+def reached(roots: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Return the nodes that are reached from some, these included."""
+    found, pending = set[fx.Node](), list(roots)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(following(node))
+    return found
+
+
 def clean(graph: fx.Graph) -> None:
     """Drop dead code from a functional graph, in place."""
     for node in reversed(list(graph.nodes)):
         if node.op in ("call_function", "get_attr") and not node.users:
             graph.erase_node(node)
-
-
-__all__ = ["call", "clean", "copied", "part"]

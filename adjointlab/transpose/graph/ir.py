@@ -22,13 +22,13 @@ class Source:
 class Graph:
     """A functional program on tensors: ``function(*state, *inputs) → tuple of outputs``.
 
-    ``baked`` are the tensors whose values became Python numbers while tracing, with those values: the graph is out of
-    date once one differs.
+    ``specialized`` are the tensors whose values became Python numbers while tracing, with those values: the graph is
+    out of date once one differs.
     """
 
     body: fx.Graph
     state: tuple[Source, ...]
-    baked: tuple[tuple[Source, Tensor], ...] = ()
+    specialized: tuple[tuple[Source, Tensor], ...] = ()
 
     @property
     def placeholders(self) -> list[fx.Node]:
@@ -66,6 +66,3 @@ def compiled(body: fx.Graph) -> Callable[..., Any]:
 
     run.__code__ = run.__code__.replace(co_name="program")
     return run
-
-
-__all__ = ["Graph", "Source", "compiled"]

@@ -36,5 +36,3 @@ STEPS = {
     aten.detach, aten.floor, aten.ceil, aten.round, aten.trunc, aten.frac, aten.fmod, aten.remainder,
     aten.floor_divide, aten.sign, aten.sgn, aten.nextafter,
 }  # fmt: skip
-
-__all__ = ["LIKE", "STEPS", "VIEWS", "is_mutable", "op_name"]

@@ -153,9 +153,3 @@ def spectra_meet(first: ConvSpec, second: ConvSpec) -> bool:
     """Return whether the second product of transforms would take apart all that the first has put together."""
     whole = first.output_shape[1:] == first.fft_size == second.fft_size == second.input_shape[1:]
     return whole and all(s == 1 for s in (*first.stride, *second.stride))
-
-
-__all__ = [
-    "VECTOR", "ConvSpec", "Ints", "Run", "fast_length", "flipped_spec", "phases_cost", "sized", "smooth",
-    "spectra_meet", "window",
-]  # fmt: skip

@@ -30,6 +30,3 @@ def flip(weight: Tensor, spec: ConvSpec) -> Tensor:
 def flipped(spec: ConvSpec) -> Run:
     """Return a transposed convolution of stride 1 as a plain one with the flipped kernel."""
     return native(flipped_spec(spec))
-
-
-__all__ = ["flip", "flipped", "native"]

@@ -108,6 +108,3 @@ def _spread(rows: Tensor) -> Tensor:
     step += 8
     strides = (rows.shape[1] * last * step, last * step, *rows.stride()[2:-1], step)
     return torch.empty_strided(rows.shape, strides, dtype=rows.dtype).copy_(rows)
-
-
-__all__ = ["fft", "gradient", "spectrum"]

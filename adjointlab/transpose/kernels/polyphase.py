@@ -114,6 +114,3 @@ def channels_last(image: Tensor) -> Tensor:
     if image.ndim not in (4, 5) or image.shape[1] != 1 or not image.is_contiguous():
         return image
     return image.as_strided(image.shape, (image.stride(0), 1, *image.stride()[2:]))
-
-
-__all__ = ["phase_kernels", "polyphase"]

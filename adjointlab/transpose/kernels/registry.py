@@ -24,47 +24,30 @@ Prepack = Callable[[Tensor, ConvSpec], Tensor]
 class Kernel:
     """One way to compute convolutions.
 
-    Attributes
-    ----------
-    name : str
-        As ``explain()`` prints it.
-    make : callable
-        From a spec to ``(x, prepacked, bias) ↦ y``: what follows from sizes alone is not computed at every call.
-    prepack : callable or None
-        From a weight and a spec to what the kernel reads instead of the weight; None where that is the weight itself.
-    supports : callable
-        Whether the kernel can compute a spec, as accurately as PyTorch's own.
-    cost : callable
-        The expected seconds for a spec. It is right to a factor of a few only: the rest is measured.
-    kept_everywhere : bool
-        Whether what is prepacked is kept on accelerators, too. To see that a weight is unchanged is to compare its
-        values, for which an accelerator has to finish all that it has been given: only a transform takes longer.
+    To see that a weight is unchanged is to compare its values, for which an accelerator has to finish all that it has
+    been given: only a transform takes longer, and is ``kept_everywhere``.
     """
 
-    name: str
-    make: Callable[[ConvSpec], Run]
-    prepack: Prepack | None
-    supports: Callable[[ConvSpec], bool]
-    cost: Callable[[ConvSpec], float]
+    name: str  # as explain() prints it
+    make: Callable[[ConvSpec], Run]  # to (x, prepacked, bias) ↦ y: sizes alone are not looked at in every call
+    prepack: Prepack | None  # from a weight and a spec to what the kernel reads instead, None for the weight itself
+    supports: Callable[[ConvSpec], bool]  # whether it can compute a spec, as accurately as PyTorch's own
+    cost: Callable[[ConvSpec], float]  # the expected seconds, right to a factor of a few only: the rest is measured
     kept_everywhere: bool = False
 
     def bind(self, spec: ConvSpec) -> Run:
         """Return the kernel as a function ``(x, prepacked, bias) ↦ y`` that carries its kernel and spec."""
-        run: Run = _carrying(self.make(spec), self, spec, self.name)
-        return run
+        return _carrying(self.make(spec), self, spec, self.name)  # type: ignore[no-any-return]
 
     def bind_prepack(self, spec: ConvSpec) -> Callable[[Tensor], Tensor]:
         """Return the function of the weight alone whose result the bound kernel reads."""
         prepack: Any = self.prepack
-        run: Callable[[Tensor], Tensor] = _carrying(
-            lambda weight: prepack(weight, spec), self, spec, f"prepack_{self.name}"
-        )
-        return run
+        name = f"prepack_{self.name}"
+        return _carrying(lambda weight: prepack(weight, spec), self, spec, name)  # type: ignore[no-any-return]
 
 
 def _carrying(run: Any, kernel: Kernel, spec: ConvSpec, name: str) -> Any:
-    run.kernel, run.spec, run.__name__ = kernel, spec, name
-    run.__qualname__ = name
+    run.kernel, run.spec, run.__name__, run.__qualname__ = kernel, spec, name, name
     return run
 
 
@@ -112,10 +95,6 @@ def _tapped_cost(spec: ConvSpec) -> float:
     return math.prod(spec.kernel) * (1e-5 + size / rate)
 
 
-def _supports_flipped(spec: ConvSpec) -> bool:
-    return spec.transposed and _is_plain(spec)
-
-
 def _is_plain(spec: ConvSpec) -> bool:
     """Return whether a convolution is a plain one, if need be with the flipped kernel."""
     return not spec.transposed or (_reaches(spec) and set(spec.stride) == {1} and not any(spec.output_padding))
@@ -151,8 +130,8 @@ FFT = Kernel("fft", fft, spectrum, _supports_fft, _fft_cost, kept_everywhere=Tru
 KERNELS = (
     NATIVE,
     Kernel(
-        "flipped", flipped, flip, _supports_flipped,
-        lambda spec: _direct_cost(spec._replace(transposed=False, output_shape=spec.output_shape)),
+        "flipped", flipped, flip, lambda spec: spec.transposed and _is_plain(spec),
+        lambda spec: _direct_cost(spec._replace(transposed=False)),
     ),
     Kernel("tapped", tapped, taps, _supports_tapped, _tapped_cost),
     Kernel("polyphase", polyphase, phase_kernels, _supports_polyphase, lambda spec: 6e-5 + phases_cost(spec)),
@@ -169,6 +148,3 @@ def available(spec: ConvSpec) -> tuple[Kernel, ...]:
 def transformed(spec: ConvSpec) -> Kernel:
     """Return the product of transforms for a spec wherever it is accurate enough, else PyTorch's own kernel."""
     return FFT if FFT.supports(spec) else NATIVE
-
-
-__all__ = ["FFT", "KERNELS", "NATIVE", "Kernel", "available", "bound", "transformed"]

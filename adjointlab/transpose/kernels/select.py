@@ -21,8 +21,8 @@ except ImportError:  # Windows: no run is known to have been disturbed
 Chooser = Callable[[ConvSpec], Kernel]
 Clock = Callable[[Callable[[], object], torch.device], "float | None"]  # None for a run that was disturbed
 
-_GAIN = 0.8  # a kernel replaces native where it takes at most that part of the time, as measured
-_MODEL = 8.0  # the model's costs are right up to this factor: kernels that are further apart are not compared by runs
+_GAIN = 0.8  # of native's time: medians of one kernel, run twice, are less than a fifth apart 99 times in 100
+_MODEL = 8.0  # costs of the model were seen to be off by up to 5: kernels further apart are not compared by runs
 _RUNS = 5  # of each kernel, in turns, after one that pays for code and plans
 _BUDGET = 0.03  # seconds for all runs of a kernel; of one that takes longer, there are fewer
 _PROBE = 2e6  # multiplications of the part of an image that shows the rate of a kernel which is slow on the whole
@@ -33,7 +33,12 @@ def choose(spec: ConvSpec, *, thorough: bool = False) -> Kernel:
 
     ``thorough`` runs every kernel that can compute the spec, however far apart the model sees them.
     """
-    return _chosen(spec, thorough) or by_model(spec)
+    if len(available(spec)) == 1:
+        return NATIVE
+    try:
+        return by_model(spec) if spec.device.type == "meta" else _measured(spec, thorough)
+    except _DisturbedError:
+        return by_model(spec)
 
 
 def by_model(spec: ConvSpec) -> Kernel:
@@ -55,16 +60,6 @@ def suits_transform(spec: ConvSpec) -> bool:
 
 class _DisturbedError(Exception):
     """Runs say nothing: other work holds the processors, or the memory."""
-
-
-def _chosen(spec: ConvSpec, thorough: bool) -> Kernel | None:
-    """Return the kernel by runs, None where other work does not let them be told."""
-    if len(available(spec)) == 1 or spec.device.type == "meta":
-        return NATIVE if len(available(spec)) == 1 else None
-    try:
-        return _measured(spec, thorough)
-    except _DisturbedError:
-        return None
 
 
 @functools.cache  # the machine does not change; a run that was disturbed raises, and is not kept
@@ -113,7 +108,7 @@ def _median(ways: list[Callable[[], object]], spec: ConvSpec, clock: Clock) -> l
 
 
 def _seconds_of_native(spec: ConvSpec, clock: Clock) -> float | None:
-    """Return what native is expected to take, from its rate on a part of the image; None where the whole is as quick.
+    """Return the seconds expected of native, from its rate on a part of the image; None where the whole is as quick.
 
     On an accelerator, each size of the image would need a plan of its own.
     """
@@ -185,6 +180,3 @@ def undisturbed(way: Callable[[], object], device: torch.device) -> float | None
 def _switches() -> int:
     """Return how often the system has taken a processor from a thread of this process."""
     return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-
-
-__all__ = ["Chooser", "by_model", "choose", "fastest", "suits_transform", "undisturbed"]

@@ -40,6 +40,3 @@ def tapped(spec: ConvSpec) -> Run:
         return total if bias is None else total.add_(bias.reshape(-1, *[1] * len(spec.kernel)))
 
     return run
-
-
-__all__ = ["tapped", "taps"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from adjointlab.transpose.graph.edit import call, clean, copied
+from adjointlab.transpose.graph.edit import call, clean, copied, zeros
 from adjointlab.transpose.graph.ir import Graph
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ def residual_and_gradient(forward: Graph, adjoint: Graph, *, weighted: bool, res
         if node.op == "call_function":
             back[node] = graph.node_copy(node, back.__getitem__)
     graph.output((*(apart if residual else ()), *[back[out] for out in adjoint.outputs]))
-    return Graph(graph, forward.state, forward.baked)
+    return Graph(graph, forward.state, forward.specialized)
 
 
 def linear_part(forward: Graph) -> Graph:
@@ -100,7 +100,7 @@ def adds_state(forward: Graph) -> bool:
 
 
 def _without_bias(graph: fx.Graph, node: fx.Node, dependent: set[fx.Node]) -> fx.Node | None:
-    """Return what a node computes apart from what is added to it; None where that cannot be read off."""
+    """Return the value of a node without what is added to it; None where that cannot be read off."""
     target, operands = node.target, node.all_input_nodes
     if target in {aten.rsub.Scalar, aten.rsub.Tensor, aten.add.Scalar, aten.sub.Scalar} or _fills(node):
         return None
@@ -142,33 +142,26 @@ def _difference(forward: Graph) -> Graph:
     """Return the graph of ``x ↦ f(x) − f(0)`` as it stands: ``f(0)`` depends on the state alone."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    zeros: dict[fx.Node, fx.Node] = {}
+    at_zero: dict[fx.Node, fx.Node] = {}
     inputs = set(forward.inputs)
     for node in forward.placeholders:
-        copies[node] = zeros[node] = graph.node_copy(node)
+        copies[node] = at_zero[node] = graph.node_copy(node)
     for node in forward.inputs:
-        value = node.meta["val"]
-        zeros[node] = graph.call_function(
-            aten.zeros.default, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
-        )
-        zeros[node].meta["val"] = value
+        at_zero[node] = zeros(graph, node.meta["val"])
     dependent = set(inputs)
     for node in forward.body.nodes:
         if node.op != "call_function":
             continue
         copies[node] = graph.node_copy(node, copies.__getitem__)
-        zeros[node] = copies[node]
+        at_zero[node] = copies[node]
         if any(operand in dependent for operand in node.all_input_nodes):
             dependent.add(node)
-            zeros[node] = graph.node_copy(node, zeros.__getitem__)
+            at_zero[node] = graph.node_copy(node, at_zero.__getitem__)
     outputs = []
     for node in forward.outputs:
-        difference = graph.call_function(aten.sub.Tensor, (copies[node], zeros[node]))
+        difference = graph.call_function(aten.sub.Tensor, (copies[node], at_zero[node]))
         difference.meta["val"] = node.meta["val"]
         outputs.append(difference)
     graph.output(tuple(outputs))
     clean(graph)
-    return Graph(graph, forward.state, forward.baked)
-
-
-__all__ = ["adds_state", "linear_part", "residual_and_gradient"]
+    return Graph(graph, forward.state, forward.specialized)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def lower(graph: Graph, choose: Chooser, transform: Callable[[ConvSpec], bool] =
     _backward_as_transposed(lowered)
     _gradients_in_kernels(lowered.body, transform)
     for node in list(lowered.body.nodes):
-        if node.target is aten.convolution.default:
+        if _is_convolution(node):
             spec = _spec(node)
             kernel = choose(spec)
             first, last = node, node
@@ -218,27 +218,17 @@ def _replace(nodes: fx.Graph, node: fx.Node, ends: tuple[Any, fx.Node], kernel: 
 
 def kernels_of(graph: Graph) -> tuple[str, ...]:
     """Return a line on each convolution of a graph: its kernel, and what it computes."""
-    lines = []
-    for node in graph.body.nodes:
-        found = bound(node.target)
-        if found is None and node.target is aten.convolution.default:
-            found = (NATIVE, _spec(node))
-        if found is not None:
-            lines.append(_describe(*found))
-    return tuple(dict.fromkeys(lines))
+    found = [bound(n.target) or (NATIVE, _spec(n)) for n in graph.body.nodes if bound(n.target) or _is_convolution(n)]
+    return tuple(dict.fromkeys(_describe(*each) for each in found))
+
+
+def _is_convolution(node: fx.Node) -> bool:
+    return node.target is aten.convolution.default
 
 
 def _describe(kernel: Kernel, spec: ConvSpec) -> str:
     kind = "transposed convolution" if spec.transposed else "convolution"
-    c_in, c_out = spec.input_shape[0], spec.output_shape[0]
-    details = {"fft": f" of size {_by(spec.fft_size)}", "polyphase": f" in {math.prod(spec.phases)} phases"}
-    return (
-        f"{kernel.name}{details.get(kernel.name, '')}, for the {kind} {c_in}→{c_out} with a {_by(spec.kernel)} kernel"
-    )
-
-
-def _by(sizes: Iterable[int]) -> str:
-    return "×".join(map(str, sizes))
-
-
-__all__ = ["joined", "kernels_of", "lower", "multiplier"]
+    channels = f"{spec.input_shape[0]}→{spec.output_shape[0]}"
+    size, length = ("×".join(map(str, sizes)) for sizes in (spec.kernel, spec.fft_size))
+    details = {"fft": f" of size {length}", "polyphase": f" in {math.prod(spec.phases)} phases"}
+    return f"{kernel.name}{details.get(kernel.name, '')}, for the {kind} {channels} with a {size} kernel"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.graph.edit import clean, part
+from adjointlab.transpose.graph.edit import clean, part, reached, zeros
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import LIKE, STEPS, op_name
 
@@ -52,25 +52,13 @@ def _shape_only(node: fx.Node) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Adjoint:
-    """The adjoint as a graph, and how it was found.
+    """The adjoint as a graph, and how it was found."""
 
-    Attributes
-    ----------
-    graph : Graph
-        ``(*state, *cotangents) → Aᴴ cotangents``, with no forward in it.
-    of_state : Graph or None
-        ``(*state, *primals, *cotangents) →`` gradients in the state, None for each that is not known.
-    readers : tuple of str
-        Operations that still read the primal. If there are none, the map is affine by proof.
-    ops_before, ops_after : Counter
-        Operations of the vector-Jacobian product, and of the adjoint.
-    """
-
-    graph: Graph
-    of_state: Graph | None
-    readers: tuple[str, ...]
-    ops_before: Counter[str]
-    ops_after: Counter[str]
+    graph: Graph  # (*state, *cotangents) → Aᴴ cotangents, with no forward in it
+    of_state: Graph | None  # (*state, *primals, *cotangents) → gradients in the state, None for each that is not known
+    readers: tuple[str, ...]  # operations that still read the primal; if there are none, the map is affine by proof
+    ops_before: Counter[str]  # of the vector-Jacobian product
+    ops_after: Counter[str]  # of the adjoint
 
 
 def drop_forward(whole: Graph, n_primals: int) -> Adjoint:
@@ -85,7 +73,7 @@ def drop_forward(whole: Graph, n_primals: int) -> Adjoint:
     for node in list(graph.nodes):
         _take_running_statistics(graph, node)
     tainted = _descendants(primals)
-    demanded = _demanded(vjp)
+    demanded = reached([node for node in vjp.outputs if isinstance(node, fx.Node)], _values_read)
     for node in list(graph.nodes):
         if node.op != "call_function" or node not in demanded:
             continue
@@ -96,11 +84,12 @@ def drop_forward(whole: Graph, n_primals: int) -> Adjoint:
     readers: tuple[str, ...] = ()
     if any(primal in demanded for primal in primals):
         cotangents = _descendants(vjp.inputs[n_primals:])
+        reads = tainted - cotangents
         readers = tuple(
             dict.fromkeys(
                 op_name(node.target)
                 for node in graph.nodes
-                if node in demanded and node in cotangents and _reads(node, tainted - cotangents)
+                if node in demanded and node in cotangents and not reads.isdisjoint(_values_read(node))
             )
         )
     # A linear map has one Jacobian. Where its graph reads the primal all the same, it is evaluated at zero.
@@ -108,10 +97,7 @@ def drop_forward(whole: Graph, n_primals: int) -> Adjoint:
         value = primal.meta["val"]
         if primal in demanded:
             with graph.inserting_after(primal):
-                zero = graph.call_function(
-                    aten.zeros.default, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
-                )
-            zero.meta["val"] = value
+                zero = zeros(graph, value)
             primal.replace_all_uses_with(zero)
     clean(graph)
     for primal in primals:
@@ -128,37 +114,16 @@ def ops(graph: Graph) -> Counter[str]:
     )
 
 
-def _reads(node: fx.Node, values: set[fx.Node]) -> bool:
-    metadata = {node.args[position] for position in _shape_only(node)}
-    return any(operand in values and operand not in metadata for operand in node.all_input_nodes)
-
-
 def _descendants(roots: list[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    pending = list(roots)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(node.users)
-    return found
+    return reached(roots, lambda node: node.users)
 
 
-def _demanded(graph: Graph) -> set[fx.Node]:
-    """Return the nodes whose values, not only their shapes, some output depends on."""
-    found: set[fx.Node] = set()
-    pending = [node for node in graph.outputs if isinstance(node, fx.Node)]
-    while pending:
-        node = pending.pop()
-        if node in found:
-            continue
-        found.add(node)
-        skipped = _shape_only(node)
-        values = [arg for position, arg in enumerate(node.args) if position not in skipped]
-        read: list[fx.Node] = []
-        fx.map_arg((values, node.kwargs), read.append)
-        pending.extend(read)
-    return found
+def _values_read(node: fx.Node) -> list[fx.Node]:
+    """Return the operands whose values a node reads, not only their shapes."""
+    skipped, read = _shape_only(node), list[fx.Node]()
+    values = [argument for position, argument in enumerate(node.args) if position not in skipped]
+    fx.map_arg((values, node.kwargs), read.append)
+    return read
 
 
 def _take_running_statistics(graph: fx.Graph, node: fx.Node) -> None:
@@ -192,8 +157,7 @@ def _stand_in(graph: fx.Graph, before: fx.Node, operand: fx.Node) -> fx.Node:
     """Return a zero of the operand's shape that takes the memory of one number."""
     value = operand.meta["val"]
     with graph.inserting_before(before):
-        zero = graph.call_function(aten.zeros.default, ([],), {"dtype": value.dtype, "device": value.device})
-        zero.meta["val"] = value.new_empty(())
+        zero = zeros(graph, value.new_empty(()))
         shaped = graph.call_function(aten.expand.default, (zero, list(value.shape)))
         shaped.meta["val"] = zero.meta["val"].expand(value.shape)
     zero.meta["stands_for"] = shaped.meta["stands_for"] = tuple(value.shape)
@@ -216,6 +180,3 @@ def cut_off(graph: Graph) -> str:
             return op_name(node.target)
         seen.add(node)
     return ""
-
-
-__all__ = ["Adjoint", "cut_off", "drop_forward", "ops"]

@@ -8,16 +8,17 @@ piece, as a person would write it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.graph.edit import clean
+from adjointlab.transpose.graph.edit import clean, copied, zeros
 from adjointlab.transpose.graph.ir import Graph
 
 aten = torch.ops.aten
@@ -25,62 +26,72 @@ aten = torch.ops.aten
 _MOST = 32  # pieces of one sum; more are not worth following
 
 
+class Span(NamedTuple):
+    """A range of one dimension: where it is in the source and in the result, None where that has no such dimension."""
+
+    read: int | None
+    write: int | None
+    length: int
+
+
 @dataclass(frozen=True)
 class Piece:
-    """``factor · source[window]``, placed in a result.
-
-    ``window`` has an entry for each dimension of the source: ``(start, length)``, or an index that drops it. ``frame``
-    has one for each dimension of the result: ``(start, length, inserted)``, where inserted dimensions are not in the
-    source, and the others are its kept ones in order.
-    """
+    """``factor`` times a rectangle of a source, placed in a result; dimensions of both are in the order of spans."""
 
     source: fx.Node
     factor: complex
-    window: tuple[Any, ...]
-    frame: tuple[tuple[int, int, bool], ...]
+    spans: tuple[Span, ...]
 
     @property
     def volume(self) -> int:
         """Number of entries."""
-        return math.prod(length for _, length, _ in self.frame)
+        return math.prod(span.length for span in self.spans)
 
-    def _kept(self, dim: int) -> int:
-        """Return the dimension of the source behind a dimension of the result that is not inserted."""
-        position = sum(not inserted for _, _, inserted in self.frame[:dim])
-        return [i for i, w in enumerate(self.window) if isinstance(w, tuple)][position]
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Where it is in the result."""
+        return [(span.write, span.write + span.length) for span in self.spans if span.write is not None]
 
-    def restrict(self, dim: int, start: int, stop: int) -> Piece | None:
+    @property
+    def places(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """How to read the source, and how to write: (start, stop), or an index where the other has no dimension."""
+        read = [_place(span.read, span.length, span.write) for span in self.spans if span.read is not None]
+        write = [_place(span.write, span.length, span.read) for span in self.spans if span.write is not None]
+        return tuple(read), tuple(write)
+
+    def _span(self, dim: int) -> int:
+        """Return the position of the span of a dimension of the result."""
+        return [*(i for i, span in enumerate(self.spans) if span.write is not None), len(self.spans)][dim]
+
+    def _with(self, dim: int, **changes: Any) -> Piece:
+        i = self._span(dim)
+        return replace(self, spans=(*self.spans[:i], self.spans[i]._replace(**changes), *self.spans[i + 1 :]))
+
+    def within(self, dim: int, start: int, stop: int) -> Piece | None:
         """Return the part within ``start:stop`` of a dimension of the result, where it is."""
-        place, length, inserted = self.frame[dim]
-        first, last = max(place, start), min(place + length, stop)
+        read, _, _ = self.spans[self._span(dim)]
+        place, end = self.ranges[dim]
+        first, last = max(place, start), min(end, stop)
         if first >= last:
             return None
-        window = list(self.window)
-        if not inserted:
-            behind = self._kept(dim)
-            window[behind] = (window[behind][0] + first - place, last - first)
-        frame = (*self.frame[:dim], (first, last - first, inserted), *self.frame[dim + 1 :])
-        return replace(self, window=tuple(window), frame=frame)
+        return self._with(dim, read=None if read is None else read + first - place, write=first, length=last - first)
 
     def move(self, dim: int, by: int) -> Piece:
         """Return the piece at another place."""
-        place, length, inserted = self.frame[dim]
-        return replace(self, frame=(*self.frame[:dim], (place + by, length, inserted), *self.frame[dim + 1 :]))
+        return self._with(dim, write=self.ranges[dim][0] + by)
 
-    def select(self, dim: int, index: int) -> Piece | None:
-        """Return the part at one index of a dimension, which is dropped."""
-        part = self.restrict(dim, index, index + 1)
-        if part is None:
-            return None
-        window = list(part.window)
-        if not part.frame[dim][2]:
-            behind = part._kept(dim)
-            window[behind] = window[behind][0]
-        return replace(part, window=tuple(window), frame=(*part.frame[:dim], *part.frame[dim + 1 :]))
+    def drop(self, dim: int) -> Piece:
+        """Return the piece in a result without a dimension, where it is at one index."""
+        return self._with(dim, write=None)
 
     def insert(self, dim: int, index: int) -> Piece:
         """Return the piece at one index of a new dimension."""
-        return replace(self, frame=(*self.frame[:dim], (index, 1, True), *self.frame[dim:]))
+        i = self._span(dim)
+        return replace(self, spans=(*self.spans[:i], Span(None, index, 1), *self.spans[i:]))
+
+
+def _place(start: int, length: int, other: int | None) -> Any:
+    return start if other is None else (start, start + length)
 
 
 Sum = tuple[Piece, ...]
@@ -88,79 +99,59 @@ Sum = tuple[Piece, ...]
 
 def fuse_slices(graph: Graph) -> Graph:
     """Return an equal graph in which sums of slices are written in one pass."""
-    nodes = fx.Graph()
-    nodes.output(nodes.graph_copy(graph.body, {}))
+    fused = copied(graph)
     sums: dict[fx.Node, Sum] = {}
-    worth: set[fx.Node] = set()
-    written: dict[fx.Node, fx.Node] = {}
-    for node in list(nodes.nodes):
-        if node.op == "output" or not isinstance(node.meta.get("val"), Tensor):
-            if node.op in {"output", "call_function"}:
-                _write_operands(nodes, node, sums, worth, written)
-            continue
-        rule = _RULES.get(node.target) if node.op == "call_function" else None
-        found = rule(node, sums) if rule else None
+    worth: set[fx.Node] = set()  # sums that are more than views of one source: written for whatever reads them whole
+    written = functools.cache(lambda node: _write(fused.body, node, sums[node]))
+    for node in list(fused.body.nodes):
+        rule = _RULES.get(node.target)
+        is_plain = not node.kwargs or rule is _zeros
+        found = rule(node, sums, *node.args) if rule is not None and is_plain else None
         if found is None or len(found) > _MOST:
-            if node.op == "call_function":
-                _write_operands(nodes, node, sums, worth, written)
-            sums[node] = _whole(node)
+            for operand in node.all_input_nodes:
+                if operand in worth:
+                    node.replace_input_with(operand, written(operand))
+            if isinstance(node.meta.get("val"), Tensor):
+                sums[node] = _whole(node)
             continue
         sums[node] = found
-        if node.target not in _READS or any(operand in worth for operand in node.all_input_nodes):
-            worth.add(node)
         if len(node.users) > 1 and sum(p.volume for p in found) > 2 * node.meta["val"].numel():
-            _write(nodes, node, sums, written)
-            sums[node] = _whole(written[node])
-            worth.discard(node)
-    clean(nodes)
-    return Graph(nodes, graph.state, graph.baked)
+            sums[node] = _whole(written(node))
+        elif node.target not in _READS or any(operand in worth for operand in node.all_input_nodes):
+            worth.add(node)
+    clean(fused.body)
+    return fused
 
 
 def _whole(node: fx.Node) -> Sum:
-    shape = node.meta["val"].shape
-    return (Piece(node, 1, tuple((0, n) for n in shape), tuple((0, n, False) for n in shape)),)
+    return (Piece(node, 1, tuple(Span(0, 0, n) for n in node.meta["val"].shape)),)
 
 
-def _write_operands(
-    nodes: fx.Graph, node: fx.Node, sums: dict[fx.Node, Sum], worth: set[fx.Node], written: dict[fx.Node, fx.Node]
-) -> None:
-    for operand in node.all_input_nodes:
-        if operand in worth:
-            node.replace_input_with(operand, written.get(operand) or _write(nodes, operand, sums, written))
-
-
-def _write(nodes: fx.Graph, node: fx.Node, sums: dict[fx.Node, Sum], written: dict[fx.Node, fx.Node]) -> fx.Node:
+def _write(nodes: fx.Graph, node: fx.Node, found: Sum) -> fx.Node:
+    """Add the call that writes a sum, its largest pieces first: those that meet none before them are copied."""
     value = node.meta["val"]
-    pieces = sorted(sums[node], key=lambda piece: -piece.volume)
+    pieces = sorted(found, key=lambda piece: -piece.volume)
     sources = list(dict.fromkeys(piece.source for piece in pieces))
+    alone = [not any(_meet(piece, other) for other in pieces[:i]) for i, piece in enumerate(pieces)]
     layout = tuple(
-        (sources.index(p.source), p.factor, *_slices(p), _exclusive(i, pieces)) for i, p in enumerate(pieces)
+        (sources.index(p.source), p.factor, *p.places, first) for p, first in zip(pieces, alone, strict=True)
     )
-    covered = sum(p.volume for i, p in enumerate(pieces) if _exclusive(i, pieces)) == value.numel()
+    covered = sum(p.volume for p, first in zip(pieces, alone, strict=True) if first) == value.numel()
     with nodes.inserting_after(node):
         if pieces:
             call = nodes.call_function(accumulate, (sources, layout, tuple(value.shape), covered))
         else:
-            options = {"dtype": value.dtype, "device": value.device}
-            call = nodes.call_function(aten.zeros.default, (list(value.shape),), options)
+            call = zeros(nodes, value)
     call.meta = dict(node.meta)
-    written[node] = call
     return call
 
 
-def _slices(piece: Piece) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return how to read the source, as (start, stop) or an index for each dimension, and where to write."""
-    read = tuple((w[0], w[0] + w[1]) if isinstance(w, tuple) else w for w in piece.window)
-    write = tuple(place if inserted else (place, place + length) for place, length, inserted in piece.frame)
-    return read, write
+def _meet(piece: Piece, other: Piece) -> bool:
+    return all(a < d and c < b for (a, b), (c, d) in zip(piece.ranges, other.ranges, strict=True))
 
 
-def _exclusive(index: int, pieces: list[Piece]) -> bool:
-    """Return whether a piece meets none of those before it."""
-    return not any(
-        all(a < b + m and b < a + n for (a, n, _), (b, m, _) in zip(pieces[index].frame, other.frame, strict=True))
-        for other in pieces[:index]
-    )
+def _index(place: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple([slice(*p) if isinstance(p, tuple) else p for p in place])
 
 
 def accumulate(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ...], covered: bool) -> Tensor:
@@ -169,8 +160,7 @@ def accumulate(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int,
         return _as_sum(sources, layout, shape)
     result = sources[0].new_empty(shape) if covered else sources[0].new_zeros(shape)
     for number, factor, read, write, exclusive in layout:
-        part = sources[number][tuple([slice(*r) if isinstance(r, tuple) else r for r in read])]
-        target = result[tuple([slice(*w) if isinstance(w, tuple) else w for w in write])]
+        part, target = sources[number][_index(read)], result[_index(write)]
         if not exclusive:
             target.add_(part, alpha=factor)
         elif factor == 1:
@@ -216,8 +206,7 @@ def _as_sum(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ..
     """Return the sum of pieces as one expression: compilers make one loop of it, and many of writes in place."""
     total: Tensor | None = None
     for number, factor, read, write, _ in sorted(layout, key=lambda piece: piece[1] != 1):  # a product less
-        part = sources[number][tuple([slice(*r) if isinstance(r, tuple) else r for r in read])]
-        part = part[tuple([slice(None) if isinstance(w, tuple) else None for w in write])]
+        part = sources[number][_index(read)][tuple([slice(None) if isinstance(w, tuple) else None for w in write])]
         places = [w if isinstance(w, tuple) else (w, w + 1) for w in write]
         pads = [side for (a, b), n in zip(places, shape, strict=True) for side in (n - b, a)]
         term = torch.constant_pad_nd(part, pads[::-1])
@@ -229,193 +218,130 @@ def _as_sum(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ..
     return total
 
 
-# -- rules: the sum of a node from those of its operands, or None where it is not one ---------------------------------
+# -- rules: the sum of a node from those of its operands, or None where it is not one. They are given its arguments.
+
+Sums = dict[fx.Node, Sum]
 
 
-def _map(pieces: Sum, change: Callable[[Piece], Piece | None]) -> Sum:
-    return tuple(p for p in map(change, pieces) if p is not None)
+def _shape(node: fx.Node) -> list[int]:
+    return list(node.meta["val"].shape)
 
 
-def _bounds(start: Any, stop: Any, step: Any, size: int) -> tuple[int, int] | None:
-    if step != 1:
+def _within(pieces: Sum, dim: int, *ranges: tuple[int, int]) -> Sum:
+    """Return the parts of pieces inside of ranges of a dimension."""
+    parts = (piece.within(dim, *each) for piece, each in itertools.product(pieces, ranges))
+    return tuple(part for part in parts if part is not None)
+
+
+def _window(node: fx.Node, shape: list[int], dim: int = 0, start: Any = None, stop: Any = None, step: Any = 1) -> Any:
+    """Return the dimension, start and stop that a node takes or writes; None where it has a step, or nothing."""
+    n = shape[dim]
+    if node.target in _AT_INDEX:
+        start, stop = start % n, start % n + 1
+    first, last, _ = slice(start, stop).indices(n)
+    return (dim % len(shape), first, last) if step == 1 and first < last else None
+
+
+def _taken(node: fx.Node, sums: Sums, x: fx.Node, *where: Any) -> Sum | None:
+    window = _window(node, _shape(x), *where)
+    if window is None:
         return None
-    first, last, _ = slice(start, stop).indices(size)
-    return (first, last) if last > first else None
+    dim, start, stop = window
+    moved = [p.move(dim, -start) for p in _within(sums[x], dim, (start, stop))]
+    return tuple(p.drop(dim) if node.target in _AT_INDEX else p for p in moved)
 
 
-def _arguments(node: fx.Node, *defaults: Any) -> list[Any]:
-    given: list[Any] = list(node.args)
-    return [*given, *defaults[len(given) :]]
-
-
-def _dimension(dim: int, rank: int) -> int:
-    return dim % rank
-
-
-def _slice(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    x, dim, start, stop, step = _arguments(node, None, 0, None, None, 1)
-    shape = x.meta["val"].shape
-    dim = _dimension(dim, len(shape))
-    bounds = _bounds(start, stop, step, shape[dim])
-    if bounds is None:
+def _put(node: fx.Node, sums: Sums, first: fx.Node, second: Any, *where: Any) -> Sum | None:
+    """Write a source to zeros of a shape (the derivative of a slice), or over what a base has there (a scatter)."""
+    window = _window(node, _shape(node), *where)
+    if window is None:
         return None
-    return tuple(p.move(dim, -bounds[0]) for p in _within(sums[x], dim, *bounds))
+    dim, start, stop = window
+    source, base = (second, sums[first]) if isinstance(second, fx.Node) else (first, ())
+    placed = [p.insert(dim, start) if node.target in _AT_INDEX else p.move(dim, start) for p in sums[source]]
+    return (*_within(base, dim, (0, start), (stop, _shape(node)[dim])), *placed)
 
 
-def _select(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    x, dim, index = _arguments(node)
-    shape = x.meta["val"].shape
-    dim = _dimension(dim, len(shape))
-    return _map(sums[x], lambda p: p.select(dim, index % shape[dim]))
-
-
-def _slice_backward(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    v, shape, dim, start, stop, step = _arguments(node)
-    dim = _dimension(dim, len(shape))
-    bounds = _bounds(start, stop, step, shape[dim])
-    return None if bounds is None else tuple(p.move(dim, bounds[0]) for p in sums[v])
-
-
-def _select_backward(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    v, shape, dim, index = _arguments(node)
-    dim = _dimension(dim, len(shape))
-    return tuple(p.insert(dim, index % shape[dim]) for p in sums[v])
-
-
-def _within(pieces: Sum, dim: int, start: int, stop: int) -> Sum:
-    """Return what is left of pieces inside ``start:stop``."""
-    return _map(pieces, lambda p: p.restrict(dim, start, stop))
-
-
-def _cut(pieces: Sum, dim: int, start: int, stop: int) -> Sum:
-    """Return what is left of pieces outside ``start:stop``."""
-    far = 1 << 62
-    return tuple(
-        part
-        for piece, (a, b) in itertools.product(pieces, ((0, start), (stop, far)))
-        if (part := piece.restrict(dim, a, b)) is not None
-    )
-
-
-def _slice_scatter(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    base, source, dim, start, stop, step = _arguments(node, None, None, 0, None, None, 1)
-    shape = base.meta["val"].shape
-    dim = _dimension(dim, len(shape))
-    bounds = _bounds(start, stop, step, shape[dim])
-    if bounds is None:
+def _pad(node: fx.Node, sums: Sums, x: fx.Node, pads: list[int], value: complex = 0) -> Sum | None:
+    if value != 0:
         return None
-    return (*_cut(sums[base], dim, *bounds), *(p.move(dim, bounds[0]) for p in sums[source]))
-
-
-def _select_scatter(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    base, source, dim, index = _arguments(node)
-    shape = base.meta["val"].shape
-    dim = _dimension(dim, len(shape))
-    index = index % shape[dim]
-    return (*_cut(sums[base], dim, index, index + 1), *(p.insert(dim, index) for p in sums[source]))
-
-
-def _pad(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    x, pads, *value = _arguments(node)
-    if value and value[0] != 0:
-        return None
-    pieces = sums[x]
-    rank = x.meta["val"].ndim
-    for i in range(len(pads) // 2):
-        dim, before = rank - 1 - i, pads[2 * i]
-        size = node.meta["val"].shape[dim]
-        moved = tuple(p.move(dim, before) for p in pieces)
-        pieces = _within(moved, dim, 0, size)
+    pieces, shape = sums[x], _shape(node)
+    for i, before in enumerate(pads[::2]):
+        dim = len(shape) - 1 - i
+        pieces = _within(tuple(p.move(dim, before) for p in pieces), dim, (0, shape[dim]))
     return pieces
 
 
-def _cat(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    parts, *rest = _arguments(node)
-    dim = _dimension(rest[0] if rest else 0, node.meta["val"].ndim)
-    if any(p.meta["val"].ndim != node.meta["val"].ndim or p.meta["val"].dtype != node.meta["val"].dtype for p in parts):
-        return None
-    pieces: list[Piece] = []
-    offset = 0
-    for part in parts:
-        pieces.extend(p.move(dim, offset) for p in sums[part])
-        offset += part.meta["val"].shape[dim]
-    return tuple(pieces)
-
-
-def _roll(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    x, shifts, *rest = _arguments(node)
-    if not rest or not rest[0]:
-        return None
-    pieces = sums[x]
-    for shift, axis in zip(shifts, rest[0], strict=True):
-        dim = _dimension(axis, x.meta["val"].ndim)
-        n = x.meta["val"].shape[dim]
-        by = shift % n
-        low = tuple(p.move(dim, by) for p in _within(pieces, dim, 0, n - by))
-        high = tuple(p.move(dim, by - n) for p in _within(pieces, dim, n - by, n))
-        pieces = (*low, *high)
-    return pieces
-
-
-def _alike(node: fx.Node, *operands: Any) -> bool:
+def _cat(node: fx.Node, sums: Sums, parts: list[fx.Node], dim: int = 0) -> Sum | None:
     value = node.meta["val"]
-    return all(
-        isinstance(x, fx.Node) and x.meta["val"].shape == value.shape and x.meta["val"].dtype == value.dtype
-        for x in operands
+    if any(p.meta["val"].ndim != value.ndim or p.meta["val"].dtype != value.dtype for p in parts):
+        return None
+    offsets = itertools.accumulate((_shape(part)[dim] for part in parts), initial=0)
+    return tuple(
+        p.move(dim % value.ndim, offset) for part, offset in zip(parts, offsets, strict=False) for p in sums[part]
     )
 
 
-def _add(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    a, b, *_ = _arguments(node)
-    if node.kwargs or not _alike(node, a, b):
+def _roll(node: fx.Node, sums: Sums, x: fx.Node, shifts: list[int], dims: Sequence[int] = ()) -> Sum | None:
+    if not dims:
         return None
-    factor = -1 if node.target is aten.sub.Tensor else 1
-    return (*sums[a], *(replace(p, factor=factor * p.factor) for p in sums[b]))
+    pieces, shape = sums[x], _shape(x)
+    for shift, axis in zip(shifts, dims, strict=True):
+        dim, n = axis % len(shape), shape[axis]
+        by = shift % n
+        low, high = _within(pieces, dim, (0, n - by)), _within(pieces, dim, (n - by, n))
+        pieces = (*[p.move(dim, by) for p in low], *[p.move(dim, by - n) for p in high])
+    return pieces
 
 
-def _neg(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    return tuple(replace(p, factor=-p.factor) for p in sums[_arguments(node)[0]])
+def _add(node: fx.Node, sums: Sums, a: Any, b: Any) -> Sum | None:
+    value = node.meta["val"]
+    for x in (a, b):
+        if not isinstance(x, fx.Node) or x.meta["val"].shape != value.shape or x.meta["val"].dtype != value.dtype:
+            return None
+    return (*sums[a], *(sums[b] if node.target is aten.add.Tensor else _neg(node, sums, b)))
 
 
-def _unsqueeze(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    x, dim = _arguments(node)
-    dim = _dimension(dim, node.meta["val"].ndim)
-    return tuple(p.insert(dim, 0) for p in sums[x])
+def _neg(node: fx.Node, sums: Sums, x: fx.Node) -> Sum:
+    return tuple(replace(p, factor=-p.factor) for p in sums[x])
 
 
-def _squeeze(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
-    x, dim = _arguments(node)
-    shape = x.meta["val"].shape
-    dim = _dimension(dim, len(shape))
-    return _map(sums[x], lambda p: p.select(dim, 0)) if shape[dim] == 1 else sums[x]
+def _unsqueeze(node: fx.Node, sums: Sums, x: fx.Node, dim: int) -> Sum:
+    return tuple(p.insert(dim % node.meta["val"].ndim, 0) for p in sums[x])
 
 
-def _zeros(node: fx.Node, sums: dict[fx.Node, Sum]) -> Sum | None:
+def _squeeze(node: fx.Node, sums: Sums, x: fx.Node, dim: int) -> Sum:
+    shape = _shape(x)
+    return tuple(p.drop(dim % len(shape)) for p in sums[x]) if shape[dim] == 1 else sums[x]
+
+
+def _zeros(node: fx.Node, sums: Sums, *_: Any) -> Sum:
     return ()
 
 
+_AT_INDEX = {aten.select.int, aten.select_backward.default, aten.select_scatter.default}
 _READS = {
     aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.neg.default, aten.add.Tensor,
     aten.sub.Tensor,
 }  # fmt: skip
-_RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, Sum]], Sum | None]] = {
-    aten.slice.Tensor: _slice,
-    aten.select.int: _select,
+_PUTS = (
+    aten.slice_backward.default, aten.select_backward.default, aten.slice_scatter.default, aten.select_scatter.default,
+)  # fmt: skip
+_ZEROS = (
+    aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.new_empty.default,
+    aten.empty.memory_format,
+)  # fmt: skip
+_RULES: dict[Any, Callable[..., Sum | None]] = {
+    aten.slice.Tensor: _taken,
+    aten.select.int: _taken,
     aten.unsqueeze.default: _unsqueeze,
     aten.squeeze.dim: _squeeze,
-    aten.slice_backward.default: _slice_backward,
-    aten.select_backward.default: _select_backward,
-    aten.slice_scatter.default: _slice_scatter,
-    aten.select_scatter.default: _select_scatter,
+    **dict.fromkeys(_PUTS, _put),
     aten.constant_pad_nd.default: _pad,
     aten.cat.default: _cat,
     aten.roll.default: _roll,
     aten.add.Tensor: _add,
     aten.sub.Tensor: _add,
     aten.neg.default: _neg,
-    aten.zeros.default: _zeros,
-    aten.zeros_like.default: _zeros,
-    aten.new_zeros.default: _zeros,
-    aten.new_empty.default: _zeros,
-    aten.empty.memory_format: _zeros,
+    **dict.fromkeys(_ZEROS, _zeros),
 }

@@ -69,6 +69,3 @@ def _scatter_as_cat(graph: fx.Graph, node: fx.Node) -> None:
             parts.append(call(graph, aten.slice.Tensor, base, dim, stop, shape[dim]))
         whole = call(graph, aten.cat.default, parts, dim)
     node.replace_all_uses_with(whole)
-
-
-__all__ = ["normalise"]

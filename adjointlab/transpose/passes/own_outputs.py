@@ -37,6 +37,3 @@ def own_outputs(graph: Graph) -> Graph:
             taken.add(memory)
     end.args = (tuple(outputs),)
     return graph
-
-
-__all__ = ["own_outputs"]

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from adjointlab.transpose.graph.edit import reached
 from adjointlab.transpose.graph.ir import Graph, compiled
-from adjointlab.transpose.graph.ops import VIEWS
+from adjointlab.transpose.graph.ops import VIEWS, op_name
 from adjointlab.transpose.kernels.registry import Kernel, bound
 
 aten = torch.ops.aten
@@ -37,48 +38,28 @@ def _as_complex(x: Tensor) -> Tensor:
 # The same functions by a door that costs half as much: calls through torch.ops parse their arguments in Python. And
 # views that copy where they must: real results need not have the strides that fake ones had.
 _BUILTIN: dict[Any, Callable[..., Any]] = {
-    aten.convolution.default: torch.convolution,
-    aten.add.Tensor: torch.add,
-    aten.sub.Tensor: torch.sub,
-    aten.mul.Tensor: torch.mul,
-    aten.neg.default: torch.neg,
-    aten.transpose.int: torch.transpose,
-    aten.permute.default: torch.permute,
-    aten.select.int: torch.select,
-    aten.unsqueeze.default: torch.unsqueeze,
-    aten.cat.default: torch.cat,
+    **{op: getattr(torch, op_name(op)) for op in (
+        aten.convolution.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.neg.default,
+        aten.transpose.int, aten.permute.default, aten.select.int, aten.unsqueeze.default, aten.cat.default,
+        aten.view_as_real.default, aten.slice_scatter.default, aten.constant_pad_nd.default, aten.mm.default,
+        aten.bmm.default,
+    )},
     aten._conj.default: torch.conj,
-    aten.view_as_real.default: torch.view_as_real,
     aten.view_as_complex.default: _as_complex,
     aten.view.default: torch.reshape,
     aten._unsafe_view.default: torch.reshape,
-    aten.slice_scatter.default: torch.slice_scatter,
-    aten.constant_pad_nd.default: torch.constant_pad_nd,
-    aten.mm.default: torch.mm,
-    aten.bmm.default: torch.bmm,
-}
-
-
+}  # fmt: skip
 _IN_PLACE = {torch.add: torch.Tensor.add_, torch.sub: torch.Tensor.sub_, torch.mul: torch.Tensor.mul_}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A graph as functions.
+    """A graph as functions."""
 
-    Attributes
-    ----------
-    constants : callable or None
-        ``() → constants``.
-    prepacks : tuple of (tuple of int, callable)
-        The positions of the state that a piece depends on, and ``(*those, *constants) → pieces``.
-    main : callable
-        ``(*state, *inputs, *constants, *pieces) → outputs``.
-    """
-
-    constants: Callable[..., Any] | None
+    constants: Callable[..., Any] | None  # () → constants
+    # The positions of the state that a piece depends on, and (*those, *constants) → pieces:
     prepacks: tuple[tuple[tuple[int, ...], Callable[..., Any]], ...]
-    main: Callable[..., Any]
+    main: Callable[..., Any]  # (*state, *inputs, *constants, *pieces) → outputs
 
 
 def partition(graph: Graph) -> Parts:
@@ -90,14 +71,16 @@ def partition(graph: Graph) -> Parts:
         n for n in graph.body.nodes
         if n.op == "call_function" and level[n] < 2 and n not in results and not _stays(n)
     ]  # fmt: skip
-    roots = {n: frozenset(_roots(n, placeholders)) for n in keep}
+    roots = {n: _roots(n, placeholders) for n in keep}
     small = {
         n for n in keep
         if level[n] == 0 or (sum(placeholders[i].meta["val"].numel() for i in roots[n]) <= _SMALL
         and all(_is_kept(n, placeholders[i].meta["val"].device) for i in roots[n]))
     }  # fmt: skip
     # Only what the rest uses is kept; tuples of tensors (of convolution_backward, say) through their items.
-    frontier = [n for n in keep if n in small and isinstance(n.meta.get("val"), Tensor) and _leaves(n, small)]
+    frontier = [
+        n for n in keep if n in small and isinstance(n.meta.get("val"), Tensor) and not small.issuperset(n.users)
+    ]
     constants = [n for n in frontier if level[n] == 0]
     apart: dict[frozenset[int], list[fx.Node]] = {}  # by what they depend on: each is recomputed for that only
     for n in frontier:
@@ -145,19 +128,9 @@ def _stays(node: fx.Node) -> bool:
     return cheap and bool(inputs) and all(n.op == "placeholder" or _stays(n) for n in inputs)
 
 
-def _roots(node: fx.Node, placeholders: list[fx.Node]) -> set[int]:
-    seen: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current not in seen:
-            seen.add(current)
-            pending.extend(current.all_input_nodes)
-    return {i for i, placeholder in enumerate(placeholders) if placeholder in seen}
-
-
-def _leaves(node: fx.Node, kept: set[fx.Node]) -> bool:
-    return any(user not in kept for user in node.users)
+def _roots(node: fx.Node, placeholders: list[fx.Node]) -> frozenset[int]:
+    seen = reached([node], lambda node: node.all_input_nodes)
+    return frozenset(i for i, placeholder in enumerate(placeholders) if placeholder in seen)
 
 
 def extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callable[..., Any]:
@@ -167,15 +140,10 @@ def extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callable
     for node in inputs:
         copies[node] = part.placeholder(node.name)
         copies[node].meta = node.meta
-    needed: set[fx.Node] = set()
-    pending = [n for n in outputs if isinstance(n, fx.Node)]
-    while pending:
-        node = pending.pop()
-        if node not in needed and node not in copies:
-            needed.add(node)
-            pending.extend(node.all_input_nodes)
+    wanted = [n for n in outputs if isinstance(n, fx.Node)]
+    needed = reached(wanted, lambda node: [] if node in copies else node.all_input_nodes)
     for node in graph.body.nodes:
-        if node in needed:
+        if node in needed and node not in copies:
             copies[node] = part.node_copy(node, copies.__getitem__)
             if node.args and isinstance(node.args[0], (fx.Node, list)):  # they take no number for a tensor
                 copies[node].target = _BUILTIN.get(node.target, node.target)
@@ -206,6 +174,3 @@ def _in_place(part: fx.Graph) -> None:
 def value_of_state(graph: Graph, node: fx.Node) -> Callable[..., Any]:
     """Return the value of a node that depends on nothing but the state, as a function of that."""
     return extract(graph, graph.placeholders[: len(graph.state)], [node])
-
-
-__all__ = ["Parts", "extract", "partition", "value_of_state"]

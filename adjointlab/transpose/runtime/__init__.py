@@ -1,1 +1,1 @@
-"""What runs: programs, their derivatives, and the way of a call."""
+"""Programs that run, their derivatives, and whether they are up to date."""

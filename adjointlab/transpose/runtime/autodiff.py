@@ -28,19 +28,8 @@ StateGradient = Callable[[Tensors, Tensors, Tensors, tuple[bool, ...]], list[Any
 def pair(forward: Program, adjoint: Program, n_state: int, of_state: Program | None = None) -> tuple[Run, Run]:
     """Return ``forward`` and ``adjoint`` as functions of ``(*state, *inputs)`` that are each other's derivative.
 
-    Parameters
-    ----------
-    forward, adjoint : Program
-        ``(*state, *inputs) → outputs``, linear in the inputs.
-    n_state : int
-        Number of leading arguments that are state.
-    of_state : Program, optional
-        ``(*state, *x, *v) → ∂θ Re⟨A_θ x, v⟩``, None for each θ where it does not know.
-
-    Returns
-    -------
-    tuple of callable
-        The linked functions.
+    Both are linear in the inputs. ``of_state`` is ``(*state, *x, *v) → ∂θ Re⟨A_θ x, v⟩``, None for each θ where it does
+    not know.
     """
     of_forward = _state_gradient(forward.whole, of_state, n_state, adjoint_side=False)
     of_adjoint = _state_gradient(forward.whole, of_state, n_state, adjoint_side=True)

@@ -1,4 +1,4 @@
-"""What is derived for one size of everything: functions of the state and leaves, and whether they are up to date."""
+"""One size of everything: the functions of state and leaves derived for it, and whether they are up to date."""
 
 from __future__ import annotations
 
@@ -20,48 +20,24 @@ GONE = (KeyError, IndexError, AttributeError, TypeError)  # raised where what he
 
 @dataclass(frozen=True, eq=False)
 class Derivation:
-    """A function, its linear part and its adjoint, for one size of everything.
-
-    Attributes
-    ----------
-    explanation : Explanation
-        How they were derived.
-    eager : mapping
-        By name, each as a function of leaves that runs the user's code; empty where there are programs.
-    programs : mapping
-        By name, each as a program, and as a function with a derivative, of the state and leaves.
-    holds : callable
-        Whether what the programs depend on besides tensors is as it was.
-    state : tuple of Source
-        Where the programs read tensors.
-    metadata : tuple
-        All that the programs assume of these besides their values.
-    baked : tuple of (Source, Tensor)
-        Tensors whose values are in the programs.
-    graphs : mapping of Graph
-        The graphs of the programs, before kernels were chosen.
-    gradient : callable
-        ``(weighted, residual)`` to the program of the least-squares gradient, None where the parts are to run.
-    multiplier : callable
-        The state to what the adjoint multiplies spectra with, None where it does anything else.
-    is_doubtful : bool
-        Whether the map may be linear only for the values that its state has.
-    checked : bool
-        Whether the functions were compared with the user's forward, and with each other.
-    """
+    """A function, its linear part and its adjoint, for one size of everything."""
 
     explanation: Explanation
+    # By name: functions of leaves that run the user's code, where there are no programs.
     eager: Mapping[str, Callable[[Tensors], Tensors]] = field(default_factory=dict)
+    # By name, each as a program, and as a function with a derivative, of the state and leaves.
     programs: Mapping[str, tuple[Program, Linked]] = field(default_factory=dict)
-    holds: Callable[[], bool] = lambda: True
-    state: tuple[Source, ...] = ()
-    metadata: tuple[Any, ...] = ()
-    baked: tuple[tuple[Source, Tensor], ...] = ()
-    graphs: Mapping[str, Graph] = field(default_factory=dict)
+    holds: Callable[[], bool] = lambda: True  # whether what programs depend on besides tensors is as it was
+    state: tuple[Source, ...] = ()  # where the programs read tensors
+    metadata: tuple[Any, ...] = ()  # all that the programs assume of these besides their values
+    specialized: tuple[tuple[Source, Tensor], ...] = ()  # tensors whose values are in the programs
+    graphs: Mapping[str, Graph] = field(default_factory=dict)  # of the programs, before kernels were chosen
+    # (weighted, residual) to the program of the least-squares gradient, None where the parts are to run.
     gradient: Callable[[bool, bool], Program | None] = lambda *_: None
+    # The state to what the adjoint multiplies spectra with, None where it does anything else.
     multiplier: Callable[[Tensors], Tensor | None] = lambda _: None
-    is_doubtful: bool = False
-    checked: bool = False
+    is_doubtful: bool = False  # whether the map may be linear only for the values that its state has
+    checked: bool = False  # whether the functions were compared with the user's forward, and with each other
 
     def state_now(self) -> Tensors | None:
         """Return the values of the state; None where the programs are out of date."""
@@ -74,7 +50,7 @@ class Derivation:
         for tensor, metadata in zip(state, self.metadata, strict=True):
             if not _as_before(tensor, metadata):
                 return None
-        if self.baked and any(_differs(source.read(), value) for source, value in self.baked):
+        if self.specialized and any(_differs(source.read(), value) for source, value in self.specialized):
             return None
         return state
 
@@ -110,11 +86,8 @@ def _as_before(tensor: Any, metadata: tuple[Any, ...]) -> bool:
     return found == metadata or (not found[0] and found[1:] == metadata[1:])
 
 
-def _differs(tensor: Tensor, baked: Tensor) -> bool:
+def _differs(tensor: Tensor, specialized: Tensor) -> bool:
     if compat.is_wrapped(tensor):
         return True
     with compat._disable_current_modes():  # other people's, who are not to see what we compare
-        return not torch.equal(tensor, baked)
-
-
-__all__ = ["GONE", "Derivation", "Linked", "metadata_of"]
+        return not torch.equal(tensor, specialized)

@@ -23,6 +23,14 @@ class Eager:
         self.structure: Any = None  # of what the function returned last
         self._vjp: tuple[vjp.VJP, str] | None = None
 
+    def on(self, domain: Space) -> Eager:
+        """Return the same function on another size of the free dimensions."""
+        if domain.batch_shape == self.domain.batch_shape:
+            return self
+        found = Eager(self.callable, self.kwargs, domain)
+        found.structure = self.structure
+        return found
+
     @property
     def path(self) -> str:
         """Why the adjoint is not by ``torch.func.vjp``, where that is so."""
@@ -89,6 +97,3 @@ class Eager:
             if compat.plain() and not torch.is_grad_enabled():
                 return result
         return self._vjp[0](self.flat, primals, cotangents)
-
-
-__all__ = ["Eager"]

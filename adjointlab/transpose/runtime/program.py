@@ -48,7 +48,7 @@ class Program:
         return self._main(*tensors, *self.prepared(tensors))  # type: ignore[no-any-return]
 
     def prepared(self, tensors: Tensors) -> Tensors:
-        """Return what depends on the state alone: the first of ``tensors``."""
+        """Compute all that depends on the state alone, which is the first of ``tensors``."""
         if self._constants is None:
             with torch.no_grad():
                 self._constants = tuple(self._make_constants()) if self._make_constants else ()
@@ -123,6 +123,3 @@ def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable
         return compiled(*tensors)
 
     return run
-
-
-__all__ = ["Program", "Tensors", "canonical"]
