@@ -48,7 +48,7 @@ Engine = Literal["auto", "eager", "traced", "compiled"]
 
 @dataclass(frozen=True)
 class Options:
-    """What all targets of one command share."""
+    """The options that all targets of one command share."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype | None
@@ -88,7 +88,7 @@ class Subject:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What every function of the core is given."""
+        """The options that every function of the core takes."""
         return {"batch_dims": self.options.batch_dims, "kwargs": self.options.kwargs or None}
 
     def describe(self) -> list[dict[str, Any]]:
@@ -113,25 +113,7 @@ class Subject:
 
 
 def prepare(text: str, options: Options) -> Subject:
-    """Return the map that ``text`` names, moved to the dtype and device asked for, with its domain.
-
-    Parameters
-    ----------
-    text : str
-        A TARGET.
-    options : Options
-        The options of the command.
-
-    Returns
-    -------
-    Subject
-        What the core is asked about.
-
-    Raises
-    ------
-    UnusableError
-        If the target or an option cannot be used.
-    """
+    """Return the map that ``text`` names, moved to the dtype and device asked for, with its domain."""
     target = parse_target(text)
     torch.manual_seed(options.seed)
     function = load(target)
@@ -238,22 +220,13 @@ def _run(
 class _OneLineErrors(TyperGroup):
     """Errors in options become one line on stderr and exit code 2, as all unusable input does."""
 
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
-        def run() -> Any:
-            return super(_OneLineErrors, self).main(args, prog_name, complete_var, False, windows_expand_args, **extra)
-
-        if not standalone_mode:
-            return run()
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        standalone = kwargs.get("standalone_mode", True)
+        kwargs["standalone_mode"] = False
+        if not standalone:
+            return super().main(*args, **kwargs)
         try:
-            code = run()
+            code = super().main(*args, **kwargs)
         except typer.TyperException as error:
             if error.format_message():  # empty where the help text was shown
                 typer.echo(f"error: {one_line(error.format_message())}", err=True)

@@ -14,23 +14,7 @@ _NAME = "adjointlab_demo"  # the folder's own name, demo, may be somebody else's
 
 
 def load(clone: Path | None = None) -> ModuleType:
-    """Return the package ``examples/demo`` of a clone, imported.
-
-    Parameters
-    ----------
-    clone : Path, optional
-        Root of the clone; if not given, the folder that holds the package ``adjointlab``.
-
-    Returns
-    -------
-    module
-        The demonstration.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder is not a clone.
-    """
+    """Return the package ``examples/demo`` of a clone, imported: of the folder that holds the package by default."""
     root = CLONE if clone is None else clone
     source = root / "examples" / "demo" / "__init__.py"
     # Of an installed package the folder is site-packages, where another project may have left its examples.

@@ -46,23 +46,6 @@ class Target:
 def parse_target(text: str) -> Target:
     """Parse ``import.path:name(literal, name=literal)``, without importing or evaluating anything.
 
-    Parameters
-    ----------
-    text : str
-        The text that the user typed.
-
-    Returns
-    -------
-    Target
-        Module, attribute path and literal arguments.
-
-    Raises
-    ------
-    UnusableError
-        If ``text`` is not of this form.
-
-    Examples
-    --------
     >>> parse_target("torch.nn:Conv2d(1, 8, (3, 5), bias=False)").args
     (1, 8, (3, 5))
     """
@@ -122,23 +105,6 @@ def _source(node: ast.expr) -> str:
 def parse_shape(text: str) -> tuple[int, ...]:
     """Parse ``"1,1,64,64"`` or ``"1x1x64x64"`` as a shape with at least one element.
 
-    Parameters
-    ----------
-    text : str
-        The text that the user typed.
-
-    Returns
-    -------
-    tuple of int
-        The shape.
-
-    Raises
-    ------
-    UnusableError
-        If ``text`` is not a list of positive integers, or is longer than torch allows.
-
-    Examples
-    --------
     >>> parse_shape("1,1,64,64")
     (1, 1, 64, 64)
     """
@@ -157,23 +123,6 @@ def parse_shape(text: str) -> tuple[int, ...]:
 def parse_dtype(text: str) -> torch.dtype:
     """Return the floating-point or complex dtype called ``text`` in torch.
 
-    Parameters
-    ----------
-    text : str
-        A name such as ``"complex64"`` or ``"torch.complex64"``.
-
-    Returns
-    -------
-    torch.dtype
-        The dtype.
-
-    Raises
-    ------
-    UnusableError
-        If torch has no such dtype, or it is neither floating-point nor complex.
-
-    Examples
-    --------
     >>> parse_dtype("complex64")
     torch.complex64
     """
@@ -188,23 +137,6 @@ def parse_dtype(text: str) -> torch.dtype:
 def parse_device(text: str) -> torch.device:
     """Return the device called ``text``, after creating a tensor on it as a test.
 
-    Parameters
-    ----------
-    text : str
-        A name such as ``"cpu"`` or ``"cuda:0"``.
-
-    Returns
-    -------
-    torch.device
-        The device, with its index.
-
-    Raises
-    ------
-    UnusableError
-        If torch does not know the device, or this machine does not have it.
-
-    Examples
-    --------
     >>> parse_device("cpu")
     device(type='cpu')
     """
@@ -221,23 +153,6 @@ def parse_device(text: str) -> torch.device:
 def parse_kwargs(text: str) -> dict[str, Any]:
     """Parse ``"name=literal, name=literal"`` as a dictionary.
 
-    Parameters
-    ----------
-    text : str
-        The text that the user typed; may be empty.
-
-    Returns
-    -------
-    dict
-        The keyword arguments.
-
-    Raises
-    ------
-    UnusableError
-        If ``text`` is not of this form.
-
-    Examples
-    --------
     >>> parse_kwargs("n=64, norm='ortho'")
     {'n': 64, 'norm': 'ortho'}
     """
@@ -290,23 +205,7 @@ def current_directory_importable() -> Iterator[None]:
 
 
 def load(target: Target) -> Callable[..., Any]:
-    """Return the module or function that ``target`` names, or the result of calling a class or factory.
-
-    Parameters
-    ----------
-    target : Target
-        A result of :func:`parse_target`.
-
-    Returns
-    -------
-    callable
-        The callable; it should map tensors to tensors, which is not checked here.
-
-    Raises
-    ------
-    UnusableError
-        If the import, the look-up or the call fails, or the result is not callable.
-    """
+    """Return the module or function that ``target`` names, or the result of calling a class or factory."""
     try:
         found: Any = importlib.import_module(target.module)
     except (Exception, SystemExit) as error:
