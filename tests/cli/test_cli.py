@@ -17,6 +17,8 @@ from adjointlab.cli import target as targets
 from adjointlab.cli.app import app
 from adjointlab.cli.target import UnusableError, load, one_line, parse_device, parse_dtype, parse_shape, parse_target
 
+pytestmark = pytest.mark.slow
+
 RUNNER = CliRunner()
 GOOD = "torch.nn:Conv2d(1,2,3,padding=1,bias=False)"
 SHAPE = ("--shape", "1,1,6,5")

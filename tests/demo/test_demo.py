@@ -29,7 +29,7 @@ MultiCoil, coil_maps = demo.mri.MultiCoil, demo.mri.coil_maps
 sampling_mask, volume = demo.mri.sampling_mask, demo.mri.volume
 enlarge = demo.photograph.enlarge
 
-pytestmark = pytest.mark.cpu  # as a demonstration is, unless it is told otherwise
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]  # as a demonstration is, unless it is told otherwise
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
