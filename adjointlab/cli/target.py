@@ -165,7 +165,7 @@ def parse_kwargs(text: str) -> dict[str, Any]:
     return target.kwargs
 
 
-def memory() -> int:
+def memory_of_machine() -> int:
     """Return the memory of this machine in bytes, or 2³⁴ if the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -173,10 +173,10 @@ def memory() -> int:
         return 2**34
 
 
-def check_memory(needed: int, what: str) -> None:
+def check_memory(needed: int, what: str, memory: float) -> None:
     """Raise ``UnusableError`` if ``what`` needs more than half of this machine's memory."""
-    if needed > memory() / 2:
-        have = memory() / 2**30
+    if needed > memory / 2:
+        have = memory / 2**30
         raise UnusableError(
             f"{what} needs about {needed / 2**30:.3g} GiB, and this machine has {have:.3g} GiB of memory"
         )
@@ -204,8 +204,8 @@ def current_directory_importable() -> Iterator[None]:
             sys.path.remove(here)
 
 
-def load(target: Target) -> Callable[..., Any]:
-    """Return the module or function that ``target`` names, or the result of calling a class or factory."""
+def load(target: Target, memory: float = math.inf) -> Callable[..., Any]:
+    """Return the module or function that ``target`` names, or the result of a call that fits into ``memory``."""
     try:
         found: Any = importlib.import_module(target.module)
     except (Exception, SystemExit) as error:
@@ -220,7 +220,7 @@ def load(target: Target) -> Callable[..., Any]:
             raise UnusableError(f"{where} has no {name!r}{hint}") from error
         where = f"{where}.{name}"
     if target.called:
-        found = _call(target, found)
+        found = _call(target, found, memory)
     elif isinstance(found, type):
         text = target.text.strip()
         raise UnusableError(f"{where} is a class: add its arguments in parentheses, as in {text}{_signature(found)}")
@@ -241,7 +241,7 @@ def _signature(cls: type) -> str:
     return f"({', '.join(required)})"
 
 
-def _call(target: Target, factory: Any) -> Any:
+def _call(target: Target, factory: Any, memory: float) -> Any:
     text = target.text.strip()
     if not callable(factory):
         raise UnusableError(
@@ -252,7 +252,7 @@ def _call(target: Target, factory: Any) -> Any:
         if math.prod(numbers) > 10**8 and isinstance(factory, type) and issubclass(factory, nn.Module):
             with torch.device("meta"):  # parameters without memory, to compute how much memory they need
                 draft = factory(*target.args, **target.kwargs)
-            check_memory(sum(p.numel() * p.element_size() for p in draft.parameters()), "the module")
+            check_memory(sum(p.numel() * p.element_size() for p in draft.parameters()), "the module", memory)
         return factory(*target.args, **target.kwargs)
     except UnusableError:
         raise
