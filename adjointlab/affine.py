@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from adjointlab.derive import from_source, options_of, require_linear
-from adjointlab.errors import SpaceMismatchError
-from adjointlab.linearity import like_parameters
+from adjointlab.derive import from_source, options_of, transposition
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 from adjointlab.transpose import Options, Transposition
@@ -136,13 +134,8 @@ def affine_operator(
     >>> torch.allclose(f(x), f.linear(x) + f.offset)
     True
     """
-    if not callable(module_or_function):
-        raise SpaceMismatchError(
-            f"expected an nn.Module or a function, got {type(module_or_function).__name__}: pass the map itself"
-        )
-    space = like_parameters(module_or_function, domain, batch_dims)
     options = Options(engine, True, lowering, autotune, derivative, tol, check)
-    source = Transposition(module_or_function, space, kwargs, options, judge=require_linear)
+    source = transposition(module_or_function, domain, batch_dims, kwargs, options)
     return AffineOperator(from_source(source, lambda: (_rebuild_linear, _arguments(source))), source)
 
 

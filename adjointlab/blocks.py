@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.operators import LinearOperator, added, common, derived
+from adjointlab.operators import LinearOperator, derived
 from adjointlab.space import Space
+from adjointlab.space.algebra import added, common
 from adjointlab.tree import tree_flatten
 
 

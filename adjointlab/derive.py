@@ -83,14 +83,21 @@ def linear_operator(
     >>> A.H(A(x) - y).shape
     torch.Size([1, 1, 8, 8])
     """
-    if not callable(module_or_function):
-        raise SpaceMismatchError(
-            f"expected an nn.Module or a function, got {type(module_or_function).__name__}: pass the map itself"
-        )
-    space = like_parameters(module_or_function, domain, batch_dims)
     options = Options(engine, False, lowering, autotune, derivative, tol, check)
-    source = Transposition(module_or_function, space, kwargs, options, judge=require_linear)
+    source = transposition(module_or_function, domain, batch_dims, kwargs, options)
     return from_source(source, lambda: (_rebuild, (module_or_function, source.domain, options_of(source))))
+
+
+def transposition(
+    function: Callable[..., Any], domain: Any, batch_dims: int, kwargs: dict[str, Any] | None, options: Options
+) -> Transposition:
+    """Return the derivation of a linear or affine map, judged as the options say."""
+    if not callable(function):
+        raise SpaceMismatchError(
+            f"expected an nn.Module or a function, got {type(function).__name__}: pass the map itself"
+        )
+    space = like_parameters(function, domain, batch_dims)
+    return Transposition(function, space, kwargs, options, judge=require_linear)
 
 
 def options_of(source: Transposition) -> dict[str, Any]:
@@ -116,15 +123,7 @@ def _rebuild(function: Callable[..., Any], domain: Space, options: dict[str, Any
 
 
 def require_linear(source: Transposition, derivation: Derivation, domain: Space) -> None:
-    """Raise unless a map is linear and autograd can differentiate it, with what to do about it.
-
-    Raises
-    ------
-    NotLinearError
-        If the map is not linear.
-    NotDifferentiableError
-        If its derivative by autograd is not the map.
-    """
+    """Raise unless a map is linear and autograd can differentiate it; the message says how to repair it."""
     report, offset_allowed = assess(source, derivation, domain=domain), source.options.affine
     kind = "an affine" if offset_allowed else "a linear"
     name = type(source.callable).__name__ if isinstance(source.callable, nn.Module) else "the function"
@@ -187,4 +186,4 @@ def linear_adjoint(f: Callable[..., Any], *example: Any) -> Map:
     return linear_operator(f, example[0] if len(example) == 1 else example).H
 
 
-__all__ = ["from_source", "linear_adjoint", "linear_operator", "options_of", "require_linear"]
+__all__ = ["from_source", "linear_adjoint", "linear_operator", "options_of", "require_linear", "transposition"]

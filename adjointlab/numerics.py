@@ -44,7 +44,7 @@ def dot_gap(  # noqa: PLR0917  # two spaces and two pairs
     random: tuple[bool, bool] = (True, True),
     norms: tuple[float, float, float, float] | None = None,
 ) -> tuple[float, float]:
-    r"""Return ``|⟨Ax, y⟩ − ⟨x, By⟩|`` and what rounding may explain of it, both in units of ``‖Ax‖‖y‖``.
+    r"""Return ``|⟨Ax, y⟩ − ⟨x, By⟩|`` and the part of it that rounding may explain, both in units of ``‖Ax‖‖y‖``.
 
     Note: how much rounding explains
     --------------------------------
@@ -55,25 +55,9 @@ def dot_gap(  # noqa: PLR0917  # two spaces and two pairs
     ten standard deviations, and of long chains some hundred roundings. Where a gap exceeds that, the caller measures
     the noise (:func:`rounding_noise`) and asks again.
 
-    Parameters
-    ----------
-    domain, codomain : Space
-        Of x and of y.
-    x, at_x, y, at_y : tuple of Tensor
-        Leaves of x, ``Ax``, y and ``By``.
-    exact : bool
-        Whether imaginary parts count; if not, the inner product is ``Re⟨·, ·⟩``.
-    noise : tuple of float
-        What is known besides about ``‖e‖`` and ``‖f‖``.
-    random : tuple of bool
-        Whether x and y are draws of independent normal numbers.
-    norms : tuple of float, optional
-        The norms of x, y, ``Ax`` and ``By``, if they are known.
-
-    Returns
-    -------
-    tuple of float
-        The gap and the allowance, both divided by ``max(‖Ax‖‖y‖, ‖x‖‖By‖)``.
+    The arguments are the leaves of x, ``Ax``, y and ``By``. If not ``exact``, imaginary parts do not count. ``noise``
+    bounds ``‖e‖`` and ``‖f‖`` from below; ``random`` tells whether x and y are draws of independent normal numbers;
+    ``norms`` are those of x, y, ``Ax`` and ``By``, if they are known. The unit is ``max(‖Ax‖‖y‖, ‖x‖‖By‖)``.
     """
     difference = _inner(codomain, at_x, y) - _inner(domain, x, at_y)
     gap = abs(difference) if exact else abs(difference.real)
@@ -95,7 +79,7 @@ def dot_bound(
     random: tuple[bool, bool] = (True, True),
     units: float = DOT_UNITS,
 ) -> float:
-    """Return what rounding explains of ``|⟨Ax, y⟩ − ⟨x, By⟩|``; ``norms`` are those of x, y, ``Ax`` and ``By``."""
+    """Return the part of ``|⟨Ax, y⟩ − ⟨x, By⟩|`` that rounding explains, given the norms of x, y, ``Ax`` and ``By``."""
     norm_x, norm_y, norm_ax, norm_by = norms
     eps = max(domain.eps, codomain.eps)
     tiny = [max(torch.finfo(s.dtype).tiny for s in space.specs) * space.size**0.5 for space in (codomain, domain)]
@@ -111,23 +95,7 @@ def rounding_noise(
 
     The result is compared at ``s x`` and at x moved by rounding. A linear function differs there by its rounding errors
     alone, which are other numbers of the same size. One that is not linear differs by more, but s is so close to one
-    that this is a sixtieth of what the dot test sees of it.
-
-    Parameters
-    ----------
-    function : callable
-        From leaves to leaves.
-    space, codomain : Space
-        Of x and of its image.
-    x, at_x : tuple of Tensor
-        Where to measure, and the image.
-    seed : int
-        Of the rounding-sized moves.
-
-    Returns
-    -------
-    float
-        The largest of three measurements.
+    that this is a sixtieth of what the dot test sees of it. The result is the largest of three measurements.
     """
     wide = [t.to(_WIDE[t.is_complex()]) for t in at_x]
     generator = torch.Generator().manual_seed(seed)
@@ -171,15 +139,7 @@ def perturbed(leaves: Tensors) -> Tensors:
 
 
 def allowance(units: float, eps: float) -> float:
-    """Return what rounding explains of a norm: at most a sixteenth, which is 64 eps of float16 and 8 eps of bfloat16.
-
-    64 eps of the latter were half of the norm, which passes what is no rounding.
-
-    Returns
-    -------
-    float
-        Relative to the norm.
-    """
+    """Return the part of a norm that rounding explains: at most 1/16, which is 64 eps of float16 and 8 of bfloat16."""
     return min(units * eps, 1 / 16)
 
 
@@ -197,11 +157,6 @@ def sketch(leaf: Tensor, direction: Tensor) -> Tensor:
     """Return ``Σ conj(aᵢ) dᵢ`` over each of some blocks of a leaf, in double precision.
 
     With normal numbers dᵢ, ``‖sketch(a) − sketch(b)‖`` is ``‖a − b‖`` in the mean, and takes hardly any memory.
-
-    Returns
-    -------
-    Tensor
-        A number for each block.
     """
     a, d = leaf.detach().reshape(-1), direction.detach().reshape(-1)
     wide, size = _WIDE[a.is_complex() or d.is_complex()], max(1, -(-a.numel() // _BLOCKS))
@@ -213,11 +168,6 @@ def same(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors are equal, NaN being equal to NaN; of large ones, whether they are bit for bit.
 
     ``b`` may be a copy on the CPU: to fetch a small tensor takes half as long as to have an accelerator compare it.
-
-    Returns
-    -------
-    bool
-        Whether they are.
     """
     if b.is_cpu and not a.is_cpu:
         a = a.cpu()
@@ -257,8 +207,8 @@ def _length(leaf: Tensor) -> Tensor:
 class _FullPrecision(ContextDecorator):
     """Have float32 be float32 in a block, where torch's settings allow less: TF32 has 11 bits, bfloat16 has 8.
 
-    What compares two ways to compute the same is about the mathematics, and 32 units of TF32 would hide three per cent.
-    For convolutions on CUDA, torch's default is TF32. The settings are those of the process: the first block that is
+    Two ways to compute the same are compared as mathematics, and 32 units of TF32 would hide three per cent. For
+    convolutions on CUDA, torch's default is TF32. The settings are those of the process: the first block that is
     entered, in whatever thread, changes them, and the last one that is left restores them.
     """
 
@@ -283,7 +233,7 @@ full_precision = _FullPrecision()
 
 
 def _set_full_precision() -> Callable[[], None]:
-    """Set torch to full precision, and return what sets it back."""
+    """Set torch to full precision, and return the function that sets it back."""
     backends: Any = torch.backends  # whose types leave some of these out
     cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
     newer = (cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul)

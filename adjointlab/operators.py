@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from adjointlab.errors import SpaceMismatchError
-from adjointlab.space import Space, TensorSpec
+from adjointlab.space import Space
+from adjointlab.space.algebra import added, common, conjugated, is_scalar, moved, require_scalar, scaled
 from adjointlab.transpose import Transposition
 
 Map = Callable[[Any], Any]
-# What makes the operator again, for copies and pickles: a function and its arguments, or what returns them.
+# A function and its arguments that make the operator again, for copies and pickles; or a function that returns them.
 Recipe = tuple[Callable[..., Any], tuple[Any, ...]] | Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
 
 
 @dataclass
 class _Body:
-    """What A and Aᴴ share: two functions, two spaces, where they come from, and the operators made of them."""
+    """The state that A and Aᴴ share: two functions, two spaces, their source, and the operators made of them."""
 
     functions: tuple[Map, Map]
     spaces: tuple[Space, Space]
@@ -62,43 +60,48 @@ class LinearOperator(nn.Module):
     _recipe: Recipe
 
     def __init__(self, function: Map, adjoint_function: Map, domain: Space, codomain: Space) -> None:
-        super().__init__()
         recipe = (LinearOperator, (function, adjoint_function, domain, codomain))
         self._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
-        self.H  # noqa: B018  # made now: torch.compile cannot make modules
 
-    def _set(self, body: _Body, side: int, recipe: Recipe, parts: dict[str, nn.Module]) -> None:
+    @classmethod
+    def _of(cls, *state: Any) -> LinearOperator:
+        operator = cls.__new__(cls)
+        operator._set(*state)
+        return operator
+
+    def _set(self, body: _Body, side: int, recipe: Recipe, parts: dict[str, nn.Module | nn.Parameter]) -> None:
+        super().__init__()
         # The body is no submodule: A and Aᴴ know each other through it, and a module tree has no cycles.
         self._body = body
         self._side = side
         self._recipe = recipe
         body.views[side] = self
         for name, part in parts.items():
-            self.add_module(name, part)
+            setattr(self, name, part)
+        if body.views[1 - side] is None:  # made now: torch.compile cannot make modules
+            LinearOperator._of(body, 1 - side, (_adjoint_of, (self,)), parts)
 
     @classmethod
-    def of_source(cls, source: Transposition, recipe: Recipe, parts: dict[str, nn.Module]) -> LinearOperator:
+    def of_source(cls, source: Transposition, recipe: Recipe, modules: dict[str, nn.Module]) -> LinearOperator:
         """Return the operator of a map that is already derived; of an affine one, the linear part."""
-        operator = cls.__new__(cls)
-        nn.Module.__init__(operator)
+        inside = {id(parameter) for module in modules.values() for parameter in module.parameters()}
+        outside = [p for p in source.tensors() if isinstance(p, nn.Parameter) and id(p) not in inside]
+        parts = {f"parameter_{index}": parameter for index, parameter in enumerate(outside)}  # of no module
         function = source.linear if source.options.affine else source.function
         body = _Body((function, source.adjoint), (source.domain, source.codomain), source)
-        operator._set(body, 0, recipe, parts)
-        inside = {id(parameter) for parameter in operator.parameters()}
-        for found in source.tensors():  # parameters that a function closes over, outside of any module
-            if isinstance(found, nn.Parameter) and id(found) not in inside:
-                operator.register_parameter(f"parameter_{len(operator._parameters)}", found)
-        adjoint = operator.H  # made now: torch.compile cannot make modules
-        for name, parameter in operator.named_parameters(recurse=False):
-            source.follow(parameter, name, (operator, adjoint))
+        operator = cls._of(body, 0, recipe, modules | parts)
+        for name, parameter in parts.items():
+            source.follow(parameter, name, (operator, operator.H))
         return operator
 
     @property
     def source(self) -> Transposition | None:
-        """Where the functions come from; None for an operator made of others, or of a pair of functions."""
+        """The derivation of the functions; None for an operator made of others, or of a pair of functions."""
         return self._body.source
 
-    # -- what it is --------------------------------------------------------------------------------------------------
+    @property
+    def _operators(self) -> list[LinearOperator]:
+        return [part for part in self.children() if isinstance(part, LinearOperator)]
 
     @property
     def domain(self) -> Space:
@@ -123,22 +126,18 @@ class LinearOperator(nn.Module):
         SpaceMismatchError
             If x is not an element of the domain; nothing is cast or broadcast.
         """
-        if self._body.source is None:
-            self.domain.check(x)
-            if self.domain.is_autocast:
-                with self.domain.without_autocast():
-                    return self._body.functions[self._side](x)
-        return self._body.functions[self._side](x)
+        function = self._body.functions[self._side]
+        if self._body.source is not None:
+            return function(x)  # which checks x itself
+        self.domain.check(x)
+        with self.domain.without_autocast():
+            return function(x)
 
     @property
     def H(self) -> LinearOperator:
         """The adjoint ``Aᴴ``: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩`` (for the real part, where A is only real-linear)."""
         twin = self._body.views[1 - self._side]
-        if twin is None:
-            twin = LinearOperator.__new__(LinearOperator)
-            nn.Module.__init__(twin)
-            twin._set(self._body, 1 - self._side, (_adjoint_of, (self,)), dict(self.named_children()))
-            twin._parameters.update(self._parameters)
+        assert twin is not None
         return twin
 
     @property
@@ -165,8 +164,8 @@ class LinearOperator(nn.Module):
             return False
         with torch.no_grad():
             x = self.domain.randn(torch.Generator().manual_seed(0))
-            left, right = self(_scaled(1j, x)), _scaled(1j, self(x))
-            gap = self.codomain.norm(added(left, _scaled(-1, right)))
+            left, right = self(scaled(1j, x)), scaled(1j, self(x))
+            gap = self.codomain.norm(added(left, scaled(-1, right)))
             return bool(gap <= 1e-2 * self.codomain.norm(left))  # a map that is only real-linear differs by order one
 
     @property
@@ -174,10 +173,9 @@ class LinearOperator(nn.Module):
         r"""``K`` with ``A = F⁻¹ diag(K) F`` where A is a cyclic convolution, F being the Fourier transform; else None.
 
         Of shape ``(C, *frequencies)`` for images of C channels with a kernel each, as ``torch.fft.rfftn`` has
-        frequencies. It is known of operators that are one convolution with a circular border and as many groups as
-        channels, such as ``nn.Conv2d`` makes, if that may be lowered (``lowering=True``) and the kernel has so many
-        entries that a product of transforms is as accurate as the sum, on images whose sizes have no large prime
-        factor; and of their adjoints.
+        frequencies. It is known of an operator that is one convolution with a circular border and as many groups as
+        channels, and of its adjoint, if ``lowering=True``, the kernel has so many entries that a product of transforms
+        is as accurate as the sum, and the sizes of the images have no large prime factor.
 
         Examples
         --------
@@ -199,7 +197,7 @@ class LinearOperator(nn.Module):
         """Which engine is in force: ``"eager"``, ``"traced"`` or ``"compiled"``; for a sum or product, its slowest."""
         if self._body.source is not None:
             return self._body.source.explanation.engine
-        engines = {part.engine for part in self.children() if isinstance(part, LinearOperator)}
+        engines = {part.engine for part in self._operators}
         return next((name for name in ("eager", "traced", "compiled") if name in engines), "eager")
 
     def compile(self, *, autotune: bool = False, **options: Any) -> LinearOperator:  # type: ignore[override]
@@ -219,9 +217,8 @@ class LinearOperator(nn.Module):
         """
         if self._body.source is not None:
             self._body.source.switch("compiled", autotune=autotune, options=options)
-        for part in self.children():
-            if isinstance(part, LinearOperator):
-                part.compile(autotune=autotune, **options)
+        for part in self._operators:
+            part.compile(autotune=autotune, **options)
         return self
 
     @contextlib.contextmanager
@@ -258,9 +255,8 @@ class LinearOperator(nn.Module):
         """
         if self._body.source is not None:
             self._body.source.refresh()
-        for part in self.children():
-            if isinstance(part, LinearOperator):
-                part.refresh()
+        for part in self._operators:
+            part.refresh()
         return self
 
     def explain(self) -> str:
@@ -268,14 +264,15 @@ class LinearOperator(nn.Module):
         head = f"LinearOperator: {self.domain} → {self.codomain}"
         if self._body.source is not None:
             return f"{head}\n{self._body.source.explanation}"
-        parts = [part for part in self.children() if isinstance(part, LinearOperator)]
-        if not parts:
-            return f"{head}\ngiven as a pair of functions"
-        inner = "\n".join(f"[{index}] {part.explain()}" for index, part in enumerate(parts))
-        return f"{head}\nbuilt from {len(parts)} operators:\n{inner}"
+        parts = [f"\n[{index}] {part.explain()}" for index, part in enumerate(self._operators)]
+        return (
+            f"{head}\nbuilt from {len(parts)} operators:{''.join(parts)}"
+            if parts
+            else f"{head}\ngiven as a pair of functions"
+        )
 
     def extra_repr(self) -> str:
-        """Return what ``print(A)`` says besides the submodules."""
+        """Return the spaces, for ``print(A)``."""
         return f"{self.domain} → {self.codomain}"
 
     # -- algebra -----------------------------------------------------------------------------------------------------
@@ -293,13 +290,13 @@ class LinearOperator(nn.Module):
         return _scale_output(-1, self)
 
     def __rmul__(self, scalar: Any) -> LinearOperator:
-        return _scale_output(scalar, self) if _is_scalar(scalar) else NotImplemented
+        return _scale_output(scalar, self) if is_scalar(scalar) else NotImplemented
 
     def __mul__(self, scalar: Any) -> LinearOperator:
-        return _scale_input(self, scalar) if _is_scalar(scalar) else NotImplemented
+        return _scale_input(self, scalar) if is_scalar(scalar) else NotImplemented
 
     def __truediv__(self, scalar: Any) -> LinearOperator:
-        return _scale_output(1 / scalar, self) if _is_scalar(scalar) else NotImplemented
+        return _scale_output(1 / scalar, self) if is_scalar(scalar) else NotImplemented
 
     # -- being a module ----------------------------------------------------------------------------------------------
 
@@ -309,17 +306,17 @@ class LinearOperator(nn.Module):
         return None if source is None or self._side else source.residual_and_gradient(x, y, weight, residual=residual)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearOperator:
-        """Move parameters, buffers and spaces together: what ``.to``, ``.double`` and ``.cuda`` call."""
+        """Move parameters, buffers and spaces together; ``.to``, ``.double`` and ``.cuda`` call this method."""
         self._body.transposes = [None, None]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         body = self._body
         if body.source is not None:
-            domain = _moved(body.source.domain, fn)
+            domain = moved(body.source.domain, fn)
             if domain.specs != body.source.domain.specs:
                 body.source.rebase(domain)
             body.spaces = (body.source.domain, body.source.codomain)
         else:
-            body.spaces = tuple(_moved(space, fn) for space in body.spaces)  # type: ignore[assignment]
+            body.spaces = tuple(moved(space, fn) for space in body.spaces)  # type: ignore[assignment]
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -330,55 +327,19 @@ class LinearOperator(nn.Module):
         self.training = training  # of this module alone: parts bring their own
 
 
-def _moved(space: Space, fn: Callable[[Tensor], Tensor]) -> Space:
-    def move(spec: TensorSpec) -> TensorSpec:
-        probe = fn(torch.empty(0, dtype=spec.dtype, device=spec.device))
-        return replace(spec, dtype=probe.dtype, device=probe.device)
-
-    return Space(tuple(map(move, space.specs)), space.structure, space.batch_dims)
-
-
 # -- the algebra: pairs of closures, late-bound so that a part may move -----------------------------------------------
 
 
 def derived(
     function: Map, adjoint_function: Map, domain: Space, codomain: Space, recipe: Any, *parts: nn.Module
 ) -> LinearOperator:
-    operator = LinearOperator.__new__(LinearOperator)
-    nn.Module.__init__(operator)
+    """Return the operator of two functions that apply the operators and modules in ``parts``."""
     named = {f"operator_{index}": part for index, part in enumerate(parts)}
-    operator._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, named)
-    operator.H  # noqa: B018  # made now: torch.compile cannot make modules
-    return operator
+    return LinearOperator._of(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, named)
 
 
 def _adjoint_of(operator: LinearOperator) -> LinearOperator:
     return operator.H
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, numbers.Number) or (isinstance(value, Tensor) and value.ndim == 0)
-
-
-def _scaled(scalar: Any, x: Any) -> Any:
-    return scalar * x if isinstance(x, Tensor) else pytree.tree_map(lambda leaf: scalar * leaf, x)
-
-
-def added(x: Any, z: Any) -> Any:
-    return x + z if isinstance(x, Tensor) else pytree.tree_map(torch.add, x, z)
-
-
-def _conjugated(x: Any) -> Any:
-    return x.conj().resolve_conj() if isinstance(x, Tensor) else pytree.tree_map(lambda t: t.conj().resolve_conj(), x)
-
-
-def common(left: Space, right: Space, what: str, remedy: str) -> Space:
-    """Return the space that both are, with the fewer free dimensions."""
-    free = min(left.batch_dims, right.batch_dims)
-    left, right = left.with_batch_dims(free), right.with_batch_dims(free)
-    if left != right:
-        raise SpaceMismatchError(f"expected {what}, got {left} and {right}; {remedy}")
-    return left
 
 
 def _compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
@@ -399,42 +360,29 @@ def _add(a: LinearOperator, b: LinearOperator) -> LinearOperator:
     return derived(lambda x: added(a(x), b(x)), lambda y: added(a.H(y), b.H(y)), domain, codomain, (_add, (a, b)), a, b)
 
 
-def _require_scalar(scalar: Any, space: Space) -> None:
-    is_complex = scalar.is_complex() if isinstance(scalar, Tensor) else _is_complex_number(scalar)
-    if is_complex and not all(spec.is_complex for spec in space.specs):
-        raise SpaceMismatchError(
-            f"expected a real scalar for the real space {space}, got {scalar}: a complex multiple of a real element "
-            "is not in it; use a real scalar, or a complex domain"
-        )
-
-
-def _is_complex_number(scalar: Any) -> bool:
-    return isinstance(scalar, numbers.Complex) and not isinstance(scalar, numbers.Real)
-
-
 def _conjugate(scalar: Any) -> Any:
     return scalar.conj() if isinstance(scalar, Tensor) else scalar.conjugate()
 
 
 def _scale_output(scalar: Any, a: LinearOperator) -> LinearOperator:
-    _require_scalar(scalar, a.codomain)
+    require_scalar(scalar, a.codomain)
     return derived(
-        lambda x: _scaled(scalar, a(x)), lambda y: a.H(_scaled(_conjugate(scalar), y)), a.domain, a.codomain,
+        lambda x: scaled(scalar, a(x)), lambda y: a.H(scaled(_conjugate(scalar), y)), a.domain, a.codomain,
         (_scale_output, (scalar, a)), a,
     )  # fmt: skip
 
 
 def _scale_input(a: LinearOperator, scalar: Any) -> LinearOperator:
-    _require_scalar(scalar, a.domain)
+    require_scalar(scalar, a.domain)
     return derived(
-        lambda x: a(_scaled(scalar, x)), lambda y: _scaled(_conjugate(scalar), a.H(y)), a.domain, a.codomain,
+        lambda x: a(scaled(scalar, x)), lambda y: scaled(_conjugate(scalar), a.H(y)), a.domain, a.codomain,
         (_scale_input, (a, scalar)), a,
     )  # fmt: skip
 
 
 def _transpose(a: LinearOperator) -> LinearOperator:
     return derived(
-        lambda y: _conjugated(a.H(_conjugated(y))), lambda x: _conjugated(a(_conjugated(x))), a.codomain, a.domain,
+        lambda y: conjugated(a.H(conjugated(y))), lambda x: conjugated(a(conjugated(x))), a.codomain, a.domain,
         (_transpose, (a,)), a,
     )  # fmt: skip
 

@@ -13,6 +13,8 @@ from adjointlab.affine import AffineOperator
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
+from adjointlab.space.algebra import scaled
+from adjointlab.space.coordinates import common_dtype, complex_entries, real_element, real_size, real_vector
 
 _CHUNK = 1 << 22  # most entries of basis vectors and images in memory at a time
 
@@ -77,7 +79,7 @@ def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
         )
     real = only_real if real is None else real
     with torch.no_grad():
-        return _columns(A, coordinates=real)
+        return columns(A, coordinates=real)
 
 
 def _require_operator(A: Any) -> None:
@@ -86,22 +88,19 @@ def _require_operator(A: Any) -> None:
         raise SpaceMismatchError(f"expected a LinearOperator, got {type(A).__name__}: {remedy}")
 
 
-def _columns(A: LinearOperator, *, coordinates: bool) -> Tensor:
+def columns(A: LinearOperator, *, coordinates: bool, most: int = _CHUNK) -> Tensor:
+    """Return the matrix of A, in real ``coordinates`` or not, from chunks of at most so many entries."""
     domain, codomain = A.domain, A.codomain
-    device = domain.specs[0].device
-    dtype = domain.specs[0].dtype
-    for other in domain.specs[1:]:
-        dtype = torch.promote_types(dtype, other.dtype)
+    device, dtype = domain.specs[0].device, common_dtype(domain)
     real_part = torch.arange(domain.size, device=device)
-    imaginary = real_part[_complex_entries(domain)] if coordinates else real_part[:0]
-    positions = torch.cat([real_part, imaginary])
-    mask = _complex_entries(codomain)
+    positions = torch.cat([real_part, real_part[complex_entries(domain)]]) if coordinates else real_part
+    mask = complex_entries(codomain)
 
     def image(vector: Tensor) -> Tensor:
         y = codomain.vector(A(domain.element(vector)))
         return torch.cat([y.real, y.imag[mask]]) if coordinates and y.is_complex() else y
 
-    chunk = max(1, _CHUNK // (domain.size + codomain.size))
+    chunk = max(1, most // (domain.size + codomain.size))
     vectorized = len(positions) > 1
     dense = torch.empty(0, device=device)
     for start in range(0, len(positions), chunk):
@@ -132,11 +131,6 @@ def _vectorized(image: Callable[[Tensor], Tensor], basis: Tensor) -> Tensor | No
     scale = torch.linalg.vector_norm(found, dim=1).max()
     close = torch.linalg.vector_norm(found[-1] - expected) <= 64 * eps * scale
     return found if bool(close) else None
-
-
-def _complex_entries(space: Space) -> Tensor:
-    device = space.specs[0].device
-    return torch.cat([torch.full((spec.numel,), spec.is_complex, device=device) for spec in space.specs])
 
 
 # -- norms -------------------------------------------------------------------------------------------------------------
@@ -206,21 +200,17 @@ def operator_norm(
         factor = float(1 / scale)  # scales A, so that the entries of AᴴA neither underflow nor overflow
 
         def gram(x: Tensor) -> Tensor:
-            image = [factor * leaf for leaf in codomain.leaves(A(_element(domain, x)))]
-            return factor * _flat(domain, A.H(codomain.unflatten(image)))
+            return factor * real_vector(domain, A.H(scaled(factor, A(real_element(domain, x)))))
 
-        return scale * _lanczos(gram, _flat(domain, start), maxiter, tol, domain)
+        return scale * _lanczos(gram, real_vector(domain, start), maxiter, tol, domain)
 
 
 _MOST_DIRECTIONS, _KEPT_DIRECTIONS = 48, 16
 
 
-def _lanczos(
-    gram: Callable[[Tensor], Tensor], start: Tensor, maxiter: int, tol: float, space: Space | None = None
-) -> Tensor:
+def _lanczos(gram: Callable[[Tensor], Tensor], start: Tensor, maxiter: int, tol: float, space: Space) -> Tensor:
     """Return ``√λ_max`` of a self-adjoint positive map of real vectors by thick-restart Lanczos."""
-    process_sum = _process_sum(space)
-    dimension = start.numel() if space is None else real_size(space)
+    process_sum, dimension = _process_sum(space), real_size(space)
     # VᵀGV is computed from the products GV, so that a restart needs no recurrence coefficients.
     most = min(_MOST_DIRECTIONS, dimension)
     basis = start.new_zeros(most, start.numel())
@@ -255,48 +245,12 @@ def _lanczos(
     return best
 
 
-def _process_sum(space: Space | None) -> Callable[..., Tensor]:
+def _process_sum(space: Space) -> Callable[..., Tensor]:
     """Return a function that sums inner products (power 1) or combines norms (power 2) over all processes."""
-    sharding = None if space is None else space.specs[0].sharding
+    sharding = space.specs[0].sharding
     if sharding is None:
         return lambda part, power=1: part
     return lambda part, power=1: sharding.total(part[None] ** power, (1.0,)) ** (1 / power)
-
-
-def real_size(space: Space) -> int:
-    """Return the number of real coordinates of an element, over all processes."""
-    return sum(
-        (spec.numel if spec.sharding is None else spec.sharding.size) * (2 if spec.is_complex else 1)
-        for spec in space.specs
-    )
-
-
-def _flat(space: Space, element: Any) -> Tensor:
-    """Return an element as one real vector; the dot product, summed over processes, is ``Re⟨·, ·⟩``."""
-    leaves = space.leaves(element)
-    parts = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
-    dtype = parts[0].dtype
-    for part in parts[1:]:
-        dtype = torch.promote_types(dtype, part.dtype)
-    if torch.finfo(dtype).bits < 32:
-        dtype = torch.float32
-    flat = [part.reshape(-1).to(dtype) for part in parts]
-    if space.is_sharded:  # entries that n processes hold count once
-        flat = [part * spec.sharding.share**0.5 for part, spec in zip(flat, space.specs, strict=True) if spec.sharding]
-    return torch.cat(flat)
-
-
-def _element(space: Space, vector: Tensor) -> Any:
-    parts = vector.split([spec.numel * (2 if spec.is_complex else 1) for spec in space.specs])
-    if space.is_sharded:
-        parts = tuple(p / spec.sharding.share**0.5 for p, spec in zip(parts, space.specs, strict=True) if spec.sharding)
-    leaves = [
-        torch.view_as_complex(part.reshape(*spec.shape, 2)).to(spec.dtype)
-        if spec.is_complex
-        else part.reshape(spec.shape).to(spec.dtype)
-        for part, spec in zip(parts, space.specs, strict=True)
-    ]
-    return space.unflatten(leaves)
 
 
 def condition_number(A: LinearOperator) -> Tensor:
@@ -442,4 +396,4 @@ def _probes(A: LinearOperator, samples: int, generator: torch.Generator | None) 
         yield z, A(z)
 
 
-__all__ = ["condition_number", "estimate_diagonal", "estimate_trace", "operator_norm", "to_dense"]
+__all__ = ["condition_number", "estimate_diagonal", "estimate_trace", "operator_norm", "real_size", "to_dense"]

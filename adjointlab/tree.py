@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,11 @@ SINGLE = Structure(pytree.tree_flatten(torch.empty(0))[1])
 def has_tensor(value: Any) -> bool:
     """Return whether a pytree has a leaf that is a tensor."""
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def map_leaves(function: Callable[..., Tensor], *trees: Any) -> Any:
+    """Return the pytree of ``function(leaf, …)``; it is called once for plain tensors, which take no flattening."""
+    return function(*trees) if isinstance(trees[0], Tensor) else pytree.tree_map(function, *trees)
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], Structure]:

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -44,39 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-# Folders and files that start programs or processes, compile, import much, or build many operators. Elsewhere the
-# marker stands at the tests.
-SLOW = (
-    "cli",
-    "demo",
-    "distributed",
-    "interop",
-    "packaging",
-    "solvers/test_solvers_fourier.py",
-    "test_pytest_plugin.py",
-    "transpose/frontend/test_capture.py",
-    "transpose/frontend/test_vjp.py",
-    "transpose/passes",
-    "transpose/runtime",
-    "transpose/test_adversaries.py",
-    "transpose/test_dispatch.py",
-    "transpose/test_review.py",
-)
-
-
-def _is_slow_place(path: Path) -> bool:
-    return any(path.is_relative_to(Path(__file__).parent / place) for place in SLOW)
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return (config.getoption("--quick") and _is_slow_place(collection_path)) or None  # None: others decide
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if _is_slow_place(item.path):
-            item.add_marker(pytest.mark.slow)
     if config.getoption("--quick"):
         config.hook.pytest_deselected(items=[item for item in items if not _is_quick(item)])
         items[:] = [item for item in items if _is_quick(item)]

@@ -10,6 +10,8 @@ import torch._dynamo
 
 import adjointlab as al
 
+pytestmark = pytest.mark.slow
+
 # Pytester forgets what its tests import, and these must not be imported twice: run alone, this file would fail.
 IMPORTED = (torch._dynamo, al.linear_operator, al.affine_operator, al.check_adjoint)
 

@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -25,6 +25,7 @@ from torch import nn
 from typer.core import TyperGroup
 
 import adjointlab as al
+from adjointlab.cli.demonstration import CLONE
 from adjointlab.cli.demonstration import load as load_demonstration
 from adjointlab.cli.report import FAILED, PASSED, UNUSABLE, Outcome, document, page, plain
 from adjointlab.cli.target import (
@@ -33,6 +34,7 @@ from adjointlab.cli.target import (
     check_memory,
     current_directory_importable,
     load,
+    memory_of_machine,
     one_line,
     parse_device,
     parse_dtype,
@@ -47,8 +49,17 @@ Engine = Literal["auto", "eager", "traced", "compiled"]
 
 
 @dataclass(frozen=True)
+class Surroundings:
+    """The machine, the clone and the core that the commands use; tests pass others as the context's ``obj``."""
+
+    memory: int = field(default_factory=memory_of_machine)
+    clone: Path = CLONE
+    linear_operator: Callable[..., al.LinearOperator] = al.linear_operator
+
+
+@dataclass(frozen=True)
 class Options:
-    """What all targets of one command share."""
+    """The options that all targets of one command share."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype | None
@@ -58,6 +69,7 @@ class Options:
     engine: str
     evaluation: bool
     seed: int
+    surroundings: Surroundings
 
 
 def _options(
@@ -71,7 +83,7 @@ def _options(
         if batch_dims > dims:
             raise UnusableError(f"expected --batch-dims of at most {dims}, got {batch_dims}")
         # A check holds some ten elements of the domain at once, in double precision.
-        check_memory(10 * 8 * sum(map(math.prod, parsed)), f"--shape {' '.join(shapes)}")
+        check_memory(10 * 8 * sum(map(math.prod, parsed)), f"--shape {' '.join(shapes)}", rest["surroundings"].memory)
         wanted = None if dtype is None else parse_dtype(dtype)
         return Options(parsed, wanted, parse_device(device), batch_dims, parse_kwargs(kwargs), **rest)
     except UnusableError as error:
@@ -88,7 +100,7 @@ class Subject:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What every function of the core is given."""
+        """The options that every function of the core takes."""
         return {"batch_dims": self.options.batch_dims, "kwargs": self.options.kwargs or None}
 
     def describe(self) -> list[dict[str, Any]]:
@@ -103,7 +115,7 @@ class Subject:
         """Return the operator and, where the map has an offset, the affine operator whose linear part it is."""
         settings = {**self.settings, "engine": self.options.engine}
         try:
-            return al.linear_operator(self.function, self.domain, **settings), None
+            return self.options.surroundings.linear_operator(self.function, self.domain, **settings), None
         except al.NotLinearError as refusal:
             try:
                 affine = al.affine_operator(self.function, self.domain, **settings)
@@ -113,28 +125,10 @@ class Subject:
 
 
 def prepare(text: str, options: Options) -> Subject:
-    """Return the map that ``text`` names, moved to the dtype and device asked for, with its domain.
-
-    Parameters
-    ----------
-    text : str
-        A TARGET.
-    options : Options
-        The options of the command.
-
-    Returns
-    -------
-    Subject
-        What the core is asked about.
-
-    Raises
-    ------
-    UnusableError
-        If the target or an option cannot be used.
-    """
+    """Return the map that ``text`` names, moved to the dtype and device asked for, with its domain."""
     target = parse_target(text)
     torch.manual_seed(options.seed)
-    function = load(target)
+    function = load(target, options.surroundings.memory)
     dtype = options.dtype
     if isinstance(function, nn.Module):
         function = function.to(device=options.device, dtype=dtype)
@@ -238,22 +232,13 @@ def _run(
 class _OneLineErrors(TyperGroup):
     """Errors in options become one line on stderr and exit code 2, as all unusable input does."""
 
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
-        def run() -> Any:
-            return super(_OneLineErrors, self).main(args, prog_name, complete_var, False, windows_expand_args, **extra)
-
-        if not standalone_mode:
-            return run()
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        standalone = kwargs.get("standalone_mode", True)
+        kwargs["standalone_mode"] = False
+        if not standalone:
+            return super().main(*args, **kwargs)
         try:
-            code = run()
+            code = super().main(*args, **kwargs)
         except typer.TyperException as error:
             if error.format_message():  # empty where the help text was shown
                 typer.echo(f"error: {one_line(error.format_message())}", err=True)
@@ -314,6 +299,7 @@ _DEBUG = typer.Option("--debug", help="Show tracebacks.")
 
 @app.command()
 def check(
+    context: typer.Context,
     *,
     targets: Annotated[list[str], _TARGETS],
     shape: Annotated[list[str] | None, _SHAPE] = None,
@@ -330,12 +316,14 @@ def check(
     debug: Annotated[bool, _DEBUG] = False,
 ) -> None:
     """Check that a map is linear and ⟨A x, y⟩ = ⟨x, Aᴴ y⟩; exit with 0 if so, 1 if not, 2 if it cannot be said."""
-    options = _options(shape, dtype, device, batch_dims, kwargs, engine=engine, evaluation=evaluation, seed=seed)
+    chosen = {"engine": engine, "evaluation": evaluation, "seed": seed, "surroundings": context.obj}
+    options = _options(shape, dtype, device, batch_dims, kwargs, **chosen)
     _run(targets, functools.partial(_check, trials=trials), options, as_json=as_json, html_file=html_file, debug=debug)
 
 
 @app.command()
 def explain(
+    context: typer.Context,
     *,
     targets: Annotated[list[str], _TARGETS],
     shape: Annotated[list[str] | None, _SHAPE] = None,
@@ -351,19 +339,21 @@ def explain(
     debug: Annotated[bool, _DEBUG] = False,
 ) -> None:
     """Show how Aᴴ is computed: the engine, the derived program, and the evidence that the map is linear."""
-    options = _options(shape, dtype, device, batch_dims, kwargs, engine=engine, evaluation=evaluation, seed=seed)
+    chosen = {"engine": engine, "evaluation": evaluation, "seed": seed, "surroundings": context.obj}
+    options = _options(shape, dtype, device, batch_dims, kwargs, **chosen)
     _run(targets, _explain, options, as_json=as_json, html_file=html_file, debug=debug)
 
 
 @app.command()
 def demo(
+    context: typer.Context,
     output: Annotated[Path, typer.Option("--output", help="Where the figures go.")] = Path("build"),
     quick: Annotated[bool, typer.Option("--quick", help="Small images and few iterations.")] = False,
     debug: Annotated[bool, _DEBUG] = False,
 ) -> None:
     """Recover a photograph and an MRI volume with x ← x − Aᴴ(A x − y) / ‖A‖², and write figures."""
     try:
-        demonstration = load_demonstration()
+        demonstration = load_demonstration(context.obj.clone)
         output.mkdir(parents=True, exist_ok=True)
         passed = demonstration.run(output, quick=quick)
     except (ImportError, OSError, ValueError) as error:
@@ -376,9 +366,11 @@ def demo(
 
 
 @app.callback(invoke_without_command=True)
-def _version(
+def _begin(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
 ) -> None:
+    context.obj = context.obj or Surroundings()
     if version:
         typer.echo(al.__version__)
         raise typer.Exit

@@ -13,25 +13,8 @@ CLONE = Path(adjointlab.__file__).parents[1]
 _NAME = "adjointlab_demo"  # the folder's own name, demo, may be somebody else's
 
 
-def load(clone: Path | None = None) -> ModuleType:
-    """Return the package ``examples/demo`` of a clone, imported.
-
-    Parameters
-    ----------
-    clone : Path, optional
-        Root of the clone; if not given, the folder that holds the package ``adjointlab``.
-
-    Returns
-    -------
-    module
-        The demonstration.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder is not a clone.
-    """
-    root = CLONE if clone is None else clone
+def load(root: Path = CLONE) -> ModuleType:
+    """Return the package ``examples/demo`` of a clone, imported: of the folder that holds the package by default."""
     source = root / "examples" / "demo" / "__init__.py"
     # Of an installed package the folder is site-packages, where another project may have left its examples.
     if not (source.is_file() and (root / "pyproject.toml").is_file()):

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from adjointlab.cli.target import one_line
 
 PASSED, FAILED, UNUSABLE = 0, 1, 2
@@ -47,18 +45,12 @@ def page(*reports: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` converted to types that JSON can represent."""
+    """Return a record with numbers that are not finite as text, for JSON has none."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
         return [plain(item) for item in value]
-    if isinstance(value, torch.Tensor):
-        return plain(value.tolist())
-    if isinstance(value, complex):
-        return [plain(value.real), plain(value.imag)]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _heading(outcome: Outcome) -> str:

@@ -46,23 +46,6 @@ class Target:
 def parse_target(text: str) -> Target:
     """Parse ``import.path:name(literal, name=literal)``, without importing or evaluating anything.
 
-    Parameters
-    ----------
-    text : str
-        The text that the user typed.
-
-    Returns
-    -------
-    Target
-        Module, attribute path and literal arguments.
-
-    Raises
-    ------
-    UnusableError
-        If ``text`` is not of this form.
-
-    Examples
-    --------
     >>> parse_target("torch.nn:Conv2d(1, 8, (3, 5), bias=False)").args
     (1, 8, (3, 5))
     """
@@ -122,23 +105,6 @@ def _source(node: ast.expr) -> str:
 def parse_shape(text: str) -> tuple[int, ...]:
     """Parse ``"1,1,64,64"`` or ``"1x1x64x64"`` as a shape with at least one element.
 
-    Parameters
-    ----------
-    text : str
-        The text that the user typed.
-
-    Returns
-    -------
-    tuple of int
-        The shape.
-
-    Raises
-    ------
-    UnusableError
-        If ``text`` is not a list of positive integers, or is longer than torch allows.
-
-    Examples
-    --------
     >>> parse_shape("1,1,64,64")
     (1, 1, 64, 64)
     """
@@ -157,23 +123,6 @@ def parse_shape(text: str) -> tuple[int, ...]:
 def parse_dtype(text: str) -> torch.dtype:
     """Return the floating-point or complex dtype called ``text`` in torch.
 
-    Parameters
-    ----------
-    text : str
-        A name such as ``"complex64"`` or ``"torch.complex64"``.
-
-    Returns
-    -------
-    torch.dtype
-        The dtype.
-
-    Raises
-    ------
-    UnusableError
-        If torch has no such dtype, or it is neither floating-point nor complex.
-
-    Examples
-    --------
     >>> parse_dtype("complex64")
     torch.complex64
     """
@@ -188,23 +137,6 @@ def parse_dtype(text: str) -> torch.dtype:
 def parse_device(text: str) -> torch.device:
     """Return the device called ``text``, after creating a tensor on it as a test.
 
-    Parameters
-    ----------
-    text : str
-        A name such as ``"cpu"`` or ``"cuda:0"``.
-
-    Returns
-    -------
-    torch.device
-        The device, with its index.
-
-    Raises
-    ------
-    UnusableError
-        If torch does not know the device, or this machine does not have it.
-
-    Examples
-    --------
     >>> parse_device("cpu")
     device(type='cpu')
     """
@@ -221,23 +153,6 @@ def parse_device(text: str) -> torch.device:
 def parse_kwargs(text: str) -> dict[str, Any]:
     """Parse ``"name=literal, name=literal"`` as a dictionary.
 
-    Parameters
-    ----------
-    text : str
-        The text that the user typed; may be empty.
-
-    Returns
-    -------
-    dict
-        The keyword arguments.
-
-    Raises
-    ------
-    UnusableError
-        If ``text`` is not of this form.
-
-    Examples
-    --------
     >>> parse_kwargs("n=64, norm='ortho'")
     {'n': 64, 'norm': 'ortho'}
     """
@@ -250,7 +165,7 @@ def parse_kwargs(text: str) -> dict[str, Any]:
     return target.kwargs
 
 
-def memory() -> int:
+def memory_of_machine() -> int:
     """Return the memory of this machine in bytes, or 2³⁴ if the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -258,10 +173,10 @@ def memory() -> int:
         return 2**34
 
 
-def check_memory(needed: int, what: str) -> None:
+def check_memory(needed: int, what: str, memory: float) -> None:
     """Raise ``UnusableError`` if ``what`` needs more than half of this machine's memory."""
-    if needed > memory() / 2:
-        have = memory() / 2**30
+    if needed > memory / 2:
+        have = memory / 2**30
         raise UnusableError(
             f"{what} needs about {needed / 2**30:.3g} GiB, and this machine has {have:.3g} GiB of memory"
         )
@@ -289,24 +204,8 @@ def current_directory_importable() -> Iterator[None]:
             sys.path.remove(here)
 
 
-def load(target: Target) -> Callable[..., Any]:
-    """Return the module or function that ``target`` names, or the result of calling a class or factory.
-
-    Parameters
-    ----------
-    target : Target
-        A result of :func:`parse_target`.
-
-    Returns
-    -------
-    callable
-        The callable; it should map tensors to tensors, which is not checked here.
-
-    Raises
-    ------
-    UnusableError
-        If the import, the look-up or the call fails, or the result is not callable.
-    """
+def load(target: Target, memory: float = math.inf) -> Callable[..., Any]:
+    """Return the module or function that ``target`` names, or the result of a call that fits into ``memory``."""
     try:
         found: Any = importlib.import_module(target.module)
     except (Exception, SystemExit) as error:
@@ -321,7 +220,7 @@ def load(target: Target) -> Callable[..., Any]:
             raise UnusableError(f"{where} has no {name!r}{hint}") from error
         where = f"{where}.{name}"
     if target.called:
-        found = _call(target, found)
+        found = _call(target, found, memory)
     elif isinstance(found, type):
         text = target.text.strip()
         raise UnusableError(f"{where} is a class: add its arguments in parentheses, as in {text}{_signature(found)}")
@@ -342,7 +241,7 @@ def _signature(cls: type) -> str:
     return f"({', '.join(required)})"
 
 
-def _call(target: Target, factory: Any) -> Any:
+def _call(target: Target, factory: Any, memory: float) -> Any:
     text = target.text.strip()
     if not callable(factory):
         raise UnusableError(
@@ -353,7 +252,7 @@ def _call(target: Target, factory: Any) -> Any:
         if math.prod(numbers) > 10**8 and isinstance(factory, type) and issubclass(factory, nn.Module):
             with torch.device("meta"):  # parameters without memory, to compute how much memory they need
                 draft = factory(*target.args, **target.kwargs)
-            check_memory(sum(p.numel() * p.element_size() for p in draft.parameters()), "the module")
+            check_memory(sum(p.numel() * p.element_size() for p in draft.parameters()), "the module", memory)
         return factory(*target.args, **target.kwargs)
     except UnusableError:
         raise

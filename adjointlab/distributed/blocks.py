@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils import _pytree as pytree
 
-from adjointlab.distributed import communication
+from adjointlab.distributed.communication import all_reduce, replicate
 from adjointlab.distributed.failure import raise_on_all_ranks
 from adjointlab.distributed.sharding import direct_sum, replicated
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator, derived
+from adjointlab.tree import map_leaves
 
 
 def vstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
@@ -40,7 +39,7 @@ def vstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
 
     Examples
     --------
-    >>> import tempfile, torch.distributed as dist
+    >>> import tempfile, torch, torch.distributed as dist
     >>> from adjointlab import diagonal
     >>> dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
     >>> A = vstack(diagonal(torch.tensor([1.0, 2.0])), dist.init_device_mesh("cpu", (1,)))
@@ -52,8 +51,8 @@ def vstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
     with raise_on_all_ranks(mesh):
         domain, codomain = replicated(block.domain, mesh), direct_sum(block.codomain, mesh)
     return derived(
-        lambda x: block(_map_leaves(communication.replicate, x, mesh)),
-        lambda y: _map_leaves(communication.all_reduce, block.H(y), mesh),
+        lambda x: block(map_leaves(lambda leaf: replicate(leaf, mesh), x)),
+        lambda y: map_leaves(lambda leaf: all_reduce(leaf, mesh), block.H(y)),
         domain, codomain, (vstack, (block, mesh)), block,
     )  # fmt: skip
 
@@ -116,12 +115,6 @@ def _block(A: Any, name: str) -> LinearOperator:
             "al.linear_operator"
         )
     return A
-
-
-def _map_leaves(function: Any, element: Any, mesh: DeviceMesh) -> Any:
-    if isinstance(element, torch.Tensor):
-        return function(element, mesh)
-    return pytree.tree_map(lambda leaf: function(leaf, mesh), element)
 
 
 __all__ = ["block_diag", "hstack", "vstack"]

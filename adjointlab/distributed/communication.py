@@ -258,26 +258,8 @@ _link("exchange_adjoint", "exchange")
 def exchange(x: Tensor, dim: int, owned: tuple[int, ...], windows: tuple[int, ...], mesh: DeviceMesh) -> Tensor:
     """Return the window of a sharded array that this process needs; the adjoint adds the rows back at their origin.
 
-    Only rows that another process holds are sent.
-
-    Parameters
-    ----------
-    x : Tensor
-        The part of the array that this process holds.
-    dim : int
-        The dimension along which the array is split.
-    owned : tuple of int
-        Process r holds the rows ``owned[r]`` to ``owned[r + 1]``.
-    windows : tuple of int
-        Process r receives the rows ``windows[2r]`` to ``windows[2r + 1]``. Row indices are taken modulo the size of the
-        array, so that it is periodic.
-    mesh : DeviceMesh
-        The processes, along one dimension.
-
-    Returns
-    -------
-    Tensor
-        The window.
+    Process r holds the rows ``owned[r]`` to ``owned[r + 1]`` along ``dim`` and receives the rows ``windows[2r]`` to
+    ``windows[2r + 1]``, modulo the size of the array. Only rows that another process holds are sent.
     """
     return torch.ops.adjointlab.exchange(x, dim, owned, windows, mesh.get_local_rank(), _group(mesh))  # type: ignore[no-any-return]
 

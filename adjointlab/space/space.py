@@ -8,6 +8,7 @@ codomain is real (``rfft``, ``x.real``, ``x.to(complex)``), or the map is antili
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -153,8 +154,6 @@ class Space:
                 )
         return cls(tuple(specs), SINGLE if structure == SINGLE else structure, batch_dims)
 
-    # -- properties ----------------------------------------------------------------------------------------------
-
     @property
     def _key(self) -> tuple[Any, ...]:
         return (
@@ -216,22 +215,15 @@ class Space:
         """Return the same space with the first ``batch_dims`` dimensions free."""
         return self if batch_dims == self.batch_dims else replace(self, batch_dims=batch_dims)
 
-    # -- elements ------------------------------------------------------------------------------------------------
-
     def leaves(self, x: Any, name: str = "x") -> tuple[Tensor, ...]:
         """Return the leaves of ``x`` after a check that x has this space's structure, shapes, dtypes and devices.
 
-        Parameters
-        ----------
-        x : pytree of tensors
-            The candidate element.
-        name : str
-            The name of x in the error message.
+        The leaves are those of x itself: nothing is cast, broadcast or copied. ``name`` is the name of x in the error.
 
         Returns
         -------
         tuple of Tensor
-            The leaves of x itself: nothing is cast, broadcast or copied.
+            The leaves.
 
         Raises
         ------
@@ -289,9 +281,8 @@ class Space:
         Parameters
         ----------
         generator : torch.Generator, optional
-            A *CPU* generator; torch's global generator if not given. Numbers are drawn on the CPU, so that they are the
-            same for every device. In a sharded space, all processes must pass generators in the same state; replicated
-            leaves are then equal on all processes.
+            A *CPU* generator; torch's global one if not given. The draws are the same for every device. In a sharded
+            space, all processes must pass generators in the same state; replicated leaves are then equal.
 
         Returns
         -------
@@ -342,26 +333,18 @@ class Space:
         """Return the sum of one term per leaf and, if the space is sharded, over all processes.
 
         All inner products and norms use this method, so that all processes get bitwise equal numbers and make the same
-        decisions.
-
-        Parameters
-        ----------
-        terms : sequence of Tensor
-            The term of each leaf of this process; all terms have one shape.
+        decisions. The terms have one shape; replicated leaves count once.
 
         Returns
         -------
         Tensor
-            The sum; replicated leaves count once.
+            The sum.
         """
         sharding = self.specs[0].sharding
         if sharding is not None:
             shares = tuple(spec.sharding.share for spec in self.specs if spec.sharding is not None)
             return sharding.total(torch.stack(list(terms)), shares)
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return total
+        return functools.reduce(torch.add, terms)
 
     def every(self, condition: bool) -> bool:
         """Return whether a condition holds on this process and, if the space is sharded, on every other process."""
@@ -398,16 +381,13 @@ class Space:
         return self  # a frozen value
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _space_of, (self.unflatten(self.specs), self.batch_dims)  # a pytree of specs defines the space
+        make = functools.partial(Space.of, batch_dims=self.batch_dims)
+        return make, (self.unflatten(self.specs),)  # a pytree of specs defines the space
 
     def __repr__(self) -> str:
         names = ", ".join(map(repr, self.specs))
         free = f", batch_dims={self.batch_dims}" if self.batch_dims else ""
         return f"Space({names}{free})"
-
-
-def _space_of(domain: Any, batch_dims: int) -> Space:
-    return Space.of(domain, batch_dims=batch_dims)
 
 
 def _outline(tree: Any) -> str:

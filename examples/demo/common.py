@@ -1,9 +1,11 @@
-"""What the parts share: gradient steps ``x ← x − Aᴴ(A x − y)/‖A‖²``, their report, and helpers for figures."""
+"""The parts' common code: gradient steps ``x ← x − Aᴴ(A x − y)/‖A‖²``, their report, and helpers for figures."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 import adjointlab as al
 
@@ -99,6 +101,15 @@ def gaussian(*sigmas: float) -> Tensor:
     return kernel
 
 
+def blur(conv: type[nn.Module], *sigmas: float, **options: Any) -> nn.Module:
+    """Return a convolution of one channel with a Gaussian kernel, padded by half of the kernel."""
+    kernel = gaussian(*sigmas)
+    sizes = tuple(kernel.shape)
+    c = conv(1, 1, sizes, padding=tuple(n // 2 for n in sizes), bias=False, **options)
+    c.weight = nn.Parameter(kernel[None, None], requires_grad=False)
+    return c
+
+
 def recover(
     stage: Stage, name: str, A: al.LinearOperator, *, truth: Tensor, data: Tensor, start: Tensor, steps: int
 ) -> Recovery:
@@ -109,11 +120,11 @@ def recover(
     stage : Stage
         Where to print.
     name : str
-        What to call the operator.
+        The name of the operator.
     A : LinearOperator
         The forward model.
     truth, data, start : Tensor
-        What was measured (known here, as the data are simulated), the data y, and the first x.
+        The true x (known here, as the data are simulated), the data y, and the first x.
     steps : int
         Number of gradient steps.
 
@@ -197,6 +208,16 @@ def curve(axes: Any, recovery: Recovery) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save(stage: Stage, figure: Figure, name: str, dpi: int = 150) -> None:
+@contextmanager
+def drawn(stage: Stage, name: str, height: float, recovery: Recovery, **options: Any) -> Iterator[dict[str, Any]]:
+    """Give the panels a to f of a figure whose panel F shows ``F``, then write it; ``options`` are the grid's."""
+    figure = Figure(figsize=(11, height), layout="constrained")
+    panels = figure.subplot_mosaic([["a", "b", "c", "F"], ["d", "e", "f", "F"]], width_ratios=[1, 1, 1, 1.2], **options)
+    curve(panels["F"], recovery)
+    yield panels
+    save(stage, figure, name)
+
+
+def save(stage: Stage, figure: Figure, name: str) -> None:
     """Write the figure as a PNG."""
-    figure.savefig(stage.output / name, dpi=dpi)
+    figure.savefig(stage.output / name, dpi=150)

@@ -8,12 +8,11 @@ from importlib.resources import as_file, files
 import nibabel
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import adjointlab as al
 
-from .common import Recovery, Stage, curve, gaussian, recover, save, scale, show
+from .common import Recovery, Stage, blur, drawn, recover, scale, show
 
 _BLUR_NOISE = 0.005
 _COIL_NOISE = 0.005
@@ -57,11 +56,7 @@ def deblur_volume(stage: Stage) -> Recovery:
     """
     stage.title("3  An MRI volume: Conv3d blur with replicated borders, and noise")
     truth = volume(quick=stage.quick)[None, None]
-    kernel = gaussian(*_SIGMAS)
-    sizes = tuple(kernel.shape)
-    conv = nn.Conv3d(1, 1, sizes, padding=tuple(n // 2 for n in sizes), padding_mode="replicate", bias=False)  # type: ignore[arg-type]
-    conv.weight = nn.Parameter(kernel[None, None], requires_grad=False)
-    A = al.linear_operator(conv, truth)
+    A = al.linear_operator(blur(nn.Conv3d, *_SIGMAS, padding_mode="replicate"), truth)
     data = A(truth)
     data = data + _BLUR_NOISE * torch.randn(data.shape, generator=torch.Generator().manual_seed(2))
     recovery = recover(
@@ -186,34 +181,25 @@ def reconstruct_coils(stage: Stage) -> Recovery:
 
 def _draw_blur(stage: Stage, r: Recovery) -> None:
     """Draw one slice of the volume, of the data and of the result, across and along, and the objective."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels = figure.subplot_mosaic(
-        [["a", "b", "c", "F"], ["d", "e", "f", "F"]], width_ratios=[1, 1, 1, 1.1], height_ratios=[3.3, 1]
-    )
     slices, rows = r.truth.shape[2], r.truth.shape[3]
     titles = ("MRI volume", f"data y, error {r.error_before:.1%}", f"result, error {r.error_after:.1%}")
-    for across, along, image, title in zip("abc", "def", (r.truth, r.data, r.result), titles, strict=True):
-        show(panels[across], image[0, 0, slices // 2], title, vmin=0, vmax=1.1)
-        show(panels[along], image[0, 0, :, rows // 2].flip(0), "across the slices", vmin=0, vmax=1.1, aspect=1.1)
-    curve(panels["F"], r)
-    save(stage, figure, "mri_blur.png")
+    with drawn(stage, "mri_blur.png", 4.2, r, height_ratios=[3.3, 1]) as panels:
+        for across, along, image, title in zip("abc", "def", (r.truth, r.data, r.result), titles, strict=True):
+            show(panels[across], image[0, 0, slices // 2], title, vmin=0, vmax=1.1)
+            show(panels[along], image[0, 0, :, rows // 2].flip(0), "across the slices", vmin=0, vmax=1.1, aspect=1.1)
 
 
 def _draw_coils(stage: Stage, r: Recovery) -> None:
     """Draw one slice: truth, one coil's samples, start, result and their errors, and the objective."""
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    panels = figure.subplot_mosaic([["a", "b", "c", "F"], ["d", "e", "f", "F"]], width_ratios=[1, 1, 1, 1.1])
     middle = len(r.truth) // 2
     truth, start, result = (image[middle].abs() for image in (r.truth, r.start, r.result))
     samples = torch.fft.fftshift(r.data[middle, 0].abs()).clamp_min(1e-3).log10()
-    show(panels["a"], truth, "MRI volume, one slice", vmin=0, vmax=1.1)
-    show(panels["b"], start, f"cᴴ y, error {r.error_before:.1%}", vmin=0, vmax=1.1)
-    show(panels["c"], result, f"result, error {r.error_after:.1%}", vmin=0, vmax=1.1)
-    picture = show(panels["d"], samples, "log₁₀ |y| of one coil", cmap="viridis")
-    scale(panels["d"], picture)
     top = float((start - truth).abs().max())
-    for name, image, title in (("e", start, "its error"), ("f", result, "its error, same scale")):
-        picture = show(panels[name], (image - truth).abs(), title, cmap="magma", vmin=0, vmax=top)
-        scale(panels[name], picture)
-    curve(panels["F"], r)
-    save(stage, figure, "mri_coils.png")
+    with drawn(stage, "mri_coils.png", 5.2, r) as panels:
+        show(panels["a"], truth, "MRI volume, one slice", vmin=0, vmax=1.1)
+        show(panels["b"], start, f"cᴴ y, error {r.error_before:.1%}", vmin=0, vmax=1.1)
+        show(panels["c"], result, f"result, error {r.error_after:.1%}", vmin=0, vmax=1.1)
+        scale(panels["d"], show(panels["d"], samples, "log₁₀ |y| of one coil", cmap="viridis"))
+        for name, image, title in (("e", start, "its error"), ("f", result, "its error, same scale")):
+            picture = show(panels[name], (image - truth).abs(), title, cmap="magma", vmin=0, vmax=top)
+            scale(panels[name], picture)

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from skimage import data as images
 from torch import Tensor, nn
 
 import adjointlab as al
 
-from .common import Recovery, Stage, curve, gaussian, recover, save, show
+from .common import Recovery, Stage, blur, drawn, recover, show
 
 _NOISE = 0.003
 _SIGMA = 1.6
-
-
-def _blur() -> nn.Conv2d:
-    kernel = gaussian(_SIGMA, _SIGMA)
-    size = kernel.shape[0]
-    conv = nn.Conv2d(1, 1, size, stride=2, padding=size // 2, padding_mode="reflect", bias=False)
-    conv.weight = nn.Parameter(kernel[None, None], requires_grad=False)
-    return conv
 
 
 def deblur_photograph(stage: Stage) -> Recovery:
@@ -43,7 +34,7 @@ def deblur_photograph(stage: Stage) -> Recovery:
     if stage.quick:
         truth = truth[..., 80:208, 160:288].contiguous()
     generator = torch.Generator().manual_seed(1)
-    A = al.linear_operator(_blur(), truth)
+    A = al.linear_operator(blur(nn.Conv2d, _SIGMA, _SIGMA, stride=2, padding_mode="reflect"), truth)
     data = A(truth)
     data = data + _NOISE * torch.randn(data.shape, generator=generator)
     recovery = recover(
@@ -75,8 +66,6 @@ def enlarge(y: Tensor) -> Tensor:
 
 def _draw(stage: Stage, r: Recovery) -> None:
     """Draw the photograph, the data and the result, a detail of each, and the objective."""
-    figure = Figure(figsize=(11.2, 5.2), layout="constrained")
-    panels = figure.subplot_mosaic([["a", "b", "c", "F"], ["d", "e", "f", "F"]], width_ratios=[1, 1, 1, 1.25])
     height, width = r.truth.shape[2:]
     titles = (
         f"photograph, {height} × {width}",
@@ -84,13 +73,12 @@ def _draw(stage: Stage, r: Recovery) -> None:
         f"result after {len(r.objective) - 1} steps",
     )
     details = ("detail", f"detail: x₀, error {r.error_before:.1%}", f"detail: error {r.error_after:.1%}")
-    for whole, part, image, close, title, detail in zip(
-        "abc", "def", (r.truth, r.data, r.result), (r.truth, r.start, r.result), titles, details, strict=True
-    ):
-        show(panels[whole], image[0, 0], title, vmin=0, vmax=1)
-        show(panels[part], _detail(close), detail, vmin=0, vmax=1)
-    curve(panels["F"], r)
-    save(stage, figure, "photograph.png")
+    with drawn(stage, "photograph.png", 5.2, r) as panels:
+        for whole, part, image, close, title, detail in zip(
+            "abc", "def", (r.truth, r.data, r.result), (r.truth, r.start, r.result), titles, details, strict=True
+        ):
+            show(panels[whole], image[0, 0], title, vmin=0, vmax=1)
+            show(panels[part], _detail(close), detail, vmin=0, vmax=1)
 
 
 def _detail(image: Tensor) -> Tensor:

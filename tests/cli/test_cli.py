@@ -13,25 +13,26 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import adjointlab as al
-from adjointlab.cli import target as targets
-from adjointlab.cli.app import app
+from adjointlab.cli.app import Surroundings, app
 from adjointlab.cli.target import UnusableError, load, one_line, parse_device, parse_dtype, parse_shape, parse_target
+
+pytestmark = pytest.mark.slow
 
 RUNNER = CliRunner()
 GOOD = "torch.nn:Conv2d(1,2,3,padding=1,bias=False)"
 SHAPE = ("--shape", "1,1,6,5")
 
 
-def invoke(*arguments):
-    result = RUNNER.invoke(app, arguments)
+def invoke(*arguments, **surroundings):
+    result = RUNNER.invoke(app, arguments, obj=Surroundings(**surroundings))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert "Traceback" not in result.output
     return result
 
 
-def unusable(*arguments):
+def unusable(*arguments, **surroundings):
     """The one line that is printed for unusable input."""
-    result = invoke(*arguments)
+    result = invoke(*arguments, **surroundings)
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
@@ -87,22 +88,15 @@ def test_other_maps_fail(target, error):
     assert (record["status"], record["exit_code"], record["error"]) == ("failed", 1, error)
 
 
-@pytest.fixture
-def wrong_adjoint(monkeypatch):
-    """A core whose operators have an adjoint that is twice too large."""
-    right = al.linear_operator
-
-    def wrong(*args, **kwargs):
-        A = right(*args, **kwargs)
-        return al.LinearOperator(A, lambda y: 2 * A.H(y), A.domain, A.codomain)
-
-    monkeypatch.setattr(al, "linear_operator", wrong)
+def twice_too_large(*args, **kwargs):
+    """Return an operator whose adjoint is twice too large."""
+    A = al.linear_operator(*args, **kwargs)
+    return al.LinearOperator(A, lambda y: 2 * A.H(y), A.domain, A.codomain)
 
 
-@pytest.mark.usefixtures("wrong_adjoint")
 def test_a_wrong_adjoint_fails():
-    assert invoke("check", GOOD, *SHAPE).exit_code == 1
-    record = json.loads(invoke("check", GOOD, *SHAPE, "--json").stdout)
+    assert invoke("check", GOOD, *SHAPE, linear_operator=twice_too_large).exit_code == 1
+    record = json.loads(invoke("check", GOOD, *SHAPE, "--json", linear_operator=twice_too_large).stdout)
     assert record["status"] == "failed"
     assert record["adjoint"]["error"] > record["adjoint"]["tolerance"]
 
@@ -373,9 +367,7 @@ fuzz = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress
 
 
 def holds_whatever_is_typed(*arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(targets, "memory", lambda: 2**27)  # so that large numbers are refused, not tried
-        result = invoke("check", *arguments, "--json")
+    result = invoke("check", *arguments, "--json", memory=2**27)  # so that large numbers are refused, not tried
     assert result.exit_code in {0, 1, 2}
     if result.exit_code == 2:
         assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
@@ -488,12 +480,11 @@ def test_without_typer_the_program_says_what_to_install(tmp_path):
 
 
 @pytest.mark.parametrize("stranger", [False, True])
-def test_without_a_clone_the_demo_says_where_it_is(tmp_path, monkeypatch, stranger):
+def test_without_a_clone_the_demo_says_where_it_is(tmp_path, stranger):
     if stranger:  # what another project has installed under the same name is not run
         (tmp_path / "examples" / "demo").mkdir(parents=True)
         (tmp_path / "examples" / "demo" / "__init__.py").write_text("raise SystemExit(0)", encoding="utf-8")
-    monkeypatch.setattr("adjointlab.cli.demonstration.CLONE", tmp_path)
-    line = unusable("demo", "--quick", "--output", str(tmp_path / "figures"))
+    line = unusable("demo", "--quick", "--output", str(tmp_path / "figures"), clone=tmp_path)
     for told in ("examples/demo", "clone the repository", "make demo"):
         assert told in line
     assert "pip install" not in line
@@ -504,9 +495,8 @@ def test_without_its_libraries_the_demo_says_what_to_install(tmp_path, monkeypat
     (tmp_path / "pyproject.toml").write_text("", encoding="utf-8")
     (tmp_path / "examples" / "demo").mkdir(parents=True)
     (tmp_path / "examples" / "demo" / "__init__.py").write_text("import no_such_library", encoding="utf-8")
-    monkeypatch.setattr("adjointlab.cli.demonstration.CLONE", tmp_path)
     monkeypatch.delitem(sys.modules, "adjointlab_demo", raising=False)
-    line = unusable("demo", "--output", str(tmp_path / "figures"))
+    line = unusable("demo", "--output", str(tmp_path / "figures"), clone=tmp_path)
     assert "no_such_library" in line
     assert 'pip install "adjointlab[demo]"' in line
     assert "adjointlab_demo" not in sys.modules

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from adjointlab.cli.app import app
+from adjointlab.cli.app import Surroundings, app
 from adjointlab.cli.demonstration import load
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ MultiCoil, coil_maps = demo.mri.MultiCoil, demo.mri.coil_maps
 sampling_mask, volume = demo.mri.sampling_mask, demo.mri.volume
 enlarge = demo.photograph.enlarge
 
-pytestmark = pytest.mark.cpu  # as a demonstration is, unless it is told otherwise
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]  # as a demonstration is, unless it is told otherwise
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -132,16 +132,18 @@ def test_the_volume_is_real_data():
     assert volume(quick=True).shape == (8, 48, 44)
 
 
-def test_the_command(tmp_path, shown, monkeypatch):
-    monkeypatch.setattr("adjointlab.cli.demonstration.CLONE", ROOT)
-    result = CliRunner().invoke(app, ["demo", "--quick", "--output", str(tmp_path / "new" / "folder")])
+def test_the_command(tmp_path, shown):
+    result = CliRunner().invoke(
+        app, obj=Surroundings(clone=ROOT), args=["demo", "--quick", "--output", str(tmp_path / "new" / "folder")]
+    )
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(demo.FIGURES)
 
 
-def test_the_command_where_it_cannot_write(tmp_path, monkeypatch):
-    monkeypatch.setattr("adjointlab.cli.demonstration.CLONE", ROOT)
+def test_the_command_where_it_cannot_write(tmp_path):
     (tmp_path / "file").write_text("")
-    result = CliRunner().invoke(app, ["demo", "--quick", "--output", str(tmp_path / "file")])
+    result = CliRunner().invoke(
+        app, obj=Surroundings(clone=ROOT), args=["demo", "--quick", "--output", str(tmp_path / "file")]
+    )
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1

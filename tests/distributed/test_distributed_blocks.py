@@ -14,6 +14,8 @@ import adjointlab as al
 from adjointlab import distributed
 from adjointlab.solvers import cg, cgls, lsmr
 
+pytestmark = pytest.mark.slow
+
 DTYPES = (torch.float64, torch.complex128, torch.float32)
 
 

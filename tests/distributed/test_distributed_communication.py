@@ -14,6 +14,8 @@ from torch.distributed.tensor import Shard
 
 from adjointlab import distributed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(groups: Callable[[int], Group]) -> dict[int, list]:

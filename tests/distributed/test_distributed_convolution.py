@@ -16,6 +16,8 @@ from torch.distributed.tensor import Replicate, Shard
 import adjointlab as al
 from adjointlab import distributed
 
+pytestmark = pytest.mark.slow
+
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 MODES = ("zeros", "circular", "reflect", "replicate")
 

@@ -16,6 +16,8 @@ import torch
 import adjointlab as al
 from adjointlab.solvers import cgls
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "distributed_deblurring.py"
 TOL, DAMP = 1e-8, 0.1

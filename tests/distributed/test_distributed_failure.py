@@ -19,6 +19,8 @@ import adjointlab as al
 from adjointlab import distributed
 from adjointlab.solvers import cgls
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_part_that_cannot_be_built_is_an_error_on_all(group: Group) -> None:
     said = group.run(a_part_that_raises_alone, group.size)

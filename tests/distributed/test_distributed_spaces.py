@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import adjointlab as al
 from adjointlab import distributed
 
+pytestmark = pytest.mark.slow
+
 
 def wholes(size: int, dtype: torch.dtype) -> None:
     mesh = mesh_of(size)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 import adjointlab as al
 
+pytestmark = pytest.mark.slow
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     deepinv = pytest.importorskip("deepinv")

@@ -13,6 +13,8 @@ from conformance import relative_gap
 
 import adjointlab as al
 
+pytestmark = pytest.mark.slow
+
 pylops = pytest.importorskip("pylops")
 bridge = pytest.importorskip("adjointlab.adapters.pylops")
 

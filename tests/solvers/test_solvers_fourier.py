@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import adjointlab as al
 from adjointlab.solvers.problem import Problem
 
+pytestmark = pytest.mark.slow
+
 
 def convolution(
     shape: tuple[int, ...] = (12, 10), width: int = 5, channels: int = 1, dtype: torch.dtype = torch.float64, **o: Any

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import adjointlab as al
 
+pytestmark = pytest.mark.slow
+
 D = torch.float64
 
 

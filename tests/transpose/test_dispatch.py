@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adjointlab as al
 
+pytestmark = pytest.mark.slow
+
 
 def blur() -> nn.Conv2d:
     return nn.Conv2d(1, 1, 5, padding=2, padding_mode="circular", bias=False, dtype=torch.float64).requires_grad_(False)

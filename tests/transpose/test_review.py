@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import adjointlab as al
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(1, 1, 12, generator=seeded(0))
 SCALE = 2.0
 

@@ -15,6 +15,8 @@ from torch import nn
 import adjointlab as al
 from adjointlab.numerics import same
 
+pytestmark = pytest.mark.slow
+
 every_engine = pytest.mark.parametrize("engine", ["eager", "traced", "auto"])
 GLOBAL = torch.ones(3)
 GLOBAL_NUMBER = 2.0

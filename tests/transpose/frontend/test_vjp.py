@@ -10,6 +10,8 @@ from torch import nn
 
 import adjointlab as al
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["old-style-function", "custom-op", "sparse-csr"])
 def test_what_torch_func_refuses_goes_through_autograd(name: str) -> None:

@@ -11,6 +11,8 @@ from adjointlab.transpose.kernels import fft
 from adjointlab.transpose.kernels.registry import transformed
 from adjointlab.transpose.passes.compose import residual_and_gradient
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("biased", [False, True])

@@ -8,6 +8,8 @@ from torch import nn
 import adjointlab as al
 from adjointlab.transpose.kernels.registry import transformed
 
+pytestmark = pytest.mark.slow
+
 PHASES = pytest.param("polyphase", marks=pytest.mark.cpu)  # oneDNN's
 NUMPY = pytest.param("numpy", marks=pytest.mark.cpu)
 CASES = [

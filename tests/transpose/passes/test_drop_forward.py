@@ -14,6 +14,8 @@ import adjointlab as al
 from adjointlab.transpose.graph.ir import compiled
 from adjointlab.transpose.passes.drop_forward import _shape_only, _take_running_statistics
 
+pytestmark = pytest.mark.slow
+
 
 def convolutions(ops: list[str]) -> int:
     return sum(name in ("aten::convolution", "aten::convolution_backward") for name in ops)

@@ -1,11 +1,14 @@
 """Sums of pieces equal the graphs that they replace."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import seeded
 
 import adjointlab as al
+
+pytestmark = pytest.mark.slow
 
 SHAPE = (5, 6)
 

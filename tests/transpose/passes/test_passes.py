@@ -24,6 +24,8 @@ from adjointlab.transpose.passes.normalise import normalise
 from adjointlab.transpose.passes.own_outputs import own_outputs
 from adjointlab.transpose.runtime.program import Program
 
+pytestmark = pytest.mark.slow
+
 PASSES: dict[str, Callable[[Graph], Graph]] = {
     "normalise": normalise,
     "own_outputs": own_outputs,

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import adjointlab as al
 
+pytestmark = pytest.mark.slow
+
 every_engine = pytest.mark.parametrize("engine", ["eager", "traced"])
 every_side = pytest.mark.parametrize("side", ["A", "H"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])

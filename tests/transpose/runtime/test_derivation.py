@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 
 import adjointlab as al
 
+pytestmark = pytest.mark.slow
+
 
 class Fixed(nn.Module):
     """A convolution that needs no gradients."""

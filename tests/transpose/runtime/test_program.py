@@ -17,6 +17,8 @@ from adjointlab.transpose.passes import partition
 from adjointlab.transpose.passes.partition import _in_place
 from adjointlab.transpose.runtime import program
 
+pytestmark = pytest.mark.slow
+
 X, W = torch.zeros(1, 1, 6), torch.zeros(1, 1, 3)
 
 

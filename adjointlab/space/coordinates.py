@@ -1,0 +1,59 @@
+"""An element as one vector of real numbers, whose dot products are ``Re⟨·, ·⟩``, and back."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adjointlab.space.space import Space
+
+
+def common_dtype(space: Space) -> torch.dtype:
+    """Return the dtype that holds the entries of all leaves."""
+    return functools.reduce(torch.promote_types, [spec.dtype for spec in space.specs])
+
+
+def complex_entries(space: Space) -> Tensor:
+    """Return for each entry of ``Space.vector`` whether it is complex."""
+    device = space.specs[0].device
+    return torch.cat([torch.full((spec.numel,), spec.is_complex, device=device) for spec in space.specs])
+
+
+def real_size(space: Space) -> int:
+    """Return the number of real coordinates of an element, over all processes."""
+    return sum(
+        (spec.numel if spec.sharding is None else spec.sharding.size) * (2 if spec.is_complex else 1)
+        for spec in space.specs
+    )
+
+
+def _roots(space: Space) -> list[float]:
+    """Return the weight of each leaf: entries that n processes hold have 1/√n, so that they count once."""
+    return [1.0 if spec.sharding is None else spec.sharding.share**0.5 for spec in space.specs]
+
+
+def real_vector(space: Space, element: Any) -> Tensor:
+    """Return an element as one real vector; the dot product, summed over processes, is ``Re⟨·, ·⟩``."""
+    dtype = common_dtype(space).to_real()
+    if torch.finfo(dtype).bits < 32:
+        dtype = torch.float32
+    leaves = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in space.leaves(element)]
+    flat = [leaf.reshape(-1).to(dtype) for leaf in leaves]
+    return torch.cat([w * leaf for w, leaf in zip(_roots(space), flat, strict=True)] if space.is_sharded else flat)
+
+
+def real_element(space: Space, vector: Tensor) -> Any:
+    """Return the element with the given real vector: the inverse of :func:`real_vector`."""
+    parts = vector.split([spec.numel * (2 if spec.is_complex else 1) for spec in space.specs])
+    leaves = []
+    for part, spec, root in zip(parts, space.specs, _roots(space), strict=True):
+        own = part / root if space.is_sharded else part
+        whole = torch.view_as_complex(own.reshape(*spec.shape, 2)) if spec.is_complex else own.reshape(spec.shape)
+        leaves.append(whole.to(spec.dtype))
+    return space.unflatten(leaves)
+
+
+__all__ = ["common_dtype", "complex_entries", "real_element", "real_size", "real_vector"]
