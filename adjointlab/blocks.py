@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator, added, common, derived
 from adjointlab.space import Space
-from adjointlab.tree import tree_flatten
 
 
 def _product_space(spaces: Sequence[Space]) -> Space:
@@ -218,10 +217,12 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator:
     entries = _Entries(where.leaves(d, "d"))
 
     def times(x: Any) -> Any:
-        return where.unflatten([a * b for a, b in zip(entries.leaves(), tree_flatten(x)[0], strict=True)])
+        return where.unflatten([a * b for a, b in zip(entries.leaves(), where.structure.leaves(x) or (), strict=True)])
 
     def times_conjugate(y: Any) -> Any:
-        return where.unflatten([a.conj() * b for a, b in zip(entries.leaves(), tree_flatten(y)[0], strict=True)])
+        return where.unflatten(
+            [a.conj() * b for a, b in zip(entries.leaves(), where.structure.leaves(y) or (), strict=True)]
+        )
 
     operator: LinearOperator = derived(
         times, times_conjugate, where, where,

@@ -297,6 +297,8 @@ class LinearOperator(nn.Module):
         return _scale_input(self, scalar) if _is_scalar(scalar) else NotImplemented
 
     def __truediv__(self, scalar: Any) -> LinearOperator:
+        if isinstance(scalar, Tensor) and _is_scalar(scalar):
+            return _divide_output(self, scalar)
         return _scale_output(1 / scalar, self) if _is_scalar(scalar) else NotImplemented
 
     # -- being a module ----------------------------------------------------------------------------------------------
@@ -304,7 +306,9 @@ class LinearOperator(nn.Module):
     def residual_and_gradient(self, x: Any, y: Any, weight: Any, *, residual: bool) -> tuple[Any, Any] | None:
         """Return ``Ax − y`` if asked for, and ``Aᴴ w ⊙ (Ax − y)``: from one graph where A is derived, else None."""
         source = self._body.source
-        return None if source is None or self._side else source.residual_and_gradient(x, y, weight, residual=residual)
+        if source is None or self._side or source.options.affine:  # the graph of an affine map has its offset
+            return None
+        return source.residual_and_gradient(x, y, weight, residual=residual)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearOperator:
         """Move parameters, buffers and spaces together: what ``.to``, ``.double`` and ``.cuda`` call."""
@@ -419,6 +423,15 @@ def _scale_output(scalar: Any, a: LinearOperator) -> LinearOperator:
     return derived(
         lambda x: _scaled(scalar, a(x)), lambda y: a.H(_scaled(_conjugate(scalar), y)), a.domain, a.codomain,
         (_scale_output, (scalar, a)), a,
+    )  # fmt: skip
+
+
+def _divide_output(a: LinearOperator, scalar: Tensor) -> LinearOperator:
+    """Return ``x ↦ Ax / c``, with c as it is at each call."""
+    _require_scalar(scalar, a.codomain)
+    return derived(
+        lambda x: _scaled(1 / scalar, a(x)), lambda y: a.H(_scaled(1 / _conjugate(scalar), y)), a.domain, a.codomain,
+        (_divide_output, (a, scalar)), a,
     )  # fmt: skip
 
 

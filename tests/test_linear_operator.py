@@ -256,3 +256,18 @@ def test_leaves_must_agree_on_the_batch_size() -> None:
     A = al.linear_operator(lambda x, z: x + z, ((2, 3), (2, 3)), batch_dims=1)
     with pytest.raises(al.SpaceMismatchError, match="element"):
         A((torch.zeros(2, 3), torch.zeros(4, 3)))
+
+
+def test_a_divisor_is_read_at_each_call() -> None:
+    p = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    A = al.identity(al.Space.of((2,), dtype=torch.float64)) / p
+    x = torch.ones(2, dtype=torch.float64)
+    for _ in range(2):
+        (found,) = torch.autograd.grad(A(x).sum() + A.H(x).sum(), p)
+        assert_close(found, -4 / p.detach().square(), A.domain.eps)
+        with torch.no_grad():
+            p.fill_(5.0)
+        assert_close(A(x), x / 5, A.domain.eps)
+        assert_close(A.H(x), x / 5, A.domain.eps)
+    z = al.Space.of((2,), dtype=torch.complex128)
+    al.assert_adjoint(al.identity(z) / torch.tensor(1 + 2j, dtype=torch.complex128))

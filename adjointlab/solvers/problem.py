@@ -16,7 +16,6 @@ from adjointlab.least_squares import weight_entries, weight_operator
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers.arithmetic import Vector, Vectors
 from adjointlab.solvers.fourier import FourierBasis
-from adjointlab.tree import tree_flatten
 
 _MOST_STEPS = 10_000
 
@@ -135,7 +134,7 @@ def _weighting(A: LinearOperator | AffineOperator, y: Any, weight: Any) -> Calla
     if isinstance(weight, LinearOperator):
         return weight_operator(A, weight)
     weight_entries(A, weight)  # raises
-    entries = tree_flatten(weight)[0]
+    entries = A.codomain.structure.leaves(weight) or []
     if [w.shape for w in entries] != [leaf.shape for leaf in A.codomain.leaves(y)]:
         raise SpaceMismatchError(
             f"expected weights of the batch sizes of the data, got shapes {[tuple(w.shape) for w in entries]}: nothing "
