@@ -339,6 +339,6 @@ def _inner(space: Space, a: Tensors, b: Tensors) -> complex:
 
 
 __all__ = [
-    "DOT_UNITS", "SIGMAS", "UNITS", "allowance", "commutes_with_i", "dot_bound", "dot_gap", "eps_of", "full_precision", "norm",
-    "perturbed", "relative_gap", "rounding_noise", "safe_scale", "same", "sketch",
+    "DOT_UNITS", "SIGMAS", "UNITS", "allowance", "commutes_with_i", "dot_bound", "dot_gap", "eps_of", "full_precision",
+    "norm", "perturbed", "relative_gap", "rounding_noise", "safe_scale", "same", "sketch",
 ]  # fmt: skip

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.linked import Linked
 from adjointlab.numerics import commutes_with_i, full_precision
 from adjointlab.space import Space, TensorSpec
 from adjointlab.transpose import Transposition
+from adjointlab.transpose.compat import differentiated
 
 Map = Callable[[Any], Any]
 # What makes the operator again, for copies and pickles: a function and its arguments, or what returns them.
@@ -29,6 +31,7 @@ class _Body:
     functions: tuple[Map, Map]
     spaces: tuple[Space, Space]
     source: Transposition | None = None
+    linked: list[Linked | None] = field(default_factory=lambda: [None, None])  # of functions from outside
     views: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     transposes: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
 
@@ -38,7 +41,8 @@ class LinearOperator(nn.Module):
 
     Made by :func:`adjointlab.linear_operator` from a module or function, by the algebra of operators, or from a pair
     of functions that are known to be adjoint to each other, which nothing here checks
-    (:func:`adjointlab.check_adjoint` does).
+    (:func:`adjointlab.from_pair` does). Each function of a pair is the other's derivative in its argument, whether
+    autograd can see through it or not.
 
     Parameters
     ----------
@@ -66,7 +70,9 @@ class LinearOperator(nn.Module):
         super().__init__()
         recipe = (LinearOperator, (function, adjoint_function, domain, codomain))
         self._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
-        self.H  # noqa: B018  # made now: torch.compile cannot make modules
+        twin = self.H  # made now: torch.compile cannot make modules
+        self._body.linked[0] = Linked(self._leaves_of_function, twin._leaves)
+        self._body.linked[1] = Linked(twin._leaves_of_function, self._leaves)
 
     def _set(self, body: _Body, side: int, recipe: Recipe, parts: dict[str, nn.Module]) -> None:
         # The body is no submodule: A and Aᴴ know each other through it, and a module tree has no cycles.
@@ -126,8 +132,23 @@ class LinearOperator(nn.Module):
             self.domain.check(x)
             if self.domain.is_autocast:
                 with self.domain.without_autocast():
-                    return self._body.functions[self._side](x)
+                    return self._apply_function(x)
+            return self._apply_function(x)
         return self._body.functions[self._side](x)
+
+    def _apply_function(self, x: Any) -> Any:
+        """Return ``f(x)``; where f and its adjoint are from outside, with each as the other's derivative."""
+        function, linked = self._body.functions[self._side], self._body.linked[self._side]
+        leaves = () if linked is None else self.domain.leaves(x)
+        if linked is None or not differentiated(leaves):
+            return function(x)
+        return self.codomain.unflatten(linked(leaves))
+
+    def _leaves_of_function(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self.codomain.leaves(self._body.functions[self._side](self.domain.unflatten(x)), "Ax")
+
+    def _leaves(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self.codomain.leaves(self(self.domain.unflatten(x)))
 
     @property
     def H(self) -> LinearOperator:
@@ -164,9 +185,7 @@ class LinearOperator(nn.Module):
             return False
         x = self.domain.leaves(self.domain.randn(torch.Generator().manual_seed(0)))
         with torch.no_grad(), full_precision:
-            return commutes_with_i(
-                lambda leaves: self.codomain.leaves(self(self.domain.unflatten(leaves))), x, self.codomain
-            )
+            return commutes_with_i(self._leaves, x, self.codomain)
 
     @property
     def multiplier(self) -> Tensor | None:

@@ -146,28 +146,4 @@ def from_arrays(forward: ArrayMap, adjoint: ArrayMap, domain: Space, codomain: S
 
         return run
 
-    run, back = wrapped(forward, domain, codomain), wrapped(adjoint, codomain, domain)
-
-    def linked(x: Tensor) -> Tensor:
-        return _link(x, run, back)  # type: ignore[no-any-return]
-
-    def linked_adjoint(y: Tensor) -> Tensor:
-        return _link(y, back, run)  # type: ignore[no-any-return]
-
-    return LinearOperator(linked, linked_adjoint, domain, codomain)
-
-
-class _Linked(torch.autograd.Function):
-    """``x ↦ Ax`` with the derivative ``v ↦ Aᴴv``; autograd can trace neither map."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.run, ctx.back = run, back
-        return run(x)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        return _link(cotangents[0], ctx.back, ctx.run), None, None
-
-
-_link: Any = _Linked.apply
+    return LinearOperator(wrapped(forward, domain, codomain), wrapped(adjoint, codomain, domain), domain, codomain)
