@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from adjointlab.least_squares import LeastSquares, least_squares_gradient
     from adjointlab.linearity import LinearityReport, check_linearity
     from adjointlab.operators import LinearOperator
+    from adjointlab.pair import from_pair
     from adjointlab.space import Space, TensorSpec
     from adjointlab.spectral import operator_norm, to_dense
     from adjointlab.verify import AdjointReport, assert_adjoint, check_adjoint
@@ -38,6 +39,7 @@ _HOME = {
     "check_adjoint": "adjointlab.verify",
     "check_linearity": "adjointlab.linearity",
     "diagonal": "adjointlab.blocks",
+    "from_pair": "adjointlab.pair",
     "hstack": "adjointlab.blocks",
     "identity": "adjointlab.blocks",
     "least_squares_gradient": "adjointlab.least_squares",
@@ -94,6 +96,7 @@ __all__ = [
     "check_adjoint",
     "check_linearity",
     "diagonal",
+    "from_pair",
     "hstack",
     "identity",
     "least_squares_gradient",

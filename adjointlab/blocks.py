@@ -11,7 +11,6 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator, derived
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common
-from adjointlab.tree import tree_flatten
 
 
 def _product_space(spaces: Sequence[Space]) -> Space:
@@ -219,10 +218,12 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator:
     entries = _Entries(where.leaves(d, "d"))
 
     def times(x: Any) -> Any:
-        return where.unflatten([a * b for a, b in zip(entries.leaves(), tree_flatten(x)[0], strict=True)])
+        return where.unflatten([a * b for a, b in zip(entries.leaves(), where.structure.leaves(x) or (), strict=True)])
 
     def times_conjugate(y: Any) -> Any:
-        return where.unflatten([a.conj() * b for a, b in zip(entries.leaves(), tree_flatten(y)[0], strict=True)])
+        return where.unflatten(
+            [a.conj() * b for a, b in zip(entries.leaves(), where.structure.leaves(y) or (), strict=True)]
+        )
 
     operator: LinearOperator = derived(
         times, times_conjugate, where, where,

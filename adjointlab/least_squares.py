@@ -11,7 +11,6 @@ from adjointlab.affine import AffineOperator, residual_and_gradient
 from adjointlab.blocks import diagonal, diagonal_entries
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
-from adjointlab.tree import tree_flatten
 
 
 class LeastSquares(nn.Module):
@@ -128,12 +127,14 @@ def weight_operator(A: LinearOperator | AffineOperator, weight: Any) -> LinearOp
 
 def weight_entries(A: LinearOperator | AffineOperator, weight: Any) -> Any:
     """Return the entries of a diagonal W as an element of the codomain of A, or raise."""
-    given, expected = tree_flatten(weight)[0], A.codomain.specs
+    given = A.codomain.structure.leaves(weight)
+    if given is None:
+        A.codomain.check(weight, "weight")  # raises
     leaves = [
         w.to(spec.dtype) if isinstance(w, Tensor) and spec.is_complex and not w.is_complex() else w
-        for w, spec in zip(given, expected, strict=len(given) == len(expected))
+        for w, spec in zip(given or (), A.codomain.specs, strict=True)
     ]
-    for w in given:
+    for w in given or ():
         negative = isinstance(w, Tensor) and not w.is_complex() and bool((w < 0).any())
         if not A.codomain.every(not negative):
             raise SpaceMismatchError("expected weights of 0 or more, got negative ones: F would have no minimum")

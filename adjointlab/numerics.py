@@ -153,6 +153,25 @@ def relative_gap(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     return largest
 
 
+def commutes_with_i(function: Callable[[Tensors], Tensors], x: Tensors, codomain: Space) -> bool:
+    """Return whether ``f(ix) = i f(x)`` in every leaf, to rounding, for a real-linear function of complex leaves."""
+    left, at_x = function(tuple(1j * t for t in x)), function(x)
+    gaps = [norm((a - 1j * b,)) for a, b in zip(left, at_x, strict=True)]
+    units = allowance(UNITS, eps_of((*x, *at_x)))
+    bounds = [units * max(norm((a,)), norm((b,))) for a, b in zip(left, at_x, strict=True)]
+    if codomain.every(all(gap <= bound for gap, bound in zip(gaps, bounds, strict=True))):
+        return True
+    # Rounding that is larger, by cancellation or a coarser dtype inside, shows at multiples of x that are not powers of
+    # two. A part that is only real-linear does not.
+    for s in (65 / 64, 127 / 128):
+        moved = function(tuple(s * t for t in x))
+        noise = [SIGMAS * norm((a - s * b,)) for a, b in zip(moved, at_x, strict=True)]
+        bounds = [max(bound, extra) for bound, extra in zip(bounds, noise, strict=True)]
+    # However noisy it is, a map with f(ix) = i f(x) to no digit at all does not commute.
+    bounds = [min(bound, norm((a,)) / 16) for bound, a in zip(bounds, left, strict=True)]
+    return codomain.every(all(gap <= bound for gap, bound in zip(gaps, bounds, strict=True)))
+
+
 def sketch(leaf: Tensor, direction: Tensor) -> Tensor:
     """Return ``Σ conj(aᵢ) dᵢ`` over each of some blocks of a leaf, in double precision.
 
@@ -270,6 +289,6 @@ def _inner(space: Space, a: Tensors, b: Tensors) -> complex:
 
 
 __all__ = [
-    "DOT_UNITS", "SIGMAS", "UNITS", "allowance", "dot_bound", "dot_gap", "eps_of", "full_precision", "norm",
-    "perturbed", "relative_gap", "rounding_noise", "safe_scale", "same", "sketch",
+    "DOT_UNITS", "SIGMAS", "UNITS", "allowance", "commutes_with_i", "dot_bound", "dot_gap", "eps_of", "full_precision",
+    "norm", "perturbed", "relative_gap", "rounding_noise", "safe_scale", "same", "sketch",
 ]  # fmt: skip

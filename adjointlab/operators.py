@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adjointlab.linked import Linked
+from adjointlab.numerics import commutes_with_i, full_precision
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common, conjugated, is_scalar, moved, require_scalar, scaled
 from adjointlab.transpose import Transposition
+from adjointlab.transpose.compat import differentiated
 
 Map = Callable[[Any], Any]
 # A function and its arguments that make the operator again, for copies and pickles; or a function that returns them.
@@ -26,6 +29,7 @@ class _Body:
     functions: tuple[Map, Map]
     spaces: tuple[Space, Space]
     source: Transposition | None = None
+    linked: list[Linked | None] = field(default_factory=lambda: [None, None])  # of functions from outside
     views: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     transposes: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
 
@@ -35,7 +39,8 @@ class LinearOperator(nn.Module):
 
     Made by :func:`adjointlab.linear_operator` from a module or function, by the algebra of operators, or from a pair
     of functions that are known to be adjoint to each other, which nothing here checks
-    (:func:`adjointlab.check_adjoint` does).
+    (:func:`adjointlab.from_pair` does). Each function of a pair is the other's derivative in its argument, whether
+    autograd can see through it or not.
 
     Parameters
     ----------
@@ -62,6 +67,9 @@ class LinearOperator(nn.Module):
     def __init__(self, function: Map, adjoint_function: Map, domain: Space, codomain: Space) -> None:
         recipe = (LinearOperator, (function, adjoint_function, domain, codomain))
         self._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
+        twin = self.H
+        self._body.linked[0] = Linked(self._leaves_of_function, twin._leaves)
+        self._body.linked[1] = Linked(twin._leaves_of_function, self._leaves)
 
     @classmethod
     def _of(cls, *state: Any) -> LinearOperator:
@@ -126,12 +134,25 @@ class LinearOperator(nn.Module):
         SpaceMismatchError
             If x is not an element of the domain; nothing is cast or broadcast.
         """
-        function = self._body.functions[self._side]
         if self._body.source is not None:
-            return function(x)  # which checks x itself
+            return self._body.functions[self._side](x)  # which checks x itself
         self.domain.check(x)
         with self.domain.without_autocast():
+            return self._apply_function(x)
+
+    def _apply_function(self, x: Any) -> Any:
+        """Return ``f(x)``; where f and its adjoint are from outside, with each as the other's derivative."""
+        function, linked = self._body.functions[self._side], self._body.linked[self._side]
+        leaves = () if linked is None else self.domain.leaves(x)
+        if linked is None or not differentiated(leaves):
             return function(x)
+        return self.codomain.unflatten(linked(leaves))
+
+    def _leaves_of_function(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self.codomain.leaves(self._body.functions[self._side](self.domain.unflatten(x)), "Ax")
+
+    def _leaves(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self.codomain.leaves(self(self.domain.unflatten(x)))
 
     @property
     def H(self) -> LinearOperator:
@@ -162,11 +183,9 @@ class LinearOperator(nn.Module):
             return True
         if not all(spec.is_complex for spec in specs):
             return False
-        with torch.no_grad():
-            x = self.domain.randn(torch.Generator().manual_seed(0))
-            left, right = self(scaled(1j, x)), scaled(1j, self(x))
-            gap = self.codomain.norm(added(left, scaled(-1, right)))
-            return bool(gap <= 1e-2 * self.codomain.norm(left))  # a map that is only real-linear differs by order one
+        x = self.domain.leaves(self.domain.randn(torch.Generator().manual_seed(0)))
+        with torch.no_grad(), full_precision:
+            return commutes_with_i(self._leaves, x, self.codomain)
 
     @property
     def multiplier(self) -> Tensor | None:
@@ -296,6 +315,8 @@ class LinearOperator(nn.Module):
         return _scale_input(self, scalar) if is_scalar(scalar) else NotImplemented
 
     def __truediv__(self, scalar: Any) -> LinearOperator:
+        if isinstance(scalar, Tensor) and is_scalar(scalar):
+            return _divide_output(self, scalar)
         return _scale_output(1 / scalar, self) if is_scalar(scalar) else NotImplemented
 
     # -- being a module ----------------------------------------------------------------------------------------------
@@ -303,7 +324,9 @@ class LinearOperator(nn.Module):
     def residual_and_gradient(self, x: Any, y: Any, weight: Any, *, residual: bool) -> tuple[Any, Any] | None:
         """Return ``Ax − y`` if asked for, and ``Aᴴ w ⊙ (Ax − y)``: from one graph where A is derived, else None."""
         source = self._body.source
-        return None if source is None or self._side else source.residual_and_gradient(x, y, weight, residual=residual)
+        if source is None or self._side or source.options.affine:  # the graph of an affine map has its offset
+            return None
+        return source.residual_and_gradient(x, y, weight, residual=residual)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearOperator:
         """Move parameters, buffers and spaces together; ``.to``, ``.double`` and ``.cuda`` call this method."""
@@ -369,6 +392,15 @@ def _scale_output(scalar: Any, a: LinearOperator) -> LinearOperator:
     return derived(
         lambda x: scaled(scalar, a(x)), lambda y: a.H(scaled(_conjugate(scalar), y)), a.domain, a.codomain,
         (_scale_output, (scalar, a)), a,
+    )  # fmt: skip
+
+
+def _divide_output(a: LinearOperator, scalar: Tensor) -> LinearOperator:
+    """Return ``x ↦ Ax / c``, with c as it is at each call."""
+    require_scalar(scalar, a.codomain)
+    return derived(
+        lambda x: scaled(1 / scalar, a(x)), lambda y: a.H(scaled(1 / _conjugate(scalar), y)), a.domain, a.codomain,
+        (_divide_output, (a, scalar)), a,
     )  # fmt: skip
 
 

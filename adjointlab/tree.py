@@ -43,6 +43,11 @@ class Structure:
         except ValueError:  # a different tree
             return None
 
+    def leaves(self, tree: Any) -> list[Any] | None:
+        """Return the leaves of a tree of this structure, whatever the order of dictionary keys; None for another."""
+        leaves, structure = tree_flatten(tree)
+        return leaves if structure is self or structure == self else self.ordered(tree)
+
     @property
     def num_leaves(self) -> int:
         """Number of leaves, including the leaves inside holders."""

@@ -234,3 +234,18 @@ def test_gradients_like_the_one_before_see_every_change(weighted: bool) -> None:
     F.A.double()
     with pytest.raises(al.SpaceMismatchError, match="float32"):
         F.gradient(x.float())
+
+
+@pytest.mark.parametrize("engine", ["traced", "eager"])
+def test_the_linear_part_of_an_affine_operator_has_no_offset(engine: str) -> None:
+    layer = nn.Linear(3, 4, dtype=torch.float64).requires_grad_(False)
+    f = al.affine_operator(layer, (3,), engine=engine)
+    x, y = draw(f.domain, 1), draw(f.codomain, 2)
+    for A, residual in ((f.linear, layer.weight @ x - y), (f, layer(x) - y)):
+        objective = al.LeastSquares(A, y)
+        value, gradient = objective.value_and_gradient(x)
+        expected = layer.weight.T @ residual
+        for found in (gradient, objective.gradient(x), al.least_squares_gradient(A, x, y)):
+            assert_close(found, expected, A.domain.eps)
+        assert_close(value, residual.square().sum() / 2, A.domain.eps)
+        assert_close(objective(x), value, A.domain.eps)

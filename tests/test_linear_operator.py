@@ -256,3 +256,48 @@ def test_leaves_must_agree_on_the_batch_size() -> None:
     A = al.linear_operator(lambda x, z: x + z, ((2, 3), (2, 3)), batch_dims=1)
     with pytest.raises(al.SpaceMismatchError, match="element"):
         A((torch.zeros(2, 3), torch.zeros(4, 3)))
+
+
+def test_a_divisor_is_read_at_each_call() -> None:
+    p = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    A = al.identity(al.Space.of((2,), dtype=torch.float64)) / p
+    x = torch.ones(2, dtype=torch.float64)
+    for _ in range(2):
+        (found,) = torch.autograd.grad(A(x).sum() + A.H(x).sum(), p)
+        assert_close(found, -4 / p.detach().square(), A.domain.eps)
+        with torch.no_grad():
+            p.fill_(5.0)
+        assert_close(A(x), x / 5, A.domain.eps)
+        assert_close(A.H(x), x / 5, A.domain.eps)
+    z = al.Space.of((2,), dtype=torch.complex128)
+    al.assert_adjoint(al.identity(z) / torch.tensor(1 + 2j, dtype=torch.complex128))
+
+
+@pytest.mark.parametrize("engine", ["traced", "eager"])
+@pytest.mark.parametrize("part", [1.0, 1e-3, 1e-9])
+def test_a_small_part_that_is_only_real_linear_counts(engine: str, part: float) -> None:
+    def leaf_by_leaf(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return 1000 * z, part * z.conj()
+
+    for f in (leaf_by_leaf, lambda z: torch.cat([z, part * z.conj()])):
+        A = al.linear_operator(f, torch.zeros(3, dtype=torch.complex128), engine=engine)
+        assert not A.is_complex_linear
+        assert not A.H.is_complex_linear
+        assert not al.check_linearity(f, A.domain).is_complex_linear
+        assert al.check_adjoint(A).passed
+        x, dense = draw(A.domain, 1), al.to_dense(A, real=True)
+        image = A.codomain.vector(A(x))
+        assert_close(dense @ torch.cat([x.real, x.imag]), torch.cat([image.real, image.imag]), A.domain.eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.complex64])
+def test_rounding_does_not_make_a_map_real_linear(dtype: torch.dtype) -> None:
+    w = torch.randn(40, 40, dtype=dtype)
+    maps = {
+        "cancellation": lambda z: (w @ z + 1e4 * z) - 1e4 * z,
+        "transforms": lambda z: torch.fft.ifft(torch.fft.fft(z) * w[0]),
+        "coarse": lambda z: torch.fft.fft(z.to(torch.complex64)).to(dtype),
+    }
+    space = al.Space.of((40,), dtype=dtype)
+    for name, f in maps.items():
+        assert al.LinearOperator(f, f, space, space).is_complex_linear, name

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.numerics import UNITS, allowance
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 
@@ -39,6 +40,12 @@ def to_tensor(array: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the array as a tensor that shares its memory if dtype, order, device and writability allow it."""
     wanted = numpy_dtype(dtype)
     if array.dtype.kind == "c" and wanted.kind != "c":
+        lost = float(np.linalg.norm(array.imag))
+        if not lost <= allowance(UNITS, float(np.finfo(array.dtype).eps)) * float(np.linalg.norm(array)):
+            raise SpaceMismatchError(
+                f"expected real numbers of an operator with the dtype {wanted}, got complex ones with imaginary parts "
+                f"of norm {lost:.2e}: declare the operator complex"
+            )
         array = array.real
     return torch.from_numpy(np.require(array, wanted, ["C", "W"])).to(device)
 
@@ -132,36 +139,11 @@ def from_arrays(forward: ArrayMap, adjoint: ArrayMap, domain: Space, codomain: S
 
     def wrapped(function: ArrayMap, source: Space, target: Space) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            given = to_array(x.reshape(-1))
             spec = target.specs[0]
+            given = to_array(x.reshape(-1)).copy()  # which the function may write to
             result = to_tensor(np.asarray(function(given)), spec.dtype, spec.device)
-            shares = np.may_share_memory(to_array(result), given)  # for example, the result is a part of x
-            return (result.clone() if shares else result).reshape(spec.shape)
+            return result.clone().reshape(spec.shape)  # it may be the function's workspace, or a part of what is given
 
         return run
 
-    run, back = wrapped(forward, domain, codomain), wrapped(adjoint, codomain, domain)
-
-    def linked(x: Tensor) -> Tensor:
-        return _link(x, run, back)  # type: ignore[no-any-return]
-
-    def linked_adjoint(y: Tensor) -> Tensor:
-        return _link(y, back, run)  # type: ignore[no-any-return]
-
-    return LinearOperator(linked, linked_adjoint, domain, codomain)
-
-
-class _Linked(torch.autograd.Function):
-    """``x ↦ Ax`` with the derivative ``v ↦ Aᴴv``; autograd can trace neither map."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.run, ctx.back = run, back
-        return run(x)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        return _link(cotangents[0], ctx.back, ctx.run), None, None
-
-
-_link: Any = _Linked.apply
+    return LinearOperator(wrapped(forward, domain, codomain), wrapped(adjoint, codomain, domain), domain, codomain)

@@ -17,6 +17,7 @@ underflow in float32; if the data are that small, or very large, every product i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,6 +92,23 @@ class Vectors:
         """Return ``‖a‖`` for every problem."""
         return self.dot(a, a).sqrt()
 
+    def largest_entry(self, a: Vector) -> Tensor:
+        """Return the largest absolute value for every problem, on this process."""
+        entries = [v.abs().reshape(*self.batch, -1).amax(-1).to(self.device, torch.float64) for v in a]
+        return torch.stack(entries).amax(0)
+
+    def scale_to_one(self, a: Vector) -> float:
+        """Return a power of two that brings vectors of extreme size to about one; 1 for all others."""
+        # Products of three numbers that need no scale neither overflow nor underflow.
+        if self.space.is_sharded:
+            size = float(self.norm(a).amax()) / self.space.size**0.5
+        else:
+            size = float(self.largest_entry(a).amax())
+        tiny = max(torch.finfo(spec.dtype).tiny for spec in self.space.specs)
+        if size == 0 or not size < math.inf or tiny ** (1 / 3) <= size <= self.largest ** (1 / 3):
+            return 1.0
+        return 2.0 ** -round(math.log2(size))
+
     def holds(self, alpha: Tensor) -> Tensor:
         """Return the problems whose scalar is finite, also after a cast to the dtype of the vectors."""
         return alpha.abs() <= self.largest
@@ -104,6 +122,10 @@ class Vectors:
         """Set ``y ← x + αy``, in one pass."""
         for u, v in zip(y, x, strict=True):
             torch.addcmul(v, u, self._for(alpha, u), out=u)
+
+    def plus(self, y: Vector, alpha: Tensor, x: Vector) -> Vector:
+        """Return ``y + αx``, in separate memory."""
+        return [torch.addcmul(u, v, self._for(alpha, u)) for u, v in zip(y, x, strict=True)]
 
     def scale(self, y: Vector, alpha: Tensor) -> None:
         """Set ``y ← αy``."""

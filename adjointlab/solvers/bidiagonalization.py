@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adjointlab.affine import AffineOperator
+from adjointlab.numerics import UNITS, allowance
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers import implicit
 from adjointlab.solvers.arithmetic import Vector
@@ -20,6 +21,7 @@ from adjointlab.solvers.solution import (
     NOT_FINITE,
     PRECISION,
     SOLVED,
+    STAGNATED,
     Callback,
     Monitor,
     Solution,
@@ -31,7 +33,7 @@ def lsmr(
     y: Any,
     *,
     x0: Any = None,
-    damp: float = 0.0,
+    damp: float | Tensor = 0.0,
     weight: Any = None,
     maxiter: int | None = None,
     atol: float = 1e-6,
@@ -99,18 +101,17 @@ def lsmr(
         nonnegative("btol", btol),
         nonnegative("conlim", conlim),
     )
-    damp = nonnegative("damp", damp)
-    problem = Problem.of(A, y, weight)
+    problem = Problem.of(A, y, weight, damp)
     with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
-        inner = problem.diagonalized()
+        inner = problem.diagonalized().scaled()
         monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "lsmr")
         x = inner.start(x0)
-        _lsmr(inner, x, damp, _StoppingRules(monitor, atol, btol, conlim, problem.eps), started=x0 is not None)
+        _lsmr(inner, x, _StoppingRules(monitor, atol, btol, conlim, problem.eps), started=x0 is not None)
         solution = monitor.solution(x)
-    return implicit.of_least_squares(problem, solution, damp, min(atol, btol), monitor.maxiter, started=x0 is not None)
+    return implicit.of_least_squares(problem, solution, min(atol, btol), monitor.maxiter, x0)
 
 
-def _lsmr(problem: Problem, x: Vector, damp: float, rules: _StoppingRules, *, started: bool) -> None:
+def _lsmr(problem: Problem, x: Vector, rules: _StoppingRules, *, started: bool) -> None:
     """Run LSMR on x in place, and restart it to verify convergence."""
     domain, codomain = problem.domain, problem.codomain
     u = codomain.copy(problem.data())
@@ -120,7 +121,7 @@ def _lsmr(problem: Problem, x: Vector, damp: float, rules: _StoppingRules, *, st
     while True:
         left = _LeftVector(problem, u)
         if started:
-            left.start(x, damp)
+            left.start(x)
         v = domain.zeros()
         beta = left.pull_back(v)
         alpha = domain.norm(v)
@@ -128,11 +129,11 @@ def _lsmr(problem: Problem, x: Vector, damp: float, rules: _StoppingRules, *, st
         domain.choose_precision(gradient)
         domain.scale(v, _inverse(alpha))
         rules.start(alpha, beta, domain.norm(x))
-        rules.monitor.stop(gradient > bound, PRECISION)
-        state = _Recurrence.start(alpha, beta, 0.0 if left.damp else damp)
+        rules.monitor.stop(gradient > bound, STAGNATED)
+        state = _Recurrence.start(alpha, beta, domain.scalar(0) if left.damping_rows else problem.square.sqrt())
         if not _steps(left, x, v, state, rules):
             return
-        bound, started = gradient / 2 if started else domain.scalar(0), True
+        bound, started = gradient / 2, True
         del left, v, u
         u = codomain.copy(problem.data())
 
@@ -176,38 +177,37 @@ class _LeftVector:
     problem: Problem
     u: Vector
     damping_rows: Vector = field(default_factory=list)
-    damp: float = 0.0
 
-    def start(self, x: Vector, damp: float) -> None:
+    def start(self, x: Vector) -> None:
         """Subtract ``Ax`` from the data and, with damping, ``damp · x`` from the rows of zeros."""
         codomain, domain = self.problem.codomain, self.problem.domain
         codomain.add(self.u, codomain.scalar(-1), self.problem.apply(x))
-        if damp:
-            self.damp, self.damping_rows = damp, domain.copy(x)
+        if self.problem.is_damped:
+            self.damping_rows = domain.copy(x)
             domain.scale(self.damping_rows, domain.scalar(-1))
 
     def push_forward(self, v: Vector, back: Tensor) -> None:
         """Set ``u ← Av + back · u``."""
         self.problem.codomain.update(self.u, self.problem.apply(v), back)
-        if self.damp:
+        if self.damping_rows:
             self.problem.domain.update(self.damping_rows, v, back)
 
     def pull_back(self, v: Vector) -> Tensor:
         """Set ``v ← Aᴴu / β − βv``, and return ``β = ‖u‖``."""
         domain = self.problem.domain
         s, square = self.problem.pull_back(self.u)
-        if self.damp:
-            square = square + self.damp**2 * domain.dot(self.damping_rows, self.damping_rows)
+        if self.damping_rows:
+            square = square + self.problem.square * domain.dot(self.damping_rows, self.damping_rows)
         beta = square.sqrt()
         domain.scale(v, -beta)
         domain.add(v, _inverse(beta), s)
-        if self.damp:
-            domain.add(v, self.damp**2 * _inverse(beta), self.damping_rows)
+        if self.damping_rows:
+            domain.add(v, self.problem.square * _inverse(beta), self.damping_rows)
         return beta
 
     def clear(self, where: Tensor) -> None:
         self.problem.codomain.clear(self.u, where)
-        if self.damp:
+        if self.damping_rows:
             self.problem.domain.clear(self.damping_rows, where)
 
 
@@ -249,10 +249,10 @@ class _Recurrence:
     condition: Tensor
 
     @classmethod
-    def start(cls, alpha: Tensor, beta: Tensor, damp: float) -> _Recurrence:
+    def start(cls, alpha: Tensor, beta: Tensor, damp: Tensor) -> _Recurrence:
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         return cls(
-            alphabar=alpha, zetabar=alpha * beta, damp=torch.full_like(alpha, damp), rho=one, rhobar=one, cbar=one,
+            alphabar=alpha, zetabar=alpha * beta, damp=damp, rho=one, rhobar=one, cbar=one,
             sbar=zero, betadd=beta, betad=zero, rhodold=one, tautildeold=zero, thetatilde=zero, zeta=zero, outside=zero,
             square=alpha.square(), largest=zero, smallest=torch.full_like(alpha, torch.inf), residual=beta,
             gradient=alpha * beta, norm=alpha, condition=one,
@@ -308,7 +308,7 @@ class _StoppingRules:
 
     def __init__(self, monitor: Monitor, atol: float, btol: float, conlim: float, eps: float) -> None:
         self.monitor, self.atol, self.btol, self.conlim, self.eps = monitor, atol, btol, conlim, eps
-        self.norm: Tensor | float = 0.0
+        self.norm = torch.zeros_like(monitor.status, dtype=torch.float64)  # the largest estimate of ‖A‖
 
     def start(self, alpha: Tensor, beta: Tensor, length: Tensor) -> None:
         """Apply the rules to a start: the first one, or a restart that verifies x."""
@@ -316,17 +316,17 @@ class _StoppingRules:
         self.size = torch.where(self.size == 0, beta, self.size)  # zero data: measure by the start
         self.monitor.stop(beta == 0, SOLVED)
         self.monitor.stop(alpha == 0, LEAST_SQUARES)
-        self._apply(alpha * beta, beta, self.norm * length)
+        self._apply(alpha * beta, beta, self.norm * length, allowance(UNITS, self.eps))
 
     def __call__(self, state: _Recurrence, length: Tensor) -> None:
-        self.norm = state.norm
-        self._apply(state.gradient, state.residual, state.norm * length)
+        self.norm = torch.fmax(self.norm, state.norm)
+        self._apply(state.gradient, state.residual, state.norm * length, self.eps)
         if self.conlim:
             self.monitor.stop(state.condition >= self.conlim, ILL_CONDITIONED)
         self.monitor.stop(state.condition >= 1 / torch.finfo(torch.float64).eps, ILL_CONDITIONED)
 
-    def _apply(self, gradient: Tensor, residual: Tensor, reach: Tensor) -> None:
+    def _apply(self, gradient: Tensor, residual: Tensor, reach: Tensor, eps: float) -> None:
         self.monitor.stop(residual <= self.btol * self.size + self.atol * reach, SOLVED)
         self.monitor.stop(gradient <= self.atol * self.norm * residual, LEAST_SQUARES)
-        self.monitor.stop(residual <= self.eps * (self.size + reach), PRECISION)
-        self.monitor.stop(gradient <= self.eps * self.norm * residual, PRECISION)
+        self.monitor.stop(residual <= eps * (self.size + reach), PRECISION)
+        self.monitor.stop(gradient <= eps * self.norm * residual, PRECISION)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from adjointlab.affine import AffineOperator
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.numerics import UNITS, allowance
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers import implicit
 from adjointlab.solvers.arithmetic import Vector
-from adjointlab.solvers.problem import Problem, add_scaled, nonnegative
+from adjointlab.solvers.problem import Problem, nonnegative
 from adjointlab.solvers.solution import (
     BREAKDOWN,
     LEAST_SQUARES,
@@ -23,6 +24,7 @@ from adjointlab.solvers.solution import (
     NOT_FINITE,
     PRECISION,
     SOLVED,
+    STAGNATED,
     Callback,
     Monitor,
     Solution,
@@ -45,8 +47,9 @@ def cg(
 ) -> Solution:
     r"""Solve ``Ax = b`` for a self-adjoint positive definite A by conjugate gradients.
 
-    The solver stops at ``‖b − Ax‖ ≤ tol · ‖b‖`` (``tol · ‖Ax₀‖`` if ``b = 0``). It verifies this by computing
-    ``b − Ax``, which costs one application of A. If rounding keeps the residual larger, ``reason`` says so. With
+    The solver stops at ``‖b − Ax‖ ≤ tol · ‖b‖`` (``tol · ‖Ax₀‖`` if ``b = 0``), or at a few units of rounding of
+    ``‖b‖``. It verifies this by computing ``b − Ax``, which costs one application of A. If rounding keeps the residual
+    larger, or the system has no solution, x has not converged, and ``reason`` says so. With
     ``batch_dims``, every entry of the batch is a separate system.
 
     Parameters
@@ -83,7 +86,7 @@ def cg(
     -----
     x is differentiable with respect to b and to the parameters of A, by implicit differentiation: a backward pass
     solves one more system with A. It yields the derivative of the exact solution. Second derivatives are not available,
-    and the derivative with respect to ``x0`` is zero.
+    and if A is singular, the derivative with respect to its parameters is refused.
 
     Besides x and b, the solver needs memory for three vectors. If A is a cyclic convolution (``A.multiplier`` is not
     None), the solver works in Fourier space and needs memory for four vectors.
@@ -107,12 +110,12 @@ def cg(
             f"expected an operator from a space to itself, got one from {A.domain} to {A.codomain}: use cgls or lsmr"
         )
     with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
-        inner = problem.diagonalized()
+        inner = problem.diagonalized().scaled(operator=False)
         monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "cg")
         x = inner.start(x0)
         _cg(inner, x, x0 is not None, tol, monitor)
         solution = monitor.solution(x)
-    return implicit.of_system(problem, solution, tol, monitor.maxiter)
+    return implicit.of_system(problem, solution, tol, monitor.maxiter, x0)
 
 
 def _cg(problem: Problem, x: Vector, started: bool, tol: float, monitor: Monitor) -> None:
@@ -130,10 +133,11 @@ def _cg(problem: Problem, x: Vector, started: bool, tol: float, monitor: Monitor
         size = torch.where(size == 0, norm, size)
         rules = partial(_apply_rules, monitor, size, tol, space.space.eps)
         rules(norm)
-        monitor.stop(norm > bound, PRECISION)
+        monitor.stop(norm <= allowance(UNITS, space.space.eps) * size, PRECISION)
+        monitor.stop(norm > bound, STAGNATED)
         if not _cg_steps(problem, x, r, norm, rules=rules, monitor=monitor):
             return
-        bound, started = norm / 2 if started else space.scalar(0), True
+        bound, started = norm / 2, True
 
 
 def _cg_steps(
@@ -177,7 +181,7 @@ def cgls(
     y: Any,
     *,
     x0: Any = None,
-    damp: float = 0.0,
+    damp: float | Tensor = 0.0,
     weight: Any = None,
     maxiter: int | None = None,
     tol: float = 1e-6,
@@ -198,8 +202,9 @@ def cgls(
         Any operator. If it is affine, its offset is subtracted from y.
     y : pytree of tensors
         The data, an element of ``A.codomain``.
-    damp : float
-        Damping; ``damp²`` is the weight of the penalty ``‖x‖²``.
+    damp : float or Tensor
+        Damping; ``damp²`` is the weight of the penalty ``‖x‖²``. A tensor is zero-dimensional, or has one entry for
+        each problem of the batch; x is differentiable with respect to it.
     weight : LinearOperator, or pytree of real tensors, optional
         The weight ``W``, as in :class:`adjointlab.LeastSquares`: a self-adjoint positive operator, or the entries of a
         diagonal operator.
@@ -222,10 +227,12 @@ def cgls(
 
     Notes
     -----
-    x is differentiable with respect to y, to the weight and to the parameters of A, by implicit differentiation: a
-    backward pass solves one more problem of the same kind. It yields the derivative of the exact minimiser. Second
-    derivatives are not available. The derivative with respect to parameters of A requires that the minimiser is unique,
-    or that A has full rank.
+    x is differentiable with respect to y, to the weight, to ``damp``, to ``x0`` (on which it depends if there are many
+    solutions) and to the parameters of A, by implicit differentiation: a backward pass solves one more problem of the
+    same kind. It yields the derivative of the exact minimiser. Second derivatives are not available. With respect to
+    parameters of A there is a derivative only where the minimiser is unique, or the rank of A does not depend on them:
+    of a pseudo-inverse of constant rank. Without damping it takes another solve, of which the forward pass has the
+    cost: call the solver under ``torch.no_grad()`` where no gradient is needed.
 
     Besides x and y, the solver needs memory for two elements of the domain and two of the codomain, for one more
     element of the codomain if there are weights, and for one more of the domain if there is damping. If A is a cyclic
@@ -246,21 +253,20 @@ def cgls(
     >>> cgls(A, torch.tensor([1.0, 2.0])).x
     tensor([1.])
     """
-    tol, damp = nonnegative("tol", tol), nonnegative("damp", damp)
-    problem = Problem.of(A, y, weight)
+    tol = nonnegative("tol", tol)
+    problem = Problem.of(A, y, weight, damp)
     with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
-        inner = problem.diagonalized()
+        inner = problem.diagonalized().scaled()
         monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "cgls")
         x = inner.start(x0)
-        _cgls(inner, x, damp, tol, monitor=monitor, started=x0 is not None)
+        _cgls(inner, x, tol, monitor=monitor, started=x0 is not None)
         solution = monitor.solution(x)
-    return implicit.of_least_squares(problem, solution, damp, tol, monitor.maxiter, started=x0 is not None)
+    return implicit.of_least_squares(problem, solution, tol, monitor.maxiter, x0)
 
 
-def _cgls(problem: Problem, x: Vector, damp: float, tol: float, *, monitor: Monitor, started: bool) -> None:
+def _cgls(problem: Problem, x: Vector, tol: float, *, monitor: Monitor, started: bool) -> None:
     """Run CGLS on x in place, and restart it to verify convergence."""
     domain, codomain = problem.domain, problem.codomain
-    square = damp**2
     r = codomain.copy(problem.data())
     codomain.choose_precision(codomain.norm(r))
     s, rr = problem.pull_back(r)
@@ -272,21 +278,21 @@ def _cgls(problem: Problem, x: Vector, damp: float, tol: float, *, monitor: Moni
         if started:
             codomain.add(r, codomain.scalar(-1), problem.apply(x))
             s, rr = problem.pull_back(r)
-            s = add_scaled(s, -square, x)
+            s = problem.penalised(s, x)
             gradient = domain.norm(s)
         p = domain.copy(s)
         del s
-        norm = _damped_norm(problem, rr, square, x)
+        norm = _damped_norm(problem, rr, x)
         rules.start(gradient, rr.sqrt(), norm, tol)
-        monitor.stop(gradient > bound, PRECISION)
-        if not _cgls_steps(problem, x, r, p, square=square, rules=rules):
+        monitor.stop(gradient > bound, STAGNATED)
+        if not _cgls_steps(problem, x, r, p, rules):
             return
-        bound, started = gradient / 2 if started else domain.scalar(0), True
+        bound, started = gradient / 2, True
         del p
         r = codomain.copy(problem.data())
 
 
-def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, *, square: float, rules: _StoppingRules) -> bool:
+def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, rules: _StoppingRules) -> bool:
     """Run CGLS from x with the residual r and the gradient p; return whether convergence must be verified."""
     domain, codomain, monitor = problem.domain, problem.codomain, rules.monitor
     gamma = length = rules.gradient.square()
@@ -298,8 +304,8 @@ def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, *, square: fl
             domain.clear(p, ~monitor.running)
         q = problem.apply(p)
         curvature = problem.weighted(q)[1]
-        if square:
-            curvature = curvature + square * domain.dot(p, p)
+        if problem.is_damped:
+            curvature = curvature + problem.square * domain.dot(p, p)
         step = gamma / curvature
         monitor.stop(~(curvature.abs() < math.inf), NOT_FINITE)  # before it is used as a norm
         rules.raise_norm((curvature / length).sqrt())
@@ -310,9 +316,9 @@ def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, *, square: fl
         codomain.add(r, -step, q)
         del q
         s, rr = problem.pull_back(r)
-        s = add_scaled(s, -square, x)
+        s = problem.penalised(s, x)
         previous, gamma = gamma, domain.dot(s, s)
-        rules(gamma.sqrt(), rr.sqrt(), _damped_norm(problem, rr, square, x))
+        rules(gamma.sqrt(), rr.sqrt(), _damped_norm(problem, rr, x))
         going, some_stopped = monitor.step(x, rules.damped, moved)
         ratio = gamma / previous
         domain.update(p, s, ratio)
@@ -321,8 +327,8 @@ def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, *, square: fl
     return monitor.reopen()
 
 
-def _damped_norm(problem: Problem, rr: Tensor, square: float, x: Vector) -> Tensor:
-    return (rr + square * problem.domain.dot(x, x)).sqrt() if square else rr.sqrt()
+def _damped_norm(problem: Problem, rr: Tensor, x: Vector) -> Tensor:
+    return (rr + problem.square * problem.domain.dot(x, x)).sqrt() if problem.is_damped else rr.sqrt()
 
 
 class _StoppingRules:
@@ -341,6 +347,8 @@ class _StoppingRules:
         self.target = torch.where(self.size == 0, tol * gradient, self.target)
         self.size = torch.where(self.size == 0, damped, self.size)
         self(gradient, residual, damped)
+        self.monitor.stop(damped <= allowance(UNITS, self.eps) * self.size, PRECISION)
+        self.monitor.stop(gradient <= allowance(UNITS, self.eps) * self.norm * residual, PRECISION)
 
     def __call__(self, gradient: Tensor, residual: Tensor, damped: Tensor) -> None:
         self.gradient, self.residual, self.damped = gradient, residual, damped

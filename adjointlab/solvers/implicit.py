@@ -1,15 +1,17 @@
 r"""Implicit differentiation of solutions: the equation is differentiated, and no step of the solver.
 
-Let x solve ``Mx = AᴴWy`` with ``M = AᴴWA + damp²``, and let v be the cotangent of x. With ``Mw = v``, ``z = Aw`` and
+Let x solve ``Mx = AᴴWy`` with ``M = AᴴWA + damp²``, and let v be the cotangent of x. With ``w = M⁺v``, ``z = Aw`` and
 the weighted residual ``ω = W(y − Ax)``,
 
-``Re⟨v, dx⟩ = Re⟨z, dω⟩ + Re⟨w, (dAᴴ) ω⟩,``
+``Re⟨v, dx⟩ = Re⟨z, dω⟩ + Re⟨w, d(Aᴴω − damp² x)⟩ + Re⟨v − Mw, (dAᴴ) t + dx₀⟩,``
 
-where ``dω`` is the differential at fixed x. So autograd sees x as a function of two tensors, ``ω`` (at fixed x) and
-``η = Aᴴω`` (at fixed ω), which it can follow to y, to the weight and to the parameters of A. One solve with M computes
-the cotangents z and w of these two tensors. If A has more unknowns than equations, ``Mw = v`` only has a least-squares
-solution, with a remainder ``v − Mw`` in the kernel of A. Then ``Re⟨v, dx⟩`` has one more term,
-``Re⟨v − Mw, (dAᴴ) t⟩`` with ``Aᴴt = x``.
+where ``dω`` is the differential at fixed x, the second one is at fixed ω and x, and ``Aᴴt = x − x₀``. The last term
+belongs to the kernel of A, in which v has the part ``v − Mw``: it is zero where the solution is unique. This is the
+derivative of the pseudo-inverse by Golub and Pereyra; in the parameters of A it exists where the rank of A is constant.
+
+So autograd sees x as a function of the tensors ``ω``, ``Aᴴω − damp² x``, ``Aᴴt`` and ``x₀``, which it can follow to y,
+to the weight, to the damping and to the parameters of A. One solve with M computes their cotangents. If A has
+parameters that need a gradient, and there is no damping, another one computes t.
 
 References
 ----------
@@ -28,102 +30,137 @@ import torch
 from torch import Tensor
 
 from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector
-from adjointlab.solvers.problem import Problem
+from adjointlab.solvers.problem import Problem, detached
 from adjointlab.solvers.solution import Solution
 from adjointlab.space import Space
-from adjointlab.spectral import real_size
 
-Map = Callable[[Vector], Vector]
+Map = Callable[[Vector], tuple[Vector, Tensor]]  # r ↦ (Mr, ⟨r, Mr⟩)
+Leaves = tuple[Tensor, ...]
+
+_ROUNDING = 4  # a product Mr contains errors of a few eps ‖M‖ ‖r‖; what is smaller is only rounding
 
 
-def of_system(problem: Problem, solution: Solution, tol: float, maxiter: int) -> Solution:
+def of_system(problem: Problem, solution: Solution, tol: float, maxiter: int, x0: Any) -> Solution:
     """Make x, the solution of ``Ax = b``, differentiable: ``Re⟨v, dx⟩ = Re⟨w, d(b − Ax)⟩`` with ``Aw = v``."""
-    residual = _residual(problem, solution)
-    if residual is None:
+    if not torch.is_grad_enabled():
         return solution
     domain = problem.domain
+    residual, needs_operator = _residual(problem, solution)
 
-    def cotangents(v: Vector) -> list[Vector]:
-        inner = problem.diagonalized()
-        found = _solve(inner.domain, inner.apply, inner.vector(domain.element(v)), tol, maxiter)
-        return [domain.vector(inner.element(found.x))]
+    def cotangents(v: Vector) -> dict[str, Vector]:
+        inner, unit = problem.diagonalized(), domain.scale_to_one(v)
+        found = _solve(inner.domain, _matrix(inner), inner.vector(domain.element(_times(v, unit))), tol, maxiter)
+        if needs_operator and found.has_kernel:
+            raise RuntimeError(
+                "expected the operator of cg to be positive definite, got one with a kernel, in which the cotangent of "
+                "the solution has a part: the gradient with respect to its parameters takes cgls or lsmr"
+            )
+        w, rest = (_times(domain.vector(inner.element(t)), 1 / unit) for t in (found.x, found.kernel_part))
+        return {"residual": w, "start": rest}
 
-    return _as_function_of(domain, solution, [residual], cotangents)
+    return _as_function_of(domain, solution, {"residual": residual}, x0, cotangents)
 
 
-def of_least_squares(
-    problem: Problem, solution: Solution, damp: float, tol: float, maxiter: int, *, started: bool
-) -> Solution:
-    """Make x, the minimiser, differentiable with respect to y, to the weight and to the parameters of A."""
-    residual = _residual(problem, solution)
-    if residual is None:
+def of_least_squares(problem: Problem, solution: Solution, tol: float, maxiter: int, x0: Any) -> Solution:
+    """Make x, the minimiser, differentiable with respect to y, the weight, the damping and the parameters of A."""
+    if not torch.is_grad_enabled():
         return solution
     domain, codomain = problem.domain, problem.codomain
+    residual, needs_operator = _residual(problem, solution)
     if problem.weight is not None:
         residual = codomain.space.leaves(problem.weight(codomain.space.unflatten(residual)))
-    inputs = [residual]
-    image = _adjoint_image(problem, tuple(t.detach() for t in residual))
-    wide = damp == 0 and not started and real_size(codomain.space) < real_size(domain.space)
-    if image is not None:
-        inputs.append(image)
-        if wide:
-            inputs.append(_adjoint_image(problem, _preimage(problem, solution, tol, maxiter)) or ())
+    inputs = {"residual": residual}
 
-    def cotangents(v: Vector) -> list[Vector]:
-        inner = problem.diagonalized()
-        found = _solve(inner.domain, inner.normal(damp), inner.vector(domain.element(v)), tol, maxiter)
-        w = domain.vector(inner.element(found.x))
-        if found.remainder and len(inputs) == 2 and damp == 0:
-            warnings.warn(
-                "the gradient with respect to the operator's parameters is not determined, since the least-squares "
-                "problem has many solutions: use damp > 0 (the gradient with respect to the data is right)",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        rest = [a - b for a, b in zip(v, problem.normal(damp)(w), strict=True)] if len(inputs) == 3 else []
-        return [problem.apply(w), w, rest][: len(inputs)]
+    def cotangents(v: Vector) -> dict[str, Vector]:
+        inner, gain, unit = problem.diagonalized(), problem.scaled().gain, domain.scale_to_one(v)
+        normal = replace(inner, gain=gain, damp=gain * inner.damp.detach()).normal
+        found = _solve(inner.domain, normal, inner.vector(domain.element(_times(v, unit))), tol, maxiter)
+        w, rest = (domain.vector(inner.element(t)) for t in (found.x, found.kernel_part))
+        image = problem.apply(w)
+        # By one factor after the other: their product may exceed what the results do not.
+        image, w = (_times(_times(_times(t, gain), 1 / unit), gain) for t in (image, w))
+        rest = _times(rest, 1 / unit)
+        return {"residual": image, "gradient": w, "kernel": rest, "start": rest}
 
-    return _as_function_of(domain, solution, inputs, cotangents)
+    if needs_operator or problem.damp.requires_grad:
+        inputs["gradient"] = _gradient(problem, solution, residual)
+    if needs_operator and not bool((problem.damp > 0).all()):
+        t = _preimage(problem, _correction(problem, solution, x0), tol, maxiter)
+        inputs["kernel"] = domain.space.leaves(problem.A.H(codomain.space.unflatten(t)))
+    return _as_function_of(domain, solution, inputs, x0, cotangents)
 
 
-def _residual(problem: Problem, solution: Solution) -> tuple[Tensor, ...] | None:
-    """Return ``y − Ax`` at fixed x, or None if it needs no gradient."""
-    if not torch.is_grad_enabled():
-        return None
+def _matrix(problem: Problem) -> Map:
+    """Return ``x ↦ (Ax, ⟨x, Ax⟩)``."""
+
+    def apply(x: Vector) -> tuple[Vector, Tensor]:
+        image = problem.apply(x)
+        return image, problem.domain.dot(x, image)
+
+    return apply
+
+
+def _residual(problem: Problem, solution: Solution) -> tuple[Leaves, bool]:
+    """Return ``y − Ax`` at fixed x, and whether A needs a gradient."""
     codomain = problem.codomain.space
-    pairs = zip(codomain.leaves(problem.y), codomain.leaves(problem.A(solution.x)), strict=True)
-    residual = tuple(y - image for y, image in pairs)
-    return residual if _required(codomain, residual) else None
+    images = codomain.leaves(problem.A(solution.x))
+    residual = tuple(y - image for y, image in zip(codomain.leaves(problem.y), images, strict=True))
+    return residual, _required(codomain, images)
 
 
-def _adjoint_image(problem: Problem, element: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Return ``Aᴴ`` of a fixed element, or None if A needs no gradient."""
-    leaves = problem.domain.space.leaves(problem.A.H(problem.codomain.space.unflatten(element)))
-    return leaves if _required(problem.domain.space, leaves) else None
+def _gradient(problem: Problem, solution: Solution, residual: Leaves) -> Leaves:
+    """Return ``Aᴴω − damp² x`` at fixed ω and x."""
+    domain, fixed = problem.domain, tuple(t.detach() for t in residual)
+    leaves = domain.space.leaves(problem.A.H(problem.codomain.space.unflatten(fixed)))
+    if not problem.damp.requires_grad:
+        return leaves
+    x = [t.detach() for t in domain.vector(solution.x)]
+    return domain.space.leaves(domain.element(domain.plus(as_vector(leaves), -problem.damp.square(), x)))
 
 
-def _required(space: Space, leaves: tuple[Tensor, ...]) -> bool:
+def _preimage(problem: Problem, x: Vector, tol: float, maxiter: int) -> Leaves:
+    """Return t with ``Aᴴt = x``, the smallest one for the weight: ``t = WAq`` with ``Mq = x``."""
+    with torch.no_grad(), problem.A.frozen():
+        gain = problem.scaled().gain
+        q = _solve(problem.domain, replace(problem, gain=gain).normal, x, tol, maxiter).x
+        t, _ = problem.weighted(problem.apply(q))
+        return problem.codomain.space.leaves(problem.codomain.element(_times(_times(t, gain), gain)))
+
+
+def _times(vector: Vector, factor: float) -> Vector:
+    return vector if factor == 1 else [factor * t for t in vector]
+
+
+def _correction(problem: Problem, solution: Solution, x0: Any) -> Vector:
+    """Return ``x − x₀``."""
+    x = detached(problem.domain, solution.x)
+    return x if x0 is None else [a - b for a, b in zip(x, detached(problem.domain, x0), strict=True)]
+
+
+def _required(space: Space, leaves: Leaves) -> bool:
     """Return whether a leaf requires a gradient, on this process or any other."""
     return not space.every(not any(leaf.requires_grad for leaf in leaves))
 
 
-def _preimage(problem: Problem, solution: Solution, tol: float, maxiter: int) -> tuple[Tensor, ...]:
-    """Return t with ``Aᴴt = x``, the solution of ``A Aᴴ t = Ax``."""
-    with torch.no_grad():
-
-        def apply(t: Vector) -> Vector:
-            return problem.apply(problem.domain.vector(problem.A.H(problem.codomain.element(t))))
-
-        image = problem.apply(problem.domain.vector(solution.x))
-        t = _solve(problem.codomain, apply, image, tol, maxiter).x
-        return problem.codomain.space.leaves(problem.codomain.element(t))
-
-
 def _as_function_of(
-    domain: Vectors, solution: Solution, inputs: list[tuple[Tensor, ...]], cotangents: Callable[[Vector], list[Vector]]
+    domain: Vectors,
+    solution: Solution,
+    inputs: dict[str, Leaves],
+    x0: Any,
+    cotangents: Callable[[Vector], dict[str, Vector]],
 ) -> Solution:
-    """Return the solution with x as a function of ``inputs``; ``cotangents`` maps the cotangent of x to theirs."""
-    x = _implicit_function(cotangents, domain.space.leaves(solution.x), *[leaf for source in inputs for leaf in source])
+    """Return the solution with x as a function of inputs; ``cotangents`` maps the cotangent of x to theirs."""
+    if x0 is not None and _required(domain.space, domain.space.leaves(x0)):
+        inputs["start"] = domain.space.leaves(x0)
+    if not any(_required(domain.space, leaves) for leaves in inputs.values()):
+        return solution
+
+    def in_order(v: Vector) -> list[Vector]:
+        found = cotangents(v)
+        return [found[name] for name in inputs]
+
+    given = [leaf for leaves in inputs.values() for leaf in leaves]
+    x = _implicit_function(in_order, domain.space.leaves(solution.x), *given)
     return replace(solution, x=domain.space.unflatten(x))
 
 
@@ -174,52 +211,69 @@ _differentiable_once: Any = _DifferentiableOnce.apply
 
 
 @dataclass(frozen=True)
-class _LeastSquares:
-    """The minimiser x of ``‖v − Mx‖``, and whether a remainder ``v − Mx`` beyond the tolerance is left."""
+class _Minimiser:
+    """The smallest minimiser x of ``‖v − Mx‖``, and what remains of v where that is in the kernel of M."""
 
     x: Vector
-    remainder: bool
+    kernel_part: Vector
+    has_kernel: bool
 
 
-def _solve(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _LeastSquares:
-    """Return the minimiser w of ``‖v − Mw‖`` for a self-adjoint positive semidefinite M, by conjugate residuals."""
+def _solve(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _Minimiser:
+    """Return ``M⁺v`` for a self-adjoint positive semidefinite M, by conjugate residuals."""
     with space.space.without_autocast():
         return _conjugate_residuals(space, apply, v, tol, maxiter)
 
 
-def _conjugate_residuals(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _LeastSquares:
-    # E. Stiefel, Relaxationsmethoden bester Strategie, Comment. Math. Helv. 29 (1955) 157-179. The method works even if
-    # there is no solution: the component of v in the kernel of M remains as the residual.
-    tol = max(tol, 4 * space.space.eps)
+def _conjugate_residuals(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _Minimiser:
+    # E. Stiefel, Relaxationsmethoden bester Strategie, Comment. Math. Helv. 29 (1955) 157-179. It minimises ‖v − Mw‖:
+    # for M = AᴴA these are the steps of CGLS for ‖v − Aᴴz‖, with z = Aw. The part of v in the kernel of M stays in r
+    # as it is, and gets into w as a multiple of r: κ.
+    tol = max(tol, _ROUNDING * space.space.eps)
     r, p, w = space.copy(v), space.copy(v), space.zeros()
-    size = space.norm(r)
+    size = length = space.norm(r)
     space.choose_precision(size)
-    mr = apply(r)
-    mp = space.copy(mr)
-    gamma = space.dot(r, mr)
-    solved = size == 0
-    finished = solved | ~(gamma > 0)
-    largest = torch.zeros_like(size)  # the largest ‖Mr‖ / ‖r‖ so far, an estimate of ‖M‖
+    largest = _norm_estimate(space, apply)
+    mr, energy = apply(r)
+    mp, target, previous = space.copy(mr), tol**2 * energy, energy
+    kappa_p, kappa = torch.ones_like(size), torch.zeros_like(size)
+    solved, vanished = size == 0, torch.zeros_like(size, dtype=torch.bool)
+    finished = solved
     steps = 0
-    while steps < maxiter and not bool(finished.all()):
-        step = torch.where(finished, 0, gamma / space.dot(mp, mp))
+    while True:
+        image = space.norm(mr)
+        largest = torch.fmax(largest, torch.where(length > 0, image / length, 0))
+        solved = solved | (~finished & (length <= tol * size))
+        vanished = vanished | (~finished & ~solved & (image <= _ROUNDING * space.space.eps * largest * length))
+        finished = finished | solved | vanished | ~(energy > 0)
+        if steps:
+            finished = finished | (energy <= target)
+            beta = torch.where(finished, 0, energy / previous)
+            space.update(p, r, beta)
+            space.update(mp, mr, beta)
+            kappa_p = 1 + beta * kappa_p
+        if steps == maxiter or bool(finished.all()):
+            break
+        step = torch.where(finished, 0, energy / space.dot(mp, mp))
         space.add(w, step, p)
         space.add(r, -step, mp)
+        kappa = kappa + step * kappa_p
+        previous, steps = energy, steps + 1
         del mr
-        mr = apply(r)
-        previous, gamma = gamma, space.dot(r, mr)
-        length, image = space.norm(r), space.norm(mr)
-        largest = torch.fmax(largest, torch.where(length > 0, image / length, 0))
-        solved = solved | (length <= tol * size)
-        finished = finished | solved | (image <= tol * largest * length) | ~(gamma > 0)
-        beta = torch.where(finished, 0, gamma / previous)
-        space.update(p, r, beta)
-        space.update(mp, mr, beta)
-        steps += 1
+        mr, energy = apply(r)
+        length = space.norm(r)
     if not bool(finished.all()):
         warnings.warn(
             f"the solve for the gradient did not converge in maxiter={maxiter} steps: raise it or tol, or use damp",
             RuntimeWarning,
             stacklevel=2,
         )
-    return _LeastSquares(w, not bool(solved.all()))
+    space.add(w, -torch.where(solved, 0, kappa), r)
+    space.clear(r, solved)
+    return _Minimiser(w, r, bool(vanished.any()))
+
+
+def _norm_estimate(space: Vectors, apply: Map) -> Tensor:
+    """Return a lower bound of ``‖M‖`` that no kernel makes small: ``‖Mg‖ / ‖g‖`` for a random vector g."""
+    g = space.vector(space.space.randn(torch.Generator().manual_seed(0)))
+    return space.norm(apply(g)[0]) / space.norm(g)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from adjointlab.least_squares import weight_entries, weight_operator
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers.arithmetic import Vector, Vectors
 from adjointlab.solvers.fourier import FourierBasis
-from adjointlab.tree import tree_flatten
 
 _MOST_STEPS = 10_000
 
@@ -35,10 +35,13 @@ class Problem:
     weight: Callable[[Any], Any] | None
     domain: Vectors
     codomain: Vectors
+    damp: Tensor  # of every problem
     basis: FourierBasis | None = None  # in which vectors are coordinates; None: vectors are elements
+    gain: float = 1.0  # the operator of the problem is gain · A
+    unit: float = 1.0  # its data are unit · y
 
     @staticmethod
-    def of(A: LinearOperator | AffineOperator, y: Any, weight: Any = None) -> Problem:
+    def of(A: LinearOperator | AffineOperator, y: Any, weight: Any = None, damp: float | Tensor = 0.0) -> Problem:
         """Return the problem; the offset of an affine operator is subtracted from the data."""
         if not isinstance(A, (LinearOperator, AffineOperator)):
             raise SpaceMismatchError(
@@ -52,7 +55,7 @@ class Problem:
             offset = A.codomain.leaves(A(domain.space.zeros()))
             y = A.codomain.unflatten([a - b for a, b in zip(leaves, offset, strict=True)])
             A = A.linear
-        return Problem(A, y, weigh, domain, codomain)
+        return Problem(A, y, weigh, domain, codomain, _damping(domain, damp))
 
     def diagonalized(self) -> Problem:
         """Return the problem in the Fourier basis if A is diagonal there and has no weights, else this problem."""
@@ -64,12 +67,39 @@ class Problem:
         spectra = Vectors(basis.operator.domain, self.domain.batch)
         return replace(self, A=basis.operator, domain=spectra, codomain=spectra, basis=basis)
 
+    def scaled(self, *, operator: bool = True) -> Problem:
+        """Return the problem with data and, if asked for, an operator of about size one, should theirs be extreme."""
+        unit = self.codomain.scale_to_one(self.data())
+        problem = replace(self, unit=unit)
+        if not operator:
+            return problem
+        gain = self.domain.scale_to_one(problem.pull_back(problem.data())[0])
+        return replace(problem, gain=gain, damp=gain * self.damp)
+
+    @property
+    def factor(self) -> float:
+        """What a vector is multiplied with to get x."""
+        return self.gain / self.unit
+
+    @property
+    def square(self) -> Tensor:
+        """``damp²`` of every problem."""
+        return self.damp.detach().square()
+
+    @cached_property
+    def is_damped(self) -> bool:
+        """Whether any problem is damped."""
+        return bool((self.damp > 0).any())
+
     def vector(self, x: Any) -> Vector:
         """Return an element of the domain as a detached vector, which may share the element's memory."""
-        return detached(self.domain, x if self.basis is None else self.basis.spectrum(x))
+        found = detached(self.domain, x if self.basis is None else self.basis.spectrum(x))
+        return found if self.factor == 1 else [v / self.factor for v in found]
 
     def element(self, x: Vector) -> Any:
         """Return the element that a vector of the domain represents; both may share memory."""
+        if self.factor != 1:
+            x = [v * self.factor for v in x]
         return self.domain.element(x) if self.basis is None else self.basis.element(x)
 
     def copy(self, x: Vector) -> Any:
@@ -104,30 +134,36 @@ class Problem:
 
     def data(self) -> Vector:
         """Return the data, which the solver must not overwrite."""
-        return detached(self.codomain, self.y if self.basis is None else self.basis.spectrum(self.y))
+        found = detached(self.codomain, self.y if self.basis is None else self.basis.spectrum(self.y))
+        return found if self.unit == 1 else [v * self.unit for v in found]
 
     def apply(self, x: Vector) -> Vector:
         """Return ``Ax``."""
-        return self.codomain.vector(self.A(self.domain.element(x)))
+        return self._gained(self.codomain.vector(self.A(self.domain.element(x))))
 
     def pull_back(self, r: Vector) -> tuple[Vector, Tensor]:
         """Return ``AᴴWr`` and ``‖r‖²_W``."""
         weighted, square = self.weighted(r)
-        return self.domain.vector(self.A.H(self.codomain.element(weighted))), square
+        return self._gained(self.domain.vector(self.A.H(self.codomain.element(weighted)))), square
+
+    def _gained(self, image: Vector) -> Vector:
+        return image if self.gain == 1 else [v * self.gain for v in image]
 
     def weighted(self, r: Vector) -> tuple[Vector, Tensor]:
         """Return ``Wr`` and ``‖r‖²_W``."""
         wr = r if self.weight is None else self.codomain.vector(self.weight(self.codomain.element(r)))
         return wr, self.codomain.dot(r, wr)
 
-    def normal(self, damp: float) -> Any:
-        """Return the map ``x ↦ AᴴWAx + damp² x`` on vectors."""
+    def penalised(self, s: Vector, x: Vector) -> Vector:
+        """Return ``s − damp² x``; without damping, s itself."""
+        return self.domain.plus(s, -self.square, x) if self.is_damped else s
 
-        def apply(x: Vector) -> Vector:
-            s, _ = self.pull_back(self.apply(x))
-            return add_scaled(s, damp**2, x)
-
-        return apply
+    def normal(self, x: Vector) -> tuple[Vector, Tensor]:
+        """Return ``Mx`` and ``⟨x, Mx⟩ = ‖Ax‖²_W + damp² ‖x‖²`` for ``M = AᴴWA + damp²``."""
+        image, energy = self.pull_back(self.apply(x))
+        if self.is_damped:
+            image, energy = self.domain.plus(image, self.square, x), energy + self.square * self.domain.dot(x, x)
+        return image, energy
 
 
 def _weighting(A: LinearOperator | AffineOperator, y: Any, weight: Any) -> Callable[[Any], Any]:
@@ -135,7 +171,7 @@ def _weighting(A: LinearOperator | AffineOperator, y: Any, weight: Any) -> Calla
     if isinstance(weight, LinearOperator):
         return weight_operator(A, weight)
     weight_entries(A, weight)  # raises
-    entries = tree_flatten(weight)[0]
+    entries = A.codomain.structure.leaves(weight) or []
     if [w.shape for w in entries] != [leaf.shape for leaf in A.codomain.leaves(y)]:
         raise SpaceMismatchError(
             f"expected weights of the batch sizes of the data, got shapes {[tuple(w.shape) for w in entries]}: nothing "
@@ -154,13 +190,23 @@ def _times(w: Tensor, r: Tensor) -> Tensor:
     return torch.view_as_complex(w[..., None] * torch.view_as_real(r.resolve_conj()))
 
 
-def add_scaled(s: Vector, factor: float, x: Vector) -> Vector:
-    """Return ``s + factor · x``; if the factor is 0, the result is s itself and shares its memory."""
-    return [torch.add(a, b, alpha=factor) for a, b in zip(s, x, strict=True)] if factor else s
-
-
 def nonnegative(name: str, value: float) -> float:
     """Return a tolerance or a damping as a float; raise if it is negative or not finite."""
     if isinstance(value, (bool, complex, str)) or not 0 <= float(value) < math.inf:
         raise ValueError(f"expected {name} to be a finite number of 0 or more, got {value!r}")
     return float(value)
+
+
+def _damping(domain: Vectors, damp: float | Tensor) -> Tensor:
+    """Return the damping of every problem, with the gradient of a tensor; raise if it is none."""
+    if not isinstance(damp, Tensor):
+        return domain.scalar(nonnegative("damp", damp))
+    shape = tuple(damp.shape)
+    if damp.is_complex() or damp.dtype == torch.bool or shape not in {(), domain.batch}:
+        raise ValueError(
+            f"expected damp to be a real number, or a real tensor of the shape () or, one for each problem of the "
+            f"batch, {domain.batch}, got {damp.dtype} of the shape {shape}: reshape it, or build A with batch_dims"
+        )
+    if not bool(((damp >= 0) & (damp < math.inf)).all()):
+        raise ValueError(f"expected damp to be finite numbers of 0 or more, got {damp.detach()}: take their absolutes")
+    return damp.to(domain.device, torch.float64).expand(domain.batch)

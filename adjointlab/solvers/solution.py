@@ -14,14 +14,17 @@ from adjointlab.solvers.problem import Problem
 
 Callback = Callable[[Any], Any]
 
-RUNNING, SOLVED, LEAST_SQUARES, PRECISION, NO_CURVATURE, BREAKDOWN, NOT_FINITE, ILL_CONDITIONED, STOPPED, EXHAUSTED = (
-    range(10)
-)
+(
+    RUNNING, SOLVED, LEAST_SQUARES, PRECISION, STAGNATED, NO_CURVATURE, BREAKDOWN, NOT_FINITE, ILL_CONDITIONED,
+    STOPPED, EXHAUSTED,
+) = range(11)  # fmt: skip
 _CONVERGED = (SOLVED, LEAST_SQUARES, PRECISION)
 REASONS = {
     SOLVED: "converged: the residual is within the tolerance",
     LEAST_SQUARES: "converged: the gradient of the least-squares problem is within the tolerance",
     PRECISION: "converged: as far as the precision of the dtype allows",
+    STAGNATED: "the precision of the dtype keeps the residual of x above the tolerance, for A is singular or "
+    "ill-conditioned: use a larger tolerance, a wider dtype or, for least squares, damp > 0",
     NO_CURVATURE: "breakdown: a direction p with ⟨p, Ap⟩ ≤ 0, so that A is not positive definite (or not self-adjoint)",
     BREAKDOWN: "breakdown: a step of no or of infinite length",
     NOT_FINITE: "NaN or infinity in the data, or in what the operator returned; x is the last finite iterate",
@@ -40,7 +43,8 @@ class Solution:
     x : pytree of tensors
         The last iterate, an element of the domain.
     converged : bool, or Tensor of bool
-        Whether a stopping rule was met; with ``batch_dims``, for each problem of the batch.
+        Whether x meets a stopping rule of the solver by its residual, computed anew; with ``batch_dims``, for each
+        problem of the batch.
     iterations : int, or Tensor of int
         Number of steps; with ``batch_dims``, for each problem.
     residual_norms : Tensor
@@ -74,9 +78,8 @@ class Monitor:
 
     Rounding makes the recurrences of a solver drift away from the true residuals. So the solver verifies convergence:
     it reopens the converged problems and restarts them from the residual of their x. If that residual is too large, the
-    solver continues as long as each restart halves it, provided that ``x0`` was given (a far ``x0`` causes large
-    rounding errors, which a restart repairs). From zero, a restart gains nothing: the solver has reached the precision
-    of the dtype.
+    solver continues as long as each restart halves it. Otherwise the problem is not converged: it has reached the
+    precision of the dtype.
     """
 
     def __init__(self, problem: Problem, maxiter: int, callback: Callback | None, progress: bool, name: str) -> None:
@@ -130,9 +133,13 @@ class Monitor:
         if self._bar is not None:
             self._bar.close()
         self.stop(self.running, EXHAUSTED)
+        if self.problem.factor > 1:
+            overflow = self.vectors.largest_entry(x) * self.problem.factor > self.vectors.largest
+            self.status = torch.where(overflow, self._codes[NOT_FINITE], self.status)
+            self.vectors.clear(x, overflow)
         converged = self._converged()
         single = not self.vectors.batch
-        norms = torch.stack(self.norms)
+        norms = torch.stack(self.norms) / self.problem.unit
         rows = torch.arange(len(norms), device=norms.device).reshape(-1, *[1] * self.steps.ndim)
         return Solution(
             self.problem.element(x),

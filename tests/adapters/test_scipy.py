@@ -136,3 +136,31 @@ def test_what_comes_back_is_no_part_of_what_was_given() -> None:
     y = from_scipy(S, device=x.device)(x)
     y += 10
     assert torch.equal(x, torch.arange(3.0, dtype=torch.float64))
+
+
+def test_workspaces_and_writes_of_a_foreign_operator_do_no_harm() -> None:
+    workspace = np.zeros(2)
+
+    def matvec(x: np.ndarray) -> np.ndarray:
+        workspace[:] = 2 * x
+        x[:] = -1
+        return workspace
+
+    A = from_scipy(sp.LinearOperator((2, 2), matvec=matvec, rmatvec=matvec, dtype=np.float64))
+    x = torch.ones(2, dtype=torch.float64, device="cpu")
+    for B in (A, A.H):
+        first, second = B(x), B(3 * x)
+        assert torch.equal(first, 2 * x)
+        assert torch.equal(second, 6 * x)
+        assert torch.equal(x, torch.ones_like(x))
+
+
+@pytest.mark.cpu
+def test_imaginary_parts_of_a_real_operator_are_refused() -> None:
+    A = from_scipy(sp.LinearOperator((2, 2), matvec=lambda x: (1 + 1j) * x, rmatvec=lambda y: y, dtype=np.float64))
+    with pytest.raises(al.SpaceMismatchError, match="declare the operator complex"):
+        A(torch.ones(2, dtype=torch.float64))
+    rounded = sp.LinearOperator(
+        (5, 5), matvec=lambda x: np.fft.ifft(np.fft.fft(x)), rmatvec=lambda y: np.fft.ifft(np.fft.fft(y)), dtype=float
+    )
+    al.assert_adjoint(from_scipy(rounded))

@@ -1,0 +1,88 @@
+"""A pair of functions as each other's derivative: ``d(Ax)ᴴ = Aᴴ``, whether autograd can see through them or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adjointlab.numerics import UNITS, allowance, eps_of, relative_gap
+from adjointlab.transpose import compat
+
+Tensors = tuple[Tensor, ...]
+Leaves = Callable[[Tensors], Tensors]
+
+
+class Linked:
+    """``x ↦ f(x)`` on leaves, with the derivative ``v ↦ fᴴ(v)`` where autograd does not find that by itself."""
+
+    def __init__(self, forward: Leaves, backward: Leaves) -> None:
+        self.forward, self.backward = forward, backward
+        self.visible: bool | None = None  # not known before a derivative is asked for
+
+    def __call__(self, x: Tensors) -> Tensors:
+        """Return the leaves of ``f(x)``; what autograd sees of other tensors in f, such as parameters, remains."""
+        if torch.compiler.is_compiling() or not compat.differentiated(x):
+            return self.forward(x)
+        if self.visible is None and compat.plain():
+            self.visible = self._is_visible(x)
+        if self.visible is not False:
+            return self.forward(x)
+        at_x = self.forward(tuple([leaf.detach() for leaf in x]))
+        found: Tensors = _linked(self.forward, self.backward, len(at_x), *at_x, *x)
+        return found
+
+    def _is_visible(self, x: Tensors) -> bool:
+        """Return whether autograd's derivative of f is the adjoint, on random numbers."""
+        draw = torch.Generator().manual_seed(0)
+        with torch.enable_grad():
+            probe = tuple([torch.zeros_like(leaf.detach()).requires_grad_() for leaf in x])
+            at_x = self.forward(probe)
+        v = tuple([torch.randn(t.shape, dtype=t.dtype, generator=draw, device="cpu").to(t.device) for t in at_x])
+        pairs = [(t, w) for t, w in zip(at_x, v, strict=True) if t.requires_grad]
+        if not pairs:
+            return False
+        seen = torch.autograd.grad([t for t, _ in pairs], probe, [w for _, w in pairs], allow_unused=True)
+        with torch.no_grad():
+            expected = self.backward(v)
+        found = [torch.zeros_like(e) if s is None else s for e, s in zip(expected, seen, strict=True)]
+        return relative_gap(expected, found) <= allowance(UNITS, eps_of((*at_x, *expected)))
+
+
+class _Linked(torch.autograd.Function):
+    """``(y, x) ↦ y`` with the derivative ``v ↦ (v, fᴴ(v))``, where ``y = f(x)`` does not depend on x for autograd."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(forward: Leaves, backward: Leaves, count: int, *tensors: Tensor) -> Tensors:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.functions, ctx.count = inputs[:2], inputs[2]
+        ctx.save_for_forward(*inputs[3:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        of_y, of_x = ctx.needs_input_grad[3 : 3 + ctx.count], ctx.needs_input_grad[3 + ctx.count :]
+        if any(of_y) and any(of_x) and torch.is_grad_enabled() and compat.plain():
+            raise RuntimeError(
+                "expected first derivatives of an operator that was given as a pair of functions, got a request for "
+                "second ones: autograd sees parameters of the function, but not its argument; write it in torch"
+            )
+        rest = ctx.functions[1](cotangents) if any(of_x) else [None for _ in of_x]
+        return None, None, None, *cotangents, *rest
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        moved = [torch.zeros_like(t) if d is None else d for d, t in zip(tangents[3:], ctx.saved_tensors, strict=True)]
+        along = ctx.functions[0](tuple(moved[ctx.count :]))
+        return tuple(a + b for a, b in zip(moved[: ctx.count], along, strict=True))
+
+
+_linked: Any = _Linked.apply
+
+__all__ = ["Linked"]

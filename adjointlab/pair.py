@@ -1,0 +1,74 @@
+"""Operators from outside: a function and its adjoint, as ``A`` and ``Aᴴ``, checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.operators import LinearOperator
+from adjointlab.space import Space
+from adjointlab.verify import assert_adjoint
+
+
+def from_pair(
+    f: Callable[[Any], Any],
+    adjoint: Callable[[Any], Any],
+    domain: Any,
+    codomain: Any,
+    *,
+    batch_dims: int = 0,
+    check: bool = True,
+) -> LinearOperator:
+    r"""Return the operator ``A = f`` with the given adjoint: ``⟨f(x), y⟩ = ⟨x, adjoint(y)⟩``.
+
+    Each function is the other's derivative in its argument, so that gradients flow through functions that autograd
+    cannot see through, such as those of NumPy. What autograd sees of other tensors, such as parameters, remains.
+
+    Parameters
+    ----------
+    f, adjoint : callable
+        Functions of one argument, an element of the domain and of the codomain.
+    domain, codomain : Tensor, tuple of int, TensorSpec, Space or pytree of these
+        The spaces; a shape has torch's default dtype and device.
+    batch_dims : int
+        Number of leading dimensions of free size, in both spaces.
+    check : bool
+        Whether to test that the functions are linear and adjoint to each other.
+
+    Returns
+    -------
+    LinearOperator
+        The operator.
+
+    Raises
+    ------
+    AdjointMismatchError
+        If one function is not the adjoint of the other; the message has a diagnosis.
+    SpaceMismatchError
+        If a space is none, or f or its adjoint is not callable or does not fit the spaces.
+
+    Examples
+    --------
+    >>> import torch
+    >>> A = from_pair(
+    ...     lambda x: torch.from_numpy(x.detach().numpy()[1:].copy()),
+    ...     lambda y: torch.nn.functional.pad(y, (1, 0)),
+    ...     (3,),
+    ...     (2,),
+    ... )
+    >>> x = torch.ones(3, requires_grad=True)
+    >>> A(x).sum().backward()
+    >>> x.grad
+    tensor([0., 1., 1.])
+    """
+    for name, function in (("f", f), ("adjoint", adjoint)):
+        if not callable(function):
+            raise SpaceMismatchError(f"expected {name} to be a function, got {type(function).__name__}: pass the map")
+    A = LinearOperator(f, adjoint, Space.of(domain, batch_dims=batch_dims), Space.of(codomain, batch_dims=batch_dims))
+    if check:
+        assert_adjoint(A)
+    return A
+
+
+__all__ = ["from_pair"]
