@@ -42,6 +42,7 @@ from adjointlab.transpose.passes.partition import value_of_state
 from adjointlab.transpose.runtime import autodiff
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
+from adjointlab.transpose.runtime.linked import Linked
 from adjointlab.transpose.runtime.program import Program
 from adjointlab.transpose.selfcheck import Candidate, Sketch
 
@@ -179,8 +180,9 @@ def eager_derivation(eager: Eager, options: Options, reason: str, known: Explana
         ops_after=Counter(), kernels=(), partly="", program="",
     )  # fmt: skip
     linear = eager.linear if options.affine else eager.flat
-    linked = autodiff.eager_pair(eager.flat, linear, eager.adjoint, eager.domain)
-    return Derivation(explanation, dict(zip(("function", "linear", "adjoint"), linked, strict=True)))
+    back = Linked(eager.adjoint, lambda x: forth(x))  # noqa: PLW0108  # the two refer to each other
+    forth = Linked(linear, back)
+    return Derivation(explanation, {"function": Linked(eager.flat, back), "linear": forth, "adjoint": back})
 
 
 def assemble(

@@ -7,21 +7,17 @@ gradient in θ is a first-order VJP of the forward, itself made of differentiabl
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adjointlab.numerics import allowance, eps_of, relative_gap
-from adjointlab.space import Space
 from adjointlab.transpose import compat
 from adjointlab.transpose.runtime.program import Program, canonical
 
 Tensors = tuple[Tensor, ...]
 Run = Callable[..., Tensors]
-Map = Callable[[Tensors], Tensors]
 StateGradient = Callable[[Tensors, Tensors, Tensors, tuple[bool, ...]], list[Any]]
 
 
@@ -49,61 +45,6 @@ def affine(forward: Program, linear: Run, adjoint: Run, whole: Run, n_state: int
     """
     gradient = _state_gradient(forward.whole, of_state, n_state, adjoint_side=False)
     return _link(forward, whole, adjoint, linear, gradient, n_state)
-
-
-def eager_pair(function: Map, linear: Map, adjoint: Map, domain: Space) -> tuple[Map, Map, Map]:
-    """Return functions of leaves that autograd knows, with Aᴴ for the derivative of A in its argument, and vice versa.
-
-    Autograd's own derivatives serve where they are those. The backward that a user wrote, through NumPy, say, need not
-    itself be differentiable, which is found out once a derivative is asked for.
-
-    Note: where it is not, mixed second derivatives, in the argument and in a tensor that the functions read, are zero.
-    """
-
-    @functools.cache
-    def is_differentiable() -> bool:
-        x = domain.leaves(domain.randn(torch.Generator().manual_seed(20)))
-        with torch.no_grad():
-            image = linear(x)
-        try:
-            with torch.enable_grad():
-                v = tuple(leaf.clone().requires_grad_() for leaf in image)
-                derivative = torch.autograd.grad(adjoint(v), v, x)
-        except (RuntimeError, NotImplementedError):  # it is cut off, or says that it is not differentiable
-            return False
-        return relative_gap(image, derivative) <= allowance(1024, max(eps_of(x), eps_of(image)))
-
-    def linked(run: Map, derivative: Map) -> Map:
-        def call(leaves: Tensors) -> Tensors:
-            tracked = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-            if not tracked or not compat.plain() or compat.is_forward_mode() or is_differentiable():
-                return run(leaves)
-            values = run(tuple(leaf.detach() for leaf in leaves))
-            return tuple(_Linked.apply(derivative, len(values), *values, *leaves))  # type: ignore[no-untyped-call]
-
-        return call
-
-    def run_adjoint(leaves: Tensors) -> Tensors:
-        return back(leaves)
-
-    forth = linked(linear, run_adjoint)
-    back = linked(adjoint, forth)
-    return linked(function, run_adjoint), forth, back
-
-
-class _Linked(torch.autograd.Function):
-    """The values of a function, which depend on its arguments by a derivative that is given."""
-
-    @staticmethod
-    def forward(ctx: Any, derivative: Map, n: int, *tensors: Tensor) -> Tensors:
-        ctx.derivative, ctx.rest = derivative, len(tensors) - n
-        return tuple(value.view_as(value) for value in tensors[:n])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        wanted = any(ctx.needs_input_grad[2 + len(cotangents) :])
-        found = ctx.derivative(cotangents) if wanted else [None] * ctx.rest
-        return (None, None, *cotangents, *found)
 
 
 def _state_gradient(forward: Run, known: Program | None, n_state: int, *, adjoint_side: bool) -> StateGradient:

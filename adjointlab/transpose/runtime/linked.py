@@ -35,20 +35,40 @@ class Linked:
         return found
 
     def _is_visible(self, x: Tensors) -> bool:
-        """Return whether autograd's derivative of f is the adjoint, on random numbers."""
+        """Return whether autograd's derivative of f is the adjoint, and the derivative of that is f, on random numbers.
+
+        The backward that somebody wrote for f, through NumPy, say, need not itself be differentiable.
+        """
         draw = torch.Generator().manual_seed(0)
-        with torch.enable_grad():
-            probe = tuple([torch.zeros_like(leaf.detach()).requires_grad_() for leaf in x])
-            at_x = self.forward(probe)
-        v = tuple([torch.randn(t.shape, dtype=t.dtype, generator=draw, device="cpu").to(t.device) for t in at_x])
-        pairs = [(t, w) for t, w in zip(at_x, v, strict=True) if t.requires_grad]
-        if not pairs:
+        z = _random_like(x, draw)
+        try:
+            with torch.enable_grad():
+                probe = tuple([torch.zeros_like(leaf).requires_grad_() for leaf in z])
+                at_zero = self.forward(probe)
+                v = tuple([leaf.requires_grad_() for leaf in _random_like(at_zero, draw)])
+                back = _derivative(at_zero, probe, v)
+                forth = _derivative(back, v, z)
+        except (RuntimeError, NotImplementedError):  # it says that it is not differentiable
             return False
-        seen = torch.autograd.grad([t for t, _ in pairs], probe, [w for _, w in pairs], allow_unused=True)
         with torch.no_grad():
-            expected = self.backward(v)
-        found = [torch.zeros_like(e) if s is None else s for e, s in zip(expected, seen, strict=True)]
-        return relative_gap(expected, found) <= allowance(UNITS, eps_of((*at_x, *expected)))
+            expected, image = self.backward(v), self.forward(z)
+        image = tuple(a - b.detach() for a, b in zip(image, at_zero, strict=True))
+        bound = allowance(UNITS, eps_of((*image, *expected)))
+        return max(relative_gap(expected, back), relative_gap(image, forth)) <= bound
+
+
+def _random_like(leaves: Tensors, draw: torch.Generator) -> Tensors:
+    return tuple([torch.randn(t.shape, dtype=t.dtype, generator=draw, device="cpu").to(t.device) for t in leaves])
+
+
+def _derivative(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensors:
+    """Return autograd's pull-back, zero where an output does not depend on an input."""
+    pairs = [(t, w) for t, w in zip(outputs, cotangents, strict=True) if t.requires_grad]
+    found: Any = [None] * len(inputs)
+    if pairs:
+        tracked, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(tracked, inputs, given, create_graph=True, allow_unused=True)
+    return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True))
 
 
 class _Linked(torch.autograd.Function):
