@@ -134,8 +134,12 @@ class Vectors:
 
     def clear(self, y: Vector, where: Tensor) -> None:
         """Set ``y ← 0`` in the problems ``where``, even if y is NaN there."""
+        self.fill(y, where, 0)
+
+    def fill(self, y: Vector, where: Tensor, value: float) -> None:
+        """Set the entries of y to a value in the problems ``where``."""
         for u in y:
-            u.masked_fill_(where.to(u.device).reshape(self.batch + (1,) * (u.ndim - len(self.batch))), 0)
+            u.masked_fill_(where.to(u.device).reshape(self.batch + (1,) * (u.ndim - len(self.batch))), value)
 
     def _for(self, alpha: Tensor, like: Tensor) -> Tensor:
         alpha = alpha.to(device=like.device, dtype=like.dtype)

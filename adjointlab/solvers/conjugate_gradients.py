@@ -230,9 +230,10 @@ def cgls(
     x is differentiable with respect to y, to the weight, to ``damp``, to ``x0`` (on which it depends if there are many
     solutions) and to the parameters of A, by implicit differentiation: a backward pass solves one more problem of the
     same kind. It yields the derivative of the exact minimiser. Second derivatives are not available. With respect to
-    parameters of A there is a derivative only where the minimiser is unique, or the rank of A does not depend on them:
-    of a pseudo-inverse of constant rank. Without damping it takes another solve, of which the forward pass has the
-    cost: call the solver under ``torch.no_grad()`` where no gradient is needed.
+    parameters of A, it is the derivative of the pseudo-inverse for parameters that leave the rank of A as it is; for
+    others there is none. If A has more unknowns than equations and there is no damping, this takes another solve in the
+    forward pass. If A has no fewer equations than unknowns, but many solutions, on which the result depends, the
+    derivative with respect to its parameters is NaN, with a warning: use ``damp > 0``.
 
     Besides x and y, the solver needs memory for two elements of the domain and two of the codomain, for one more
     element of the codomain if there are weights, and for one more of the domain if there is damping. If A is a cyclic

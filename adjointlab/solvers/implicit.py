@@ -10,8 +10,9 @@ belongs to the kernel of A, in which v has the part ``v − Mw``: it is zero whe
 derivative of the pseudo-inverse by Golub and Pereyra; in the parameters of A it exists where the rank of A is constant.
 
 So autograd sees x as a function of the tensors ``ω``, ``Aᴴω − damp² x``, ``Aᴴt`` and ``x₀``, which it can follow to y,
-to the weight, to the damping and to the parameters of A. One solve with M computes their cotangents. If A has
-parameters that need a gradient, and there is no damping, another one computes t.
+to the weight, to the damping and to the parameters of A. One solve with M computes their cotangents. If A has more
+unknowns than equations, parameters that need a gradient, and no damping, another one computes t. If it has not, it
+should have no kernel: if v has a part in one, a gradient in the parameters of A is NaN.
 
 References
 ----------
@@ -21,6 +22,7 @@ separate*, SIAM J. Numer. Anal. 10 (1973) 413–432.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,6 +35,7 @@ from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector
 from adjointlab.solvers.problem import Problem, detached
 from adjointlab.solvers.solution import Solution
 from adjointlab.space import Space
+from adjointlab.spectral import real_size
 
 Map = Callable[[Vector], tuple[Vector, Tensor]]  # r ↦ (Mr, ⟨r, Mr⟩)
 Leaves = tuple[Tensor, ...]
@@ -49,8 +52,11 @@ def of_system(problem: Problem, solution: Solution, tol: float, maxiter: int, x0
 
     def cotangents(v: Vector) -> dict[str, Vector]:
         inner, unit = problem.diagonalized(), domain.scale_to_one(v)
-        found = _solve(inner.domain, _matrix(inner), inner.vector(domain.element(_times(v, unit))), tol, maxiter)
-        if needs_operator and found.has_kernel:
+        found = _solve(
+            inner.domain, _matrix(inner), inner.vector(domain.element(_times(v, unit))), tol, maxiter,
+            decide=needs_operator,
+        )  # fmt: skip
+        if needs_operator and bool(found.has_kernel.any()):
             raise RuntimeError(
                 "expected the operator of cg to be positive definite, got one with a kernel, in which the cotangent of "
                 "the solution has a part: the gradient with respect to its parameters takes cgls or lsmr"
@@ -70,21 +76,35 @@ def of_least_squares(problem: Problem, solution: Solution, tol: float, maxiter: 
     if problem.weight is not None:
         residual = codomain.space.leaves(problem.weight(codomain.space.unflatten(residual)))
     inputs = {"residual": residual}
+    is_wide = real_size(codomain.space) < real_size(domain.space)
+    is_undamped = not bool((problem.damp > 0).all())
 
     def cotangents(v: Vector) -> dict[str, Vector]:
         inner, gain, unit = problem.diagonalized(), problem.scaled().gain, domain.scale_to_one(v)
         normal = replace(inner, gain=gain, damp=gain * inner.damp.detach()).normal
-        found = _solve(inner.domain, normal, inner.vector(domain.element(_times(v, unit))), tol, maxiter)
+        vector = inner.vector(domain.element(_times(v, unit)))
+        unique = needs_operator and is_undamped and not is_wide
+        found = _solve(inner.domain, normal, vector, tol, maxiter, decide=unique)
         w, rest = (domain.vector(inner.element(t)) for t in (found.x, found.kernel_part))
         image = problem.apply(w)
         # By one factor after the other: their product may exceed what the results do not.
         image, w = (_times(_times(_times(t, gain), 1 / unit), gain) for t in (image, w))
         rest = _times(rest, 1 / unit)
+        if unique and bool(found.has_kernel.any()):
+            warnings.warn(
+                "the least-squares problem has many solutions, although it has no fewer equations than unknowns: the "
+                "gradient with respect to the operator's parameters is not determined, and NaN; use damp > 0 (the "
+                "gradient with respect to the data is right)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            w = [t.clone() for t in w]
+            domain.fill(w, found.has_kernel, math.nan)
         return {"residual": image, "gradient": w, "kernel": rest, "start": rest}
 
     if needs_operator or problem.damp.requires_grad:
         inputs["gradient"] = _gradient(problem, solution, residual)
-    if needs_operator and not bool((problem.damp > 0).all()):
+    if needs_operator and is_undamped and is_wide:
         t = _preimage(problem, _correction(problem, solution, x0), tol, maxiter)
         inputs["kernel"] = domain.space.leaves(problem.A.H(codomain.space.unflatten(t)))
     return _as_function_of(domain, solution, inputs, x0, cotangents)
@@ -216,16 +236,18 @@ class _Minimiser:
 
     x: Vector
     kernel_part: Vector
-    has_kernel: bool
+    has_kernel: Tensor
 
 
-def _solve(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _Minimiser:
-    """Return ``M⁺v`` for a self-adjoint positive semidefinite M, by conjugate residuals."""
+def _solve(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int, *, decide: bool = False) -> _Minimiser:
+    """Return ``M⁺v`` for a self-adjoint positive semidefinite M; ``decide`` goes on until a kernel is told for sure."""
     with space.space.without_autocast():
-        return _conjugate_residuals(space, apply, v, tol, maxiter)
+        return _conjugate_residuals(space, apply, v, tol, maxiter, decide=decide)
 
 
-def _conjugate_residuals(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int) -> _Minimiser:
+def _conjugate_residuals(
+    space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int, *, decide: bool
+) -> _Minimiser:
     # E. Stiefel, Relaxationsmethoden bester Strategie, Comment. Math. Helv. 29 (1955) 157-179. It minimises ‖v − Mw‖:
     # for M = AᴴA these are the steps of CGLS for ‖v − Aᴴz‖, with z = Aw. The part of v in the kernel of M stays in r
     # as it is, and gets into w as a multiple of r: κ.
@@ -235,7 +257,7 @@ def _conjugate_residuals(space: Vectors, apply: Map, v: Vector, tol: float, maxi
     space.choose_precision(size)
     largest = _norm_estimate(space, apply)
     mr, energy = apply(r)
-    mp, target, previous = space.copy(mr), tol**2 * energy, energy
+    mp, target, previous = space.copy(mr), 0 if decide else tol**2 * energy, energy
     kappa_p, kappa = torch.ones_like(size), torch.zeros_like(size)
     solved, vanished = size == 0, torch.zeros_like(size, dtype=torch.bool)
     finished = solved
@@ -270,7 +292,7 @@ def _conjugate_residuals(space: Vectors, apply: Map, v: Vector, tol: float, maxi
         )
     space.add(w, -torch.where(solved, 0, kappa), r)
     space.clear(r, solved)
-    return _Minimiser(w, r, bool(vanished.any()))
+    return _Minimiser(w, r, vanished)
 
 
 def _norm_estimate(space: Vectors, apply: Map) -> Tensor:
