@@ -81,6 +81,12 @@ class Draw:
         return (1,) * (2 - batch_and_channels + 1) + sizes if batch_and_channels == 1 else (1, *sizes)
 
 
+def require_real(draw: Draw) -> None:
+    """Refuse complex tensors, of which autograd has no derivative of the operation."""
+    if draw.dtype.is_complex:
+        raise Unsuitable
+
+
 @dataclass(frozen=True)
 class Operation:
     name: str
@@ -1466,6 +1472,7 @@ def scatter(draw):
 
 @op
 def scatter_reduce_sum(draw):
+    require_real(draw)
     n = draw.numel
     index = draw.index(3, n)
     return lambda x: x.new_zeros(3).scatter_reduce(0, index, x.reshape(-1), reduce="sum")
@@ -1511,12 +1518,14 @@ def index_put(draw):
 
 @op
 def slice_scatter(draw):
+    require_real(draw)
     a, b = draw.factors(2)
     return lambda x: torch.slice_scatter(x.new_zeros(a + 2, b), x.reshape(a, b), 0, 1, a + 1)
 
 
 @op
 def select_scatter(draw):
+    require_real(draw)
     a, b = draw.factors(2)
     return lambda x: torch.select_scatter(x.reshape(a, b), x.reshape(a, b).sum(0), 0, a - 1)
 

@@ -208,7 +208,7 @@ def made(number: int) -> Chain:
 def coordinates(tree: Any) -> Tensor:
     """Return the real coordinates, `[re; im]` leaf by leaf, in double precision."""
     parts = []
-    for leaf in tree if isinstance(tree, list) else ordered(tree):
+    for leaf in ordered(tree):
         whole = leaf.detach().reshape(-1)
         parts += [whole.real.double(), whole.imag.double()] if whole.is_complex() else [whole.double()]
     return torch.cat(parts)
