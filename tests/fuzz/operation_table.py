@@ -1,7 +1,7 @@
 """Linear operations of every kind, by name: each makes itself for a tensor of a given shape and dtype.
 
 An operation takes a `Draw` and returns a function of one tensor; those on trees take the list of leaves. It may raise
-`Unsuitable`, or torch may refuse the function that it returned: the generator then draws again.
+`UnsuitableError`, or torch may refuse the function that it returned: the generator then draws again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 Function = Callable[[Any], Any]
 
 
-class Unsuitable(Exception):
+class UnsuitableError(Exception):
     """The operation cannot take what it was given."""
 
 
@@ -36,7 +36,7 @@ class Draw:
 
     def integer(self, low: int, high: int) -> int:
         if high < low:
-            raise Unsuitable
+            raise UnsuitableError
         return self.rng.randint(low, high)
 
     def choice(self, *among: Any) -> Any:
@@ -46,7 +46,7 @@ class Draw:
         """Return a dimension of at least some size, counted from the front or from the back."""
         found = [d for d, n in enumerate(self.shape) if n >= at_least]
         if not found:
-            raise Unsuitable
+            raise UnsuitableError
         d = self.rng.choice(found)
         return d - len(self.shape) if self.rng.random() < 0.5 else d
 
@@ -84,7 +84,7 @@ class Draw:
 def require_real(draw: Draw) -> None:
     """Refuse complex tensors, of which autograd has no derivative of the operation."""
     if draw.dtype.is_complex:
-        raise Unsuitable
+        raise UnsuitableError
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ plain("clone", torch.clone)
 plain("positive", torch.positive)
 plain("add_to_itself", lambda x: x + x + 2 * x)
 plain("times_one_and_zero", lambda x: 1 * x + 0 * x)
-plain("difference_of_parts", lambda x: x.real - x.imag if x.is_complex() else x - 0.5 * x)
+plain("difference_of_parts", lambda x: x.real - x.imag if x.is_complex() else x - x / 2)
 
 
 # -------------------------------------------------------------------------------------------------------------- complex
@@ -380,7 +380,8 @@ def unflatten(draw):
 
 @op
 def transpose(draw):
-    return lambda x, d=draw.dim(), e=draw.dim(): x.transpose(d, e)
+    d, e = draw.dim(), draw.dim()
+    return lambda x: x.transpose(d, e)
 
 
 @op
@@ -391,12 +392,14 @@ def matrix_transpose(draw):
 
 @op
 def movedim(draw):
-    return lambda x, d=draw.dim(), e=draw.dim(): x.movedim(d, e)
+    d, e = draw.dim(), draw.dim()
+    return lambda x: x.movedim(d, e)
 
 
 @op
 def swapaxes(draw):
-    return lambda x, d=draw.dim(), e=draw.dim(): torch.swapaxes(x, d, e)
+    d, e = draw.dim(), draw.dim()
+    return lambda x: torch.swapaxes(x, d, e)
 
 
 @op
@@ -519,7 +522,8 @@ def block_diag(draw):
 
 @op
 def flip(draw):
-    return lambda x, d=draw.dim(): x.flip(d)
+    d = draw.dim()
+    return lambda x: x.flip(d)
 
 
 @op
@@ -535,12 +539,14 @@ def rot90(draw):
 
 @op
 def roll(draw):
-    return lambda x, d=draw.dim(), k=draw.integer(-3, 3): x.roll(k, d)
+    d, k = draw.dim(), draw.integer(-3, 3)
+    return lambda x: x.roll(k, d)
 
 
 @op
 def roll_flattened(draw):
-    return lambda x, k=draw.integer(-3, 3): x.roll(k)
+    k = draw.integer(-3, 3)
+    return lambda x: x.roll(k)
 
 
 plain("squeeze", torch.squeeze)
@@ -549,7 +555,8 @@ plain("atleast_2d", torch.atleast_2d)
 
 @op
 def unsqueeze(draw):
-    return lambda x, d=draw.dim(): x.unsqueeze(d)
+    d = draw.dim()
+    return lambda x: x.unsqueeze(d)
 
 
 @op
@@ -560,12 +567,13 @@ def diagonal(draw):
 
 @op
 def diag_embed(draw):
-    return lambda x, k=draw.choice(0, 1, -1): torch.diag_embed(x.reshape(-1), k)
+    k = draw.choice(0, 1, -1)
+    return lambda x: torch.diag_embed(x.reshape(-1), k)
 
 
 @op
 def diagflat(draw):
-    return lambda x: torch.diagflat(x)
+    return torch.diagflat
 
 
 @op
@@ -576,12 +584,14 @@ def trace(draw):
 
 @op
 def tril(draw):
-    return lambda x, s=draw.factors(2), k=draw.choice(0, -1, 1): x.reshape(s).tril(k)
+    s, k = draw.factors(2), draw.choice(0, -1, 1)
+    return lambda x: x.reshape(s).tril(k)
 
 
 @op
 def triu(draw):
-    return lambda x, s=draw.factors(3), k=draw.choice(0, -1, 1): x.reshape(s).triu(k)
+    s, k = draw.factors(3), draw.choice(0, -1, 1)
+    return lambda x: x.reshape(s).triu(k)
 
 
 @op
@@ -591,7 +601,8 @@ def repeat(draw):
 
 @op
 def repeat_interleave(draw):
-    return lambda x, d=draw.dim(): x.repeat_interleave(2, d)
+    d = draw.dim()
+    return lambda x: x.repeat_interleave(2, d)
 
 
 @op
@@ -612,7 +623,7 @@ def tile(draw):
 def as_strided(draw):
     n = draw.numel
     if n < 3:
-        raise Unsuitable
+        raise UnsuitableError
     return lambda x: x.contiguous().as_strided((2, n - 1), (1, 1))
 
 
@@ -640,7 +651,7 @@ def pad_constant(draw):
 @op
 def pad_crop(draw):
     if draw.shape[-1:] < (3,):
-        raise Unsuitable
+        raise UnsuitableError
     return lambda x: F.pad(x, (-1, 1))
 
 
@@ -767,22 +778,25 @@ def where_broadcast(draw):
     return lambda x: torch.where(mask, x, x.new_zeros(()))
 
 
-# ----------------------------------------------------------------------------------------------------- sums, differences
+# --------------------------------------------------------------------------------------------------- sums, differences
 
 
 @op
 def cumsum(draw):
-    return lambda x, d=draw.dim(): x.cumsum(d)
+    d = draw.dim()
+    return lambda x: x.cumsum(d)
 
 
 @op
 def reverse_cumsum(draw):
-    return lambda x, d=draw.dim(): x.flip(d).cumsum(d).flip(d)
+    d = draw.dim()
+    return lambda x: x.flip(d).cumsum(d).flip(d)
 
 
 @op
 def sum_over_dim(draw):
-    return lambda x, d=draw.dim(), keep=draw.choice(True, False): x.sum(d, keepdim=keep)
+    d, keep = draw.dim(), draw.choice(True, False)
+    return lambda x: x.sum(d, keepdim=keep)
 
 
 @op
@@ -797,7 +811,8 @@ plain("mean_of_all", torch.mean)
 
 @op
 def mean_over_dim(draw):
-    return lambda x, d=draw.dim(), keep=draw.choice(True, False): x.mean(d, keepdim=keep)
+    d, keep = draw.dim(), draw.choice(True, False)
+    return lambda x: x.mean(d, keepdim=keep)
 
 
 @op
@@ -807,7 +822,8 @@ def sum_to_size(draw):
 
 @op
 def diff(draw):
-    return lambda x, d=draw.dim(2): x.diff(dim=d)
+    d = draw.dim(2)
+    return lambda x: x.diff(dim=d)
 
 
 @op
@@ -817,17 +833,20 @@ def diff_twice_prepended(draw):
 
 @op
 def gradient(draw):
-    return lambda x, d=draw.dim(2): torch.gradient(x, dim=d)[0]
+    d = draw.dim(2)
+    return lambda x: torch.gradient(x, dim=d)[0]
 
 
 @op
 def trapezoid(draw):
-    return lambda x, d=draw.dim(2): torch.trapezoid(x, dx=0.5, dim=d)
+    d = draw.dim(2)
+    return lambda x: torch.trapezoid(x, dx=0.5, dim=d)
 
 
 @op
 def cumulative_trapezoid(draw):
-    return lambda x, d=draw.dim(2): torch.cumulative_trapezoid(x, dim=d)
+    d = draw.dim(2)
+    return lambda x: torch.cumulative_trapezoid(x, dim=d)
 
 
 # ------------------------------------------------------------------------------------------------------------- products
@@ -844,7 +863,7 @@ def matmul_left(draw):
 def matmul_right(draw):
     c = draw.randn(draw.shape[-1], 2) if draw.shape else None
     if c is None:
-        raise Unsuitable
+        raise UnsuitableError
     return lambda x: x @ c
 
 
@@ -943,7 +962,7 @@ def tensordot(draw):
 @op
 def inner(draw):
     if not draw.shape:
-        raise Unsuitable
+        raise UnsuitableError
     c = draw.randn(2, draw.shape[-1])
     return lambda x: torch.inner(x, c)
 
@@ -1125,8 +1144,8 @@ def _on_image(name, dims, function):
     return op(make)
 
 
-def _sizes(draw, sizes):
-    return tuple(draw.integer(1, min(2 * n, 4)) for n in sizes[2:])
+def _sizes(draw, sizes, least=1):
+    return tuple(draw.integer(least, max(least, min(2 * n, 4))) for n in sizes[2:])
 
 
 def _pool(kind):
@@ -1140,8 +1159,12 @@ def _pool(kind):
     return function
 
 
-def _interpolated(mode, **options):
-    return lambda draw, sizes, to=None: lambda x, to=_sizes(draw, sizes): F.interpolate(x, to, mode=mode, **options)
+def _interpolated(mode, least=1, **options):
+    def function(draw, sizes):
+        to = _sizes(draw, sizes, least)
+        return lambda x: F.interpolate(x, to, mode=mode, **options)
+
+    return function
 
 
 def _sampled(dims, **options):
@@ -1163,7 +1186,8 @@ _on_image("interpolate_nearest_exact", 1, _interpolated("nearest-exact"))
 _on_image("interpolate_linear", 1, _interpolated("linear"))
 _on_image("interpolate_bilinear", 2, _interpolated("bilinear", align_corners=False))
 _on_image("interpolate_bilinear_corners", 2, _interpolated("bilinear", align_corners=True))
-_on_image("interpolate_antialias", 2, _interpolated("bilinear", antialias=True))
+# torch's derivative to one column is wrong, and the operator is refused.
+_on_image("interpolate_antialias", 2, _interpolated("bilinear", least=2, antialias=True))
 _on_image("interpolate_bicubic", 2, _interpolated("bicubic"))
 _on_image("interpolate_trilinear", 3, _interpolated("trilinear"))
 _on_image("interpolate_area", 2, _interpolated("area"))
@@ -1192,14 +1216,14 @@ _on_image("affine_grid", 2, _rotated)
 @op
 def pixel_shuffle(draw):
     if draw.numel % 4:
-        raise Unsuitable
+        raise UnsuitableError
     return lambda x: F.pixel_shuffle(x.reshape(1, 4, -1, 1), 2)
 
 
 @op
 def pixel_unshuffle(draw):
     if draw.numel % 4:
-        raise Unsuitable
+        raise UnsuitableError
     return lambda x: F.pixel_unshuffle(x.reshape(1, 1, 2, -1), 2)
 
 
@@ -1214,11 +1238,11 @@ def unfold_patches(draw):
 def fold(draw):
     n = draw.numel
     if n % 2 or n > 24:
-        raise Unsuitable
+        raise UnsuitableError
     return lambda x: F.fold(x.reshape(1, 2, -1), (1, n // 2 + 1), (1, 2))
 
 
-# ----------------------------------------------------------------------------------------------------------------- Fourier
+# ------------------------------------------------------------------------------------------------------------- Fourier
 
 
 def _fourier(name, function, *, of="complex", dims=0, sized=False):
@@ -1262,12 +1286,13 @@ _fourier("ihfft2", torch.fft.ihfft2, of="real", dims=2)
 
 @op
 def fftshift(draw):
-    return lambda x, d=draw.dim(): torch.fft.fftshift(x, d)
+    d = draw.dim()
+    return lambda x: torch.fft.fftshift(x, d)
 
 
 @op
 def ifftshift(draw):
-    return lambda x: torch.fft.ifftshift(x)
+    return torch.fft.ifftshift
 
 
 @op
@@ -1301,7 +1326,7 @@ def stft(draw):
 @op
 def istft(draw):
     if draw.numel % 3:
-        raise Unsuitable
+        raise UnsuitableError
     window = torch.ones(4, dtype=draw.dtype.to_real())
     return as_complex(draw, lambda x: torch.istft(x.reshape(3, -1), 4, hop_length=2, window=window))
 
@@ -1416,12 +1441,15 @@ def augmented_assignment(draw):
 
 @op
 def triangle_in_place(draw):
-    return lambda x, s=draw.factors(2): x.reshape(s).clone().tril_()
+    s = draw.factors(2)
+    return lambda x: x.reshape(s).clone().tril_()
 
 
 @op
 def transposed_in_place(draw):
-    def function(x, sizes=draw.factors(2)):
+    sizes = draw.factors(2)
+
+    def function(x):
         y = x.reshape(sizes).clone()
         return y.t_().add_(1.5 * x.reshape(sizes).mT)
 
@@ -1563,7 +1591,7 @@ def out_argument(draw):
     return function
 
 
-# -------------------------------------------------------------------------------------------------- Python, own functions
+# ----------------------------------------------------------------------------------------------- Python, own functions
 
 
 @op
@@ -1663,7 +1691,7 @@ class Differences(torch.autograd.Function):
 
 @op
 def own_function(draw):
-    return lambda x: Tripled.apply(x)
+    return Tripled.apply
 
 
 @op
@@ -1675,7 +1703,7 @@ def own_function_with_constant(draw):
 @op
 def own_function_of_vectors(draw):
     if draw.numel < 2:
-        raise Unsuitable
+        raise UnsuitableError
     return lambda x: Differences.apply(x.reshape(-1))
 
 

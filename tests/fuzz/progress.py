@@ -10,5 +10,5 @@ def shown(items: range, what: str) -> Iterator[Any]:
     start, total = time.monotonic(), len(items)
     for count, item in enumerate(items):
         if total >= 200 and count % (total // 20) == 0 and count:
-            print(f"{count} of {total} {what}, {time.monotonic() - start:.0f} s", flush=True)  # noqa: T201
+            print(f"{count} of {total} {what}, {time.monotonic() - start:.0f} s", flush=True)
         yield item

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 GAIN = 1.5  # which a subject reads
@@ -24,6 +23,7 @@ class Subject(nn.Module):
     """Whether a deep copy of the operator shares state with it."""
     fixed: tuple[str, ...] = ()
     """Buffers that stay as they are."""
+    is_picklable = True
 
     def example(self, dtype: torch.dtype) -> Any:
         return torch.zeros(self.shape, dtype=dtype)
@@ -68,11 +68,8 @@ class Convolutions(Subject):
 
         def replaced() -> str:
             weight = self.second.weight
-            options = {"bias": False, "dtype": weight.dtype}
-            self.second = rng.choice((nn.Conv2d(3, 1, (2, 1), stride=2, **options), nn.Conv2d(3, 1, (1, 2), stride=2, **options)))
+            self.second = nn.Conv2d(3, 1, (2, 1), stride=2, bias=False, dtype=weight.dtype)
             self.second.weight.requires_grad_(weight.requires_grad)
-            if self.second.kernel_size == (1, 2):
-                self.second = nn.Conv2d(3, 1, (2, 1), stride=2, **options)
             return "another second convolution"
 
         return [hook, unhook, replaced]
@@ -294,7 +291,9 @@ class Batched(Subject):
 
     def __init__(self, rng: random.Random, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layer = nn.Conv1d(1, 2, 3, padding=1, padding_mode=rng.choice(("zeros", "reflect")), bias=False, dtype=dtype)
+        self.layer = nn.Conv1d(
+            1, 2, 3, padding=1, padding_mode=rng.choice(("zeros", "reflect")), bias=False, dtype=dtype
+        )
         self.scale = 1.5
 
     def forward(self, x: Tensor) -> Tensor:
@@ -326,14 +325,14 @@ class BatchedAffine(Batched):
 
 
 class Dropped(Subject):
-    """Dropout, which is linear in evaluation mode only."""
+    """Dropout, which is linear in evaluation mode only; on so many numbers that no two masks are the same."""
 
-    shape = (6,)
+    shape = (64,)
 
     def __init__(self, rng: random.Random, dtype: torch.dtype) -> None:
         super().__init__()
         self.drop = nn.Dropout(0.5)
-        self.layer = nn.Linear(6, 4, bias=False, dtype=dtype)
+        self.layer = nn.Linear(64, 4, bias=False, dtype=dtype)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -471,9 +470,12 @@ class Product(torch.autograd.Function):
     """`c x`, with its backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, c: Tensor) -> Tensor:
-        ctx.save_for_backward(x, c)
+    def forward(x: Tensor, c: Tensor) -> Tensor:
         return c * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
@@ -544,6 +546,7 @@ class Parametrized(Subject):
     """A weight that is computed from others."""
 
     shape = (1, 2, 5)
+    is_picklable = False  # torch refuses
 
     def __init__(self, rng: random.Random, dtype: torch.dtype) -> None:
         super().__init__()
@@ -560,7 +563,12 @@ class Closure:
     batch_dims, affine, shares, fixed = 0, False, True, ()
 
     def __init__(self, rng: random.Random, dtype: torch.dtype) -> None:
-        parameter, tensor, scale, numbers = nn.Parameter(torch.randn(4, dtype=dtype)), torch.randn(4, dtype=dtype), 2.0, [1.0]
+        parameter, tensor, scale, numbers = (
+            nn.Parameter(torch.randn(4, dtype=dtype)),
+            torch.randn(4, dtype=dtype),
+            2.0,
+            [1.0],
+        )
 
         def function(x: Tensor) -> Tensor:
             return scale * parameter * x + (tensor * x).flip(0) + numbers[0] * x
@@ -606,6 +614,6 @@ class Closure:
 
 
 SUBJECTS: list[Any] = [
-    Convolutions, Masked, Attributes, Layers, Coils, Affine, Batched, BatchedAffine, Dropped, Normed, Shifted, Branching,
-    Sparse, Own, Global, Circular, Parametrized, Closure,
+    Convolutions, Masked, Attributes, Layers, Coils, Affine, Batched, BatchedAffine, Dropped, Normed, Shifted,
+    Branching, Sparse, Own, Global, Circular, Parametrized, Closure,
 ]  # fmt: skip
