@@ -29,7 +29,7 @@ BENCH_STAMP := $(VENV)/.stamp-bench
 # One thread per process: test workers run side by side, and threads that compete for cores are slower than none.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help env demo quick test interop bench power notebooks docs browse lint format types layers check wheel clean
+.PHONY: help env demo quick test fuzz interop bench power notebooks docs browse lint format types layers check wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,11 @@ test: $(STAMP) ## Run all tests and doctests, in parallel
 
 quick: $(STAMP) ## Run a part of the tests in a minute: every fifth operator, one dtype, nothing slow
 	$(ONE_THREAD) $(BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal --quick $(ARGS)
+
+# Two files of one process each; what is found is printed at once, with the number that makes it again.
+fuzz: $(STAMP) ## Try operators and changes at random, for an hour or two; FUZZ_STEPS=2000 FUZZ_OPERATORS=500 for less
+	$(ONE_THREAD) FUZZ_STEPS=$${FUZZ_STEPS:-20000} FUZZ_OPERATORS=$${FUZZ_OPERATORS:-5000} \
+		$(BIN)/python -W error -m pytest -s tests/fuzz $(ARGS)
 
 # torch and torchvision first and alone, spelt like this: see $(STAMP).
 $(INTEROP_STAMP): pyproject.toml $(INTEROP_CONSTRAINTS)
