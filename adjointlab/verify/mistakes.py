@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from adjointlab.verify.checked_map import CheckedMap, ExhaustedError, Tensors
-from adjointlab.verify.comparison import Candidate, Change, Comparison, far, in_words, places, stacked, wide
+from adjointlab.verify.comparison import Candidate, Comparison, far, in_words, places, stacked, wide
+from adjointlab.verify.moves import Changes, changed, moved_result, moved_y
 from adjointlab.verify.pieces import Mistake
 from adjointlab.verify.places import (
     batch_mixed,
@@ -19,8 +19,6 @@ from adjointlab.verify.places import (
     entries_in_words,
     is_border,
     kept_only,
-    permuted_result,
-    permuted_y,
     wrong_entries_of_y,
 )
 
@@ -38,8 +36,8 @@ class Search:
     def first(self, comparison: Comparison) -> str:
         """Return the first mistake that reproduces B, in words; an empty string if none does."""
         costly = (
-            value, self._pieces, _moved_result, _conjugate_or_part_of_y, _phase, self._one_sided, self._itself, _ignored,
-            batch_mixed, _moved_y, self._inverse,
+            value, self._pieces, batch_mixed, moved_result, _conjugate_or_part_of_y, _phase, self._one_sided,
+            self._itself, _ignored, moved_y, self._inverse,
         )  # fmt: skip
         try:
             text = _first(comparison, costly)
@@ -224,13 +222,13 @@ def _factor(comparison: Comparison) -> str:
 
 def _conjugate(comparison: Comparison) -> str:
     return (
-        _changed(comparison, [(None, _conj, "conjugate missing: B is Aᴴ conjugated")]) if comparison.is_complex else ""
+        changed(comparison, [(None, _conj, "conjugate missing: B is Aᴴ conjugated")]) if comparison.is_complex else ""
     )
 
 
 def _part(comparison: Comparison) -> str:
     parts = [(None, _real, "only real part"), (None, _imag, "only imaginary part")]
-    return _changed(comparison, parts) if comparison.is_complex else ""
+    return changed(comparison, parts) if comparison.is_complex else ""
 
 
 def _phase(comparison: Comparison) -> str:
@@ -247,13 +245,13 @@ def value(comparison: Comparison) -> str:
 
 
 def _conjugate_or_part_of_y(comparison: Comparison) -> str:
-    changes: list[tuple[Change | None, Change | None, str]] = [
+    changes: Changes = [
         (_conj, _conj, "conjugate missing: B is the transpose Aᵀ"),
         (_conj, None, "conjugate missing: B is Aᴴ of conj(y)"),
         (_real, None, "only real part of y"),
         (_imag, None, "only imaginary part of y"),
     ]  # fmt: skip
-    return _changed(comparison, changes) if comparison.is_complex else ""
+    return changed(comparison, changes) if comparison.is_complex else ""
 
 
 def _nearly_right(comparison: Comparison) -> str:
@@ -279,126 +277,20 @@ def _dtype_of(error: float, eps: float) -> str:
     return f" ({typical[nearest]})" if 1 / 16 < error / nearest < 16 else ""
 
 
-# -- changes of places -----------------------------------------------------------------------------------------------
-
-
-def _changed(comparison: Comparison, changes: Iterable[tuple[Change | None, Change | None, str]]) -> str:
-    """Return the first ``after ∘ Aᴴ ∘ before`` that reproduces B, in words."""
-    for before, after, words in changes:
-        factor = comparison.fit(comparison.changed(before, after))
-        if factor is not None:
-            return in_words(words, factor)
-    return ""
-
-
-Changes = list[tuple[Change | None, Change | None, str]]  # of y, of the result, in words
-
-
-def _moved_result(comparison: Comparison) -> str:
-    """``B = P Aᴴ`` with a shift, a permutation, a reversal or a transposition P."""
-    dims = _long(comparison)
-    changes: Changes = []
-    if dims and all(tuple(t.shape[1:]) == comparison.shape for t in comparison.expected):
-        offsets = _best_shift(comparison, dims)
-        moved = {d: offsets[d] for d in dims if offsets[d]}
-        for shift in (_rolled, _moved) if moved else ():
-            words = _shift_words(moved, comparison.shape)
-            changes.append((None, lambda t, shift=shift: shift(t, moved), words))  # type: ignore[misc]
-    for some in (some for n in range(len(dims), 0, -1) for some in combinations(dims, n)):
-        changes.append((None, lambda t, some=some: t.flip(some), f"reversed along dim {_listed(some)}"))  # type: ignore[misc]
-    text = _changed(comparison, changes)
-    words, factor = ("", 0j) if text else permuted_result(comparison)
-    swaps: Changes = [(None, swap, words) for swap, words in _swaps(comparison)]
-    return text or (in_words(words, factor) if words else _changed(comparison, swaps))
-
-
-def _moved_y(comparison: Comparison) -> str:
-    """``B = Aᴴ P``, or ``P Aᴴ P`` as of a convolution and a correlation, with such a P."""
-    shapes = {tuple(t.shape) for t in comparison.inputs[0]}
-    shape = next(iter(shapes))
-    if len(shapes) > 1:
-        return ""
-    changes: Changes = []
-    dims = tuple(d for d in (range(2, len(shape)) if len(shape) > 2 else range(len(shape))) if shape[d] > 2)
-    all_and_each = list(dict.fromkeys((dims, *((d,) for d in dims)))) if dims else []
-    for some in all_and_each:
-
-        def reverse(t: Tensor, some: tuple[int, ...] = some) -> Tensor:
-            return t.flip(some)
-
-        along = "" if some == dims else f" along dim {_listed(some)}"
-        if len(shape) == len(comparison.shape):
-            changes.append((reverse, reverse, f"kernel not flipped{along}: B is Aᴴ between two reversals"))
-        changes.append((reverse, None, f"y reversed along dim {_listed(some)}"))
-    text = _changed(comparison, changes)
-    words, factor = ("", 0j) if text else permuted_y(comparison)
-    if text or words:
-        return text or in_words(words, factor)
-    moves = [{d: s} for d in dims for s in (1, -1)]
-    moves += [{d: s * (shape[d] // 2) for d in some} for some in all_and_each for s in (1, -1)]
-    changes = [(lambda t, m=m: _rolled(t, m), None, f"{_shift_words(m, shape)} in y") for m in moves]  # type: ignore[misc]
-    for swap, words in _swaps(comparison):
-        changes += [(swap, None, words), (swap, swap, words)]
-    return _changed(comparison, changes)
-
-
-def _swaps(comparison: Comparison) -> list[tuple[Change, str]]:
-    """Return the transpositions of two dimensions of the same size."""
-    pairs = [
-        p for p in combinations(range(len(comparison.shape)), 2) if comparison.shape[p[0]] == comparison.shape[p[1]] > 1
-    ]
-    return [
-        (lambda t, i=i, j=j: t.transpose(i, j) if t.ndim > j else t, f"dims {i} and {j} transposed")  # type: ignore[misc]
-        for i, j in pairs
-    ]
-
-
-def _best_shift(comparison: Comparison, dims: list[int]) -> list[int]:
-    """Return the shift along ``dims`` for which the wrong and right images have the largest correlation."""
-    total: Tensor | None = None
-    for found, expected in zip(comparison.found, comparison.expected, strict=True):
-        product = torch.fft.fftn(found[0], dim=dims) * torch.fft.fftn(expected[0], dim=dims).conj()
-        rest = [d for d in range(product.ndim) if d not in dims]
-        correlation = torch.fft.ifftn(product.sum(dim=rest, keepdim=True) if rest else product, dim=dims)
-        total = correlation if total is None else total + correlation
-    assert total is not None
-    index = torch.unravel_index(total.abs().argmax(), total.shape)
-    return [int(k) - n if int(k) > n // 2 else int(k) for k, n in zip(index, comparison.shape, strict=True)]
-
-
-def _rolled(t: Tensor, moved: dict[int, int]) -> Tensor:
-    return torch.roll(t, list(moved.values()), list(moved))
-
-
-def _moved(t: Tensor, moved: dict[int, int]) -> Tensor:
-    result = _rolled(t, moved)
-    for d, s in moved.items():
-        result.narrow(d, 0 if s > 0 else t.shape[d] + s, abs(s)).zero_()
-    return result
-
-
-def _shift_words(offsets: dict[int, int], shape: tuple[int, ...]) -> str:
-    dims = _listed(tuple(offsets))
-    if all(abs(s) == shape[d] // 2 and shape[d] > 3 for d, s in offsets.items()):
-        return f"shifted by half the size along dim {dims} (fftshift or ifftshift missing)"
-    sizes = {abs(s) for s in offsets.values()}
-    if len(sizes) == 1:
-        size = sizes.pop()
-        return f"shifted by {'one pixel' if size == 1 else f'{size} pixels'} along dim {dims}"
-    return "shifted by " + " and ".join(f"{abs(s)} along dim {d}" for d, s in offsets.items())
+# -- places ----------------------------------------------------------------------------------------------------------
 
 
 def _ignored(comparison: Comparison) -> str:
     """B is wrong for some entries of y only, by a known mistake; most often it ignores them."""
-    some = wrong_entries_of_y(comparison)
-    # A wrong batch entry and a wrong border (both ends) are separate mistakes.
-    if not some or (comparison.batch > 1 and set(some) == {0}) or is_border(some, comparison.inputs[0][0].shape):
-        return ""
-    alone = comparison.with_changed_inputs(kept_only(dict(some)))
-    if _zero(alone):
-        return f"y is ignored {entries_in_words(some)}"
-    text = value(alone)
-    return f"only for y {entries_in_words(some)}: {text}" if text else ""
+    for some in wrong_entries_of_y(comparison):
+        # A wrong batch entry and a wrong border (both ends) are separate mistakes.
+        if not (comparison.batch > 1 and set(some) == {0}) and not is_border(some, comparison.inputs[0][0].shape):
+            alone = comparison.with_changed_inputs(kept_only(dict(some)))
+            text = value(alone)
+            if text:
+                ignored = f"y is ignored {entries_in_words(some)}"
+                return ignored if _zero(alone) else f"only for y {entries_in_words(some)}: {text}"
+    return ""
 
 
 def _in_places(comparison: Comparison) -> str:
@@ -429,15 +321,6 @@ def _real(t: Tensor) -> Tensor:
 
 def _imag(t: Tensor) -> Tensor:
     return 1j * t.imag if t.is_complex() else t
-
-
-def _long(comparison: Comparison) -> list[int]:
-    """Return the spatial dims of three or more entries; for two entries, a shift equals a reversal."""
-    return [d for d in comparison.spatial if comparison.shape[d] > 2]
-
-
-def _listed(dims: tuple[int, ...]) -> str:
-    return " and ".join(map(str, dims))
 
 
 __all__ = ["Search", "value"]

@@ -23,11 +23,15 @@ from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.program import canonical
 from adjointlab.verify.checked_map import Tensors
 from adjointlab.verify.comparison import Change
+from adjointlab.verify.tape import Function, Tape, packet_of
 
-Function = Callable[[Tensors], Tensors]
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
-_SAME = {aten._conj, aten.clone, aten.t, aten.transpose, aten.unsqueeze, aten.view, aten.expand}
+_SAME = {
+    aten._conj, aten.clone, aten.t, aten.transpose, aten.unsqueeze, aten.view, aten.expand, aten.view_as_real,
+    aten.select, aten.add, aten.sub,
+}  # fmt: skip
+# The last four stand for the parts of a complex kernel.
 _PRODUCTS = (aten.mm, aten.mv, aten.bmm, aten.addmm, aten.matmul)
 _FACTORS = {*_PRODUCTS, aten.mul, aten._fft_c2c, aten.roll}  # that are told apart by their order
 _PADDINGS = {"constant": "zero", "circular": "circular", "reflect": "reflecting", "replicate": "replicating"}
@@ -100,8 +104,8 @@ def _readers(node: fx.Node) -> set[Any]:
     readers, pending = set(), list(node.users)
     while pending:
         user = pending.pop()
-        readers.add(_packet(user))
-        pending += user.users if _packet(user) in _SAME else ()
+        readers.add(packet_of(user))
+        pending += user.users if packet_of(user) in _SAME else ()
     return readers
 
 
@@ -114,7 +118,7 @@ def _of_state(
     """Yield the mistakes with single tensors, then with two and with all of them."""
 
     def swapped(changes: dict[int, Tensor]) -> Function:
-        state = tuple(changes.get(index, value) for index, value in enumerate(values))
+        state = tuple(canonical(changes[k]) if k in changes else value for k, value in enumerate(values))
         return lambda y: derivation.run(name, state, y)
 
     changed = [s for s in states if s.value.is_floating_point() or s.value.is_complex()]
@@ -137,7 +141,7 @@ def _of_state(
             yield Mistake(words, swapped({s.index: r.value, r.index: s.value}))
     for title, other in others.items():
         for s in changed:
-            same = other.shape == s.value.shape and other.device == s.value.device
+            same = f"`{title}`" != s.name and other.shape == s.value.shape and other.device == s.value.device
             if same and (other.is_complex() <= s.value.is_complex()) and not any(other is r.value for r in states):
                 yield Mistake(
                     f"reads `{title}` where A reads {s.name}", swapped({s.index: other.detach().to(s.value.dtype)})
@@ -204,68 +208,11 @@ def _conj(t: Tensor) -> Tensor:
 # -- changed operations ----------------------------------------------------------------------------------------------
 
 
-class _Tape:
-    """A graph that is run node by node, so that operations on y can be replaced or exchanged."""
-
-    def __init__(self, graph: Graph, state: Tensors) -> None:
-        self.graph = graph
-        self.known: dict[fx.Node, Any] = dict(zip(graph.placeholders, state, strict=False))
-        self.steps: list[fx.Node] = []  # what depends on y, in order
-        inputs = set(graph.inputs)
-        for node in graph.body.nodes:
-            if node.op != "call_function":
-                continue
-            if any(operand in inputs for operand in node.all_input_nodes):
-                self.steps.append(node)
-                inputs.add(node)
-            else:
-                self.known[node] = self._call(node, self.known)
-
-    def operand(self, node: fx.Node) -> fx.Node | None:
-        """Return the operand that depends on y, if there is one only."""
-        some = [n for n in node.all_input_nodes if n in self.graph.inputs or n in self.steps]
-        return some[0] if len(some) == 1 else None
-
-    @staticmethod
-    def _call(node: fx.Node, values: dict[fx.Node, Any], **changes: Any) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        for place, value in changes.get("args", {}).items():
-            args = (*args[:place], value, *args[place + 1 :])
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def changed(self, changes: dict[fx.Node, dict[int, Any] | None]) -> Function:
-        """Return the function with some arguments of some operations replaced; None leaves an operation out."""
-
-        def run(y: Tensors) -> Tensors:
-            values = {**self.known, **dict(zip(self.graph.inputs, map(canonical, y), strict=True))}
-            for node in self.steps:
-                change = changes.get(node, {})
-                operand = self.operand(node)
-                if change is None and operand is not None:
-                    values[node] = values[operand]
-                else:
-                    values[node] = self._call(node, values, args=change or {})
-            return tuple(values[node] for node in self.graph.outputs)
-
-        return run
-
-    def reordered(self, order: list[fx.Node]) -> Function:
-        """Return the function of a chain whose operations are run in another order."""
-
-        def run(y: Tensors) -> Tensors:
-            value: Any = canonical(y[0])
-            for node in order:
-                value = self._call(node, {**self.known, self.operand(node): value})  # type: ignore[dict-item]
-            return (value,)
-
-        return run
-
-
 def _of_program(graph: Graph, values: Tensors, states: list[_State]) -> Iterator[Mistake]:
     """Yield the mistakes with single operations, then with their order."""
-    tape = _Tape(graph, values)
+    tape = Tape(graph, values)
     names = {graph.placeholders[s.index]: s.name for s in states}
-    rolls = [n for n in tape.steps if _packet(n) is aten.roll]
+    rolls = [n for n in tape.steps if packet_of(n) is aten.roll]
     for node in tape.steps:
         yield from _of_node(tape, node, names)
     if len(rolls) > 1:
@@ -276,16 +223,16 @@ def _of_program(graph: Graph, values: Tensors, states: list[_State]) -> Iterator
     chain = tape.steps if all(tape.operand(n) is not None for n in tape.steps) and len(tape.graph.inputs) == 1 else []
     shapes = {_meta(n) for n in (*chain, *tape.graph.inputs)}
     if len(shapes) == 1 and len(chain) > 1 and tape.graph.outputs == [chain[-1]]:
-        for k in [k for k in range(len(chain) - 1) if {_packet(n) for n in chain[k : k + 2]} <= _FACTORS]:
+        for k in [k for k in range(len(chain) - 1) if {packet_of(n) for n in chain[k : k + 2]} <= _FACTORS]:
             order = [*chain[:k], chain[k + 1], chain[k], *chain[k + 2 :]]
             words = f"factors in the wrong order: {_title(chain[k], names)} and {_title(chain[k + 1], names)}"
             yield Mistake(words, tape.reordered(order))
-        if len(chain) > 2 and {_packet(n) for n in chain} <= _FACTORS:
+        if len(chain) > 2 and {packet_of(n) for n in chain} <= _FACTORS:
             yield Mistake("factors in the wrong order: all of them, last to first", tape.reordered(chain[::-1]))
 
 
-def _of_node(tape: _Tape, node: fx.Node, names: dict[fx.Node, str]) -> Iterator[Mistake]:
-    packet, operand = _packet(node), tape.operand(node)
+def _of_node(tape: Tape, node: fx.Node, names: dict[fx.Node, str]) -> Iterator[Mistake]:
+    packet, operand = packet_of(node), tape.operand(node)
     if operand is None:
         return
     if packet is aten.roll:
@@ -310,7 +257,7 @@ def _of_node(tape: _Tape, node: fx.Node, names: dict[fx.Node, str]) -> Iterator[
                 yield Mistake(f"conjugate missing: conjugate {title}", tape.changed({node: {place: _conj(factor)}}))
 
 
-def _of_dilation(tape: _Tape, node: fx.Node) -> Iterator[Mistake]:
+def _of_dilation(tape: Tape, node: fx.Node) -> Iterator[Mistake]:
     kernel: Any = node.args[2]
     paddings, dilations = (list(node.args[k]) for k in (5, 6))  # type: ignore[arg-type]
     for other in (1, 2, 3):
@@ -319,10 +266,6 @@ def _of_dilation(tape: _Tape, node: fx.Node) -> Iterator[Mistake]:
         if any(moves) and not any(m % 2 for m in moves) and min(found) >= 0:
             words = f"dilation of {other} where A has {', '.join(map(str, dict.fromkeys(dilations)))}"
             yield Mistake(words, tape.changed({node: {5: found, 6: [other] * len(found)}}))
-
-
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", None)
 
 
 def _meta(node: fx.Node) -> tuple[Any, ...]:
@@ -355,9 +298,9 @@ def _title(node: fx.Node, names: dict[fx.Node, str]) -> str:
         operand = pending.pop()
         if operand in names:
             return names[operand]
-        if _packet(operand) in _SAME:
+        if packet_of(operand) in _SAME:
             pending += operand.all_input_nodes
-    packet = _packet(node)
+    packet = packet_of(node)
     if packet is aten.mul:
         return "a factor computed by A"
     return "the Fourier transform" if packet is aten._fft_c2c else f"{getattr(packet, '__name__', 'an operation')}"
@@ -368,10 +311,10 @@ def _title(node: fx.Node, names: dict[fx.Node, str]) -> str:
 
 def _of_padding(graph: Graph, values: Tensors, shape: tuple[int, ...]) -> Iterator[Mistake]:
     """Yield the adjoints of the last convolution for other padding modes; a convolution is A's first step."""
-    nodes = [n for n in graph.body.nodes if _packet(n) is aten.convolution_backward and n.args[7] is False]
+    nodes = [n for n in graph.body.nodes if packet_of(n) is aten.convolution_backward and n.args[7] is False]
     if not nodes:
         return
-    node, tape = nodes[-1], _Tape(graph, values)
+    node, tape = nodes[-1], Tape(graph, values)
     stride, padding, dilation, groups = (node.args[k] for k in (4, 5, 6, 9))
     assert isinstance(padding, list)
     dims = len(padding)
@@ -389,7 +332,7 @@ def _of_padding(graph: Graph, values: Tensors, shape: tuple[int, ...]) -> Iterat
             return images[id(y)][1]
         known = {**tape.known, **dict(zip(graph.inputs, map(canonical, y), strict=True))}
         for step in before:
-            known[step] = tape._call(step, known)
+            known[step] = tape.call(step, known)
         grad, weight = (known[node.args[k]] for k in (0, 2))
         empty = torch.zeros((*primal[:2], *padded), dtype=grad.dtype, device=grad.device)
         none = [0] * dims

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from adjointlab.verify.comparison import Change, Comparison, far, ranges
+from adjointlab.verify.checked_map import Tensors
+from adjointlab.verify.comparison import Change, Comparison, ranges, wide
 
 _MOST_LOOKS = 10  # largest number of tested ranges of y along one dimension
 _MOST_ENTRIES = 1024  # largest size of a dimension whose entries are matched
@@ -29,7 +30,7 @@ def border(comparison: Comparison) -> tuple[str, Tensor | None]:
     for count in range(1, len(dims) + 1):
         for some in combinations(dims, count):
             width = int(torch.stack([depth[d] for d in some]).min(dim=0).values.max()) + 1
-            if all(2 * width < shape[d] for d in some) and (best is None or width < best[0]):
+            if all(4 * width <= shape[d] for d in some) and (best is None or width < best[0]):
                 best = width, count, some
     if best is None:
         return "", None
@@ -37,8 +38,7 @@ def border(comparison: Comparison) -> tuple[str, Tensor | None]:
     near = wrong.numel() * (1 - torch.tensor([1 - 2 * width / shape[d] for d in some]).prod().item())
     ends = [bool(wrong.narrow(d, s, width).any()) for d in some for s in (0, shape[d] - width)]
     outermost = any(bool(wrong.narrow(d, s, 1).any()) for d in some for s in (0, shape[d] - 1))
-    deep = any(4 * width > shape[d] for d in some)
-    if len(index) < 0.2 * near / width or not (outermost or (all(ends) and not deep)):
+    if len(index) < 0.2 * near / width or not (outermost or all(ends)):
         return "", None
     along = "" if len(some) == len(dims) > 1 else f" along dim {' and '.join(map(str, some))}"
     if len(some) == 1 and not all(ends):
@@ -61,27 +61,37 @@ def batch_mixed(comparison: Comparison) -> str:
     return "batch mixed: batch entry 0 of y reaches other entries of the result" if stray[0] and not stray[1] else ""
 
 
-def wrong_entries_of_y(comparison: Comparison) -> dict[int, list[int]]:
-    """Return a map from each dim to the wrong entries of y along it, if only some of them are wrong."""
+def wrong_entries_of_y(comparison: Comparison) -> Iterator[dict[int, list[int]]]:
+    """Yield maps from dims to wrong entries of y along them, with one more dim each time, from the last."""
     if len(comparison.inputs[0]) > 1 or len(comparison.found) > 1:
-        return {}
+        return
     (y,) = comparison.inputs[0]
-    found = {}
-    for dim, size in enumerate(y.shape):
+    found: dict[int, list[int]] = {}
+    whole = _joined(tuple(t[0] for t in comparison.found)), _joined(tuple(t[0] for t in comparison.expected))
+    for dim, size in reversed(list(enumerate(y.shape))):
 
-        def wrong(low: int, high: int, dim: int = dim) -> bool:
+        def images(low: int, high: int, dim: int = dim) -> tuple[Tensor, Tensor]:
             kept = (kept_only({dim: range(low, high)})(y),)
-            images = [comparison.selected(side(kept)) for side in (comparison.adjoint, comparison.reference)]
-            (got, right) = (torch.cat([t.reshape(-1) for t in image or ()]) for image in images)
-            return bool(got.any()) if not bool(right.any()) else far(got, right, 4 * comparison.tolerance)
+            got, right = (
+                _joined(comparison.selected(s(kept)) or ()) for s in (comparison.adjoint, comparison.reference)
+            )
+            return got, right
+
+        def wrong(got: Tensor, right: Tensor, size: int = size) -> bool:
+            sizes = [float(torch.linalg.vector_norm(t)) for t in (got - right, got, right, whole[1])]
+            return sizes[0] > comparison.tolerance * max(4 * sizes[1], 4 * sizes[2], sizes[3] / size)
 
         few = (0, size // 2)  # if both are wrong, all seem to be
-        if size < 2 or (size > 2 and all(wrong(k, k + 1) for k in few)):
+        if size < 2 or (size > 2 and all(wrong(*images(k, k + 1)) for k in few)):
             continue
-        some = _bisected(wrong, size)
+        some = _bisected(images, wrong, whole, size)
         if 0 < len(some) < size:
-            found[dim] = some
-    return found
+            found = {dim: some, **found}
+            yield found
+
+
+def _joined(leaves: Tensors) -> Tensor:
+    return torch.cat([wide(t).reshape(-1) for t in leaves])
 
 
 def kept_only(some: dict[int, Sequence[int]]) -> Change:
@@ -97,21 +107,27 @@ def kept_only(some: dict[int, Sequence[int]]) -> Change:
     return change
 
 
-def _bisected(wrong: Callable[[int, int], bool], size: int) -> list[int]:
+def _bisected(
+    images: Callable[[int, int], tuple[Tensor, Tensor]],
+    wrong: Callable[[Tensor, Tensor], bool],
+    whole: tuple[Tensor, Tensor],
+    size: int,
+) -> list[int]:
     """Return the wrong entries, found by bisection; an empty list if that takes too many looks."""
-    looks, found, intervals = 0, [], [(0, size)]
+    looks, found, intervals = 0, [], [(0, size, whole)]
     while intervals:
-        low, high = intervals.pop()
-        looks += 1
-        if looks > _MOST_LOOKS + size.bit_length():
-            return []
-        if not wrong(low, high):
+        low, high, (got, right) = intervals.pop()
+        if not wrong(got, right):
             continue
         if high - low == 1:
             found.append(low)
-        else:
-            middle = (low + high) // 2
-            intervals += [(middle, high), (low, middle)]
+            continue
+        looks += 1
+        if looks > _MOST_LOOKS:
+            return []
+        middle = (low + high) // 2
+        first = images(low, middle)  # the rest is the difference, as both maps are linear
+        intervals += [(middle, high, (got - first[0], right - first[1])), (low, middle, first)]
     return found
 
 
