@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from adjointlab.affine import AffineOperator
-from adjointlab.derive import linear_operator
 from adjointlab.errors import AdjointMismatchError, SpaceMismatchError
-from adjointlab.linearity import like_parameters
 from adjointlab.numerics import full_precision
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
-from adjointlab.tree import tree_flatten
 from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors
-from adjointlab.verify.diagnosis import Figure, diagnose
+from adjointlab.verify.claims import claim_of, reference_of
+from adjointlab.verify.diagnosis import diagnose
 from adjointlab.verify.dot_test import DotTest
+from adjointlab.verify.figure import Figure
 from adjointlab.verify.report import AdjointReport
-
-
-@dataclass(frozen=True)
-class _Claim:
-    """A claim that one map is the adjoint of another, and how to derive a trusted adjoint."""
-
-    forward: CheckedMap
-    adjoint: CheckedMap
-    exact: bool
-    powers: tuple[int, ...]
-    derive: Callable[[], LinearOperator] | None  # returns an operator whose A.H may serve as the reference
 
 
 def check_adjoint(
@@ -50,12 +37,15 @@ def check_adjoint(
     Random pairs detect errors anywhere. Impulses at the centre and the corners, constants, and random numbers on the
     support of an impulse response detect errors at borders and corners that are small relative to the whole. A pair
     scaled up and down by a million detects saturation, and a pair of another batch size detects an adjoint that works
-    for one size only.
+    for one size only. B must not write to its argument.
 
     The tolerance is derived from the unit roundoff of the dtype (``adjointlab.numerics``). If a map has internal
     cancellation, its rounding errors are measured. The rounding errors of a hand-written adjoint may exceed those of
-    the derived adjoint or of A by a small factor only, so an adjoint that computes in a coarser dtype fails. If the
-    test fails, the report names the mistake, provided that it is one of the common ones.
+    the derived adjoint or of A by a small factor only, so an adjoint that computes in a coarser dtype fails.
+
+    If the test fails, the report names the mistake, with the tensor of A at fault, provided that it is one of the
+    common ones: the derived adjoint with that mistake gives the same numbers as B on two random y. All else is called
+    unrecognised.
 
     Parameters
     ----------
@@ -87,6 +77,10 @@ def check_adjoint(
     ValueError
         If ``trials`` is not an integer of 0 or more, or no pair would be compared.
 
+    References
+    ----------
+    J. F. Claerbout, *Earth Soundings Analysis: Processing versus Inversion*, Blackwell, 1992, chapter 5 (the dot test).
+
     Examples
     --------
     >>> import torch
@@ -97,26 +91,26 @@ def check_adjoint(
     >>> check_adjoint(A, adjoint=lambda v: 2 * A.H(v)).diagnosis
     'Aᴴ is 2.000 × too large'
     >>> check_adjoint(torch.fft.fft, torch.fft.ifft, domain=torch.zeros(8, dtype=torch.complex64)).diagnosis
-    'Aᴴ is 8.000 × too small'
+    'Aᴴ is 8.000 × too small: B is the inverse of A'
     """
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 0:
         raise ValueError(f"expected trials to be an integer of 0 or more, got {trials!r}")
     if trials == 0 and x is None and y is None:
         raise ValueError("expected trials of 1 or more, or a pair x, y, got neither: nothing would be compared")
-    claim = _claim(A, adjoint, domain, codomain)
+    claim = claim_of(A, adjoint, domain, codomain)
     given = None
     if x is not None or y is not None:
         given = (_finite(claim.forward.space, x, "x"), _finite(claim.adjoint.space, y, "y"))
     # The reference is built once, and only if it is needed. No process can compare all entries of a sharded element, so
     # then the diagnosis uses inner products only.
     known = claim.derive is not None and not claim.forward.space.is_sharded
-    reference = functools.cache(lambda: _reference(claim, seed) if known else None)
+    trusted = functools.cache(lambda: reference_of(claim, seed) if known else (None, None))
     test = DotTest(
         claim.forward,
         claim.adjoint,
         exact=claim.exact,
         seed=seed,
-        reference=reference if known else None,
+        reference=(lambda: trusted()[0]) if known else None,
         powers=claim.powers,
     )
     broken = ""
@@ -125,11 +119,15 @@ def check_adjoint(
             test.run(trials, given)
         except BrokenError as error:
             broken = str(error)
-        return _report(test, reference, trials, broken, seed)
+        return _report(test, trusted, trials, broken, seed)
 
 
 def _report(
-    test: DotTest, reference: Callable[[], CheckedMap | None], trials: int, broken: str, seed: int
+    test: DotTest,
+    trusted: Callable[[], tuple[CheckedMap | None, LinearOperator | None]],
+    trials: int,
+    broken: str,
+    seed: int,
 ) -> AdjointReport:
     passed = test.passed and not broken
     notes = []
@@ -148,7 +146,7 @@ def _report(
     diagnosis = broken
     figure: Figure = ()
     if not passed and not broken:
-        diagnosis, figure = diagnose(test, reference(), seed)
+        diagnosis, figure = diagnose(test, *trusted(), seed)
     _, error, tolerance, name = test.worst or (0.0, float("nan"), 4 * test.eps, "")
     return AdjointReport(
         passed, float("nan") if broken else error, tolerance, test.eps, trials, diagnosis, test.pairs,
@@ -192,139 +190,6 @@ def _finite(space: Space, element: Any, name: str) -> Tensors | None:
     if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
         raise SpaceMismatchError(f"expected {name} to be finite, got NaN or infinity: pass finite numbers")
     return tuple(leaf.detach() for leaf in leaves)
-
-
-# -- claims to test --------------------------------------------------------------------------------------------------
-
-
-def _claim(A: Any, adjoint: Any, domain: Any, codomain: Any) -> _Claim:
-    if adjoint is not None and not callable(adjoint):
-        raise SpaceMismatchError(
-            f"expected adjoint to be callable, got {type(adjoint).__name__}: pass the function itself"
-        )
-    if isinstance(A, (LinearOperator, AffineOperator)):
-        if domain is not None or codomain is not None:
-            raise SpaceMismatchError(
-                "expected no domain or codomain beside an operator, which has its own: leave it out"
-            )
-        return _of_operator(A.linear if isinstance(A, AffineOperator) else A, adjoint)
-    if not callable(A):
-        raise SpaceMismatchError(f"expected a LinearOperator, a module or a function, got {type(A).__name__}")
-    if domain is None:
-        raise SpaceMismatchError(
-            f"expected a LinearOperator, or a domain beside the plain callable {getattr(A, '__name__', 'A')}: "
-            "pass domain=(1, 1, 64, 64), say, or wrap it with al.linear_operator"
-        )
-    if adjoint is None:
-        return _of_operator(linear_operator(A, domain, check=False), None)
-    return _of_pair(A, adjoint, domain, codomain)
-
-
-def _of_operator(operator: LinearOperator, adjoint: Callable[[Any], Any] | None) -> _Claim:
-    forward = CheckedMap(operator, operator.domain, operator.codomain, "A")
-    name = "the derived adjoint" if adjoint is None else "the adjoint"
-    back = CheckedMap(adjoint or operator.H, operator.codomain, operator.domain, name)
-    parts = [part for part in operator.modules() if isinstance(part, LinearOperator)]
-    # Subtracting an offset causes rounding errors that are large relative to small elements.
-    offset = any(part.source is not None and part.source.options.affine for part in parts)
-    derive = None if adjoint is None else lambda: operator
-    return _Claim(forward, back, operator.is_complex_linear, (20,) if offset else (20, -20), derive)
-
-
-def _of_pair(function: Callable[..., Any], adjoint: Callable[[Any], Any], domain: Any, codomain: Any) -> _Claim:
-    space = like_parameters(function, domain, 0)
-    if space.is_sharded and codomain is None:
-        raise SpaceMismatchError(
-            f"expected a codomain beside the sharded domain {space}: how results are spread cannot be seen from one "
-            "process; pass codomain=adjointlab.distributed.space(...)"
-        )
-
-    def forward(x: Any) -> Any:
-        return function(*x) if type(x) is tuple else function(x)
-
-    image = _image(forward, space) if codomain is None else Space.of(codomain, dtype=space.specs[0].dtype)
-    pair = LinearOperator(forward, adjoint, space, image)
-    try:
-        exact = pair.is_complex_linear
-    except Exception:  # the test will find and report the error of A
-        exact = False
-    back = CheckedMap(adjoint, image, space, "the adjoint")
-    forward_side = CheckedMap(forward, space, image, "A")
-    return _Claim(forward_side, back, exact, (20, -20), lambda: linear_operator(function, space, check=False))
-
-
-def _image(forward: Callable[[Any], Any], space: Space) -> Space:
-    """Return the space of the results of a function, by calling it once on random numbers."""
-    with torch.no_grad():
-        try:
-            result = forward(space.randn(torch.Generator().manual_seed(0)))
-        except Exception as error:
-            line = next(iter(str(error).splitlines()), "")
-            raise SpaceMismatchError(
-                f"expected A to take an element of {space}, but it raised {type(error).__name__}: {line}; check domain"
-            ) from error
-    leaves, _ = tree_flatten(result)
-    if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
-        raise SpaceMismatchError(
-            f"expected A to return a tensor or a pytree of tensors, got {type(result).__name__}: return tensors only"
-        )
-    return Space.of(result)
-
-
-# -- a reference to compare a wrong adjoint with ---------------------------------------------------------------------
-
-_MOST_COLUMNS = 512  # largest real dimension for which the dense matrix is computed
-
-
-def _reference(claim: _Claim, seed: int) -> CheckedMap | None:
-    """Return a trusted adjoint: the derived one if it passes the test, else the dense one if A is small, else None."""
-    if claim.derive is not None:
-        try:
-            operator = claim.derive()
-            if operator.codomain == claim.adjoint.space:
-                derived = CheckedMap(operator.H, claim.adjoint.space, claim.forward.space, "the derived adjoint")
-                test = DotTest(claim.forward, derived, exact=claim.exact, seed=seed + 1)
-                test.run(2)
-                if test.passed:
-                    return derived
-        except Exception:  # without a derived adjoint, report the failure of the given one
-            pass
-    try:
-        return _dense(claim.forward)
-    except BrokenError:
-        return None
-
-
-def _dense(forward: CheckedMap) -> CheckedMap | None:
-    """Return the transpose of A's real matrix, computed column by column, if A is small."""
-    space, codomain = forward.space, forward.codomain
-    counts = [spec.numel * (2 if spec.is_complex else 1) for spec in space.specs]
-    if sum(counts) > _MOST_COLUMNS:
-        return None
-    columns = []
-    for number, spec in enumerate(space.specs):
-        for index in range(spec.numel):
-            for unit in (1.0, 1j) if spec.is_complex else (1.0,):
-                e = space.leaves(space.zeros())
-                e[number].view(-1)[index].fill_(unit)
-                columns.append(_coordinates(forward(e)))
-    matrix = torch.stack(columns)
-
-    def adjoint(v: Any) -> Any:
-        flat = matrix @ _coordinates(codomain.leaves(v))
-        leaves = []
-        for part, spec in zip(torch.split(flat, counts), space.specs, strict=True):
-            values = torch.view_as_complex(part.reshape(-1, 2).contiguous()) if spec.is_complex else part
-            leaves.append(values.reshape(spec.shape).to(spec.dtype))
-        return space.unflatten(leaves)
-
-    return CheckedMap(adjoint, codomain, space, "the dense adjoint")
-
-
-def _coordinates(leaves: Tensors) -> torch.Tensor:
-    return torch.cat([
-        (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1).double() for t in leaves
-    ])  # fmt: skip
 
 
 __all__ = ["assert_adjoint", "check_adjoint"]

@@ -23,34 +23,51 @@ class BrokenError(Exception):
     """A map raised, or its result cannot be compared; the message is the diagnosis."""
 
 
-class CheckedMap:
-    """A or B as a map on leaves: the function gets copies, and its result is checked."""
+class OverwritingError(BrokenError):
+    """A map that must only read its argument has written to it."""
 
-    def __init__(self, function: Callable[[Any], Any], space: Space, codomain: Space, name: str) -> None:
+
+class ExhaustedError(Exception):
+    """A diagnosis has used all the applications of operators that it may use."""
+
+
+class Meter:
+    """The number of applications of operators that are left to a diagnosis."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def spend(self) -> None:
+        """Count one application; raise ``ExhaustedError`` if none is left."""
+        if self.left <= 0:
+            raise ExhaustedError
+        self.left -= 1
+
+
+class CheckedMap:
+    """A or B as a map on leaves: the function gets copies, and its result is checked.
+
+    A map that is ``read_only`` must not write to its argument. Calls are counted by ``meter``, if there is one.
+    """
+
+    meter: Meter | None = None
+
+    def __init__(
+        self, function: Callable[[Any], Any], space: Space, codomain: Space, name: str, *, read_only: bool = False
+    ) -> None:
         self.function, self.space, self.codomain, self.name = function, space, codomain, name
+        self.read_only = read_only
 
     def __call__(self, leaves: Tensors) -> Tensors:
-        """Return the leaves of the image.
-
-        Parameters
-        ----------
-        leaves : tuple of Tensor
-            The leaves of an element of ``space``.
-
-        Returns
-        -------
-        tuple of Tensor
-            The leaves of an element of ``codomain``.
-
-        Raises
-        ------
-        BrokenError
-            If the function raises, or does not return a finite element of its codomain. If the space is sharded, the
-            function's own exception is raised instead, because the other processes still wait inside the function.
-        """
+        """Return the leaves of the image; a ``BrokenError`` says that it is no finite element of the codomain."""
+        # If the space is sharded, what the function raises is raised as it is: other processes wait inside it.
+        if self.meter is not None:
+            self.meter.spend()
         try:
             result = self._result(leaves)
-        except Exception as error:
+        except OverwritingError:
+            raise
+        except Exception as error:  # the user's function may raise anything, which is the diagnosis
             if self.space.is_sharded:
                 raise
             line = next(iter(str(error).splitlines()), "")
@@ -73,13 +90,18 @@ class CheckedMap:
         return tuple(leaf.detach().clone() for leaf in found)  # the next call may overwrite the result
 
     def _result(self, leaves: Tensors) -> Any:
+        copies = [leaf.clone() for leaf in leaves]
         try:
-            return self.function(self.space.unflatten([leaf.clone() for leaf in leaves]))
+            result = self.function(self.space.unflatten(copies))
         except RuntimeError:  # the function may call autograd.grad inside, which needs grad mode
             if torch.is_grad_enabled():
                 raise
+            copies = [leaf.clone() for leaf in leaves]
             with torch.enable_grad():
-                return self.function(self.space.unflatten([leaf.clone() for leaf in leaves]))
+                result = self.function(self.space.unflatten(copies))
+        if self.read_only and not self.space.every(all(map(torch.equal, copies, leaves))):
+            raise OverwritingError(f"{self.name} writes to its argument: copy it first, as in y = y.clone()")
+        return result
 
 
 def wrong_kind(name: str, result: Any, space: Space) -> str:
@@ -152,4 +174,14 @@ def structured(space: Space) -> Iterator[tuple[str, Tensors]]:
     yield "constant", tuple(ones)
 
 
-__all__ = ["BrokenError", "CheckedMap", "Tensors", "impulse", "structured", "vanishes", "wrong_kind"]
+__all__ = [
+    "BrokenError",
+    "CheckedMap",
+    "ExhaustedError",
+    "Meter",
+    "Tensors",
+    "impulse",
+    "structured",
+    "vanishes",
+    "wrong_kind",
+]

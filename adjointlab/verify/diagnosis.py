@@ -1,59 +1,50 @@
-"""Diagnosis of a wrong adjoint in words, by applying the common mistakes to the right adjoint until one matches.
+"""Diagnosis of a wrong adjoint in words: the first of the common mistakes that reproduces its numbers.
 
-Each mistake is a guess ``T`` with ``B ≈ α T(Aᴴ)``, fitted on random data. Without a reference ``Aᴴ``, a mistake is
-recognised by its repair: B has the mistake T if ``T⁻¹(B) / α`` passes the dot test.
+A mistake is a candidate for B, made of the derived adjoint or of A's own pieces. It is named only if it gives the
+images of two random y to rounding. Without a reference ``Aᴴ``, a mistake is recognised by its repair: B has the mistake
+T if ``T⁻¹(B) / α`` passes the dot test.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from adjointlab.numerics import dot_gap, norm
-from adjointlab.reporting import Grid
-from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors, impulse
-from adjointlab.verify.comparison import Comparison, Guess
+from adjointlab.operators import LinearOperator
+from adjointlab.verify.checked_map import BrokenError, CheckedMap, Meter, Tensors
+from adjointlab.verify.comparison import Comparison, in_words
 from adjointlab.verify.dot_test import DotTest
-from adjointlab.verify.mistakes import LAST, MISTAKES
-from adjointlab.verify.parts import worst_impulse
+from adjointlab.verify.figure import Figure, figure_of
+from adjointlab.verify.mistakes import Search
+from adjointlab.verify.pieces import of_pieces, read_tensors
 
-Figure = tuple[tuple[str, Grid], ...]
 _NEAR, _FAR = (-1.0, 4.0), (2.0**20, 2.0**-20)  # factors s in tests of f(sx) = s f(x)
-_MOST_CELLS = 32  # along each side of a heat map
+_MOST_APPLICATIONS, _OF_FIGURE = 66, 28  # of A, B and Aᴴ, in all
 
 
-def diagnose(test: DotTest, reference: CheckedMap | None, seed: int) -> tuple[str, Figure]:
-    """Return the mistake ``B − Aᴴ`` of a failed test in words, and a figure of an impulse response.
-
-    Parameters
-    ----------
-    test : DotTest
-        The test that failed.
-    reference : CheckedMap or None
-        A trusted adjoint.
-    seed : int
-        Seed of the draws.
-
-    Returns
-    -------
-    tuple of str and figure
-        The text is never empty.
-    """
+def diagnose(
+    test: DotTest, reference: CheckedMap | None, operator: LinearOperator | None, seed: int
+) -> tuple[str, Figure]:
+    """Return the mistake ``B − Aᴴ`` of a failed test in words, never empty, and a figure of an impulse response."""
+    # The reference is a trusted adjoint, and `operator` an operator for the same A that knows its pieces.
     generator = torch.Generator().manual_seed(seed + 100)
     worst = test.worst[3] if test.worst else ""
+    sides = [side for side in (test.forward, test.adjoint, reference) if side is not None]
+    meter = Meter(_MOST_APPLICATIONS)
     try:
         text = _not_linear(test.forward, generator) or _not_linear(test.adjoint, generator)
+        if not text and test.domain.is_sharded:
+            text = _not_alike(test, generator)
         if text:
             return text, ()
-        if test.domain.is_sharded:
-            text = _not_alike(test, generator)
-            if text:
-                return text, ()
         if reference is None:
             return _by_repair(test, generator) or f"unrecognised: the inner products differ most for {worst}", ()
-        comparison = Comparison(test.adjoint, reference, generator)
+        for side in sides:
+            side.meter = meter
+        comparison = Comparison.of(test.adjoint, reference, meter, generator)
         where = ""
         if not comparison.wrong_leaves() and test.worst_y:  # a small error, or an error for some inputs only
             text = _not_linear(test.forward, generator, _FAR) or _not_linear(test.adjoint, generator, _FAR)
@@ -62,26 +53,39 @@ def diagnose(test: DotTest, reference: CheckedMap | None, seed: int) -> tuple[st
             comparison, where = comparison.with_inputs((test.worst_y, test.worst_y)), f"for {worst}: "
             if not comparison.wrong_leaves():
                 return f"unrecognised: right on random data, but the inner products differ for {worst}", ()
-        return where + _explain(comparison), _figure(comparison)
+        text = where + _explain(comparison, _search(test, operator))
+        meter.left = _OF_FIGURE
+        return text, figure_of(comparison)
     except BrokenError as error:  # on input that the test did not try
         return str(error), ()
+    finally:
+        for side in sides:
+            side.meter = None
 
 
-def _explain(comparison: Comparison) -> str:
+def _search(test: DotTest, operator: LinearOperator | None) -> Search:
+    adjoint = test.adjoint.function
+    function = getattr(operator.source, "callable", None) if operator is not None else None
+    pieces = functools.partial(of_pieces, operator, adjoint) if operator is not None else tuple
+    return Search(test.forward, pieces, read_tensors(function))
+
+
+def _explain(comparison: Comparison, search: Search) -> str:
     """Return the first mistake that explains all leaves at once, else one for each wrong leaf."""
     wrong = comparison.wrong_leaves()
     count = len(comparison.found)
+
     if len(wrong) == count:
-        text = _first(comparison)
+        text = search.first(comparison)
         if text or count == 1:
-            return text or comparison.location()
+            return text or f"unrecognised: {comparison.location()}"
     exchanged = _exchanged(comparison, wrong)
     if exchanged:
         return exchanged
     parts = []
     for number in wrong:
         alone = comparison.leaf(number)
-        parts.append(f"leaf {number} of {count}: {_first(alone) or alone.location()}")
+        parts.append(f"leaf {number} of {count}: {search.first(alone) or f'unrecognised: {alone.location()}'}")
     return "; ".join(parts)
 
 
@@ -91,25 +95,12 @@ def _exchanged(comparison: Comparison, wrong: list[int]) -> str:
     for number in wrong:
         alone = comparison.leaf(number)
         others = (k for k in wrong if k != number and comparison.expected[k].shape == alone.found[0].shape)
-        partner = next((k for k in others if alone.fit((comparison.expected[k],)).fits), None)
+        images = {k: tuple((t,) for t in comparison.expected[k]) for k in others}  # by draw
+        partner = next((k for k, each in images.items() if alone.fit(each.__getitem__) is not None), None)
         if partner is None:
             return ""
         pairs.add((min(number, partner), max(number, partner)))
     return f"leaves {', '.join(f'{i} ↔ {j}' for i, j in sorted(pairs))} exchanged" if pairs else ""
-
-
-def _first(comparison: Comparison) -> str:
-    for mistake in MISTAKES:
-        text = mistake(comparison)
-        if text:
-            return text
-    if comparison.batched:
-        entries = comparison.wrong_batch_entries()
-        if 0 < len(entries) < comparison.batch:
-            inner = _first(comparison.batch_entries(entries))
-            if inner:
-                return f"batch entry {', '.join(map(str, entries))} only: {inner}"
-    return next((text for text in (mistake(comparison) for mistake in LAST) if text), "")
 
 
 def _not_linear(side: CheckedMap, generator: torch.Generator, factors: tuple[float, ...] = _NEAR) -> str:
@@ -193,73 +184,8 @@ def _by_repair(test: DotTest, generator: torch.Generator) -> str:
         spaces = (test.domain, test.codomain)
         gaps = [dot_gap(*spaces, *draw, exact=test.exact) for draw in scaled]
         if all(gap <= 2 * allowed for gap, allowed in gaps):
-            return Guess.words(words, complex(scale))
+            return in_words(words, complex(scale))
     return ""
 
 
-# -- the figure ------------------------------------------------------------------------------------------------------
-
-
-def _figure(comparison: Comparison) -> Figure:
-    """Return heat maps of an impulse response of B, of Aᴴ and of their difference, where the difference is large."""
-    adjoint, reference = comparison.adjoint, comparison.reference
-    space = adjoint.space
-    space = space.with_batch(comparison.inputs[0][0].shape[: space.batch_dims])
-    places = [(0, tuple(size // 2 for size in space.specs[0].shape))]
-    places.append(worst_impulse(adjoint, reference, comparison.inputs[0]))
-    best: tuple[float, str, Tensors, Tensors] | None = None
-    for number, index in places:
-        e = impulse(space, number, index)
-        got, right = adjoint(e), reference(e)
-        gap = norm(tuple(a - b for a, b in zip(got, right, strict=True)))
-        if best is None or gap > 2 * best[0]:  # prefer the centre unless the other impulse shows twice the error
-            best = (gap, f"impulse at {index}", got, right)
-    if best is None or best[0] == 0.0:  # neither impulse shows the mistake
-        found, expected = (tuple(t[0] for t in leaves) for leaves in (comparison.found, comparison.expected))
-        best = (1.0, "random input", found, expected)
-    _, what, got, right = best
-    gaps = [float((a - b).abs().max()) for a, b in zip(got, right, strict=True)]
-    leaf = max(range(len(gaps)), key=gaps.__getitem__)
-    difference = (got[leaf] - right[leaf]).abs()
-    where = int(difference.argmax())
-    names = ("Bv", "Aᴴv", "|Bv − Aᴴv|")
-    images = [_plane(image, where) for image in (got[leaf].abs(), right[leaf].abs(), difference)]
-    (top, bottom), (left, end) = _window(images)
-    height, width = images[0].shape
-    if (bottom - top, end - left) != (height, width):
-        what += f", rows {top}–{bottom - 1} of {height}, columns {left}–{end - 1} of {width}"
-    return tuple(
-        (f"{name}, {what}", _grid(image[top:bottom, left:end])) for name, image in zip(names, images, strict=True)
-    )
-
-
-def _plane(image: Tensor, where: int) -> Tensor:
-    """Return the plane of the last two dimensions that contains the entry with flat index ``where``."""
-    plane = image.detach().double().cpu()
-    plane = plane.reshape(1, -1) if plane.ndim < 2 else plane
-    height, width = plane.shape[-2:]
-    return plane.reshape(-1, height, width)[where // (height * width)]
-
-
-def _window(images: list[Tensor]) -> list[tuple[int, int]]:
-    """Return the rows and columns where some image is not zero, with a margin."""
-    lit = torch.stack([image > 1e-6 * float(image.max()) for image in images]).any(dim=0)
-    bounds = []
-    for dim, size in enumerate(lit.shape):
-        places = lit.any(dim=1 - dim).nonzero().flatten()
-        low, high = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, size)
-        margin = max(2, (high - low) // 4)
-        bounds.append((max(0, low - margin), min(size, high + margin)))
-    return bounds
-
-
-def _grid(plane: Tensor) -> Grid:
-    """Return a plane as numbers, reduced to the largest entry of each cell, with the same aspect ratio."""
-    height, width = plane.shape
-    share = min(1.0, _MOST_CELLS / max(height, width))
-    size = (max(1, round(share * height)), max(1, round(share * width)))
-    thin = torch.nn.functional.adaptive_max_pool2d(plane[None], size)[0]
-    return tuple(tuple(float(f"{value:.4g}") for value in row) for row in thin.tolist())
-
-
-__all__ = ["Figure", "diagnose"]
+__all__ = ["diagnose"]

@@ -1,29 +1,210 @@
-"""The common mistakes, each as a guess about B; the first guess that explains the images of B is the diagnosis."""
+"""The common mistakes, each as a candidate for B; the first that reproduces the images of B is the diagnosis."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from itertools import combinations
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from adjointlab.verify.comparison import Change, Comparison, Guess
-from adjointlab.verify.parts import in_words, restricted_to, wrong_entries_of_y
-from adjointlab.verify.permutation import permuted
-from adjointlab.verify.responses import footprint, kernel
+from adjointlab.verify.checked_map import CheckedMap, ExhaustedError, Tensors
+from adjointlab.verify.comparison import Candidate, Comparison, far, in_words, places, stacked, wide
+from adjointlab.verify.moves import Changes, changed, moved_result, moved_y
+from adjointlab.verify.pieces import Mistake
+from adjointlab.verify.places import (
+    batch_mixed,
+    border,
+    entries_in_words,
+    is_border,
+    kept_only,
+    wrong_entries_of_y,
+)
 
-Mistake = Callable[[Comparison], str]
+_OF_PIECES = 24  # applications of A's program with a mistake, before other mistakes have their turn
 
 
-def is_zero(comparison: Comparison) -> str:
-    """``B = 0``."""
+@dataclass(frozen=True)
+class Search:
+    """The forward map, the mistakes with A's own pieces, and the tensors that A reads, by name."""
+
+    forward: CheckedMap
+    pieces: Callable[[], Iterable[Mistake]]
+    tensors: dict[str, Tensor]
+
+    def first(self, comparison: Comparison) -> str:
+        """Return the first mistake that reproduces B, in words; an empty string if none does."""
+        costly = (
+            value, self._pieces, batch_mixed, moved_result, _conjugate_or_part_of_y, _phase, self._one_sided,
+            self._itself, _ignored, moved_y, self._inverse,
+        )  # fmt: skip
+        try:
+            text = _first(comparison, costly)
+            is_factor = text.startswith("Aᴴ is ") and ("too small" in text or "too large" in text)
+            return (
+                f"{text}: B is the inverse of A"
+                if is_factor and self._inverse(comparison)
+                else text or self._last(comparison)
+            )
+        except ExhaustedError:
+            return self._last(comparison)
+
+    def _last(self, comparison: Comparison) -> str:
+        """Return the first mistake among those that take no application of an operator."""
+        return _first(comparison, (_in_batch, _in_places, self._entrywise, _nearly_right))
+
+    def _pieces(self, comparison: Comparison) -> str:
+        if [t.shape for t in comparison.inputs[0]] != [s.shape for s in comparison.adjoint.space.specs]:
+            return ""  # the program is for the nominal batch size
+        least = comparison.meter.left - _OF_PIECES
+        for mistake in self.pieces():
+            words, turned = mistake.words, mistake.turned
+            factor = comparison.fit(comparison.of_program(mistake.function))
+            if factor is not None:
+                if turned is not None and self._is_linear_in(comparison, turned):
+                    words = words.replace("conjugate missing", "one conjugate too many")
+                where = border(comparison)[0] if words.startswith("wrong padding mode") else ""
+                return in_words(f"{where} ({words.removeprefix('wrong ')})" if where else words, factor)
+            if comparison.meter.left < least:
+                break
+        return ""
+
+    @staticmethod
+    def _is_linear_in(comparison: Comparison, turned: Callable[[Tensors], Tensors]) -> bool:
+        """Return whether Aᴴ for i times a tensor is ``i Aᴴ``, and so linear in the tensor, not antilinear."""
+        image = comparison.selected(turned(comparison.inputs[0]))
+        return image is not None and not any(
+            far(wide(t), 1j * e[0], comparison.tolerance) for t, e in zip(image, comparison.expected, strict=True)
+        )
+
+    def _itself(self, comparison: Comparison) -> str:
+        """``B = A``, up to conjugation."""
+        if self.forward.space != self.forward.codomain:
+            return ""
+        images = [self.forward(y) for y in comparison.inputs]
+        for change, words in ((lambda t: t, "B is A itself, not its adjoint"), (_conj, "B is A conjugated")):
+            factor = comparison.fit(lambda k, change=change: comparison.selected(tuple(change(t) for t in images[k])))  # type: ignore[misc]
+            if factor is not None:
+                return in_words(words, factor)
+        return ""
+
+    def _is_inverse(self, comparison: Comparison) -> bool:
+        """Return whether ``A B = 1`` or ``B A = 1`` on two draws."""
+        adjoint, forward = comparison.adjoint, self.forward
+        wide_enough = forward.space.size >= forward.codomain.size
+        first, second = (adjoint, forward) if wide_enough else (forward, adjoint)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(2):
+            z = first.space.leaves(first.space.randn(generator))
+            image = second(first(z))
+            if any(far(a, b, comparison.tolerance) for a, b in zip(z, image, strict=True)):
+                return False
+        return True
+
+    def _inverse(self, comparison: Comparison) -> str:
+        whole = comparison.number is None and [t.shape for t in comparison.inputs[0]] == [
+            s.shape for s in comparison.adjoint.space.specs
+        ]
+        return "B is an inverse of A, not its adjoint" if whole and self._is_inverse(comparison) else ""
+
+    def _one_sided(self, comparison: Comparison) -> str:
+        """B counts the frequencies of a one-sided transform twice, or once where Aᴴ counts them twice."""
+        y = comparison.inputs[0]
+        if len(y) > 1 or len(comparison.found) > 1 or y[0].is_complex() == comparison.expected[0].is_complex():
+            return ""
+        of_y = y[0].is_complex()
+        for dim, size in enumerate(y[0].shape if of_y else comparison.shape):
+            for ends in ({0, size - 1}, {0}) if size > 2 else ():
+                inner = [k for k in range(size) if k not in ends]
+                for weight in (2.0, 0.5):
+
+                    def weighted(t: Tensor, inner: list[int] = inner, weight: float = weight, dim: int = dim) -> Tensor:
+                        return torch.where(kept_only({dim: inner})(torch.ones_like(t)) != 0, weight * t, t)
+
+                    candidate = comparison.changed(weighted if of_y else None, None if of_y else weighted)
+                    size_words = "too large" if weight > 1 else "too small"
+                    words = (
+                        f"frequencies {inner[0]}–{inner[-1]} along dim {dim} are 2.000 × {size_words} "
+                        "(a one-sided transform)"
+                    )
+                    factor = comparison.fit(candidate)
+                    if factor is not None:
+                        return in_words(words, factor)
+                    rest = self._entrywise(comparison, candidate) if of_y else ""
+                    if rest:
+                        return f"{words}, and {rest}"
+        return ""
+
+    def _entrywise(self, comparison: Comparison, candidate: Candidate | None = None) -> str:
+        """``B = D Aᴴ`` with a diagonal D, which two draws determine."""
+        right = comparison.expected
+        if candidate is not None:
+            images = [candidate(draw) for draw in range(2)]
+            right = stacked([image for image in images if image is not None])
+        diagonals = []
+        for found, expected in zip(comparison.found, right, strict=True):
+            if found.shape != expected.shape:
+                return ""
+            power = expected.abs().square().sum(dim=0)
+            d = (expected.conj() * found).sum(dim=0) / torch.where(power == 0, torch.ones_like(power), power)
+            if found.numel() < 8 or far(found, d * expected, comparison.tolerance):
+                return ""
+            diagonals.append(torch.where(power == 0, torch.ones_like(d), d))
+        if candidate is None and float(comparison.wrong().double().mean()) < 0.25:
+            return ""  # if few entries are wrong, their places say more
+        factors = self.tensors.items() if candidate is None else ()
+        name = next((n for n, t in factors if _permutes(diagonals[0], t, comparison.eps)), "")
+        if name:
+            return f"the entries of `{name}` are permuted"
+        low, high = (f(float(g(d.abs())) for d in diagonals) for f, g in ((min, torch.min), (max, torch.max)))
+        found, expected = (torch.cat([t.abs().reshape(-1) for t in leaves]) for leaves in (comparison.found, right))
+        if not far(found, expected * (found.norm() / expected.norm()), comparison.tolerance):
+            return "each entry is off by its own phase or sign"
+        return f"each entry is off by its own factor, from {low:.3g} to {high:.3g}"
+
+
+def _permutes(diagonal: Tensor, t: Tensor, eps: float) -> bool:
+    """Return whether the diagonal D makes a permutation of the entries of t, as t or conj(t) is a factor of Aᴴ."""
+    if t.shape != diagonal.shape or not bool(t.any()) or not (t.is_floating_point() or t.is_complex()):
+        return False
+    t = t.detach().to(torch.complex128)
+    bound = 1024 * eps * float(t.abs().max())
+    for factor in (t, _conj(t)):
+        gap = 0.0
+        for view in (torch.real, torch.imag, lambda u: u.real + math.pi * u.imag):  # as sets, from three directions
+            ends = [view(u).reshape(-1).sort().values for u in (factor, factor * diagonal)]
+            gap = max(gap, float((ends[0] - ends[1]).abs().max()))
+        if gap <= 8 * bound:
+            return True
+    return False
+
+
+def _first(comparison: Comparison, mistakes: Iterable[Callable[[Comparison], str]]) -> str:
+    return next((text for text in (mistake(comparison) for mistake in mistakes) if text), "")
+
+
+def _in_batch(comparison: Comparison) -> str:
+    """B is wrong for some batch entries only, by a known mistake with values."""
+    if comparison.batch < 2:
+        return ""
+    wrong = [comparison.wrong(k).flatten(1).any(dim=1) for k in range(len(comparison.expected))]
+    entries = [int(k) for k in torch.stack(wrong).any(dim=0).nonzero().flatten()]
+    if not 0 < len(entries) < comparison.batch:
+        return ""
+    inner = value(comparison.viewed(lambda t: t.index_select(0, torch.tensor(entries, device=t.device))))
+    return f"batch entry {', '.join(map(str, entries))} only: {inner}" if inner else ""
+
+
+# -- changes of values -----------------------------------------------------------------------------------------------
+
+
+def _zero(comparison: Comparison) -> str:
     return "" if any(bool(t.any()) for t in comparison.found) else "Aᴴ is zero (detached, or never written)"
 
 
-def low_precision(comparison: Comparison) -> str:
-    """``B = Aᴴ`` up to the rounding errors of a coarser dtype."""
+def _low_precision(comparison: Comparison) -> str:
+    """``B = Aᴴ`` up to the rounding errors of a coarser dtype, as measured."""
     misfit = comparison.misfit
     if not 4 * comparison.eps < misfit <= 0.05 or misfit > 4 * comparison.noise:
         return ""
@@ -33,7 +214,47 @@ def low_precision(comparison: Comparison) -> str:
     )
 
 
-def nearly_right(comparison: Comparison) -> str:
+def _factor(comparison: Comparison) -> str:
+    """``B = α Aᴴ``."""
+    factor = comparison.fit(comparison.changed(), any_size=True)
+    return "" if factor is None else in_words("", factor)
+
+
+def _conjugate(comparison: Comparison) -> str:
+    return (
+        changed(comparison, [(None, _conj, "conjugate missing: B is Aᴴ conjugated")]) if comparison.is_complex else ""
+    )
+
+
+def _part(comparison: Comparison) -> str:
+    parts = [(None, _real, "only real part"), (None, _imag, "only imaginary part")]
+    return changed(comparison, parts) if comparison.is_complex else ""
+
+
+def _phase(comparison: Comparison) -> str:
+    """``B = α Aᴴ`` with complex α."""
+    if not all(t.is_complex() for t in comparison.expected):
+        return ""
+    factor = comparison.fit(comparison.changed(), complex_factor=True, any_size=True)
+    return "" if factor is None else in_words("", factor)
+
+
+def value(comparison: Comparison) -> str:
+    """Return the first mistake with values that does not depend on the shape."""
+    return _first(comparison, (_zero, _low_precision, _factor, _conjugate, _part))
+
+
+def _conjugate_or_part_of_y(comparison: Comparison) -> str:
+    changes: Changes = [
+        (_conj, _conj, "conjugate missing: B is the transpose Aᵀ"),
+        (_conj, None, "conjugate missing: B is Aᴴ of conj(y)"),
+        (_real, None, "only real part of y"),
+        (_imag, None, "only imaginary part of y"),
+    ]  # fmt: skip
+    return changed(comparison, changes) if comparison.is_complex else ""
+
+
+def _nearly_right(comparison: Comparison) -> str:
     """``B = Aᴴ`` up to a small error in most entries, as from rounded weights."""
     misfit = comparison.misfit
     if not 4 * comparison.eps < misfit <= 0.02:
@@ -56,240 +277,38 @@ def _dtype_of(error: float, eps: float) -> str:
     return f" ({typical[nearest]})" if 1 / 16 < error / nearest < 16 else ""
 
 
-def factor(comparison: Comparison) -> str:
-    """``B = α Aᴴ`` with real α: a wrong sign or normalisation."""
-    guess = comparison.fit(comparison.expected)
-    return Guess.words("", guess.factor) if guess.fits else ""
+# -- places ----------------------------------------------------------------------------------------------------------
 
 
-def conjugate(comparison: Comparison) -> str:
-    """``B = conj ∘ Aᴴ``, ``Aᴴ ∘ conj`` or both, which is Aᵀ."""
-    if not any(t.is_complex() for t in (*comparison.expected, *comparison.inputs[0])):
-        return ""
-    for before, after, words in (
-        (_conj, _conj, "conjugate missing: B is the transpose Aᵀ"),
-        (None, _conj, "conjugate missing: B is Aᴴ conjugated"),
-        (_conj, None, "conjugate missing: B is Aᴴ of conj(y)"),
-    ):
-        guess = comparison.fit(comparison.changed(before, after))
-        if guess.fits:
-            return Guess.words(words, guess.factor)
-    return ""
-
-
-def part(comparison: Comparison) -> str:
-    """B keeps only the real or only the imaginary part of the result or of y."""
-    if not any(t.is_complex() for t in (*comparison.expected, *comparison.inputs[0])):
-        return ""
-    for change, words in ((_real, "only real part"), (_imag, "only imaginary part")):
-        for before, after, of in ((None, change, ""), (change, None, " of y")):
-            guess = comparison.fit(comparison.changed(before, after))
-            if guess.fits:
-                return Guess.words(words + of, guess.factor)
-    return ""
-
-
-def complex_factor(comparison: Comparison) -> str:
-    """``B = α Aᴴ`` with complex α: a wrong phase."""
-    if not all(t.is_complex() for t in comparison.expected):
-        return ""
-    guess = comparison.fit(comparison.expected, complex_factor=True)
-    return Guess.words("", guess.factor) if guess.fits else ""
-
-
-def batch_mixed(comparison: Comparison) -> str:
-    """B maps one batch entry of y to other batch entries of the result, but Aᴴ does not."""
-    adjoint, reference = comparison.adjoint, comparison.reference
-    if not comparison.batched or any(t.ndim < 2 or t.shape[0] != comparison.batch for t in comparison.inputs[0]):
-        return ""
-    for entry in (0, comparison.batch - 1):
-        alone = tuple(torch.zeros_like(t) for t in comparison.inputs[0])
-        for t, u in zip(alone, comparison.inputs[0], strict=True):
-            t[entry] = u[entry]
-        others = [k for k in range(comparison.batch) if k != entry]
-        stray = [any(bool(t[others].any()) for t in side(alone) if t.ndim >= 2) for side in (adjoint, reference)]
-        if stray[0] and not stray[1]:
-            return f"batch mixed: batch entry {entry} of y reaches other entries of the result"
-    return ""
-
-
-def border(comparison: Comparison) -> str:
-    """B is right inside and wrong near the border."""
-    if len(comparison.expected) > 1 or not comparison.spatial:
-        return ""
-    shape, dims = comparison.shape, _long_dims(comparison)
-    if not dims:
-        return ""
-    wrong = comparison.wrong()
-    for width in range(1, min(shape[d] for d in dims) // 2 + 1):
-        # find the fewest dimensions whose borders contain all wrong entries
-        for count in range(1, len(dims) + 1):
-            for some in combinations(dims, count):
-                near = torch.zeros_like(wrong)
-                for d in some:
-                    near.narrow(d, 0, width).fill_(True)
-                    near.narrow(d, shape[d] - width, width).fill_(True)
-                outside = ~near
-                if not bool(outside.any()) or bool((wrong & outside).any()):
-                    continue
-                ends = [bool(wrong.narrow(d, s, 1).any()) for d in some for s in (0, shape[d] - 1)]
-                if not any(ends):  # with reflection, the outermost entries may be right
-                    ends = [bool(wrong.narrow(d, s, width).any()) for d in some for s in (0, shape[d] - width)]
-                    ends = ends if all(ends) and 4 * width <= min(shape[d] for d in some) else []
-                if float(wrong.sum()) < 0.2 * float(near.sum()) / width or not any(ends):
-                    return ""
-                along = "" if len(some) == len(dims) and len(dims) > 1 else f" along dim {_dims_in_words(some)}"
-                if len(some) == 1 and not all(ends):
-                    along = f" at the {'start' if ends[0] else 'end'} of dim {some[0]}"
-                return f"border of width {width} wrong{along} (padding mode)"
-    return ""
-
-
-def shifted(comparison: Comparison) -> str:
-    """``B = S Aᴴ`` or ``Aᴴ S`` with a shift S by some pixels, except near the border."""
-    dims = _long_dims(comparison)
-    if not dims or any(tuple(t.shape[1:]) != comparison.shape for t in comparison.expected):
-        return ""
-    offsets = _best_shift(comparison, dims)
-    moved = [d for d in dims if offsets[d]]
-    if moved:
-        images = comparison.changed(after=lambda t: torch.roll(t, [offsets[d] for d in moved], moved))
-        reach = max(abs(offsets[d]) for d in moved)
-        for inside in (
-            None,
-            _inside(moved, reach),
-            _inside(comparison.spatial, reach),
-            _inside(comparison.spatial, None),
-        ):
-            guess = comparison.fit(images, inside)
-            if guess.fits:
-                return Guess.words(_shift_words({d: offsets[d] for d in moved}, comparison.shape), guess.factor)
-    return _shifted_input(comparison)
-
-
-def _shifted_input(comparison: Comparison) -> str:
-    shapes = {tuple(t.shape) for t in comparison.inputs[0]}
-    if len(shapes) > 1:
-        return ""
-    (shape,) = shapes
-    dims = [d for d in (range(2, len(shape)) if len(shape) > 2 else range(len(shape))) if shape[d] > 2]
-    moves = [{d: s} for d in dims for s in (1, -1)]
-    moves += [{d: shape[d] // 2 for d in some} for n in range(len(dims), 0, -1) for some in combinations(dims, n)]
-    for move in moves:
-        for sign in (1, -1):
-            images = comparison.changed(
-                before=lambda t, move=move, sign=sign: torch.roll(t, [sign * s for s in move.values()], list(move))  # type: ignore[misc]
-            )
-            guess = comparison.fit(images)
-            if guess.fits:
-                return Guess.words(_shift_words({d: sign * s for d, s in move.items()}, shape) + " in y", guess.factor)
-    return ""
-
-
-def flipped(comparison: Comparison) -> str:
-    """``B = P Aᴴ P`` with a reversal P, as of a convolution and a correlation; or ``P Aᴴ`` or ``Aᴴ P``."""
-    dims = _long_dims(comparison)
-    choices = [some for n in range(len(dims), 0, -1) for some in combinations(dims, n)]
-    for some in choices:
-        reverse = _reverse(some)
-        along = "" if len(some) == len(dims) else f" along dim {_dims_in_words(some)}"
-        for before, after, words in (
-            (reverse, reverse, f"kernel not flipped{along}"),
-            (None, reverse, f"reversed along dim {_dims_in_words(some)}"),
-            (reverse, None, f"y reversed along dim {_dims_in_words(some)}"),
-        ):
-            if before is not None and any(t.ndim <= max(some) for t in comparison.inputs[0]):
-                continue
-            if after is not None and any(t.ndim <= max(some) + 1 for t in comparison.expected):
-                continue
-            images = comparison.changed(before, after)
-            for inside in (None, _inside(dims, 1), _inside(dims, None)):
-                guess = comparison.fit(images, inside)
-                if guess.fits:
-                    return Guess.words(words, guess.factor)
-    return ""
-
-
-def transposed(comparison: Comparison) -> str:
-    """``B = P Aᴴ``, ``Aᴴ P`` or ``P Aᴴ P``, where P exchanges two dimensions."""
-    for i, j in combinations(range(comparison.ndim), 2):
-
-        def swap(t: Tensor, i: int = i, j: int = j) -> Tensor:
-            return t.transpose(i, j) if t.ndim > j else t
-
-        for before, after in ((None, swap), (swap, None), (swap, swap)):
-            images = comparison.changed(before, after)
-            if images is None or any(t.shape != u.shape for t, u in zip(images, comparison.found, strict=True)):
-                continue
-            guess = comparison.fit(images)
-            if guess.fits:
-                return Guess.words(f"dims {i} and {j} transposed", guess.factor)
-    return ""
-
-
-def entrywise(comparison: Comparison) -> str:
-    """``B = D Aᴴ`` with a diagonal D: a weight or mask is missing or applied twice."""
-    if any(bool((t.abs() == 0).any()) for t in comparison.expected):
-        return ""
-    ratios = [f / e for f, e in zip(comparison.found, comparison.expected, strict=True)]
-    size = max(float(r.abs().max()) for r in ratios)
-    if size == 0.0 or any(float((r[0] - r[1]).abs().max()) > 8 * comparison.tolerance * size for r in ratios):
-        return ""
-    if float((comparison.wrong().double()).mean()) < 0.25:
-        return ""  # if few entries are wrong, their places say more
-    low, high = (f(float(g(r.abs())) for r in ratios) for f, g in ((min, torch.min), (max, torch.max)))
-    return f"each entry is off by its own factor, from {low:.3g} to {high:.3g} (a weight or mask missing or doubled)"
-
-
-_VALUES: tuple[Mistake, ...] = (is_zero, factor, conjugate, part, complex_factor)  # they do not depend on the shape
-
-
-def ignored(comparison: Comparison) -> str:
+def _ignored(comparison: Comparison) -> str:
     """B is wrong for some entries of y only, by a known mistake; most often it ignores them."""
-    places = wrong_entries_of_y(comparison)
-    # A wrong batch entry and a wrong border (both ends) are separate mistakes.
-    if (
-        not places
-        or (comparison.batched and set(places) == {0})
-        or any(some[0] == 0 and some[-1] == comparison.inputs[0][0].shape[dim] - 1 for dim, some in places.items())
-    ):
-        return ""
-    alone = restricted_to(comparison, places)
-    if is_zero(alone):
-        return f"y is ignored {in_words(places)}"
-    text = _first(alone, _VALUES)
-    return f"only for y {in_words(places)}: {text}" if text else ""
+    for some in wrong_entries_of_y(comparison):
+        # A wrong batch entry and a wrong border (both ends) are separate mistakes.
+        if not (comparison.batch > 1 and set(some) == {0}) and not is_border(some, comparison.inputs[0][0].shape):
+            alone = comparison.with_changed_inputs(kept_only(dict(some)))
+            text = value(alone)
+            if text:
+                ignored = f"y is ignored {entries_in_words(some)}"
+                return ignored if _zero(alone) else f"only for y {entries_in_words(some)}: {text}"
+    return ""
 
 
-def in_places(comparison: Comparison) -> str:
-    """Some entries of the result are wrong by a known mistake; most often they were never written."""
+def _in_places(comparison: Comparison) -> str:
+    """Some entries of the result are wrong: near the border, or by a known mistake with values."""
     if len(comparison.found) > 1:
         return ""
-    wrong = comparison.wrong()
-    if not 0 < float(wrong.double().mean()) <= 0.5:
+    where, wrong = border(comparison)
+    wrong = comparison.wrong() if wrong is None else wrong
+    if not 0 < float(wrong.double().mean()) <= 0.5 and not where:
         return ""
-    alone = comparison.masked(wrong)
-    text = "zero there (never written)" if is_zero(alone) else _first(alone, _VALUES)
-    return f"{comparison.places()}: {text}" if text else ""
+    alone = comparison.viewed(lambda t: t[wrong])
+    text = "zero there (never written)" if _zero(alone) else value(alone)
+    if not where:
+        return f"{places(wrong)}: {text}" if text else ""
+    return f"{where}: {text}" if text else f"{where}, and right inside"
 
 
-def _first(comparison: Comparison, mistakes: tuple[Mistake, ...]) -> str:
-    return next((text for text in (mistake(comparison) for mistake in mistakes) if text), "")
-
-
-MISTAKES: tuple[Mistake, ...] = (
-    is_zero, low_precision, factor, conjugate, part, complex_factor, batch_mixed, ignored, border, flipped, shifted,
-    permuted, kernel, transposed,
-)  # fmt: skip
-LAST: tuple[Mistake, ...] = (entrywise, in_places, footprint, nearly_right)  # tried after single batch entries
-
-
-def _long_dims(comparison: Comparison) -> list[int]:
-    """Return the spatial dims of three or more entries; for two entries, a shift equals a reversal."""
-    return [d for d in comparison.spatial if comparison.shape[d] > 2]
-
-
-# -- changes -----------------------------------------------------------------------------------------------------------
+# -- changes of one tensor -------------------------------------------------------------------------------------------
 
 
 def _conj(t: Tensor) -> Tensor:
@@ -304,49 +323,4 @@ def _imag(t: Tensor) -> Tensor:
     return 1j * t.imag if t.is_complex() else t
 
 
-def _reverse(dims: tuple[int, ...]) -> Change:
-    return lambda t: t.flip(dims) if t.ndim > max(dims) else t
-
-
-def _inside(dims: tuple[int, ...] | list[int], margin: int | None) -> Change:
-    """Return a function that crops ``margin`` entries (None: a quarter of the size) from every border."""
-
-    def cut(t: Tensor) -> Tensor:
-        for d in dims:
-            width = t.shape[d] // 4 if margin is None else margin
-            if t.shape[d] > 2 * width:
-                t = t.narrow(d, width, t.shape[d] - 2 * width)
-        return t
-
-    return cut
-
-
-def _best_shift(comparison: Comparison, dims: list[int]) -> list[int]:
-    """Return the shift along ``dims`` for which the wrong and right images have the largest correlation."""
-    total: Tensor | None = None
-    for found, expected in zip(comparison.found, comparison.expected, strict=True):
-        along = [d + 1 for d in dims]
-        product = torch.fft.fftn(found, dim=along) * torch.fft.fftn(expected, dim=along).conj()
-        rest = [d for d in range(found.ndim) if d not in along]
-        correlation = torch.fft.ifftn(product, dim=along).sum(dim=rest, keepdim=True)[0]
-        total = correlation if total is None else total + correlation
-    assert total is not None
-    index = torch.unravel_index(total.abs().argmax(), total.shape)
-    return [int(k) - n if int(k) > n // 2 else int(k) for k, n in zip(index, comparison.shape, strict=True)]
-
-
-def _shift_words(offsets: dict[int, int], shape: tuple[int, ...]) -> str:
-    if all(abs(s) == shape[d] // 2 and shape[d] > 3 for d, s in offsets.items()):
-        return f"shifted by half the size along dim {_dims_in_words(tuple(offsets))} (fftshift or ifftshift missing)"
-    sizes = {abs(s) for s in offsets.values()}
-    if len(sizes) == 1:
-        size = sizes.pop()
-        return f"shifted by {'one pixel' if size == 1 else f'{size} pixels'} along dim {_dims_in_words(tuple(offsets))}"
-    return "shifted by " + " and ".join(f"{abs(s)} along dim {d}" for d, s in offsets.items())
-
-
-def _dims_in_words(dims: tuple[int, ...] | Iterator[int]) -> str:
-    return " and ".join(map(str, dims))
-
-
-__all__ = ["LAST", "MISTAKES", "Mistake"]
+__all__ = ["Search", "value"]

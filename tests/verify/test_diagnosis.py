@@ -68,19 +68,24 @@ mistake("cropped shift", A, lambda y: F.pad(A.H(y), (2, -2)), "shifted by 2 pixe
 mistake("batch", A, lambda y: A.H(y).flip(0), "batch mixed")
 mistake("batch mean", A, lambda y: A.H(y).mean(0, keepdim=True).expand(2, -1, -1, -1), "batch mixed")
 mistake("one batch entry", A, lambda y: put(A.H(y), 1, lambda t: -t), "batch entry 1 only: wrong sign")
-mistake("border", A, lambda y: F.pad(A.H(y)[..., 2:-2, 2:-2], (2, 2, 2, 2)), "border of width 2 wrong (padding mode)")
+mistake(
+    "border",
+    A,
+    lambda y: F.pad(A.H(y)[..., 2:-2, 2:-2], (2, 2, 2, 2)),
+    "border of width 2 wrong: zero there (never written)",
+)
 mistake(
     "padding mode",
     circular[1],
     lambda y: F.conv_transpose2d(y, circular[0].weight, padding=1),
-    "border of width 1 wrong (padding mode)",
+    "border of width 1 wrong (padding mode: the adjoint for zero padding)",
 )
 line = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect", bias=False, dtype=torch.float64)
 mistake(
     "padding mode of a signal",
     al.linear_operator(line, (3, 1, 16)),
     lambda y: F.conv_transpose1d(y, line.weight, padding=1),
-    "border of width 2 wrong along dim 2 (padding mode)",
+    "border of width 2 wrong along dim 2 (padding mode: the adjoint for zero padding)",
 )
 stack = al.linear_operator(lambda x: F.conv2d(x[:, None], layer.weight, padding=1)[:, 0], (3, 12, 12))
 mistake("shift in a stack", stack, lambda y: stack.H(y).roll(1, 1), "shifted by one pixel along dim 1")

@@ -50,7 +50,7 @@ def make(dims: int, variant: str, dtype: torch.dtype = torch.float64) -> tuple[A
         return apply
 
     x = torch.zeros(shape, dtype=dtype)
-    return al.linear_operator(lambda x: FORWARD[dims](x, weight, **options), x, engine="eager"), weight, adjoint
+    return al.linear_operator(lambda x: FORWARD[dims](x, weight, **options), x), weight, adjoint
 
 
 def mistakes(dims: int, variant: str) -> Iterator[tuple[str, Adjoint]]:
@@ -104,15 +104,12 @@ def test_complex_mistakes_of_convolutions_are_named(dims: int, variant: str) -> 
         assert said in al.check_adjoint(A, wrong).diagnosis
 
 
-def test_another_dilation_and_another_step_are_named() -> None:
+def test_another_dilation_is_named() -> None:
     w = torch.randn(1, 1, 3, dtype=torch.float64, generator=seeded(0))
     x = torch.zeros(1, 1, 40, dtype=torch.float64)
     A = al.linear_operator(lambda x: F.conv1d(x, w, padding=1), x)
     wider = al.check_adjoint(A, lambda y: F.conv_transpose1d(y, w, padding=2, dilation=2)).diagnosis
-    assert "an impulse reaches 5 pixels where 3 are expected" in wider
-    strided = al.linear_operator(lambda x: F.conv1d(x, w, padding=1, stride=2), x)
-    dense = al.check_adjoint(strided, lambda y: F.pad(F.conv_transpose1d(y, w, padding=1), (10, 10))).diagnosis
-    assert "wrong along dim 2 (stride)" in dense
+    assert wider == "dilation of 2 where A has 1"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from laws import draw, no_side_effects
+from laws import no_side_effects
 from torch import Tensor, nn
 
 import adjointlab as al
@@ -203,9 +203,7 @@ def test_arguments_of_the_wrong_kind_are_refused() -> None:
         al.check_adjoint(torch.relu)
 
 
-def test_adjoint_may_write_to_its_argument() -> None:
-    A = al.linear_operator(lambda x: 2 * x, torch.zeros(5, dtype=torch.float64))
-    assert al.check_adjoint(A, lambda y: y.mul_(2)).passed
-    x = draw(A.domain)
-    with no_side_effects(A, x):
-        assert al.check_adjoint(lambda x: x.mul_(2), lambda y: y.mul_(2), domain=x).passed
+def test_forward_may_write_to_its_argument() -> None:
+    x = torch.ones(5, dtype=torch.float64)
+    with no_side_effects(torch.neg, x):
+        assert al.check_adjoint(lambda x: x.mul_(2), lambda y: 2 * y, domain=x).passed

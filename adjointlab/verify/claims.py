@@ -1,0 +1,162 @@
+"""What is claimed of two maps: that one is the adjoint of the other; and a trusted adjoint to compare it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adjointlab.affine import AffineOperator
+from adjointlab.derive import linear_operator
+from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMismatchError
+from adjointlab.linearity import like_parameters
+from adjointlab.operators import LinearOperator
+from adjointlab.space import Space
+from adjointlab.tree import tree_flatten
+from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors
+from adjointlab.verify.dot_test import DotTest
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim that one map is the adjoint of another, and how to derive a trusted adjoint."""
+
+    forward: CheckedMap
+    adjoint: CheckedMap
+    exact: bool
+    powers: tuple[int, ...]
+    derive: Callable[[], LinearOperator] | None  # returns an operator whose A.H may serve as the reference
+
+
+def claim_of(A: Any, adjoint: Any, domain: Any, codomain: Any) -> Claim:
+    """Return the claim to test, for the arguments of ``check_adjoint``."""
+    if adjoint is not None and not callable(adjoint):
+        raise SpaceMismatchError(
+            f"expected adjoint to be callable, got {type(adjoint).__name__}: pass the function itself"
+        )
+    if isinstance(A, (LinearOperator, AffineOperator)):
+        if domain is not None or codomain is not None:
+            raise SpaceMismatchError(
+                "expected no domain or codomain beside an operator, which has its own: leave it out"
+            )
+        return _of_operator(A.linear if isinstance(A, AffineOperator) else A, adjoint)
+    if not callable(A):
+        raise SpaceMismatchError(f"expected a LinearOperator, a module or a function, got {type(A).__name__}")
+    if domain is None:
+        raise SpaceMismatchError(
+            f"expected a LinearOperator, or a domain beside the plain callable {getattr(A, '__name__', 'A')}: "
+            "pass domain=(1, 1, 64, 64), say, or wrap it with al.linear_operator"
+        )
+    if adjoint is None:
+        return _of_operator(linear_operator(A, domain, check=False), None)
+    return _of_pair(A, adjoint, domain, codomain)
+
+
+def _of_operator(operator: LinearOperator, adjoint: Callable[[Any], Any] | None) -> Claim:
+    forward = CheckedMap(operator, operator.domain, operator.codomain, "A")
+    name = "the derived adjoint" if adjoint is None else "the adjoint"
+    back = CheckedMap(adjoint or operator.H, operator.codomain, operator.domain, name, read_only=True)
+    parts = [part for part in operator.modules() if isinstance(part, LinearOperator)]
+    # Subtracting an offset causes rounding errors that are large relative to small elements.
+    offset = any(part.source is not None and part.source.options.affine for part in parts)
+    derive = None if adjoint is None else lambda: operator
+    return Claim(forward, back, operator.is_complex_linear, (20,) if offset else (20, -20), derive)
+
+
+def _of_pair(function: Callable[..., Any], adjoint: Callable[[Any], Any], domain: Any, codomain: Any) -> Claim:
+    space = like_parameters(function, domain, 0)
+    if space.is_sharded and codomain is None:
+        raise SpaceMismatchError(
+            f"expected a codomain beside the sharded domain {space}: how results are spread cannot be seen from one "
+            "process; pass codomain=adjointlab.distributed.space(...)"
+        )
+
+    def forward(x: Any) -> Any:
+        return function(*x) if type(x) is tuple else function(x)
+
+    image = _image(forward, space) if codomain is None else Space.of(codomain, dtype=space.specs[0].dtype)
+    back = CheckedMap(adjoint, image, space, "the adjoint", read_only=True)
+    forward_side = CheckedMap(forward, space, image, "A")
+    pair = LinearOperator(lambda x: image.unflatten(forward_side(space.leaves(x))), adjoint, space, image)
+    try:
+        exact = pair.is_complex_linear
+    except BrokenError:  # which the test will meet and report
+        exact = False
+    return Claim(forward_side, back, exact, (20, -20), lambda: linear_operator(function, space, check=False))
+
+
+def _image(forward: Callable[[Any], Any], space: Space) -> Space:
+    """Return the space of the results of a function, by calling it once on random numbers."""
+    with torch.no_grad():
+        try:
+            result = forward(space.randn(torch.Generator().manual_seed(0)))
+        except Exception as error:
+            line = next(iter(str(error).splitlines()), "")
+            raise SpaceMismatchError(
+                f"expected A to take an element of {space}, but it raised {type(error).__name__}: {line}; check domain"
+            ) from error
+    leaves, _ = tree_flatten(result)
+    if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        raise SpaceMismatchError(
+            f"expected A to return a tensor or a pytree of tensors, got {type(result).__name__}: return tensors only"
+        )
+    return Space.of(result)
+
+
+_MOST_COLUMNS = 512  # largest real dimension for which the dense matrix is computed
+
+
+def reference_of(claim: Claim, seed: int) -> tuple[CheckedMap | None, LinearOperator | None]:
+    """Return a trusted adjoint with its operator: the derived one if it passes the test, else the dense one."""
+    operator = None
+    try:
+        operator = None if claim.derive is None else claim.derive()
+        if operator is not None and operator.codomain == claim.adjoint.space:
+            derived = CheckedMap(operator.H, claim.adjoint.space, claim.forward.space, "the derived adjoint")
+            test = DotTest(claim.forward, derived, exact=claim.exact, seed=seed + 1)
+            test.run(2, thorough=False)
+            if test.passed:
+                return derived, operator
+    except (SpaceMismatchError, NotDifferentiableError, NotLinearError, BrokenError):  # there is no derived adjoint
+        pass
+    try:
+        return _dense(claim.forward), None
+    except BrokenError:
+        return None, None
+
+
+def _dense(forward: CheckedMap) -> CheckedMap | None:
+    """Return the transpose of A's real matrix, computed column by column, if A is small."""
+    space, codomain = forward.space, forward.codomain
+    counts = [spec.numel * (2 if spec.is_complex else 1) for spec in space.specs]
+    if sum(counts) > _MOST_COLUMNS:
+        return None
+    columns = []
+    for number, spec in enumerate(space.specs):
+        for index in range(spec.numel):
+            for unit in (1.0, 1j) if spec.is_complex else (1.0,):
+                e = space.leaves(space.zeros())
+                e[number].view(-1)[index].fill_(unit)
+                columns.append(_coordinates(forward(e)))
+    matrix = torch.stack(columns)
+
+    def adjoint(v: Any) -> Any:
+        flat = matrix @ _coordinates(codomain.leaves(v))
+        leaves = []
+        for part, spec in zip(torch.split(flat, counts), space.specs, strict=True):
+            values = torch.view_as_complex(part.reshape(-1, 2).contiguous()) if spec.is_complex else part
+            leaves.append(values.reshape(spec.shape).to(spec.dtype))
+        return space.unflatten(leaves)
+
+    return CheckedMap(adjoint, codomain, space, "the dense adjoint")
+
+
+def _coordinates(leaves: Tensors) -> torch.Tensor:
+    return torch.cat([
+        (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1).double() for t in leaves
+    ])  # fmt: skip
+
+
+__all__ = ["Claim", "claim_of", "reference_of"]

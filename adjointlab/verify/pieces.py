@@ -1,0 +1,358 @@
+"""Mistakes with A's own pieces: its derived adjoint with a tensor or an operation changed, as functions of y.
+
+A knows the tensors that its function reads, with their names, and its adjoint as a program. A hand-written adjoint
+shows the tensors that it reads as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from adjointlab.operators import LinearOperator
+from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.runtime.derivation import Derivation
+from adjointlab.transpose.runtime.program import canonical
+from adjointlab.verify.checked_map import Tensors
+from adjointlab.verify.comparison import Change
+from adjointlab.verify.tape import Function, Tape, packet_of
+
+aten = torch.ops.aten
+_CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
+_SAME = {
+    aten._conj, aten.clone, aten.t, aten.transpose, aten.unsqueeze, aten.view, aten.expand, aten.view_as_real,
+    aten.select, aten.add, aten.sub,
+}  # fmt: skip
+# The last four stand for the parts of a complex kernel.
+_PRODUCTS = (aten.mm, aten.mv, aten.bmm, aten.addmm, aten.matmul)
+_FACTORS = {*_PRODUCTS, aten.mul, aten._fft_c2c, aten.roll}  # that are told apart by their order
+_PADDINGS = {"constant": "zero", "circular": "circular", "reflect": "reflecting", "replicate": "replicating"}
+
+
+class Mistake(NamedTuple):
+    """A mistake in words, and as a function of the leaves of y; ``turned`` is Aᴴ for i times the tensor at fault."""
+
+    words: str
+    function: Function
+    turned: Function | None = None
+
+
+@dataclass(frozen=True)
+class _State:
+    """One tensor that A reads: its place in the state, its name and value, and the kinds of operations that read it."""
+
+    index: int
+    name: str
+    value: Tensor
+    readers: frozenset[Any]
+
+
+def of_pieces(operator: LinearOperator, adjoint: Callable[..., Any]) -> Iterator[Mistake]:
+    """Yield the mistakes with the pieces of a derived operator, the likeliest first."""
+    # There are none if the operator is made of others, has no graph, or has changed since.
+    source = operator.source
+    derivation = None if source is None else source.nominal
+    values = None if derivation is None else derivation.state_now()
+    if source is None or derivation is None or not derivation.programs or values is None:
+        return
+    name = "adjoint" if operator.codomain == source.codomain and operator.domain == source.domain else "linear"
+    graph = derivation.graphs[name]
+    known = read_tensors(source.callable)
+    states = []
+    for index, (value, node) in enumerate(zip(values, graph.placeholders, strict=False)):
+        title = next((k for k, t in known.items() if t is value), derivation.state[index].name)
+        states.append(_State(index, f"`{title}`", value.detach(), frozenset(_readers(node))))
+    yield from _of_state(derivation, name, values, states, read_tensors(adjoint))
+    yield from _of_program(graph, values, states)
+    if name == "adjoint" and len(source.domain.specs) == 1:
+        yield from _of_padding(graph, values, source.domain.specs[0].shape)
+
+
+def read_tensors(function: Any, depth: int = 2) -> dict[str, Tensor]:
+    """Return the tensors that a Python function names: variables that it closes over, globals, defaults, attributes."""
+    while isinstance(function, (functools.partial, types.MethodType)):
+        function = function.func if isinstance(function, functools.partial) else function.__func__
+    if isinstance(function, nn.Module):
+        return {**dict(function.named_parameters()), **dict(function.named_buffers())}
+    if not isinstance(function, types.FunctionType):
+        return {}
+    names: dict[str, Any] = {
+        k: p.default for k, p in inspect.signature(function).parameters.items() if p.default is not p.empty
+    }
+    names |= {k: function.__globals__[k] for k in function.__code__.co_names if k in function.__globals__}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if cell != types.CellType():  # a cell that is not filled yet has no contents
+            names[name] = cell.cell_contents
+    found = {name: value for name, value in names.items() if isinstance(value, Tensor)}
+    for name, value in names.items() if depth else ():
+        if isinstance(value, (types.FunctionType, nn.Module)) and not isinstance(value, LinearOperator):
+            inner = read_tensors(value, depth - 1)
+            found |= {k if isinstance(value, types.FunctionType) else f"{name}.{k}": t for k, t in inner.items()}
+    return found
+
+
+def _readers(node: fx.Node) -> set[Any]:
+    """Return the operations that a tensor of the state reaches, up to the first on y."""
+    readers, pending = set(), list(node.users)
+    while pending:
+        user = pending.pop()
+        readers.add(packet_of(user))
+        pending += user.users if packet_of(user) in _SAME else ()
+    return readers
+
+
+# -- changed tensors -------------------------------------------------------------------------------------------------
+
+
+def _of_state(
+    derivation: Derivation, name: str, values: Tensors, states: list[_State], others: dict[str, Tensor]
+) -> Iterator[Mistake]:
+    """Yield the mistakes with single tensors, then with two and with all of them."""
+
+    def swapped(changes: dict[int, Tensor]) -> Function:
+        state = tuple(canonical(changes[k]) if k in changes else value for k, value in enumerate(values))
+        return lambda y: derivation.run(name, state, y)
+
+    changed = [s for s in states if s.value.is_floating_point() or s.value.is_complex()]
+    complexes = [s for s in changed if s.value.is_complex()]
+    for number in range(len(complexes), 1, -1):
+        for some in combinations(complexes, number) if number in {2, len(complexes)} else ():
+            names = ", ".join(s.name for s in some)
+            yield Mistake(f"conjugates missing: conjugate {names}", swapped({s.index: _conj(s.value) for s in some}))
+    for s in complexes:  # Aᴴ is linear or antilinear in a tensor, which its product with i shows
+        turned = swapped({s.index: 1j * s.value})
+        yield Mistake(f"conjugate missing: conjugate {s.name}", swapped({s.index: _conj(s.value)}), turned)
+    for s in changed:
+        for words, change in _changes(s):
+            value = change(s.value)
+            if value.shape == s.value.shape:
+                yield Mistake(words, swapped({s.index: value.contiguous()}))
+    for s, r in combinations(changed, 2):
+        if s.value.shape == r.value.shape and s.value.dtype == r.value.dtype:
+            words = f"factors in the wrong order: {s.name} and {r.name} exchanged"
+            yield Mistake(words, swapped({s.index: r.value, r.index: s.value}))
+    for title, other in others.items():
+        for s in changed:
+            same = f"`{title}`" != s.name and other.shape == s.value.shape and other.device == s.value.device
+            if same and (other.is_complex() <= s.value.is_complex()) and not any(other is r.value for r in states):
+                yield Mistake(
+                    f"reads `{title}` where A reads {s.name}", swapped({s.index: other.detach().to(s.value.dtype)})
+                )
+
+
+def _changes(s: _State) -> Iterator[tuple[str, Change]]:
+    """Yield the common mistakes with one tensor, in words and as changes of it."""
+    t = s.value
+    if s.readers & set(_CONVOLUTIONS) and t.ndim > 2:
+        yield from _of_kernel(s)
+        return
+    if t.ndim >= 2 and s.readers & set(_PRODUCTS):
+        yield f"matrix {s.name} not transposed", lambda t: t.mT
+        if t.is_complex():
+            yield f"matrix {s.name} neither transposed nor conjugated", lambda t: _conj(t.mT)
+        return
+    yield f"{s.name} is missing (a forgotten mask or weight)", torch.ones_like
+    if bool(t.all()):
+        yield f"divides by {s.name}: an inverse, not an adjoint", lambda t: 1 / _conj(t)
+    yield f"{s.name} is applied twice", lambda t: t * t
+    long = [d for d in range(t.ndim) if t.shape[d] > 1]
+    for d in long:
+        yield f"{s.name} is reversed along dim {d}", lambda t, d=d: t.flip(d)  # type: ignore[misc]
+    for dims in dict.fromkeys((tuple(long), tuple(long[-2:]))):
+        if dims:
+            shift = f"{s.name} is shifted by half its size along dim {' and '.join(map(str, dims))} (fftshift)"
+            yield shift, lambda t, dims=dims: torch.fft.fftshift(t, dims)  # type: ignore[misc]
+
+
+def _of_kernel(s: _State) -> Iterator[tuple[str, Change]]:
+    space = tuple(range(2, s.value.ndim))
+    exchanges: list[tuple[str, Change]] = [("", lambda t: t)]
+    exchanges += [("kernel's channels exchanged (in and out)", lambda t: t.transpose(0, 1))]
+    for i, j in combinations(space, 2):
+        exchanges.append((f"kernel transposed along dims {i} and {j}", lambda t, i=i, j=j: t.transpose(i, j)))  # type: ignore[misc]
+    conjugations: list[tuple[str, Change]] = [("", lambda t: t)]
+    if s.value.is_complex():
+        conjugations.append(("conjugate missing", _conj))
+    for count in (len(space), 0, *range(len(space) - 1, 0, -1)):
+        for some in combinations(space, count):
+            along = "" if count == len(space) else f" along dim {' and '.join(map(str, some))}"
+            for exchanged, exchange in exchanges if count in {0, len(space)} else exchanges[:1]:
+                for conjugated, conjugate in conjugations:
+                    flipped = f"kernel not flipped{along}" if some else ""
+                    words = ", ".join(text for text in (flipped, exchanged, conjugated) if text)
+                    if words and words != "conjugate missing":
+
+                        def change(
+                            t: Tensor,
+                            some: tuple[int, ...] = some,
+                            exchange: Change = exchange,
+                            conjugate: Change = conjugate,
+                        ) -> Tensor:
+                            return conjugate(exchange(t.flip(some)))
+
+                        yield f"{words} ({s.name})", change
+
+
+def _conj(t: Tensor) -> Tensor:
+    return t.conj().resolve_conj()
+
+
+# -- changed operations ----------------------------------------------------------------------------------------------
+
+
+def _of_program(graph: Graph, values: Tensors, states: list[_State]) -> Iterator[Mistake]:
+    """Yield the mistakes with single operations, then with their order."""
+    tape = Tape(graph, values)
+    names = {graph.placeholders[s.index]: s.name for s in states}
+    rolls = [n for n in tape.steps if packet_of(n) is aten.roll]
+    for node in tape.steps:
+        yield from _of_node(tape, node, names)
+    if len(rolls) > 1:
+        back = {node: {1: [-k for k, _ in _moves(node)]} for node in rolls}
+        words = _shift_words(rolls[0])
+        yield Mistake(f"{words} (all {len(rolls)} of them)", tape.changed(back))  # type: ignore[arg-type]
+        yield Mistake(f"all {len(rolls)} shifts are missing", tape.changed(dict.fromkeys(rolls)))
+    chain = tape.steps if all(tape.operand(n) is not None for n in tape.steps) and len(tape.graph.inputs) == 1 else []
+    shapes = {_meta(n) for n in (*chain, *tape.graph.inputs)}
+    if len(shapes) == 1 and len(chain) > 1 and tape.graph.outputs == [chain[-1]]:
+        for k in [k for k in range(len(chain) - 1) if {packet_of(n) for n in chain[k : k + 2]} <= _FACTORS]:
+            order = [*chain[:k], chain[k + 1], chain[k], *chain[k + 2 :]]
+            words = f"factors in the wrong order: {_title(chain[k], names)} and {_title(chain[k + 1], names)}"
+            yield Mistake(words, tape.reordered(order))
+        if len(chain) > 2 and {packet_of(n) for n in chain} <= _FACTORS:
+            yield Mistake("factors in the wrong order: all of them, last to first", tape.reordered(chain[::-1]))
+
+
+def _of_node(tape: Tape, node: fx.Node, names: dict[fx.Node, str]) -> Iterator[Mistake]:
+    packet, operand = packet_of(node), tape.operand(node)
+    if operand is None:
+        return
+    if packet is aten.roll:
+        yield Mistake(_shift_words(node), tape.changed({node: {1: [-k for k, _ in _moves(node)]}}))
+        yield Mistake(f"a shift by {_by(node)} is missing (roll, fftshift or ifftshift)", tape.changed({node: None}))
+    elif packet is aten.convolution_backward:
+        yield from _of_dilation(tape, node)
+    elif packet is aten.flip:
+        yield Mistake("a reversal is missing (flip)", tape.changed({node: None}))
+    elif packet is aten._conj:
+        yield Mistake("conjugate missing: of an intermediate result", tape.changed({node: None}))
+    elif packet is aten._fft_c2c:
+        wrong = {3: not node.args[3]}
+        yield Mistake("Fourier transform in the wrong direction (fft and ifft exchanged)", tape.changed({node: wrong}))
+    elif packet is aten.mul and _meta(operand) == _meta(node):
+        place = 1 if node.args[0] is operand else 0
+        factor = tape.known.get(node.args[place])  # type: ignore[arg-type]
+        title = _title(node, names)
+        if isinstance(factor, Tensor):
+            yield Mistake(f"{title} is missing (a forgotten mask or weight)", tape.changed({node: None}))
+            if factor.is_complex():
+                yield Mistake(f"conjugate missing: conjugate {title}", tape.changed({node: {place: _conj(factor)}}))
+
+
+def _of_dilation(tape: Tape, node: fx.Node) -> Iterator[Mistake]:
+    kernel: Any = node.args[2]
+    paddings, dilations = (list(node.args[k]) for k in (5, 6))  # type: ignore[arg-type]
+    for other in (1, 2, 3):
+        moves = [(other - d) * (k - 1) for d, k in zip(dilations, kernel.meta["val"].shape[2:], strict=True)]
+        found = [p + m // 2 for p, m in zip(paddings, moves, strict=True)]
+        if any(moves) and not any(m % 2 for m in moves) and min(found) >= 0:
+            words = f"dilation of {other} where A has {', '.join(map(str, dict.fromkeys(dilations)))}"
+            yield Mistake(words, tape.changed({node: {5: found, 6: [other] * len(found)}}))
+
+
+def _meta(node: fx.Node) -> tuple[Any, ...]:
+    value = node.meta.get("val")
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (None,)
+
+
+def _moves(node: fx.Node) -> list[tuple[int, int]]:
+    shifts, dims = node.args[1:3]
+    assert isinstance(shifts, (list, tuple))
+    assert isinstance(dims, (list, tuple))
+    return [(int(k), int(d)) for k, d in zip(shifts, dims, strict=True)]
+
+
+def _by(node: fx.Node) -> str:
+    return " and ".join(f"{abs(k)} along dim {d}" for k, d in _moves(node))
+
+
+def _shift_words(node: fx.Node) -> str:
+    shape = node.meta["val"].shape
+    half = all(abs(k) in {shape[d] // 2, (shape[d] + 1) // 2} for k, d in _moves(node))
+    why = " (fftshift and ifftshift exchanged)" if half else " (roll)"
+    return f"shifted by {_by(node)} in the wrong direction{why}"
+
+
+def _title(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    """Return the name of the tensor that an operation on y reads, or that of the operation."""
+    pending = list(node.all_input_nodes)
+    while pending:
+        operand = pending.pop()
+        if operand in names:
+            return names[operand]
+        if packet_of(operand) in _SAME:
+            pending += operand.all_input_nodes
+    packet = packet_of(node)
+    if packet is aten.mul:
+        return "a factor computed by A"
+    return "the Fourier transform" if packet is aten._fft_c2c else f"{getattr(packet, '__name__', 'an operation')}"
+
+
+# -- other padding modes ---------------------------------------------------------------------------------------------
+
+
+def _of_padding(graph: Graph, values: Tensors, shape: tuple[int, ...]) -> Iterator[Mistake]:
+    """Yield the adjoints of the last convolution for other padding modes; a convolution is A's first step."""
+    nodes = [n for n in graph.body.nodes if packet_of(n) is aten.convolution_backward and n.args[7] is False]
+    if not nodes:
+        return
+    node, tape = nodes[-1], Tape(graph, values)
+    stride, padding, dilation, groups = (node.args[k] for k in (4, 5, 6, 9))
+    assert isinstance(padding, list)
+    dims = len(padding)
+    primal = node.args[1].meta["val"].shape
+    padded = [n + 2 * p for n, p in zip(primal[2:], padding, strict=True)]
+    pads = [(n - m) // 2 for n, m in zip(padded, shape[-dims:], strict=True)]
+    if len(shape) < dims or not any(pads) or min(pads) < 0 or node not in tape.steps:
+        return
+    before = tape.steps[: tape.steps.index(node)]
+
+    images: dict[int, tuple[Tensors, Tensor]] = {}  # by draw, since the paddings share them
+
+    def full(y: Tensors) -> Tensor:
+        if id(y) in images:
+            return images[id(y)][1]
+        known = {**tape.known, **dict(zip(graph.inputs, map(canonical, y), strict=True))}
+        for step in before:
+            known[step] = tape.call(step, known)
+        grad, weight = (known[node.args[k]] for k in (0, 2))
+        empty = torch.zeros((*primal[:2], *padded), dtype=grad.dtype, device=grad.device)
+        none = [0] * dims
+        args = (grad, empty, weight, None, stride, none, dilation, False, none, groups, [True, False, False])
+        images[id(y)] = y, aten.convolution_backward(*args)[0]
+        return images[id(y)][1]
+
+    for mode, title in _PADDINGS.items():
+
+        def folded(y: Tensors, mode: str = mode) -> Tensors:
+            u = full(y)
+            sizes = [n - 2 * p for n, p in zip(u.shape[2:], pads, strict=True)]
+            with torch.enable_grad():
+                x = torch.zeros((*u.shape[:2], *sizes), dtype=u.dtype, device=u.device, requires_grad=True)
+                image = nn.functional.pad(x, [p for p in reversed(pads) for _ in range(2)], mode=mode)
+            return (torch.autograd.grad(image, x, u)[0].reshape(shape),)
+
+        small = [n - 2 * p for n, p in zip(padded, pads, strict=True)]
+        if mode == "constant" or all(p < n for p, n in zip(pads, small, strict=True)):
+            yield Mistake(f"wrong padding mode: the adjoint for {title} padding", folded)
+
+
+__all__ = ["Mistake", "of_pieces", "read_tensors"]
