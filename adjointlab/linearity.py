@@ -272,6 +272,10 @@ class _Numbers:
     def norm(self, y: Tensors) -> float:
         return float(self.codomain.norm(self.codomain.unflatten(y)))
 
+    def norms(self, y: Tensors) -> list[float]:
+        """Return the norm of each leaf, since a large one is to hide nothing in a small one."""
+        return [self.norm(_only(y, k)) for k in range(len(y))]
+
     @full_precision
     def counterexample(self) -> Counterexample | None:
         x, z = self.draw(self.domain), self.draw(self.domain)
@@ -280,33 +284,36 @@ class _Numbers:
         if not self.domain.every(all(bool(torch.isfinite(t).all()) for t in (*at_zero, *at_x, *at_z))):
             return Counterexample(_FINITE, float("nan"), 0.0, (x,))
         self.offset = self.norm(at_zero)
-        scale = self.norm(at_x) + self.norm(at_z) + self.offset
-        allowed = UNITS * self.codomain.eps * scale
-        again = self.norm(_minus(self.f(x, times=2), at_x))
-        if again > allowed:
-            return Counterexample(_DETERMINISM, again, allowed, (x,))
+        scales = [sum(sizes) for sizes in zip(*map(self.norms, (at_x, at_z, at_zero)), strict=True)]
+        rounding = UNITS * self.codomain.eps
+        for again, scale in zip(self.norms(_minus(self.f(x, times=2), at_x)), scales, strict=True):
+            if again > rounding * scale:
+                return Counterexample(_DETERMINISM, again, rounding * scale, (x,))
 
         eps = self.domain.eps
         nudged = tuple(t * (1 + eps * r) for t, r in zip(x, self.draw(self.domain), strict=True))
 
         def violated(law: str, left: Tensors, right: Tensors, size: float, *arguments: Any) -> Counterexample | None:
-            gap, bound = self.norm(_minus(left, right)), UNITS * self.codomain.eps * size
-            if gap > bound:  # cancellation inside? then the result moves as much when x moves by rounding
-                bound += 4 * UNITS * size / max(scale, 1e-300) * self.norm(_minus(self.f(nudged), at_x))
-            return None if gap <= bound else Counterexample(law, gap, bound, arguments)
+            gaps, bounds = self.norms(_minus(left, right)), [rounding * size * scale for scale in scales]
+            if any(gap > bound for gap, bound in zip(gaps, bounds, strict=True)):
+                # Cancellation inside? Then the result moves as much when x moves by rounding.
+                moved = self.norms(_minus(self.f(nudged), at_x))
+                bounds = [bound + 4 * UNITS * size * noise for bound, noise in zip(bounds, moved, strict=True)]
+            found = [pair for pair in zip(gaps, bounds, strict=True) if not pair[0] <= pair[1]]
+            return Counterexample(law, *found[0], arguments) if found else None
 
         a, b = 0.75, -0.5  # exact in every dtype
         combined = self.f(tuple(a * s + b * t for s, t in zip(x, z, strict=True)))
         rest = 1 - a - b
         right = tuple(a * s + b * t + rest * u for s, t, u in zip(at_x, at_z, at_zero, strict=True))
-        found = violated("f(αx + βz) = α f(x) + β f(z)" + self._offset(), combined, right, scale, x, z)
+        found = violated("f(αx + βz) = α f(x) + β f(z)" + self._offset(), combined, right, 1.0, x, z)
         far = safe_scale((*x, *at_x))
         for s in dict.fromkeys((-1.0, 2.0**-6, min(2.0**6, far), 1 / far, far)):
             if found is not None:
                 break
             left = self.f(tuple(s * t for t in x))
             right = tuple(s * t + (1 - s) * u for t, u in zip(at_x, at_zero, strict=True))
-            size = max(abs(s), 1.0) * scale if self.offset else abs(s) * scale
+            size = max(abs(s), 1.0) if self.offset else abs(s)
             found = violated(f"f({s:g} x) = {s:g} f(x)" + self._offset(), left, right, size, x)
         return found
 
@@ -327,28 +334,40 @@ class _Numbers:
     @full_precision
     def adjoint_agrees(self) -> bool:
         """Return whether ``Re⟨f(x) − f(0), y⟩ = Re⟨x, f'ᴴ y⟩`` for random x and y."""
-        for _ in range(3):
-            x, y = self.draw(self.domain), self.draw(self.codomain)
-            at_x = _minus(self.f(x), self.f(tuple(torch.zeros_like(t) for t in x)))
-            at_y = self.adjoint(y)
+        m, n = len(self.domain.specs), len(self.codomain.specs)
+        # A leaf at a time besides: a large one is to hide nothing in a small one.
+        alone = [*((j, None) for j in range(m)), *((None, k) for k in range(n))] if m > 1 or n > 1 else []
+        for j, k in [(None, None)] * 3 + alone:
+            x, y = _only(self.draw(self.domain), j), _only(self.draw(self.codomain), k)
+            at_x = _only(_minus(self.f(x), self.f(tuple(torch.zeros_like(t) for t in x))), k)
+            at_y = _only(self.adjoint(y), j)
             known = (DOT_UNITS * self.codomain.eps * self.offset, 0.0)  # f(x) is rounded before f(0) is subtracted
             gap, allowed = dot_gap(self.domain, self.codomain, x, at_x, y, at_y, exact=False, noise=known)
             if not gap <= allowed:
-                noise = self.noise(x, at_x, y, at_y)
+                noise = self.noise(x, at_x, y, at_y, j, k)
                 gap, allowed = dot_gap(self.domain, self.codomain, x, at_x, y, at_y, exact=False, noise=noise)
             if not gap <= allowed:
                 return False
         return True
 
-    def noise(self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors) -> tuple[float, float]:
-        """Return the measured rounding noise of both sides: of a function already known to be affine."""
+    def noise(
+        self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors, j: int | None, k: int | None
+    ) -> tuple[float, float]:
+        """Return the measured rounding noise of leaves of both sides: of a function already known to be affine."""
 
         def linear(z: Tensors) -> Tensors:
-            return _minus(self.f(z), self.f(tuple(torch.zeros_like(t) for t in z)))
+            return _only(_minus(self.f(z), self.f(tuple(torch.zeros_like(t) for t in z))), k)
 
         forward = rounding_noise(linear, self.domain, self.codomain, x, at_x)
-        backward = rounding_noise(self.adjoint, self.codomain, self.domain, y, at_y)
+        backward = rounding_noise(lambda v: _only(self.adjoint(v), j), self.codomain, self.domain, y, at_y)
         return SIGMAS * forward + DOT_UNITS * self.codomain.eps * self.offset, SIGMAS * backward
+
+
+def _only(leaves: Tensors, index: int | None) -> Tensors:
+    """Return leaves of which all but one are zero, the leaves themselves where none is chosen."""
+    if index is None or len(leaves) == 1:
+        return leaves
+    return tuple(t if i == index else torch.zeros_like(t) for i, t in enumerate(leaves))
 
 
 def _minus(a: Tensors, b: Tensors) -> Tensors:

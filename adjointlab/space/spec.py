@@ -90,6 +90,8 @@ class TensorSpec:
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
         """Return the spec of ``tensor``: its shape, dtype and device."""
+        if tensor.is_nested:
+            raise SpaceMismatchError("expected tensors of one size, got a nested tensor: pass a tuple of tensors")
         return cls(tuple(tensor.shape), tensor.dtype, tensor.device)
 
     @property
@@ -115,7 +117,12 @@ class TensorSpec:
         if tensor.device != self.device:
             return f"move it with .to({str(self.device)!r}), or the operator with A.to({str(tensor.device)!r})"
         if tensor.dtype != self.dtype:
-            return f"convert it with .to({self.dtype}), or the operator with A.to({tensor.dtype})"
+            also = (
+                f", or the operator with A.to({tensor.dtype})"
+                if tensor.is_floating_point() or tensor.is_complex()
+                else ""
+            )
+            return f"convert it with .to({self.dtype}){also}"
         if tensor.layout != torch.strided:
             return f"its layout is {tensor.layout}: pass a dense tensor, .to_dense()"
         return "reshape it, or build the operator for this shape (batch_dims=k leaves the first k sizes free)"

@@ -193,17 +193,20 @@ def _of_adjoint(
     several = len(candidate.domain.specs) > 1 or len(candidate.codomain.specs) > 1
     if not candidate.domain.every(not several):
         largest = max(norms, default=0.0) or 1.0
-        x_scales = tuple(_near(1.0 / (n or largest)) for n in norms)
-        y_scales = tuple(_near(1.0 / (n or 1.0)) for n in images[0].norms)
+        x_scales = tuple(_near(1.0 / (n or largest), s.dtype) for n, s in zip(norms, pair.domain.specs, strict=True))
+        y_scales = tuple(
+            _near(1.0 / (n or 1.0), s.dtype) for n, s in zip(images[0].norms, pair.codomain.specs, strict=True)
+        )
         even = Pair(pair.domain, pair.codomain, 24, 25, x_scales, y_scales)
         image = Sketch.of(candidate.linear(even.x), even.y)
         return _dot(candidate, even, image, candidate.adjoint(even.y), tol)
     return ""
 
 
-def _near(scale: float) -> float:
-    """Return a power of two close to a scale, within what every dtype holds."""
-    return 2.0 ** max(-12, min(12, round(math.log2(max(scale, 1e-300)))))
+def _near(scale: float, dtype: torch.dtype) -> float:
+    """Return a power of two close to a scale, within what products in a dtype hold."""
+    most = 12 if torch.finfo(dtype).max < 1e30 else 40
+    return 2.0 ** max(-most, min(most, round(math.log2(max(scale, 1e-300)))))
 
 
 def _dot(candidate: Candidate, pair: Pair, image: Sketch, at_y: Tensors, tol: float | None) -> str:

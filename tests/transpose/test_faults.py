@@ -373,6 +373,11 @@ class TestNothingBreaks:
         else:
             assert al.check_adjoint(al.linear_operator(f, SPACE)).passed
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+    def test_nested_domain(self):
+        with pytest.raises(SpaceMismatchError, match="nested"):
+            al.linear_operator(lambda x: 2 * x, torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+
     @pytest.mark.parametrize("f", [cached_in_a_global, lambda x: x * window(len(x))], ids=["global", "lru_cache"])
     def test_caches_hold_real_tensors(self, f):
         operator = al.linear_operator(f, al.TensorSpec((5,), DOUBLE))
@@ -440,3 +445,49 @@ class TestWhatAutogradCanDo:
             al.linear_operator(unseen, SPACE)
         for operator in (al.linear_operator(seen, SPACE), al.linear_operator(unseen, SPACE, derivative="forward")):
             torch.testing.assert_close(operator.H(ONES), seen(ONES).detach())
+
+
+class Image:
+    """Data with the spacing of its samples."""
+
+    def __init__(self, data, spacing):
+        self.data, self.spacing = data, spacing
+
+
+class TestLeavesAndObjects:
+    @ENGINES
+    @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("scale", [1e2, 1e4, 1e6, 1e7])
+    def test_a_large_leaf_hides_no_small_one(self, scale, dtype, engine):
+        domain = al.TensorSpec((50,), dtype)
+        with pytest.raises(NotLinearError, match="is not"):
+            al.linear_operator(lambda z: (scale * z, z.relu()), domain, engine=engine)
+        assert al.linear_operator(lambda z: (scale * z, z), domain, engine=engine).engine != "compiled"
+        assert al.linear_operator(lambda z: scale * z[0] + z[1], (domain, domain), engine=engine).engine != "compiled"
+
+    @ENGINES
+    def test_a_wrong_part_of_an_adjoint_is_found_beside_a_large_leaf(self, engine):
+        class Wrong(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, z):
+                return 1.0 * z
+
+            @staticmethod
+            def backward(ctx, v):
+                return -v
+
+        with pytest.raises(al.errors.NotDifferentiableError, match="the dot test fails"):
+            al.linear_operator(lambda z: (1e7 * z, Wrong.apply(z)), SPACE, engine=engine)
+        with pytest.raises(al.errors.NotDifferentiableError, match="the dot test fails"):
+            al.linear_operator(lambda z: 1e7 * z[0] + Wrong.apply(z[1]), (SPACE, SPACE), engine=engine)
+
+    def test_objects_with_other_attributes_are_other_elements(self):
+        operator = al.linear_operator(lambda image: image.data * image.spacing, Image(ONES, 2.0))
+        assert torch.equal(operator(Image(ONES, 2.0)), 2 * ONES)
+        with pytest.raises(SpaceMismatchError, match="expected x to be an element"):
+            operator(Image(ONES, 3.0))
+
+    def test_integers_are_no_reason_to_move_an_operator(self):
+        operator = al.linear_operator(lambda x: 2 * x, SPACE)
+        with pytest.raises(SpaceMismatchError, match=r"convert it with \.to\(torch\.float64\)$"):
+            operator(torch.ones(3, dtype=torch.int64))
