@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adjointlab.numerics import norm
 from adjointlab.verify.checked_map import CheckedMap, ExhaustedError, Tensors
 from adjointlab.verify.comparison import Candidate, Comparison, far, in_words, places, stacked, wide
 from adjointlab.verify.moves import Changes, changed, moved_result, moved_y
@@ -217,7 +218,12 @@ def _low_precision(comparison: Comparison) -> str:
 def _factor(comparison: Comparison) -> str:
     """``B = α Aᴴ``."""
     factor = comparison.fit(comparison.changed(), any_size=True)
-    return "" if factor is None else in_words("", factor)
+    if factor is None:
+        return ""
+    pairs = list(zip(comparison.found, comparison.expected, strict=True))
+    rest = norm(tuple(f - factor.real * e for f, e in pairs))
+    # A factor that leaves most of a small error as it is does not explain it.
+    return in_words("", factor) if 4 * rest <= norm(tuple(f - e for f, e in pairs)) else ""
 
 
 def _conjugate(comparison: Comparison) -> str:

@@ -367,6 +367,15 @@ def test_what_is_no_common_mistake_is_unrecognised(name: str) -> None:
     assert report.diagnosis.startswith("unrecognised: "), report.diagnosis
 
 
+def test_weights_that_differ_slightly_are_no_factor() -> None:
+    weight = random(400, dtype=R).abs() + 1
+    A = al.linear_operator(lambda x: weight * x, zeros(400, dtype=R))
+    slightly = 1 + 64 * 2.2e-16 * random(400, dtype=R, seed=1)
+    report = al.check_adjoint(A, lambda y: slightly * weight * y)
+    assert not report.passed
+    assert report.diagnosis.startswith("nearly right"), report.diagnosis
+
+
 def test_adjoints_that_write_to_their_argument_are_named() -> None:
     A = al.linear_operator(lambda x: 2 * x, zeros(5, dtype=R))
     for wrong in (lambda y: y.mul_(2), lambda y: (2 * y, y.zero_())[0]):
