@@ -344,22 +344,22 @@ class _Numbers:
             known = (DOT_UNITS * self.codomain.eps * self.offset, 0.0)  # f(x) is rounded before f(0) is subtracted
             gap, allowed = dot_gap(self.domain, self.codomain, x, at_x, y, at_y, exact=False, noise=known)
             if not gap <= allowed:
-                noise = self.noise(x, at_x, y, at_y, j, k)
+                noise = self.noise(x, at_x, y, at_y, leaf=(j, k))
                 gap, allowed = dot_gap(self.domain, self.codomain, x, at_x, y, at_y, exact=False, noise=noise)
             if not gap <= allowed:
                 return False
         return True
 
     def noise(
-        self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors, j: int | None, k: int | None
+        self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors, *, leaf: tuple[Any, Any]
     ) -> tuple[float, float]:
         """Return the measured rounding noise of leaves of both sides: of a function already known to be affine."""
 
         def linear(z: Tensors) -> Tensors:
-            return _only(_minus(self.f(z), self.f(tuple(torch.zeros_like(t) for t in z))), k)
+            return _only(_minus(self.f(z), self.f(tuple(torch.zeros_like(t) for t in z))), leaf[1])
 
         forward = rounding_noise(linear, self.domain, self.codomain, x, at_x)
-        backward = rounding_noise(lambda v: _only(self.adjoint(v), j), self.codomain, self.domain, y, at_y)
+        backward = rounding_noise(lambda v: _only(self.adjoint(v), leaf[0]), self.codomain, self.domain, y, at_y)
         return SIGMAS * forward + DOT_UNITS * self.codomain.eps * self.offset, SIGMAS * backward
 
 

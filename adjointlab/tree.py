@@ -68,12 +68,11 @@ def _alike(a: Any, b: Any) -> bool:
     """Return whether two objects hold the same, apart from tensors: a spacing, say."""
     if a is b or type(a) is not type(b):
         return a is b
-    plain: Any = object
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(_alike, a, b))
-    if type(a).__eq__ is plain.__eq__ and hasattr(a, "__dict__"):
+    if hasattr(a, "__dict__") and "__eq__" not in {name for kind in type(a).__mro__[:-1] for name in vars(kind)}:
         return _alike(vars(a), vars(b))
     same = a == b
     return same if isinstance(same, bool) else bool(getattr(same, "all", bool)())

@@ -463,7 +463,7 @@ class TestLeavesAndObjects:
         with pytest.raises(NotLinearError, match="is not"):
             al.linear_operator(lambda z: (scale * z, z.relu()), domain, engine=engine)
         assert al.linear_operator(lambda z: (scale * z, z), domain, engine=engine).engine != "compiled"
-        assert al.linear_operator(lambda z: scale * z[0] + z[1], (domain, domain), engine=engine).engine != "compiled"
+        assert al.linear_operator(lambda a, b: scale * a + b, (domain, domain), engine=engine).engine != "compiled"
 
     @ENGINES
     def test_a_wrong_part_of_an_adjoint_is_found_beside_a_large_leaf(self, engine):
@@ -479,7 +479,7 @@ class TestLeavesAndObjects:
         with pytest.raises(al.errors.NotDifferentiableError, match="the dot test fails"):
             al.linear_operator(lambda z: (1e7 * z, Wrong.apply(z)), SPACE, engine=engine)
         with pytest.raises(al.errors.NotDifferentiableError, match="the dot test fails"):
-            al.linear_operator(lambda z: 1e7 * z[0] + Wrong.apply(z[1]), (SPACE, SPACE), engine=engine)
+            al.linear_operator(lambda a, b: 1e7 * a + Wrong.apply(b), (SPACE, SPACE), engine=engine)
 
     def test_objects_with_other_attributes_are_other_elements(self):
         operator = al.linear_operator(lambda image: image.data * image.spacing, Image(ONES, 2.0))
