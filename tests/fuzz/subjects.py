@@ -24,6 +24,8 @@ class Subject(nn.Module):
     fixed: tuple[str, ...] = ()
     """Buffers that stay as they are."""
     is_picklable = True
+    is_costly = False
+    """Whether an operator of it takes long to make."""
 
     def example(self, dtype: torch.dtype) -> Any:
         return torch.zeros(self.shape, dtype=dtype)
@@ -44,6 +46,7 @@ class Convolutions(Subject):
     """Two convolutions in a row."""
 
     shape = (1, 2, 5, 4)
+    is_costly = True
 
     def __init__(self, rng: random.Random, dtype: torch.dtype) -> None:
         super().__init__()
@@ -311,6 +314,7 @@ class BatchedAffine(Batched):
     """The same with an offset, and two arguments."""
 
     affine = True
+    is_costly = True
 
     def example(self, dtype: torch.dtype) -> Any:
         return torch.zeros(2, 1, 6, dtype=dtype), torch.zeros(2, 3, dtype=dtype)
@@ -532,6 +536,7 @@ class Circular(Subject):
     """A large circular kernel, as Fourier transforms compute fast."""
 
     shape = (1, 1, 40, 40)
+    is_costly = True
     dtypes = (torch.float64,)
 
     def __init__(self, rng: random.Random, dtype: torch.dtype) -> None:
@@ -547,6 +552,7 @@ class Parametrized(Subject):
 
     shape = (1, 2, 5)
     is_picklable = False  # torch refuses
+    is_costly = True
 
     def __init__(self, rng: random.Random, dtype: torch.dtype) -> None:
         super().__init__()
@@ -560,7 +566,7 @@ class Closure:
     """A function that closes over a parameter, a tensor, a number and a list."""
 
     dtypes = (torch.float64, torch.complex128)
-    batch_dims, affine, shares, fixed = 0, False, True, ()
+    batch_dims, affine, shares, fixed, is_costly = 0, False, True, (), False
 
     def __init__(self, rng: random.Random, dtype: torch.dtype) -> None:
         parameter, tensor, scale, numbers = (

@@ -180,7 +180,7 @@ def made(number: int) -> Chain:
         wanted: list[str | None] = [*required, *[None] * (rng.randint(1, LONGEST) - len(required))]
         rng.shuffle(wanted)
         domain = drawn_domain(rng)
-        engine = "eager" if rng.random() < (0.5 if required else 0.2) else "auto"
+        engine = "eager" if rng.random() < (0.75 if required else 0.2) else "auto"
         chain = Chain(number, domain, engine=engine, is_module=rng.random() < 0.3)
         leaves = flat(domain)
         chain.shape = numbered(domain, itertools.count())
@@ -368,7 +368,7 @@ def test_operators_are_the_matrices_of_their_functions():
     assert not failures, "\n".join([f"{len(failures)} of {OPERATORS} operators are wrong:", *failures[:MOST_REPORTED]])
     if FIRST == 0 and len(TABLE) <= OPERATORS * TOGETHER:
         assert not TABLE.keys() - used.keys()
-        assert engines["traced"] > OPERATORS / 4, engines
+        assert engines["traced"] > OPERATORS / 8, engines
 
 
 def test_the_table_is_large():
