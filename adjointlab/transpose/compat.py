@@ -209,6 +209,29 @@ def sources_forgotten() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def scripts_refused() -> Iterator[None]:
+    """Raise where TorchScript is called with tensors without values: it would read them, and end the process."""
+    kinds = (torch._C.ScriptFunction, torch._C.ScriptMethod)
+    originals = [vars(kind)["__call__"] for kind in kinds]
+
+    def guarded(original: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch._C._len_torch_dispatch_stack() and torch._guards.detect_fake_mode() is not None:
+                raise RefusedError("it calls TorchScript, which takes no tensors without values")
+            return original.__get__(self)(*args, **kwargs)
+
+        return call
+
+    try:
+        for kind, original in zip(kinds, originals, strict=True):
+            kind.__call__ = guarded(original)  # type: ignore[method-assign]
+        yield
+    finally:
+        for kind, original in zip(kinds, originals, strict=True):
+            kind.__call__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep torch from logging what it cannot trace: the reason goes into the explanation, and is no error."""
     logs = [logging.getLogger(name) for name in _LOGS]
@@ -225,5 +248,5 @@ def quiet() -> Iterator[None]:
 __all__ = [
     "FakeTensor", "FakeTensorMode", "RefusedError", "_disable_current_modes", "captured", "differentiated",
     "get_proxy_mode", "is_forward_mode", "is_nested_forward_mode", "is_transformed", "is_wrapped",
-    "make_fx", "plain", "quiet", "sources_forgotten",
+    "make_fx", "plain", "quiet", "scripts_refused", "sources_forgotten",
 ]  # fmt: skip

@@ -357,6 +357,13 @@ class TestNothingBreaks:
         operator = al.linear_operator(f, (3,))
         assert torch.equal(operator.H(torch.ones(3)), f(torch.ones(3)))
 
+    def test_scripted_code_that_cannot_be_traced(self):
+        size = torch.tensor(3)
+        operator = al.linear_operator(lambda x: scripted(x) if size > 2 else x, (3,))
+        assert operator.engine == "eager"
+        assert "it calls TorchScript" in operator.explain()
+        assert torch.equal(operator.H(torch.ones(3)), torch.tensor([1.0, 2.0, 3.0]))
+
     @pytest.mark.parametrize(
         "f",
         [

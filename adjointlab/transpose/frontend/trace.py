@@ -135,7 +135,7 @@ def _make(function: Callable[..., Any], arguments: Sequence[Tensor], values: _Va
             return function(*tensors)
 
     try:
-        with compat.quiet():
+        with compat.quiet(), compat.scripts_refused():
             module = compat.make_fx(
                 watched, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
             )(*arguments)
@@ -191,7 +191,7 @@ def hides(captured: Capture, specs: Sequence[TensorSpec]) -> tuple[str, ...]:
     for tensor, like in zip(state, real, strict=True):
         tensor.requires_grad_(like.requires_grad)
     try:
-        with compat.quiet(), fake, torch.enable_grad():
+        with compat.quiet(), compat.scripts_refused(), fake, torch.enable_grad():
             leaves = [torch.empty(s.shape, dtype=s.dtype, device=s.device, requires_grad=True) for s in specs]
             values = _Values()
             with _Memory(values), mode:
