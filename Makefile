@@ -66,8 +66,13 @@ $(INTEROP_STAMP): pyproject.toml $(INTEROP_CONSTRAINTS)
 		-e '.[dev,demo]' deepinv==0.5.0 mrpro==0.261015 pylops==2.8.0 pyproximal==0.13.0 torchkbnufft==1.5.2
 	@touch $@
 
-interop: $(INTEROP_STAMP) ## Run all tests beside deepinv and mrpro, on the second supported torch, in .venv-interop
-	$(ONE_THREAD) $(INTEROP_BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal -m "not packaging" $(ARGS)
+# All of what depends on the version of torch or needs the other libraries; of the rest, the quick part.
+ON_TORCH := tests/transpose tests/interop tests/adapters tests/test_docs.py
+
+interop: $(INTEROP_STAMP) ## Run the tests beside deepinv and mrpro, on the second supported torch, in .venv-interop
+	$(ONE_THREAD) $(INTEROP_BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal $(ON_TORCH) $(ARGS)
+	$(ONE_THREAD) $(INTEROP_BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal --quick \
+		-m "not packaging" $(ON_TORCH:%=--ignore=%) $(ARGS)
 
 # What only the benchmarks need: JAX, and all that they compare with.
 $(BENCH_STAMP): $(STAMP)

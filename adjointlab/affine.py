@@ -144,7 +144,7 @@ def _arguments(source: Transposition) -> tuple[Any, ...]:
 
 
 def _rebuild(function: Callable[..., Any], domain: Space, options: dict[str, Any]) -> AffineOperator:
-    return affine_operator(function, domain, check=False, **options)
+    return affine_operator(function, domain, **options)
 
 
 def _rebuild_linear(*arguments: Any) -> LinearOperator:

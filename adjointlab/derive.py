@@ -106,7 +106,7 @@ def options_of(source: Transposition) -> dict[str, Any]:
     return {
         "batch_dims": source.domain.batch_dims, "kwargs": source.kwargs, "engine": options.requested,
         "lowering": options.lowering, "autotune": options.autotune, "derivative": options.derivative,
-        "tol": options.tol,
+        "tol": options.tol, "check": options.check,
     }  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def from_source(source: Transposition, recipe: Recipe) -> LinearOperator:
 
 
 def _rebuild(function: Callable[..., Any], domain: Space, options: dict[str, Any]) -> LinearOperator:
-    return linear_operator(function, domain, check=False, **options)
+    return linear_operator(function, domain, **options)
 
 
 def require_linear(source: Transposition, derivation: Derivation, domain: Space) -> None:

@@ -204,7 +204,7 @@ class Transposition:
         if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves) or not compat.plain():
             return None  # for the parts to refuse, one after the other
         derivation, state = self._current(given[0])
-        if not derivation.programs or compat.differentiated((*leaves, *state)):
+        if not derivation.programs or derivation.of_storage or compat.differentiated((*leaves, *state)):
             return None
         program = derivation.gradient(weight is not None, residual)
         if program is None:

@@ -43,7 +43,7 @@ from adjointlab.transpose.runtime import autodiff
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.linked import Linked
-from adjointlab.transpose.runtime.program import Program
+from adjointlab.transpose.runtime.program import Program, of_storage
 from adjointlab.transpose.selfcheck import Candidate, Sketch
 
 ENGINES = ("auto", "eager", "traced", "compiled")
@@ -215,6 +215,7 @@ def assemble(
     derivation = Derivation(
         explanation, {}, {name: (programs[name], linked[name]) for name in programs}, graphs.holds, state,
         tuple(metadata_of(source.read()) for source in state), graphs.forward.specialized, graphs.mapping(),
+        of_storage=any(map(of_storage, graphs.mapping().values())),
         is_doubtful=bool(graphs.adjoint.readers) or (not options.affine and adds_state(graphs.forward)),
     )  # fmt: skip
     return replace(

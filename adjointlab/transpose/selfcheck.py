@@ -243,6 +243,8 @@ def _dot(candidate: Candidate, pair: Pair, image: Sketch, at_y: Tensors, tol: fl
 
 
 def _total(space: Space, number: float) -> float:
+    if not space.is_sharded:
+        return number
     terms = [torch.tensor(number if i == 0 else 0.0, dtype=torch.float64) for i in range(len(space.specs))]
     return float(space.total(terms))
 

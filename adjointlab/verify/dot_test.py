@@ -17,6 +17,7 @@ from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors, stru
 # measured noise. So measured noise counts twice, up to _UNSEEN eps. Cancellation exceeds that, and half-precision
 # functions compute weights in single precision, so neither needs the factor.
 _UNSEEN, _HALF = 4, 1e-4
+_HIDDEN = 0.02  # of a result: with more noise, a function is not linear, or its result has no correct digits
 
 
 class DotTest:
@@ -100,8 +101,21 @@ class DotTest:
                 if image is None:  # the scaled pair may overflow, as it always may in half precision
                     return
                 far.append(image)
+            # Of the operator alone: it says what is right, where the adjoint may drop small numbers.
+            if power < 0 and self._is_hidden(self.forward, x, power):
+                self.notes.append(f"not compared at 2^{power}: rounding of larger numbers inside hides the result")
+                continue
             name = f"random pair 0, Ax at 2^{power} x and By at 2^{power} y"
             self._compare(name, x, far[0], y, far[1], random=(True, True), count=False)
+
+    def _is_hidden(self, side: CheckedMap, z: Tensors, power: int) -> bool:
+        """Return whether a result far below one has no correct digits, by rounding that is no larger than at one."""
+        small = tuple(t * 2.0**power for t in z)
+        image = side(small)
+        noise = rounding_noise(side, side.space, side.codomain, small, image)
+        if noise <= _HIDDEN * norm(image, side.codomain):
+            return False
+        return noise <= 2 * rounding_noise(side, side.space, side.codomain, z, side(z))
 
     def _run_other_batch(self) -> None:
         """Compare a pair of another batch size, to detect an adjoint that works for one size only."""
@@ -210,7 +224,7 @@ class DotTest:
             backward = self._noise_of(self.adjoint, y, at_y, random=random)
         except BrokenError:
             return None
-        most = max(0.02, 32 * self.eps)  # larger noise: the function is not linear, or has no correct digits
+        most = max(_HIDDEN, 32 * self.eps)
         sizes = self._typical(norms)
         if forward > most * sizes[0] or backward > most * sizes[1]:
             return None

@@ -1,6 +1,8 @@
 """Faults that reviews found, each with the right value: what an operator depends on, crashes, and what was refused."""
 
+import copy
 import functools
+import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -498,3 +500,65 @@ class TestLeavesAndObjects:
         operator = al.linear_operator(lambda x: 2 * x, SPACE)
         with pytest.raises(SpaceMismatchError, match=r"convert it with \.to\(torch\.float64\)$"):
             operator(torch.ones(3, dtype=torch.int64))
+
+
+def scattered(x):
+    return torch.as_strided_scatter(x.new_zeros(6), x, (3,), (2,), 1)
+
+
+@ENGINES
+class TestFoundByFuzzing:
+    @pytest.mark.parametrize("again", [copy.deepcopy, lambda A: pickle.loads(pickle.dumps(A))], ids=["copy", "pickle"])
+    def test_copies_are_judged_as_well(self, again, engine):
+        module = nn.Sequential(nn.Dropout(), nn.Linear(64, 4, bias=False)).eval()
+        operator = again(al.linear_operator(module, (64,), engine=engine))
+        operator.module.train()
+        with pytest.raises(NotLinearError, match="has changed"):
+            operator(torch.ones(64))
+
+    @pytest.mark.parametrize("f", [scattered, lambda x: x.as_strided((2,), (1,), 1)], ids=["scatter", "view"])
+    def test_views_into_a_larger_memory(self, f, engine):
+        operator = al.linear_operator(f, SPACE, engine=engine)
+        for side in (operator, operator.H):
+            size = side.domain.specs[0].shape[0]
+            rows = torch.randn(2, size, dtype=DOUBLE)
+            torch.testing.assert_close(side(rows[1]), side(rows[1].clone()), rtol=0, atol=0)
+        assert al.check_adjoint(operator).passed
+
+    def test_a_few_random_numbers_are_not_the_same_by_chance(self, engine):
+        for seed in range(40):
+            torch.manual_seed(seed)
+            with pytest.raises(NotLinearError, match="random"):
+                al.linear_operator(nn.Dropout(), al.TensorSpec((4,), DOUBLE), engine=engine)
+
+    def test_what_cancels_a_constant_is_linear(self, engine):
+        net = nn.Linear(5, 4, dtype=DOUBLE)
+        operator = al.linear_operator(
+            lambda x: net(x) - net(torch.zeros_like(x)), al.TensorSpec((5,), DOUBLE), engine=engine
+        )
+        torch.testing.assert_close(operator.H(torch.ones(4, dtype=DOUBLE)), net.weight.sum(0))
+
+    def test_complex_zeros_written_in_place(self, engine):
+        def f(x):
+            y = 2 * x
+            y[-1].zero_()
+            return y
+
+        operator = al.linear_operator(f, al.TensorSpec((3, 2), torch.complex128), engine=engine)
+        assert operator.engine == ("traced" if engine == "auto" else engine)
+        assert al.check_adjoint(operator).passed
+
+    def test_what_normalises_inside_is_linear(self, engine):
+        blur = nn.Conv2d(1, 1, 3, bias=False)
+
+        def f(x):
+            return (blur(0.2 * x + 0.5) - blur(torch.full_like(x, 0.5))) / 0.2
+
+        operator = al.linear_operator(f, (1, 1, 16, 16), engine=engine)
+        assert al.check_adjoint(operator).passed
+        wrong = operator.H
+
+        def off(y):
+            return wrong(y) * 1.001
+
+        assert not al.check_adjoint(operator, adjoint=off).passed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from adjointlab.transpose.graph.edit import call, clean, copied
+from adjointlab.transpose.graph.edit import call, clean, copied, zeros
 from adjointlab.transpose.graph.ir import Graph
 
 aten = torch.ops.aten
@@ -28,6 +28,9 @@ def normalise(whole: Graph, *, detached: bool = True) -> Graph:
                 if value.meta["val"].shape != target.shape:
                     value = call(graph, aten.expand.default, value, list(target.shape))
             node.replace_all_uses_with(value)
+        elif node.target is aten.zero.default:  # which autograd does not differentiate where numbers are complex
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(zeros(graph, node.meta["val"]))
         elif node.target in _SCATTERS and node.meta["val"].is_complex():
             _scatter_as_cat(graph, node)
         elif (

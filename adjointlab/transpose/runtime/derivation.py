@@ -12,7 +12,7 @@ from torch import Tensor
 from adjointlab.transpose import compat
 from adjointlab.transpose.explanation import Explanation
 from adjointlab.transpose.graph.ir import Graph, Source
-from adjointlab.transpose.runtime.program import Program, Tensors, canonical
+from adjointlab.transpose.runtime.program import Program, Tensors, at_start, canonical
 
 Linked = Callable[..., Tensors]
 GONE = (KeyError, IndexError, AttributeError, TypeError)  # raised where what held a tensor holds none any more
@@ -36,6 +36,7 @@ class Derivation:
     gradient: Callable[[bool, bool], Program | None] = lambda *_: None
     # The state to what the adjoint multiplies spectra with, None where it does anything else.
     multiplier: Callable[[Tensors], Tensor | None] = lambda _: None
+    of_storage: bool = False  # whether programs read memory from where a tensor starts, and not by indices
     is_doubtful: bool = False  # whether the map may be linear only for the values that its state has
     checked: bool = False  # whether the functions were compared with the user's forward, and with each other
 
@@ -59,6 +60,8 @@ class Derivation:
         if not self.programs:
             return self.eager[name](leaves)
         program, linked = self.programs[name]
+        if self.of_storage:
+            leaves = tuple(map(at_start, leaves))
         tensors = (*state, *map(canonical, leaves))
         return program.run(*tensors) if compat.plain() and not compat.differentiated(tensors) else linked(*tensors)
 

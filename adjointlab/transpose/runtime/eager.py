@@ -88,6 +88,8 @@ class Eager:
 
     def adjoint(self, cotangents: Tensors) -> Tensors:
         """Return ``f'(1)ᴴ v`` by the plain eager vector-Jacobian product: at zero, a function may do otherwise."""
+        if compat.plain():  # torch's own derivative of as_strided reads from the start of the memory
+            cotangents = tuple(c.clone() if c.storage_offset() else c for c in cotangents)
         k = self.domain.batch_dims
         batch = cotangents[0].shape[:k]
         primals = tuple(torch.ones((*batch, *s.shape[k:]), dtype=s.dtype, device=s.device) for s in self.domain.specs)

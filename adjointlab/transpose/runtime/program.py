@@ -25,6 +25,20 @@ def canonical(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
+aten = torch.ops.aten
+_OF_STORAGE = {aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default}
+
+
+def of_storage(graph: Graph) -> bool:
+    """Return whether a graph reads tensors by places in their memory, and not by indices."""
+    return any(node.target in _OF_STORAGE for node in graph.body.nodes)
+
+
+def at_start(tensor: Tensor) -> Tensor:
+    """Return the tensor at the start of its memory, which is where a traced one was."""
+    return tensor.clone() if compat.plain() and tensor.storage_offset() else tensor
+
+
 class Program:
     """A callable ``(*state, *inputs) → outputs`` that equals its graph.
 
