@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from parallel import ENGINES, alike, assert_equals_single, mesh_of, seeded
+from parallel import ENGINES, alike, assert_close, assert_equals_single, assert_same_everywhere, mesh_of, seeded
 from processes import Group
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -139,6 +142,45 @@ def gradients_and_second_adjoints(size: int) -> None:
 
 def test_derivatives_of_derivatives(group: Group) -> None:
     group.run(gradients_and_second_adjoints, group.size)
+
+
+def gradients_beside_a_slow_process(size: int) -> None:
+    rank, shape = torch.distributed.get_rank(), (1, 1, 12, 8, 8)
+    options = {"kernel_size": 3, "padding": 1, "padding_mode": "circular"}
+    module, busy = module_of(shape, options, torch.float32), threading.Event()
+    space = distributed.space(shape, mesh_of(size), [Shard(2)], dtype=torch.float32)
+    pause = random.Random(rank)
+
+    def disturb() -> None:
+        numbers = torch.randn(64, 64)
+        while not busy.is_set():
+            numbers = torch.tanh(numbers @ numbers)
+            time.sleep(pause.random() / 500)
+
+    threads = [threading.Thread(target=disturb) for _ in range(2 * rank)]
+    for thread in threads:
+        thread.start()
+    try:
+        A = distributed.convolution(module, space)
+        single = al.linear_operator(module, al.TensorSpec(shape, torch.float32))
+        x, y = single.domain.randn(seeded(1)), single.codomain.randn(seeded(2))
+        F = al.LeastSquares(A, distributed.shard(y, A.codomain))
+        G = al.LeastSquares(single, y)
+        z = distributed.shard(x, space)
+        for step in range(200):
+            gradient = F.gradient(z)
+            if step % 20 == 0:
+                assert_close(distributed.gather(gradient, space), G.gradient(distributed.gather(z, space)))
+            z = z - 1e-3 * gradient
+        assert_same_everywhere(space.norm(z), mesh_of(size))
+    finally:
+        busy.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_slow_process_changes_no_number_of_messages(groups: Callable[[int], Group]) -> None:
+    groups(2).run(gradients_beside_a_slow_process, 2)
 
 
 def refusals(size: int) -> None:

@@ -164,3 +164,10 @@ def test_what_a_forward_keeps_for_later_has_values(front_end: bool) -> None:
     for tensor in (module.mask, module.last, module.kept["ramp"]):
         assert type(tensor) is torch.Tensor
     assert module.mask.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_what_is_kept_for_batch_sizes_is_bounded() -> None:
+    operator = al.linear_operator(lambda x: x.cumsum(-1), (1, 3), batch_dims=1)
+    for size in range(1, 60):
+        assert torch.equal(operator(torch.ones(size, 3))[-1], torch.tensor([1.0, 2.0, 3.0]))
+    assert len(operator.source._derivations) <= 17
