@@ -34,7 +34,7 @@ from adjointlab.transpose.kernels.select import Chooser, choose, suits_transform
 from adjointlab.transpose.passes import convolutions
 from adjointlab.transpose.passes.compose import adds_state, linear_part, residual_and_gradient
 from adjointlab.transpose.passes.convolutions import kernels_of
-from adjointlab.transpose.passes.drop_forward import Adjoint, cut_off, drop_forward, ops
+from adjointlab.transpose.passes.drop_forward import Adjoint, choices_named, cut_off, drop_forward, ops
 from adjointlab.transpose.passes.fuse_slices import fuse_slices
 from adjointlab.transpose.passes.normalise import normalise
 from adjointlab.transpose.passes.own_outputs import own_outputs
@@ -119,7 +119,7 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     apart = linear is not forward and adjoint.of_state is not None
     of_state = adjoint_of(forward).of_state if apart else adjoint.of_state
     explanation = Explanation(
-        "traced", options.requested, readers=adjoint.readers, ops_before=adjoint.ops_before, cut=cut_off(forward),
+        "traced", options.requested, readers=choices_named(adjoint.readers, forward), ops_before=adjoint.ops_before, cut=cut_off(forward),
         hidden=hides(captured, domain.specs), partly=captured.partly, is_stateful=captured.is_stateful,
     )  # fmt: skip
     return Graphs(forward, linear, adjoint, of_state, captured.holds, explanation)

@@ -463,6 +463,41 @@ class Image:
         self.data, self.spacing = data, spacing
 
 
+class TestMessages:
+    @pytest.mark.parametrize(
+        ("f", "name"),
+        [
+            (lambda x: x.clamp(0, 1), "clamp"),
+            (torch.nn.functional.hardtanh, "hardtanh"),
+            (torch.relu, "threshold_backward"),
+        ],
+        ids=["clamp", "hardtanh", "relu"],
+    )
+    def test_the_operation_is_named_as_it_was_written(self, f, name):
+        with pytest.raises(NotLinearError, match=f"depends on the input through {name}"):
+            al.linear_operator(f, SPACE)
+
+    def test_repeated_indices_are_named(self):
+        index = torch.tensor([0, 0, 1])
+
+        def f(x):
+            out = torch.zeros(2, dtype=DOUBLE)
+            out[index] = x
+            return out
+
+        with pytest.raises(al.errors.NotDifferentiableError, match="an assignment to indices that repeat"):
+            al.linear_operator(f, SPACE)
+
+    def test_out_is_named(self):
+        def f(x):
+            out = torch.empty_like(x)
+            torch.mul(x, 2, out=out)
+            return out
+
+        with pytest.raises(al.errors.NotDifferentiableError, match=r"out=.* arguments don't support"):
+            al.linear_operator(f, SPACE)
+
+
 class TestLeavesAndObjects:
     @ENGINES
     @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16], ids=str)

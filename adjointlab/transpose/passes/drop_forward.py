@@ -105,6 +105,17 @@ def drop_forward(whole: Graph, n_primals: int) -> Adjoint:
     return Adjoint(vjp, of_state, readers, before, ops(vjp))
 
 
+# Their derivatives choose between numbers, by "where".
+_CHOICES = {"clamp", "clamp_min", "clamp_max", "hardtanh", "hardshrink", "maximum", "minimum", "fmax", "fmin"}
+
+
+def choices_named(readers: tuple[str, ...], forward: Graph) -> tuple[str, ...]:
+    """Return readers with the operation of the forward, as its user wrote it, for what its derivative chooses by."""
+    written = [op_name(node.target) for node in forward.body.nodes if node.op == "call_function"]
+    chosen = () if "where" in written else tuple(name for name in written if name in _CHOICES)
+    return tuple(dict.fromkeys(name for reader in readers for name in ((reader == "where" and chosen) or (reader,))))
+
+
 def ops(graph: Graph) -> Counter[str]:
     """Count the ops of a graph by name; what only stands for a shape is none."""
     return Counter(
