@@ -119,7 +119,8 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     apart = linear is not forward and adjoint.of_state is not None
     of_state = adjoint_of(forward).of_state if apart else adjoint.of_state
     explanation = Explanation(
-        "traced", options.requested, readers=choices_named(adjoint.readers, forward), ops_before=adjoint.ops_before, cut=cut_off(forward),
+        "traced", options.requested, readers=choices_named(adjoint.readers, forward), ops_before=adjoint.ops_before,
+        cut=cut_off(forward),
         hidden=hides(captured, domain.specs), partly=captured.partly, is_stateful=captured.is_stateful,
     )  # fmt: skip
     return Graphs(forward, linear, adjoint, of_state, captured.holds, explanation)
