@@ -167,6 +167,23 @@ class TestTensorsAreReadWhereTheyAreHeld:
             with pytest.raises(SpaceMismatchError, match="was replaced"):
                 operator(ONES)
 
+    @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+    @pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo], ids=str)
+    def test_sparse_buffers_are_read_where_they_are_held(self, layout):
+        class Projection(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("matrix", torch.eye(3, dtype=DOUBLE).to_sparse(layout=layout))
+
+            def forward(self, x):
+                return (self.matrix @ x.unsqueeze(-1)).squeeze(-1)
+
+        module = Projection()
+        operator = al.linear_operator(module, SPACE)
+        assert torch.equal(operator.H(ONES), ONES)
+        module.matrix = (2 * torch.eye(3, dtype=DOUBLE)).to_sparse(layout=layout)
+        assert torch.equal(operator.H(ONES), 2 * ONES)
+
     def test_numbers_read_from_a_buffer_are_compared_under_a_dispatch_mode(self):
         class Scaled(nn.Module):
             def __init__(self):

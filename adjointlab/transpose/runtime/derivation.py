@@ -78,7 +78,8 @@ class Derivation:
 def metadata_of(tensor: Tensor) -> tuple[Any, ...]:
     """Return all that a program assumes of a tensor besides its values."""
     lazy = tensor.is_conj(), tensor.is_neg()
-    return tensor.requires_grad, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, lazy
+    strides = tensor.stride() if tensor.layout is torch.strided else tensor.layout
+    return tensor.requires_grad, tensor.shape, strides, tensor.dtype, tensor.device, lazy
 
 
 def _as_before(tensor: Any, metadata: tuple[Any, ...]) -> bool:
