@@ -47,7 +47,7 @@ class Counterexample:
 
 @dataclass(frozen=True)
 class LinearityReport:
-    """What is known about the linearity of a map; made by :func:`check_linearity`.
+    """The report on the linearity of a map, with its evidence; made by :func:`check_linearity`.
 
     Attributes
     ----------
@@ -226,7 +226,7 @@ def _assess(map_: Transposition, derivation: Derivation, numbers: _Numbers) -> L
 
 
 def _of_graph(map_: Transposition, derivation: Derivation) -> tuple[list[str], tuple[str, ...]]:
-    """Return what the graph of the derivative says, in words, and the names of what reads the input."""
+    """Return the evidence that the graph of the derivative gives, in words, and the operations that read the input."""
     explanation, evidence = derivation.explanation, []
     reads = explanation.readers or ()
     if explanation.independent:
@@ -289,7 +289,8 @@ class _Numbers:
         rounding = UNITS * self.codomain.eps
         before = torch.get_rng_state()
         twice = self.f(x, times=2)
-        if not torch.equal(before, torch.get_rng_state()):  # a few numbers may be drawn alike by chance
+        # A few numbers may be drawn alike by chance. All processes call alike, whichever of them has drawn.
+        if not self.domain.every(torch.equal(before, torch.get_rng_state())):
             twice = max((self.f(x) for _ in range(_DRAWS)), key=lambda y: self.norm(_minus(y, at_x)))
         for again, scale in zip(self.norms(_minus(twice, at_x)), scales, strict=True):
             if again > rounding * scale:

@@ -78,7 +78,7 @@ class Problem:
 
     @property
     def factor(self) -> float:
-        """What a vector is multiplied with to get x."""
+        """The factor that turns a vector of the scaled problem into x."""
         return self.gain / self.unit
 
     @property

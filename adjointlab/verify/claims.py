@@ -1,4 +1,4 @@
-"""What is claimed of two maps: that one is the adjoint of the other; and a trusted adjoint to compare it with."""
+"""The claim that one map is the adjoint of another, and a trusted adjoint to compare it with."""
 
 from __future__ import annotations
 

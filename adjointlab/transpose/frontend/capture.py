@@ -73,7 +73,7 @@ def capture(
     function: Callable[..., Any], kwargs: dict[str, Any], domain: Space, modules: tuple[nn.Module, ...],
     call: Callable[[], Any] = lambda: None,
 ) -> Capture:  # fmt: skip
-    """Return what a function on a domain depends on; ``call`` runs it once for real, as PyTorch's front end does."""
+    """Find all that a function on a domain depends on; ``call`` runs it once for real, as PyTorch's front end does."""
     try:
         with guards.attributes_kept(modules):
             captured = _by_compiler(function, kwargs, domain)
