@@ -6,10 +6,9 @@ function depends on besides tensors. A call takes the first whose guards hold. W
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,7 +25,6 @@ from adjointlab.transpose.frontend import guards
 from adjointlab.transpose.frontend.capture import Tensors, capture
 from adjointlab.transpose.frontend.outputs import require_outputs, space_of
 from adjointlab.transpose.frontend.trace import UntraceableError
-from adjointlab.transpose.graph.ir import Source
 from adjointlab.transpose.kernels.convolution import ConvSpec
 from adjointlab.transpose.kernels.registry import Kernel
 from adjointlab.transpose.kernels.select import Chooser
@@ -34,6 +32,7 @@ from adjointlab.transpose.pipeline import Options
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import canonical
+from adjointlab.transpose.runtime.registered import Registered, followed, require_own
 from adjointlab.transpose.selfcheck import Pair, Sketch
 from adjointlab.tree import SINGLE
 
@@ -90,7 +89,7 @@ class Transposition:
         self._judge = judge
         self._target = codomain  # where results live, which the results of one of several processes do not show
         self._derivations: OrderedDict[tuple[int, ...], list[Derivation]] = OrderedDict()
-        self._elsewhere: dict[int, tuple[Tensor, str, list[Any]]] = {}  # parameters, and where others may replace them
+        self._registered: dict[int, Registered] = {}  # parameters of a closure, by their ids
         self.rebase(domain)
 
     def rebase(self, domain: Space) -> None:
@@ -131,31 +130,16 @@ class Transposition:
         with _BUILDING, self.domain.without_autocast(), compat.sources_forgotten():
             yield
 
-    def follow(self, parameter: Tensor, name: str, holders: Sequence[nn.Module]) -> None:
+    def follow(self, parameter: Tensor, name: str, holders: tuple[nn.Module, ...]) -> None:
         """Read a parameter that the function closes over from modules, by name, once they hold another there."""
-        self._elsewhere[id(parameter)] = parameter, name, [holder._parameters for holder in holders]
+        self._registered[id(parameter)] = Registered(parameter, name, holders)
         for batch, known in self._derivations.items():
             self._derivations[batch] = [self._followed(derivation) for derivation in known]
 
     def _followed(self, derivation: Derivation) -> Derivation:
-        """Return a derivation that reads parameters from where ``follow`` was told."""
-
-        def read(source: Source, parameter: Tensor, name: str, places: list[Any]) -> Any:
-            tensor = source.read()
-            held = [place[name] for place in places] if tensor is parameter else []
-            return next((other for other in held if other is not parameter), tensor)
-
-        state = [(source, self._elsewhere.get(id(source.read()))) for source in derivation.state]
-        followed = (replace(s, read=functools.partial(read, s, *e)) if e else s for s, e in state)
-        return replace(derivation, state=tuple(followed)) if self._elsewhere else derivation
-
-    def _require_own(self) -> None:
-        for parameter, name, places in self._elsewhere.values():
-            if any(place[name] is not parameter for place in places):
-                raise SpaceMismatchError(
-                    f"expected {name} to be the tensor that the function closes over, but it was replaced, which a "
-                    "function that is not traced cannot see: change its values in place, with copy_"
-                )
+        return (
+            replace(derivation, state=followed(derivation.state, self._registered)) if self._registered else derivation
+        )
 
     # -- what is called ----------------------------------------------------------------------------------------------
 
@@ -185,8 +169,8 @@ class Transposition:
         source, target = (codomain, self.domain) if name == "adjoint" else (self.domain, codomain)
         leaves = source.leaves(x)
         derivation, state = self._current(leaves)
-        if not derivation.programs and self._elsewhere:
-            self._require_own()
+        if not derivation.programs:
+            require_own(self._registered)
         found = derivation.run(name, state, leaves)
         if not derivation.programs and name != "adjoint":
             require_outputs(found, self.eager.structure, codomain)
