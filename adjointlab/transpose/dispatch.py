@@ -25,9 +25,7 @@ from adjointlab.transpose.frontend import guards
 from adjointlab.transpose.frontend.capture import Tensors, capture
 from adjointlab.transpose.frontend.outputs import require_outputs, space_of
 from adjointlab.transpose.frontend.trace import UntraceableError
-from adjointlab.transpose.kernels.convolution import ConvSpec
-from adjointlab.transpose.kernels.registry import Kernel
-from adjointlab.transpose.kernels.select import Chooser
+from adjointlab.transpose.kernels.select import remembered
 from adjointlab.transpose.pipeline import Options
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
@@ -53,19 +51,6 @@ def _changed(error: NotLinearError) -> NotLinearError:
 
 def _versions(tensors: Tensors) -> tuple[Any, ...]:
     return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
-
-
-def _remembered(choose: Chooser) -> Chooser:
-    """Return a rule for kernels that decides once for all batch sizes."""
-    known: dict[ConvSpec, Kernel] = {}
-
-    def chooser(spec: ConvSpec) -> Kernel:
-        key = spec._replace(batch=0)
-        if key not in known or not known[key].supports(spec):
-            known[key] = choose(spec)
-        return known[key]
-
-    return chooser
 
 
 class Transposition:
@@ -116,7 +101,7 @@ class Transposition:
             self._restart()
 
     def _restart(self) -> None:
-        self._chooser = _remembered(self.options.chooser)
+        self._chooser = remembered(self.options.chooser)
         self._listings: set[Any] = set()  # of programs that were checked: at another size they are the same
         # The values of the state that derivations were judged with, where that matters.
         self._judged: WeakKeyDictionary[Derivation, tuple[Any, ...]] = WeakKeyDictionary()

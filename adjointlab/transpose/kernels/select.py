@@ -180,3 +180,16 @@ def undisturbed(way: Callable[[], object], device: torch.device) -> float | None
 def _switches() -> int:
     """Return how often the system has taken a processor from a thread of this process."""
     return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def remembered(choose: Chooser) -> Chooser:
+    """Return a rule for kernels that decides once for all batch sizes."""
+    known: dict[ConvSpec, Kernel] = {}
+
+    def chooser(spec: ConvSpec) -> Kernel:
+        key = spec._replace(batch=0)
+        if key not in known or not known[key].supports(spec):
+            known[key] = choose(spec)
+        return known[key]
+
+    return chooser
