@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adjointlab import compat
 from adjointlab.space import Space
 
 Tensors = tuple[Tensor, ...]
@@ -206,7 +207,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 def _is_words(tensor: Tensor) -> bool:
     """Return whether a tensor is made of whole words of memory, and nothing else."""
     start, size = tensor.storage_offset() * tensor.itemsize, tensor.numel() * tensor.itemsize
-    lazy = tensor.is_conj() or tensor.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    lazy = tensor.is_conj() or tensor.is_neg() or compat.is_wrapped(tensor)
     return tensor.device.type == "cpu" and tensor.is_contiguous() and start % 8 == size % 8 == 0 and not lazy
 
 

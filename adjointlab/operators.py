@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adjointlab.compat import differentiated
 from adjointlab.numerics import commutes_with_i, full_precision
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common, conjugated, is_scalar, moved, require_scalar, scaled
 from adjointlab.transpose import Transposition
-from adjointlab.transpose.compat import differentiated
 from adjointlab.transpose.runtime.linked import Linked
 
 Map = Callable[[Any], Any]

@@ -18,9 +18,9 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 from torch.distributed.device_mesh import DeviceMesh
 
+from adjointlab.compat import differentiated, plain
 from adjointlab.distributed.failure import explain_failure
 from adjointlab.distributed.windows import exchange_plan
-from adjointlab.transpose.compat import differentiated, plain
 
 _LIBRARY = torch.library.Library("adjointlab", "FRAGMENT")
 _c10d = torch.ops._c10d_functional

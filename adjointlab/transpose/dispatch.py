@@ -17,13 +17,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from adjointlab import compat
 from adjointlab.errors import NotLinearError, SpaceMismatchError
 from adjointlab.space import Space
-from adjointlab.transpose import compat, pipeline
+from adjointlab.space.codomain import require_outputs, space_of
+from adjointlab.transpose import pipeline
 from adjointlab.transpose.explanation import Explanation
 from adjointlab.transpose.frontend import guards
 from adjointlab.transpose.frontend.capture import Tensors, capture
-from adjointlab.transpose.frontend.outputs import require_outputs, space_of
 from adjointlab.transpose.frontend.trace import UntraceableError
 from adjointlab.transpose.kernels.select import remembered
 from adjointlab.transpose.pipeline import Options

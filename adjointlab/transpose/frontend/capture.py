@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adjointlab import compat
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.space import Space
-from adjointlab.transpose import compat
 from adjointlab.transpose.frontend import guards
 from adjointlab.transpose.frontend.vjp import first_line
 from adjointlab.transpose.graph.ir import Source

@@ -14,8 +14,8 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adjointlab import compat
 from adjointlab.space import TensorSpec
-from adjointlab.transpose import compat
 from adjointlab.transpose.frontend.capture import Capture
 from adjointlab.transpose.frontend.vjp import Tensors, first_line, vjp_by_func, vjp_by_grad
 from adjointlab.transpose.graph.ir import Graph, Source

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adjointlab import compat
 from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
-from adjointlab.transpose import compat
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adjointlab.transpose import compat
+from adjointlab import compat
 from adjointlab.transpose.runtime.program import Program, canonical
 
 Tensors = tuple[Tensor, ...]

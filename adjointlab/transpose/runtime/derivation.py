@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adjointlab.transpose import compat
+from adjointlab import compat
 from adjointlab.transpose.explanation import Explanation
 from adjointlab.transpose.graph.ir import Graph, Source
 from adjointlab.transpose.runtime.program import Program, Tensors, at_start, canonical

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from adjointlab import compat
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.space import Space
-from adjointlab.transpose import compat
 from adjointlab.transpose.frontend import guards, vjp
 from adjointlab.transpose.frontend.capture import Tensors, flatten_outputs
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adjointlab import compat
 from adjointlab.numerics import UNITS, allowance, eps_of, relative_gap
-from adjointlab.transpose import compat
 
 Tensors = tuple[Tensor, ...]
 Leaves = Callable[[Tensors], Tensors]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adjointlab import compat
 from adjointlab.numerics import same
-from adjointlab.transpose import compat
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.passes.partition import partition
 

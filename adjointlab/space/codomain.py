@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.space import Space, TensorSpec
+from adjointlab.space.space import Space
+from adjointlab.space.spec import TensorSpec
 from adjointlab.tree import SINGLE, Structure
 
 
