@@ -33,7 +33,7 @@ from adjointlab.numerics import (
     rounding_noise,
     sketch,
 )  # fmt: skip
-from adjointlab.space import Space
+from adjointlab.space import Space, TensorSpec
 from adjointlab.transpose.frontend.vjp import first_line
 
 Tensors = tuple[Tensor, ...]
@@ -88,10 +88,10 @@ class Sketch:
         """Return for each leaf ``‖a − b‖``, as far as the products tell."""
         return [float(torch.linalg.vector_norm(a - b)) for a, b in zip(self.products, other.products, strict=True)]
 
-    @property
-    def total(self) -> float:
-        """``Re ⟨a, y⟩`` on this process."""
-        return sum(float(product.real.sum()) for product in self.products)
+    def minus(self, other: Sketch) -> Sketch:
+        """Return the sketch of the difference, with norms that bound those of its parts."""
+        products = tuple(a - b for a, b in zip(self.products, other.products, strict=True))
+        return Sketch(products, tuple(map(math.hypot, self.norms, other.norms)))
 
 
 @dataclass(frozen=True)
@@ -111,31 +111,26 @@ def disagreement(
 ) -> str:
     """Return how derived functions fail to be the user's function and its adjoint, or nothing where they do not."""
     domain, pair = candidate.domain, Pair(candidate.domain, candidate.codomain)
+    pairs = pair, replace(pair, y_seed=pair.y_seed + 2)
     with torch.no_grad(), warnings.catch_warnings():
         # torch.compile runs complex numbers op by op, and says so; the explanation has what we have to say.
         warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
-        said, sketches = "", []
-        for name in ("function", *(["linear"] if affine else [])):
+        said, images = "", dict[str, list[Sketch]]()
+        for name in ("function", "linear") if affine else ("function",):
             found, said = _tried(getattr(candidate, name), pair.x, name, domain, compiled=compiled)
             if found is None:
                 return said
-            sketches.append((Sketch.of(found, pair.y), Sketch.of(found, _other(pair).y)))
+            images[name] = [Sketch.of(found, each.y) for each in pairs]
             del found
         if affine:
-            zeros = tuple(torch.zeros_like(t) for t in pair.x)
-            offset = Sketch.of(candidate.function(zeros), pair.y)
-            difference = [a - b for a, b in zip(sketches[0][0].products, offset.products, strict=True)]
-            norms = tuple(map(math.hypot, sketches[0][0].norms, offset.norms))
-            said = _differ(Sketch(tuple(difference), norms), sketches[1][0], candidate, user, pair, tol, "linear part")
-        said = _differ(seen, sketches[0][0], candidate, user, pair, tol, "forward") or said
+            offset = Sketch.of(candidate.function(tuple(torch.zeros_like(t) for t in pair.x)), pair.y)
+            difference = images["function"][0].minus(offset)
+            said = _differ(difference, images["linear"][0], None, candidate, tol, "linear part")
+        moved = lambda: Sketch.of(user(perturbed(pair.x)), pair.y)  # noqa: E731
+        said = _differ(seen, images["function"][0], moved, candidate, tol, "forward") or said
         if not domain.every(not said):
             return said or f"the derived forward differs from the user's {_ELSEWHERE}"
-        return _of_adjoint(candidate, pair, sketches[-1], tol, compiled=compiled)
-
-
-def _other(pair: Pair) -> Pair:
-    """Return a pair of the same x and another y."""
-    return replace(pair, y_seed=pair.y_seed + 2)
+        return _of_adjoint(candidate, list(zip(pairs, images[name], strict=True)), tol, compiled=compiled)
 
 
 def _tried(
@@ -155,18 +150,17 @@ def _tried(
 
 
 def _differ(
-    expected: Sketch, found: Sketch, candidate: Candidate, user: Function, pair: Pair, tol: float | None, name: str
-) -> str:
+    expected: Sketch, found: Sketch, moved: Callable[[], Sketch] | None, candidate: Candidate, tol: float | None,
+    name: str,
+) -> str:  # fmt: skip
     """Return how two results differ by more than rounding explains, leaf by leaf."""
-    eps = [float(torch.finfo(spec.dtype).eps) for spec in candidate.codomain.specs]
-    wide = max(*eps, eps_of(pair.x))
-    gaps, bounds = expected.gaps(found), [allowance(_UNITS, wide) * size for size in expected.norms]
+    wide, gaps = max(candidate.domain.eps, candidate.codomain.eps), expected.gaps(found)
+    bounds = [allowance(_UNITS, wide) * size for size in expected.norms]
     if not candidate.domain.every(all(gap <= bound for gap, bound in zip(gaps, bounds, strict=True))):
         # Cancellation inside? Then the result moves as much when the argument does.
-        moved = expected.gaps(Sketch.of(user(perturbed(pair.x)), pair.y)) if name == "forward" else [0.0] * len(gaps)
-        bounds = [bound + allowance(_UNITS, wide) / wide * noise for bound, noise in zip(bounds, moved, strict=True)]
-        if tol is not None:
-            bounds = [max(bound, tol * size) for bound, size in zip(bounds, expected.norms, strict=True)]
+        noises = [0.0] * len(gaps) if moved is None else expected.gaps(moved())
+        bounds = [b + allowance(_UNITS, wide) / wide * noise for b, noise in zip(bounds, noises, strict=True)]
+        bounds = [max(b, (tol or 0.0) * size) for b, size in zip(bounds, expected.norms, strict=True)]
     for gap, bound, size in zip(gaps, bounds, expected.norms, strict=True):
         if not gap <= bound:
             return (
@@ -176,86 +170,95 @@ def _differ(
     return ""
 
 
-def _of_adjoint(
-    candidate: Candidate, pair: Pair, images: tuple[Sketch, Sketch], tol: float | None, *, compiled: bool
-) -> str:
-    """Return how the dot test fails, on pairs of random x and y."""
+def _of_adjoint(candidate: Candidate, images: list[tuple[Pair, Sketch]], tol: float | None, *, compiled: bool) -> str:
+    """Return how the dot test fails, on pairs of random x and y with the images of x."""
     norms: list[float] = []
-    for each, image in zip((pair, _other(pair)), images, strict=True):
-        found, said = _tried(candidate.adjoint, each.y, "adjoint", candidate.domain, compiled=compiled)
-        if found is None:
+    for pair, image in images:
+        found, said = _tried(candidate.adjoint, pair.y, "adjoint", candidate.domain, compiled=compiled)
+        said = said if found is None else _dot(candidate, pair, image, found, tol)
+        if found is None or said:
             return said
         norms = [norm((t,)) for t in found]
-        said = _dot(candidate, each, image, found, tol)
-        if said:
-            return said
         del found
-    several = len(candidate.domain.specs) > 1 or len(candidate.codomain.specs) > 1
-    if not candidate.domain.every(not several):
-        largest = max(norms, default=0.0) or 1.0
-        x_scales = tuple(_near(1.0 / (n or largest), s.dtype) for n, s in zip(norms, pair.domain.specs, strict=True))
-        y_scales = tuple(
-            _near(1.0 / (n or 1.0), s.dtype) for n, s in zip(images[0].norms, pair.codomain.specs, strict=True)
-        )
-        even = Pair(pair.domain, pair.codomain, 24, 25, x_scales, y_scales)
-        image = Sketch.of(candidate.linear(even.x), even.y)
-        return _dot(candidate, even, image, candidate.adjoint(even.y), tol)
-    return ""
+    spaces = candidate.domain, candidate.codomain
+    if candidate.domain.every(all(len(space.specs) == 1 for space in spaces)):
+        return ""
+    largest = max(norms, default=0.0) or 1.0
+    inverses = [1.0 / (n or largest) for n in norms], [1.0 / (n or 1.0) for n in image.norms]
+    scales = [tuple(map(_near, each, space.specs)) for each, space in zip(inverses, spaces, strict=True)]
+    even = Pair(*spaces, 24, 25, *scales)
+    return _dot(candidate, even, Sketch.of(candidate.linear(even.x), even.y), candidate.adjoint(even.y), tol)
 
 
-def _near(scale: float, dtype: torch.dtype) -> float:
+def _near(scale: float, spec: TensorSpec) -> float:
     """Return a power of two close to a scale, within what products in a dtype hold."""
-    most = 12 if torch.finfo(dtype).max < 1e30 else 40
+    most = 12 if torch.finfo(spec.dtype).max < 1e30 else 40
     return 2.0 ** max(-most, min(most, round(math.log2(max(scale, 1e-300)))))
 
 
 def _dot(candidate: Candidate, pair: Pair, image: Sketch, at_y: Tensors, tol: float | None) -> str:
     """Return how ``Re⟨Ax, y⟩ = Re⟨x, Aᴴy⟩`` fails."""
-    domain, codomain, x = candidate.domain, candidate.codomain, pair.x
-    right = sum(float(sketch(s, t).real.sum()) for s, t in zip(x, at_y, strict=True))
-    gap = abs(_total(codomain, image.total) - _total(domain, right))
+    domain, codomain, x, y = candidate.domain, candidate.codomain, pair.x, pair.y
+    products = [sketch(s, t) for s, t in zip(x, at_y, strict=True)]
+    left, right = (_sum(space, [float(p.real.sum()) for p in found])
+                   for space, found in ((codomain, image.products), (domain, products)))  # fmt: skip
     # Errors of a leaf meet a y, or an x, of its own scale.
     sizes = image.norms, tuple(norm((t,)) for t in at_y)
     scales = pair.y_scales or (1.0,) * len(sizes[0]), pair.x_scales or (1.0,) * len(sizes[1])
-    scaled = [_norm(s, [a * b for a, b in zip(*each, strict=True)])
-              for s, *each in zip((codomain, domain), sizes, scales, strict=True)]  # fmt: skip
-    lengths = norm(x, domain), norm(pair.y, codomain)
-    near = lengths if pair.x_scales is None else (1.0, 1.0)
-    norms = (*near, scaled[0], scaled[1])
+    of_ax, of_by = (
+        _length(space, [a * b for a, b in zip(*each, strict=True)])
+        for space, *each in zip((codomain, domain), sizes, scales, strict=True)
+    )
+    lengths, gap, eps = (norm(x, domain), norm(y, codomain)), abs(left - right), max(domain.eps, codomain.eps)
+    norms = (*(lengths if pair.x_scales is None else (1.0, 1.0)), of_ax, of_by)
     # Long sums and chains of them lose more than one rounding, which is worth a measurement only where it is much.
-    eps = max(domain.eps, codomain.eps)
     bound = dot_bound(domain, codomain, norms, units=max(DOT_UNITS, min(_UNITS, _FINE / eps)))
     if not gap <= bound:
-        again = relative_gap(at_y, candidate.adjoint(pair.y))
-        if not domain.every(again <= allowance(_UNITS, max(domain.eps, codomain.eps))):
+        again = relative_gap(at_y, candidate.adjoint(y))
+        if not domain.every(again <= allowance(_UNITS, eps)):
             return f"the derived adjoint fails the dot test, and differs from itself by {again:.1e} when called again"
         noise = (
             rounding_noise(candidate.linear, domain, codomain, x, candidate.linear(x)),
-            rounding_noise(candidate.adjoint, codomain, domain, pair.y, at_y),
+            rounding_noise(candidate.adjoint, codomain, domain, y, at_y),
         )
-        whole = [_norm(s, each) or 1.0 for s, each in zip((codomain, domain), sizes, strict=True)]
-        parts = [SIGMAS * n * a / b for n, a, b in zip(noise, scaled, whole, strict=True)]
-        bound = dot_bound(domain, codomain, norms, noise=(parts[0], parts[1]))
-    size = max(scaled[0] * lengths[1], scaled[1] * lengths[0], 1e-300)
+        whole = _length(codomain, sizes[0]) or 1.0, _length(domain, sizes[1]) or 1.0
+        parts = SIGMAS * noise[0] * of_ax / whole[0], SIGMAS * noise[1] * of_by / whole[1]
+        bound = dot_bound(domain, codomain, norms, noise=parts)
+    size = max(of_ax * lengths[1], of_by * lengths[0], 1e-300)
     if gap <= max(bound, (tol or 0.0) * size):
         return ""
     return f"the derived adjoint fails the dot test by {gap / size:.1e}, where rounding explains {bound / size:.1e}"
 
 
-def _total(space: Space, number: float) -> float:
+def _sum(space: Space, numbers: Sequence[float]) -> float:
+    """Return the sum of a number of each leaf, over processes if any."""
     if not space.is_sharded:
-        return number
-    terms = [torch.tensor(number if i == 0 else 0.0, dtype=torch.float64) for i in range(len(space.specs))]
-    return float(space.total(terms))
+        return sum(numbers)
+    return float(space.total([torch.tensor(number, dtype=torch.float64) for number in numbers]))
 
 
-def _norm(space: Space, norms: Sequence[float]) -> float:
-    if not space.is_sharded:
-        return math.hypot(*norms)
-    return math.sqrt(float(space.total([torch.tensor(n * n, dtype=torch.float64) for n in norms])))
+def _length(space: Space, norms: Sequence[float]) -> float:
+    """Return the norm of an element from those of its leaves."""
+    return math.sqrt(_sum(space, [n * n for n in norms])) if space.is_sharded else math.hypot(*norms)
 
 
 # -- against autograd, where that may be another derivative ------------------------------------------------------------
+
+
+def _gaps(
+    expected: Tensors, found: Tensors, moved: Callable[[], Tensors] | None, units: float, eps: float = 0.0
+) -> list[tuple[float, float]]:
+    """Return for each leaf how far it is off, as a part of its norm, and how far rounding explains.
+
+    ``moved`` returns what is expected where the argument is perturbed: where there is cancellation inside, that shows.
+    """
+    gaps = [relative_gap((a,), (b,)) for a, b in zip(expected, found, strict=True)]
+    roundings = [eps or eps_of((a,)) for a in expected]
+    bounds = [allowance(units, rounding) for rounding in roundings]
+    if moved is not None and any(gap > bound for gap, bound in zip(gaps, bounds, strict=True)):
+        noises = [relative_gap((a,), (b,)) for a, b in zip(expected, moved(), strict=True)]
+        bounds = [b * (1 + noise / rounding) for b, noise, rounding in zip(bounds, noises, roundings, strict=True)]
+    return list(zip(gaps, bounds, strict=True))
 
 
 @full_precision
@@ -263,11 +266,9 @@ def autograd_gap(candidate: Candidate, eager_adjoint: Function) -> tuple[float, 
     """Return how far autograd's own adjoint is from the derived one on a random y, and whether that is rounding."""
     y, eps = Pair(candidate.domain, candidate.codomain).y, max(candidate.domain.eps, candidate.codomain.eps)
     with torch.no_grad():
-        expected = eager_adjoint(y)
-        gap, bound = relative_gap(expected, candidate.adjoint(y)), allowance(_UNITS, eps)
-        if gap > bound:
-            bound *= 1 + relative_gap(expected, eager_adjoint(perturbed(y))) / eps
-    return gap, gap <= bound
+        moved = lambda: eager_adjoint(perturbed(y))  # noqa: E731
+        found = _gaps(eager_adjoint(y), candidate.adjoint(y), moved, _UNITS, eps)
+    return max(gap for gap, _ in found), all(gap <= bound for gap, bound in found)
 
 
 @full_precision
@@ -280,15 +281,11 @@ def gradient_disagreement(candidate: Candidate, user: Function, parameters: Sequ
     tensors = tuple(tensor for _, tensor in parameters)
     try:
         expected, found = (_gradients(f, pair.x, pair.y, tensors) for f in (user, candidate.function))
-        bounds = [allowance(2 * _UNITS, eps_of((t,))) for t in expected]
-        gaps = [relative_gap((a,), (b,)) for a, b in zip(expected, found, strict=True)]
-        if any(gap > bound for gap, bound in zip(gaps, bounds, strict=True)):  # cancellation inside? as above
-            moved = _gradients(user, perturbed(pair.x), pair.y, tensors)
-            noise = [relative_gap((a,), (b,)) for a, b in zip(expected, moved, strict=True)]
-            bounds = [b * (1 + n / eps_of((t,))) for b, n, t in zip(bounds, noise, expected, strict=True)]
+        moved = lambda: _gradients(user, perturbed(pair.x), pair.y, tensors)  # noqa: E731
+        gaps = _gaps(expected, found, moved, 2 * _UNITS)
     except RuntimeError as error:
         return f"the gradient in the parameters failed ({first_line(error)})"
-    for (name, _), gap, bound in zip(parameters, gaps, bounds, strict=True):
+    for (name, _), (gap, bound) in zip(parameters, gaps, strict=True):
         if not gap <= bound:
             return f"the gradient in {name} differs from autograd's by {gap:.1e} of its norm"
     return ""
@@ -313,6 +310,4 @@ def alike(function: Function, reference: Function, shapes: Sequence[Tensor]) -> 
     leaves = tuple(torch.randn(t.shape, generator=draw, device="cpu").to(t.device, t.dtype) for t in shapes)
     with torch.no_grad():
         expected, found = reference(leaves), function(leaves)
-    bounds = [allowance(2 * _UNITS, eps_of((t,))) for t in expected]
-    gaps = [relative_gap((a,), (b,)) for a, b in zip(expected, found, strict=True)]
-    return all(gap <= bound for gap, bound in zip(gaps, bounds, strict=True))
+    return all(gap <= bound for gap, bound in _gaps(expected, found, None, 2 * _UNITS))
