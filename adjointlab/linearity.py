@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from adjointlab.errors import NotDifferentiableError
+from adjointlab.modules import buffers_kept, modules_of
 from adjointlab.numerics import (
     DOT_UNITS,
     SIGMAS,
@@ -27,7 +28,7 @@ from adjointlab.numerics import (
 )
 from adjointlab.reporting import aligned, html_table, strict_json
 from adjointlab.space import Space
-from adjointlab.transpose import Derivation, ReadsInputError, Transposition, buffers_kept, modules_of
+from adjointlab.transpose import Derivation, ReadsInputError, Transposition
 
 Tensors = tuple[Tensor, ...]
 

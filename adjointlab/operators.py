@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from adjointlab.compat import differentiated
+from adjointlab.linked import Linked
 from adjointlab.numerics import commutes_with_i, full_precision
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common, conjugated, is_scalar, moved, require_scalar, scaled
 from adjointlab.transpose import Transposition
-from adjointlab.transpose.runtime.linked import Linked
 
 Map = Callable[[Any], Any]
 # A function and its arguments that make the operator again, for copies and pickles; or a function that returns them.

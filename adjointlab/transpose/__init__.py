@@ -2,7 +2,6 @@
 
 from adjointlab.transpose.dispatch import Transposition
 from adjointlab.transpose.explanation import Explanation
-from adjointlab.transpose.frontend.guards import buffers_kept, modules_of
 from adjointlab.transpose.frontend.trace import ReadsInputError, UntraceableError
 from adjointlab.transpose.pipeline import Options
 from adjointlab.transpose.runtime.derivation import Derivation
@@ -10,5 +9,4 @@ from adjointlab.transpose.runtime.eager import Eager
 
 __all__ = [
     "Derivation", "Eager", "Explanation", "Options", "ReadsInputError", "Transposition", "UntraceableError",
-    "buffers_kept", "modules_of",
 ]  # fmt: skip

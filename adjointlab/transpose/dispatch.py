@@ -19,11 +19,21 @@ from torch import Tensor, nn
 
 from adjointlab import compat
 from adjointlab.errors import NotLinearError, SpaceMismatchError
+from adjointlab.modules import (
+    Registered,
+    Watch,
+    attributes_kept,
+    buffers_kept,
+    followed,
+    modules_of,
+    require_own,
+    require_shapes,
+    sources_of,
+)
 from adjointlab.space import Space
 from adjointlab.space.codomain import require_outputs, space_of
 from adjointlab.transpose import pipeline
 from adjointlab.transpose.explanation import Explanation
-from adjointlab.transpose.frontend import guards
 from adjointlab.transpose.frontend.capture import Tensors, capture
 from adjointlab.transpose.frontend.trace import UntraceableError
 from adjointlab.transpose.kernels.select import remembered
@@ -31,7 +41,6 @@ from adjointlab.transpose.pipeline import Options
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import canonical
-from adjointlab.transpose.runtime.registered import Registered, followed, require_own
 from adjointlab.transpose.selfcheck import Pair, Sketch
 from adjointlab.tree import SINGLE
 
@@ -86,8 +95,8 @@ class Transposition:
     def refresh(self) -> None:
         """Derive afresh from the function as it is now."""
         with self._alone():
-            self.modules: tuple[nn.Module, ...] = guards.modules_of(self.callable, self.kwargs)
-            guards.require_shapes(self.modules)
+            self.modules: tuple[nn.Module, ...] = modules_of(self.callable, self.kwargs)
+            require_shapes(self.modules)
             self.eager = Eager(self.callable, self.kwargs, self.domain)
             self._codomain: Space | None = None
             self.untraceable: UntraceableError | None = None
@@ -301,9 +310,9 @@ class Transposition:
         else:
             derivation = self._traced(eager, domain, seen)
         if not derivation.programs and self._rebuilds <= _MOST_REBUILDS:  # of the user's code, the modules are watched
-            state = tuple(guards.sources_of(self.modules).values())
+            state = tuple(sources_of(self.modules).values())
             derivation = replace(
-                derivation, holds=guards.Watch(self.modules).holds, state=state, is_doubtful=True,
+                derivation, holds=Watch(self.modules).holds, state=state, is_doubtful=True,
                 metadata=tuple(metadata_of(source.read()) for source in state),
             )  # fmt: skip
         if self._judge is not None and self.options.check and is_new:
@@ -326,11 +335,11 @@ class Transposition:
             if self.options.check:
                 raise
             # Larger than memory: without a check, shapes are all that is needed.
-            with guards.attributes_kept(self.modules), compat.FakeTensorMode(allow_non_fake_inputs=True):
+            with attributes_kept(self.modules), compat.FakeTensorMode(allow_non_fake_inputs=True):
                 result = eager.called(eager.domain.leaves(eager.domain.zeros()))
             changed: list[str] = []
         else:
-            with guards.buffers_kept(self.modules) as changed:
+            with buffers_kept(self.modules) as changed:
                 result = eager.called(x, copied=False)
             del x
         self.eager.structure = eager.structure
@@ -355,7 +364,7 @@ class Transposition:
         graphs, options = None, replace(self.options, choose=self._chooser)
         if self.untraceable is None:
             try:
-                with guards.attributes_kept(self.modules):
+                with attributes_kept(self.modules):
                     watched = (self.modules, eager.once) if options.check else (self.modules,)
                     captured = capture(self.callable, self.kwargs, domain, *watched)
                     graphs = pipeline.graphs_of(captured, domain, options)

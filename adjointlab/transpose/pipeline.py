@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from adjointlab.errors import NotDifferentiableError
+from adjointlab.linked import Linked
 from adjointlab.space import Space
 from adjointlab.transpose import selfcheck
 from adjointlab.transpose.explanation import Explanation, listing
@@ -42,7 +43,6 @@ from adjointlab.transpose.passes.partition import value_of_state
 from adjointlab.transpose.runtime import autodiff
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
-from adjointlab.transpose.runtime.linked import Linked
 from adjointlab.transpose.runtime.program import Program, of_storage
 from adjointlab.transpose.selfcheck import Candidate, Sketch
 

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from adjointlab import compat
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.modules import Source, Watch, attributes_kept, sources_of
 from adjointlab.space import Space
-from adjointlab.transpose.frontend import guards
 from adjointlab.transpose.frontend.vjp import first_line
-from adjointlab.transpose.graph.ir import Source
 from adjointlab.tree import Structure, tree_flatten
 
 Tensors = tuple[Tensor, ...]
@@ -75,7 +74,7 @@ def capture(
 ) -> Capture:  # fmt: skip
     """Find all that a function on a domain depends on; ``call`` runs it once for real, as PyTorch's front end does."""
     try:
-        with guards.attributes_kept(modules):
+        with attributes_kept(modules):
             captured = _by_compiler(function, kwargs, domain)
             is_stateful = not captured.holds() and _changes(modules, call)
         if captured.holds():
@@ -91,14 +90,14 @@ def capture(
         x = domain.unflatten([leaf.view_as(leaf) for leaf in leaves])
         return flatten_outputs(function(*x, **kwargs) if type(x) is tuple else function(x, **kwargs))[0]
 
-    with guards.attributes_kept(modules):
+    with attributes_kept(modules):
         is_stateful = is_stateful or (_changes(modules, call) and _changes(modules, call))
-    return Capture(run, (), guards.sources_of(modules), guards.Watch(modules).holds, reason, is_stateful)
+    return Capture(run, (), sources_of(modules), Watch(modules).holds, reason, is_stateful)
 
 
 def _changes(modules: tuple[nn.Module, ...], call: Callable[[], Any]) -> bool:
     """Return whether a call changes what modules hold: the first may, to fill a cache, where the second does not."""
-    watch = guards.Watch(modules)
+    watch = Watch(modules)
     call()
     return not watch.holds()
 

@@ -15,10 +15,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adjointlab import compat
+from adjointlab.modules import Source
 from adjointlab.space import TensorSpec
 from adjointlab.transpose.frontend.capture import Capture
 from adjointlab.transpose.frontend.vjp import Tensors, first_line, vjp_by_func, vjp_by_grad
-from adjointlab.transpose.graph.ir import Graph, Source
+from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import is_mutable, op_name
 
 aten = torch.ops.aten

@@ -9,13 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where a tensor of the state is read from, under a name for messages."""
-
-    read: Callable[[], Tensor]
-    name: str
+from adjointlab.modules import Source
 
 
 @dataclass(frozen=True)

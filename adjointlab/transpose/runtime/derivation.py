@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from adjointlab import compat
+from adjointlab.modules import Source
 from adjointlab.transpose.explanation import Explanation
-from adjointlab.transpose.graph.ir import Graph, Source
+from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.runtime.program import Program, Tensors, at_start, canonical
 
 Linked = Callable[..., Tensors]

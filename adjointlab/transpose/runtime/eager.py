@@ -9,8 +9,9 @@ import torch
 
 from adjointlab import compat
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.modules import attributes_kept, modules_of
 from adjointlab.space import Space
-from adjointlab.transpose.frontend import guards, vjp
+from adjointlab.transpose.frontend import vjp
 from adjointlab.transpose.frontend.capture import Tensors, flatten_outputs
 
 
@@ -19,7 +20,7 @@ class Eager:
 
     def __init__(self, function: Callable[..., Any], kwargs: dict[str, Any], domain: Space) -> None:
         self.callable, self.kwargs, self.domain = function, kwargs, domain
-        self.modules = guards.modules_of(function, kwargs)
+        self.modules = modules_of(function, kwargs)
         self.structure: Any = None  # of what the function returned last
         self._vjp: tuple[vjp.VJP, str] | None = None
 
@@ -50,7 +51,7 @@ class Eager:
         domain is a mismatch.
         """
         try:
-            with guards.attributes_kept(self.modules):
+            with attributes_kept(self.modules):
                 for _ in range(times - 1):
                     self.tried(leaves)
                 return self.tried(leaves, copied=copied)

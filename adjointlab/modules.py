@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +20,18 @@ from torch.nn.parameter import is_lazy
 
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.numerics import same
-from adjointlab.transpose.graph.ir import Source
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device, torch.Size)
 _TENSORS = ("_parameters", "_buffers")
 _DEPTH = 4  # of containers and objects that are opened: what lies deeper is not a part of a function
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor of the state is read from, under a name for messages."""
+
+    read: Callable[[], Tensor]
+    name: str
 
 
 def modules_of(function: Any, kwargs: Any = None) -> tuple[nn.Module, ...]:
@@ -200,3 +208,41 @@ def buffers_kept(modules: tuple[nn.Module, ...]) -> Iterator[list[str]]:
                 changed.append(name)
                 with torch.no_grad():
                     tensor.copy_(value)
+
+
+# -- parameters that a function closes over: an operator registers them, where others may replace them --------------
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A parameter under a name in modules, each of which may hold another there by now."""
+
+    parameter: Tensor
+    name: str
+    holders: tuple[nn.Module, ...]
+
+    def now(self) -> Tensor:
+        """Return what replaces the parameter, the parameter itself where nothing does."""
+        held = [holder._parameters[self.name] for holder in self.holders]
+        return next((other for other in held if other is not None and other is not self.parameter), self.parameter)
+
+    def read(self, source: Source) -> Tensor:
+        """Read a tensor that was this parameter."""
+        tensor = source.read()
+        return self.now() if tensor is self.parameter else tensor
+
+
+def followed(state: tuple[Source, ...], registered: Mapping[int, Registered]) -> tuple[Source, ...]:
+    """Return sources that read parameters from where they are registered; ``registered`` is by their ids."""
+    found = [(source, registered.get(id(source.read()))) for source in state]
+    return tuple(replace(s, read=functools.partial(r.read, s)) if r else s for s, r in found)
+
+
+def require_own(registered: Mapping[int, Registered]) -> None:
+    """Raise if a parameter was replaced, which a function that runs itself cannot see."""
+    for each in registered.values():
+        if each.now() is not each.parameter:
+            raise SpaceMismatchError(
+                f"expected {each.name} to be the tensor that the function closes over, but it was replaced, which a "
+                "function that is not traced cannot see: change its values in place, with copy_"
+            )
