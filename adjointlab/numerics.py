@@ -27,7 +27,7 @@ DOT_UNITS = 4  # rounding errors up to this many units of eps pass without being
 SIGMAS = 8  # how many times a measured rounding error passes
 
 _BLOCKS = 64  # of a leaf, in a sketch
-_BLOCK = 1 << 20  # entries that are converted at once
+_BLOCK = 1 << 17  # entries that are converted at once
 _MANY = 1 << 14  # entries from which on it pays to compare memory rather than tensors
 _WIDE = {True: torch.complex128, False: torch.float64}
 
