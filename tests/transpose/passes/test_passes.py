@@ -11,8 +11,8 @@ from laws import seeded
 from operator_zoo import ZOO, Entry
 from torch import Tensor
 
+from adjointlab.modules import modules_of
 from adjointlab.space import Space
-from adjointlab.transpose import modules_of
 from adjointlab.transpose.frontend.capture import capture
 from adjointlab.transpose.frontend.trace import UntraceableError, trace_forward, trace_vjp
 from adjointlab.transpose.graph.ir import Graph
