@@ -23,7 +23,7 @@ def from_pair(
     r"""Return the operator ``A = f`` with the given adjoint: ``⟨f(x), y⟩ = ⟨x, adjoint(y)⟩``.
 
     Each function is the other's derivative in its argument, so that gradients flow through functions that autograd
-    cannot see through, such as those of NumPy. What autograd sees of other tensors, such as parameters, remains.
+    cannot see through, such as those of NumPy. Gradients in other tensors, such as parameters, are autograd's own.
 
     Parameters
     ----------

@@ -30,7 +30,7 @@ SECTIONS = {
 ABOUT = """\
 # Benchmarks
 
-`make bench` measures what is on this page and writes it. What counts are **ratios**: all times of a row come from one
+`make bench` measures what is on this page and writes it. Only **ratios** count: all times of a row come from one
 run, in which the ways take turns, so that a machine whose speed drifts slows all of them alike. Each is the median of
 its runs, after two untimed ones; before a short run the same way runs untimed for about a millisecond, since every
 library keeps its own threads, which spin for a while, and leaves its own data in the caches. Kernels that are flipped,
