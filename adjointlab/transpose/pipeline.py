@@ -31,12 +31,13 @@ from adjointlab.transpose.frontend.trace import hides, trace_forward, trace_vjp
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.kernels.convolution import ConvSpec
 from adjointlab.transpose.kernels.registry import transformed
-from adjointlab.transpose.kernels.select import Chooser, choose, suits_transform
+from adjointlab.transpose.kernels.select import Chooser, choose, faster, suits_transform
 from adjointlab.transpose.passes import convolutions
 from adjointlab.transpose.passes.compose import adds_state, linear_part, residual_and_gradient
 from adjointlab.transpose.passes.convolutions import kernels_of
 from adjointlab.transpose.passes.drop_forward import Adjoint, choices_named, cut_off, drop_forward, ops
 from adjointlab.transpose.passes.fuse_slices import fuse_slices
+from adjointlab.transpose.passes.maps_by_index import maps_by_index
 from adjointlab.transpose.passes.normalise import normalise
 from adjointlab.transpose.passes.own_outputs import own_outputs
 from adjointlab.transpose.passes.partition import value_of_state
@@ -230,7 +231,8 @@ def _program(graph: Graph, *, options: Options, mode: str) -> Program:
     """Return a graph as a program, with fused slices and kernels of its own unless that is turned off."""
     if mode == "plain" or not options.lowering:
         return Program(graph, graph)
-    return Program(convolutions.lower(fuse_slices(graph), options.chooser, options.transform), graph)
+    mapped = maps_by_index(graph, faster) if mode == "lowered" else graph
+    return Program(convolutions.lower(fuse_slices(mapped), options.chooser, options.transform), graph)
 
 
 def _gradient(

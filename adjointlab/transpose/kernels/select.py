@@ -79,15 +79,24 @@ def fastest(spec: ConvSpec, clock: Clock, factor: float = _MODEL) -> Kernel:
         return NATIVE
     data = _random(spec)
     near = [kernel for kernel in others if kernel.cost(spec) <= factor * least]
-    times = {kernel: _median([_runner(kernel, spec, data)], spec, clock)[0] for kernel in near}
+    times = {kernel: _median([_runner(kernel, spec, data)], spec.device, clock)[0] for kernel in near}
     best = min(times, key=times.__getitem__)
     if estimate is not None and estimate > max(_BUDGET, 4 * times[best]):
         return best
-    native, again = _median([_runner(kernel, spec, data) for kernel in (NATIVE, best)], spec, clock)
+    native, again = _median([_runner(kernel, spec, data) for kernel in (NATIVE, best)], spec.device, clock)
     return best if again <= _GAIN * native else NATIVE
 
 
-def _median(ways: list[Callable[[], object]], spec: ConvSpec, clock: Clock) -> list[float]:
+def faster(native: Callable[[], object], other: Callable[[], object], device: torch.device) -> bool:
+    """Return whether another way is clearly faster than PyTorch's own, as far as runs can tell."""
+    try:
+        first, second = _median([native, other], device, undisturbed)
+    except _DisturbedError:
+        return True
+    return second <= _GAIN * first
+
+
+def _median(ways: list[Callable[[], object]], device: torch.device, clock: Clock) -> list[float]:
     """Return the median seconds of several ways, run in turns: what slows the machine for a while slows all of them."""
     seen: list[list[float]] = [[] for _ in ways]
     for way in ways:
@@ -95,7 +104,7 @@ def _median(ways: list[Callable[[], object]], spec: ConvSpec, clock: Clock) -> l
     disturbed = 0
     while min(map(len, seen)) < _RUNS and (min(map(len, seen)) < 2 or sum(map(sum, seen)) < len(ways) * _BUDGET):
         for way, taken in zip(ways, seen, strict=True):
-            seconds = clock(way, spec.device)
+            seconds = clock(way, device)
             if seconds is None:
                 disturbed += 1
             else:
@@ -115,7 +124,7 @@ def _seconds_of_native(spec: ConvSpec, clock: Clock) -> float | None:
     if spec.macs < 4 * _PROBE or spec.device.type != "cpu":
         return None
     part = _part(spec, _PROBE / spec.macs)
-    return _median([_runner(NATIVE, part, _random(part))], part, clock)[0] * spec.macs / part.macs
+    return _median([_runner(NATIVE, part, _random(part))], part.device, clock)[0] * spec.macs / part.macs
 
 
 def _part(spec: ConvSpec, share: float) -> ConvSpec:

@@ -74,7 +74,7 @@ def partition(graph: Graph) -> Parts:
     roots = {n: _roots(n, placeholders) for n in keep}
     small = {
         n for n in keep
-        if level[n] == 0 or (sum(placeholders[i].meta["val"].numel() for i in roots[n]) <= _SMALL
+        if level[n] == 0 or getattr(n.target, "is_dear", False) or (sum(placeholders[i].meta["val"].numel() for i in roots[n]) <= _SMALL
         and all(_is_kept(n, placeholders[i].meta["val"].device) for i in roots[n]))
     }  # fmt: skip
     # Only what the rest uses is kept; tuples of tensors (of convolution_backward, say) through their items.
