@@ -14,7 +14,14 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 from adjointlab.space.algebra import scaled
-from adjointlab.space.coordinates import common_dtype, complex_entries, real_element, real_size, real_vector
+from adjointlab.space.coordinates import (
+    common_dtype,
+    complex_entries,
+    real_element,
+    real_size,
+    real_vector,
+    split_complex,
+)
 
 _CHUNK = 1 << 22  # most entries of basis vectors and images in memory at a time
 
@@ -94,11 +101,10 @@ def columns(A: LinearOperator, *, coordinates: bool, most: int = _CHUNK) -> Tens
     device, dtype = domain.specs[0].device, common_dtype(domain)
     real_part = torch.arange(domain.size, device=device)
     positions = torch.cat([real_part, real_part[complex_entries(domain)]]) if coordinates else real_part
-    mask = complex_entries(codomain)
 
     def image(vector: Tensor) -> Tensor:
         y = codomain.vector(A(domain.element(vector)))
-        return torch.cat([y.real, y.imag[mask]]) if coordinates and y.is_complex() else y
+        return split_complex(codomain, y) if coordinates else y
 
     chunk = max(1, most // (domain.size + codomain.size))
     vectorized = len(positions) > 1
@@ -254,34 +260,8 @@ def _process_sum(space: Space) -> Callable[..., Tensor]:
 
 
 def condition_number(A: LinearOperator) -> Tensor:
-    """Return ``κ(A) = σ_max / σ_min`` from the matrix of a small operator; infinite if A has a nontrivial kernel.
-
-    Parameters
-    ----------
-    A : LinearOperator
-        An operator whose matrix fits into memory.
-
-    Returns
-    -------
-    Tensor
-        Zero-dimensional, ``float64``; NaN if A returns NaN or infinity.
-
-    Raises
-    ------
-    SpaceMismatchError
-        If A is not a LinearOperator.
-
-    References
-    ----------
-    G. H. Golub and C. F. Van Loan, *Matrix Computations*, 4th ed., Johns Hopkins University Press 2013, section 2.6.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from adjointlab import diagonal
-    >>> condition_number(diagonal(torch.tensor([1.0, -4.0])))
-    tensor(4., dtype=torch.float64)
-    """
+    """Return ``κ(A) = σ_max / σ_min`` from the matrix of a small operator; infinite if A has a nontrivial kernel."""
+    # G. H. Golub and C. F. Van Loan, Matrix Computations, 4th ed., Johns Hopkins University Press 2013, section 2.6.
     _require_operator(A)
     dense = to_dense(A, real=None if A.is_complex_linear else True)
     if not bool(torch.isfinite(dense).all()):
@@ -297,77 +277,17 @@ def condition_number(A: LinearOperator) -> Tensor:
 
 
 def estimate_trace(A: LinearOperator, *, samples: int = 64, generator: torch.Generator | None = None) -> Tensor:
-    """Return an unbiased estimate of ``tr A``: the mean of ``⟨z, Az⟩`` over vectors z of random signs.
-
-    Parameters
-    ----------
-    A : LinearOperator
-        An operator from a space to itself.
-    samples : int
-        Number of vectors z; the standard error falls like ``1/√samples``.
-    generator : torch.Generator, optional
-        CPU generator of the signs; a generator with seed 0 if not given.
-
-    Returns
-    -------
-    Tensor
-        Zero-dimensional, ``float64`` or ``complex128``.
-
-    Raises
-    ------
-    SpaceMismatchError
-        If A is not a LinearOperator, or does not map a space to itself.
-    ValueError
-        If ``samples`` is not positive.
-
-    References
-    ----------
-    M. F. Hutchinson, *A stochastic estimator of the trace of the influence matrix*, Commun. Stat. Simul. Comput. 19
-    (1990) 433–450.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from adjointlab import diagonal
-    >>> estimate_trace(diagonal(torch.tensor([1.0, 4.0])))  # exact for a diagonal
-    tensor(5., dtype=torch.float64)
-    """
+    """Return an unbiased estimate of ``tr A``: the mean of ``⟨z, Az⟩`` over vectors z of random signs."""
+    # M. F. Hutchinson, A stochastic estimator of the trace of the influence matrix, Commun. Stat. Simul. Comput. 19
+    # (1990) 433–450.
     with torch.no_grad():
         return torch.stack([A.domain.inner(z, image) for z, image in _probes(A, samples, generator)]).mean()
 
 
 def estimate_diagonal(A: LinearOperator, *, samples: int = 64, generator: torch.Generator | None = None) -> Any:
-    """Return an unbiased estimate of the diagonal of A: the mean of ``z ⊙ Az`` over vectors z of random signs.
-
-    Parameters
-    ----------
-    A, samples, generator
-        As in :func:`estimate_trace`.
-
-    Returns
-    -------
-    pytree of tensors
-        An element of the domain.
-
-    Raises
-    ------
-    SpaceMismatchError
-        If A is not a LinearOperator, or does not map a space to itself.
-    ValueError
-        If ``samples`` is not positive.
-
-    References
-    ----------
-    C. Bekas, E. Kokiopoulou and Y. Saad, *An estimator for the diagonal of a matrix*, Appl. Numer. Math. 57 (2007)
-    1214–1229.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from adjointlab import diagonal
-    >>> estimate_diagonal(diagonal(torch.tensor([1.0, 4.0])))
-    tensor([1., 4.])
-    """
+    """Return an unbiased estimate of the diagonal of A: the mean of ``z ⊙ Az`` over vectors z of random signs."""
+    # C. Bekas, E. Kokiopoulou and Y. Saad, An estimator for the diagonal of a matrix, Appl. Numer. Math. 57 (2007)
+    # 1214–1229.
     _require_operator(A)
     leaves = A.domain.leaves
     total = leaves(A.domain.zeros())
@@ -396,4 +316,4 @@ def _probes(A: LinearOperator, samples: int, generator: torch.Generator | None) 
         yield z, A(z)
 
 
-__all__ = ["condition_number", "estimate_diagonal", "estimate_trace", "operator_norm", "real_size", "to_dense"]
+__all__ = ["condition_number", "estimate_diagonal", "estimate_trace", "operator_norm", "to_dense"]

@@ -35,7 +35,7 @@ from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector
 from adjointlab.solvers.problem import Problem, detached
 from adjointlab.solvers.solution import Solution
 from adjointlab.space import Space
-from adjointlab.spectral import real_size
+from adjointlab.space.coordinates import real_size
 
 Map = Callable[[Vector], tuple[Vector, Tensor]]  # r ↦ (Mr, ⟨r, Mr⟩)
 Leaves = tuple[Tensor, ...]
