@@ -35,9 +35,7 @@ _SAFE = (1e-12, 1e12)  # sizes of entries whose products fit into float32, with 
 
 def as_vector(leaves: Sequence[Tensor]) -> Vector:
     """Return real views of the leaves; a leaf is copied only if it is lazily conjugated or negated."""
-    return [
-        torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf.resolve_neg() for leaf in leaves
-    ]  # fmt: skip
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t.resolve_neg() for t in leaves]
 
 
 class Vectors:
@@ -56,10 +54,8 @@ class Vectors:
 
     def element(self, vector: Vector) -> Any:
         """Return a vector as an element that shares its memory."""
-        leaves = [
-            torch.view_as_complex(v) if spec.is_complex else v for v, spec in zip(vector, self.space.specs, strict=True)
-        ]
-        return self.space.unflatten(leaves)
+        pairs = zip(vector, self.space.specs, strict=True)
+        return self.space.unflatten([torch.view_as_complex(v) if spec.is_complex else v for v, spec in pairs])
 
     def zeros(self) -> Vector:
         """Return the zero vector."""
@@ -132,18 +128,19 @@ class Vectors:
         for u in y:
             u.mul_(self._for(alpha, u))
 
-    def clear(self, y: Vector, where: Tensor) -> None:
-        """Set ``y ← 0`` in the problems ``where``, even if y is NaN there."""
-        self.fill(y, where, 0)
-
-    def fill(self, y: Vector, where: Tensor, value: float) -> None:
-        """Set the entries of y to a value in the problems ``where``."""
+    def fill(self, y: Vector, where: Tensor, value: float = 0) -> None:
+        """Set ``y ← value`` in the problems ``where``, even if y is NaN there."""
         for u in y:
             u.masked_fill_(where.to(u.device).reshape(self.batch + (1,) * (u.ndim - len(self.batch))), value)
 
     def _for(self, alpha: Tensor, like: Tensor) -> Tensor:
         alpha = alpha.to(device=like.device, dtype=like.dtype)
         return alpha.reshape(self.batch + (1,) * (like.ndim - len(self.batch))) if self.batch else alpha
+
+
+def times(x: Vector, factor: float) -> Vector:
+    """Return ``cx`` for a number c; x itself for one."""
+    return x if factor == 1 else [factor * v for v in x]
 
 
 def _squares(u: Tensor) -> Tensor:

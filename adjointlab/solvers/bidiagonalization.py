@@ -2,8 +2,8 @@ r"""LSMR: ``min ‖Ax − y‖²_W + damp² ‖x‖²`` by Golub–Kahan bidiago
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ from adjointlab.solvers.solution import (
     NOT_FINITE,
     PRECISION,
     SOLVED,
-    STAGNATED,
     Callback,
     Monitor,
     Solution,
+    solve,
 )
 
 
@@ -96,28 +96,23 @@ def lsmr(
     >>> lsmr(A, torch.tensor([2.0])).x
     tensor([1.0000, 1.0000])
     """
-    atol, btol, conlim = (
-        nonnegative("atol", atol),
-        nonnegative("btol", btol),
-        nonnegative("conlim", conlim),
-    )
+    atol, btol = nonnegative("atol", atol), nonnegative("btol", btol)
+    conlim = nonnegative("conlim", conlim)
     problem = Problem.of(A, y, weight, damp)
-    with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
-        inner = problem.diagonalized().scaled()
-        monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "lsmr")
-        x = inner.start(x0)
-        _lsmr(inner, x, _StoppingRules(monitor, atol, btol, conlim, problem.eps), started=x0 is not None)
-        solution = monitor.solution(x)
-    return implicit.of_least_squares(problem, solution, min(atol, btol), monitor.maxiter, x0)
+    most = problem.steps(maxiter)
+    run = partial(_lsmr, atol=atol, btol=btol, conlim=conlim)
+    solution = solve(run, problem, x0, name="lsmr", maxiter=most, callback=callback, progress=progress)
+    return implicit.of_least_squares(problem, solution, min(atol, btol), most, x0)
 
 
-def _lsmr(problem: Problem, x: Vector, rules: _StoppingRules, *, started: bool) -> None:
+def _lsmr(
+    problem: Problem, x: Vector, monitor: Monitor, started: bool, *, atol: float, btol: float, conlim: float
+) -> None:
     """Run LSMR on x in place, and restart it to verify convergence."""
     domain, codomain = problem.domain, problem.codomain
     u = codomain.copy(problem.data())
     codomain.choose_precision(codomain.norm(u))
-    rules.size = problem.weighted(u)[1].sqrt()
-    bound = domain.scalar(math.inf)  # largest gradient of a restart that is worth going on from
+    rules = _StoppingRules(monitor, problem.weighted(u)[1].sqrt(), problem.eps, atol=atol, btol=btol, conlim=conlim)
     while True:
         left = _LeftVector(problem, u)
         if started:
@@ -125,32 +120,29 @@ def _lsmr(problem: Problem, x: Vector, rules: _StoppingRules, *, started: bool) 
         v = domain.zeros()
         beta = left.pull_back(v)
         alpha = domain.norm(v)
-        gradient = alpha * beta
-        domain.choose_precision(gradient)
+        domain.choose_precision(alpha * beta)
         domain.scale(v, _inverse(alpha))
         rules.start(alpha, beta, domain.norm(x))
-        rules.monitor.stop(gradient > bound, STAGNATED)
-        state = _Recurrence.start(alpha, beta, domain.scalar(0) if left.damping_rows else problem.square.sqrt())
-        if not _steps(left, x, v, state, rules):
+        state = _Recurrence(alpha, beta, domain.scalar(0) if left.damping_rows else problem.square.sqrt())
+        _steps(left, x, v, state, rules)
+        if not monitor.reopen():
             return
-        bound, started = gradient / 2, True
+        started = True
         del left, v, u
         u = codomain.copy(problem.data())
 
 
-def _steps(left: _LeftVector, x: Vector, v: Vector, state: _Recurrence, rules: _StoppingRules) -> bool:
-    """Run LSMR from x and the first vectors; return whether convergence must be verified."""
+def _steps(left: _LeftVector, x: Vector, v: Vector, state: _Recurrence, rules: _StoppingRules) -> None:
+    """Run LSMR from x and the first vectors."""
     domain, monitor = left.problem.domain, rules.monitor
-    going, some_stopped = monitor.start(state.residual)
-    if not going:
-        return False
+    going, some_stopped = monitor.start(state.residual, state.gradient)
     alpha, beta = state.alphabar, state.residual
     h, hbar = domain.copy(v), domain.zeros()
     while going:
         if some_stopped:
             left.clear(~monitor.running)
             for vector in (hbar, h, v):
-                domain.clear(vector, ~monitor.running)
+                domain.fill(vector, ~monitor.running)
         left.push_forward(v, -alpha * _inverse(beta))
         beta = left.pull_back(v)
         alpha = domain.norm(v)
@@ -163,7 +155,6 @@ def _steps(left: _LeftVector, x: Vector, v: Vector, state: _Recurrence, rules: _
         domain.update(h, v, torch.where(moved, to_h, 0))
         rules(state, domain.norm(x))
         going, some_stopped = monitor.step(x, state.residual, moved)
-    return monitor.reopen()
 
 
 @dataclass
@@ -206,9 +197,9 @@ class _LeftVector:
         return beta
 
     def clear(self, where: Tensor) -> None:
-        self.problem.codomain.clear(self.u, where)
+        self.problem.codomain.fill(self.u, where)
         if self.damping_rows:
-            self.problem.domain.clear(self.damping_rows, where)
+            self.problem.domain.fill(self.damping_rows, where)
 
 
 def _inverse(value: Tensor) -> Tensor:
@@ -222,41 +213,18 @@ def _rotation(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return a * inverse, b * inverse, r
 
 
-@dataclass
 class _Recurrence:
     """The scalars of LSMR, in the paper's notation, with estimates of ``‖r‖``, ``‖Aᴴr‖``, ``‖A‖`` and ``cond(A)``."""
 
-    alphabar: Tensor
-    zetabar: Tensor
-    damp: Tensor
-    rho: Tensor
-    rhobar: Tensor
-    cbar: Tensor
-    sbar: Tensor
-    betadd: Tensor
-    betad: Tensor
-    rhodold: Tensor
-    tautildeold: Tensor
-    thetatilde: Tensor
-    zeta: Tensor
-    outside: Tensor
-    square: Tensor
-    largest: Tensor
-    smallest: Tensor
-    residual: Tensor
-    gradient: Tensor
-    norm: Tensor
-    condition: Tensor
-
-    @classmethod
-    def start(cls, alpha: Tensor, beta: Tensor, damp: Tensor) -> _Recurrence:
+    def __init__(self, alpha: Tensor, beta: Tensor, damp: Tensor) -> None:
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-        return cls(
-            alphabar=alpha, zetabar=alpha * beta, damp=damp, rho=one, rhobar=one, cbar=one,
-            sbar=zero, betadd=beta, betad=zero, rhodold=one, tautildeold=zero, thetatilde=zero, zeta=zero, outside=zero,
-            square=alpha.square(), largest=zero, smallest=torch.full_like(alpha, torch.inf), residual=beta,
-            gradient=alpha * beta, norm=alpha, condition=one,
-        )  # fmt: skip
+        self.alphabar, self.damp = alpha, damp
+        self.rho = self.rhobar = self.cbar = self.rhodold = one
+        self.sbar = self.betad = self.tautildeold = self.thetatilde = self.zeta = self.outside = zero
+        self.betadd = self.residual = beta
+        self.zetabar = self.gradient = alpha * beta
+        self.norm, self.square, self.condition = alpha, alpha.square(), one
+        self.largest, self.smallest = zero, torch.full_like(alpha, torch.inf)
 
     def advance(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take one step; return the factors in ``h̄ ← h + a h̄``, ``x ← x + b h̄``, ``h ← v + c h``."""
@@ -304,10 +272,8 @@ class _Recurrence:
 class _StoppingRules:
     """The stopping rules of section 3.2 of the paper, and rules against tolerances below the unit roundoff."""
 
-    size: Tensor
-
-    def __init__(self, monitor: Monitor, atol: float, btol: float, conlim: float, eps: float) -> None:
-        self.monitor, self.atol, self.btol, self.conlim, self.eps = monitor, atol, btol, conlim, eps
+    def __init__(self, monitor: Monitor, size: Tensor, eps: float, *, atol: float, btol: float, conlim: float) -> None:
+        self.monitor, self.size, self.eps, self.atol, self.btol, self.conlim = monitor, size, eps, atol, btol, conlim
         self.norm = torch.zeros_like(monitor.status, dtype=torch.float64)  # the largest estimate of ‖A‖
 
     def start(self, alpha: Tensor, beta: Tensor, length: Tensor) -> None:

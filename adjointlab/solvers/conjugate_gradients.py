@@ -24,10 +24,10 @@ from adjointlab.solvers.solution import (
     NOT_FINITE,
     PRECISION,
     SOLVED,
-    STAGNATED,
     Callback,
     Monitor,
     Solution,
+    solve,
 )
 
 # The gradient Aᴴr contains rounding errors of at most eps ‖A‖ ‖r‖ from each of four sources: Ap, the update of r, Aᴴr,
@@ -109,49 +109,50 @@ def cg(
         raise SpaceMismatchError(
             f"expected an operator from a space to itself, got one from {A.domain} to {A.codomain}: use cgls or lsmr"
         )
-    with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
-        inner = problem.diagonalized().scaled(operator=False)
-        monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "cg")
-        x = inner.start(x0)
-        _cg(inner, x, x0 is not None, tol, monitor)
-        solution = monitor.solution(x)
-    return implicit.of_system(problem, solution, tol, monitor.maxiter, x0)
+    most = problem.steps(maxiter)
+    solution = solve(
+        partial(_cg, tol=tol), problem, x0, name="cg", maxiter=most, callback=callback, progress=progress,
+        scale_operator=False,
+    )  # fmt: skip
+    return implicit.of_system(problem, solution, tol, most, x0)
 
 
-def _cg(problem: Problem, x: Vector, started: bool, tol: float, monitor: Monitor) -> None:
+def _cg(problem: Problem, x: Vector, monitor: Monitor, started: bool, *, tol: float) -> None:
     """Run conjugate gradients on x in place, and restart them to verify convergence."""
-    space = problem.domain
+    space, eps = problem.domain, problem.domain.space.eps
     b = problem.data()
     size = space.norm(b)
     space.choose_precision(size)
-    bound = space.scalar(math.inf)  # largest residual of a restart that is worth going on from
+
+    def rules(norm: Tensor) -> None:
+        monitor.stop(~(norm < math.inf), NOT_FINITE)
+        monitor.stop(norm <= tol * size, SOLVED)
+        monitor.stop(norm <= eps * size, PRECISION)
+
     while True:
         r = space.copy(b)
         if started:
             space.add(r, space.scalar(-1), problem.apply(x))
         norm = space.norm(r)
         size = torch.where(size == 0, norm, size)
-        rules = partial(_apply_rules, monitor, size, tol, space.space.eps)
         rules(norm)
-        monitor.stop(norm <= allowance(UNITS, space.space.eps) * size, PRECISION)
-        monitor.stop(norm > bound, STAGNATED)
-        if not _cg_steps(problem, x, r, norm, rules=rules, monitor=monitor):
+        monitor.stop(norm <= allowance(UNITS, eps) * size, PRECISION)
+        _cg_steps(problem, x, r, norm, rules=rules, monitor=monitor)
+        if not monitor.reopen():
             return
-        bound, started = norm / 2, True
+        started = True
 
 
 def _cg_steps(
     problem: Problem, x: Vector, r: Vector, norm: Tensor, *, rules: Callable[[Tensor], None], monitor: Monitor
-) -> bool:
-    """Run conjugate gradients from x with the residual r; return whether convergence must be verified."""
+) -> None:
+    """Run conjugate gradients from x with the residual r."""
     space = problem.domain
     p, rho = space.copy(r), norm.square()
-    going, some_stopped = monitor.start(norm)
-    if not going:
-        return False
+    going, some_stopped = monitor.start(norm, norm)
     while going:
         if some_stopped:
-            space.clear(p, ~monitor.running)
+            space.fill(p, ~monitor.running)
         q = problem.apply(p)
         curvature = space.dot(p, q)
         step = rho / curvature
@@ -167,13 +168,6 @@ def _cg_steps(
         rules(rho.sqrt())
         going, some_stopped = monitor.step(x, rho.sqrt(), moved)
         space.update(p, r, rho / previous)
-    return monitor.reopen()
-
-
-def _apply_rules(monitor: Monitor, size: Tensor, tol: float, eps: float, norm: Tensor) -> None:
-    monitor.stop(~(norm < math.inf), NOT_FINITE)
-    monitor.stop(norm <= tol * size, SOLVED)
-    monitor.stop(norm <= eps * size, PRECISION)
 
 
 def cgls(
@@ -256,16 +250,13 @@ def cgls(
     """
     tol = nonnegative("tol", tol)
     problem = Problem.of(A, y, weight, damp)
-    with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
-        inner = problem.diagonalized().scaled()
-        monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "cgls")
-        x = inner.start(x0)
-        _cgls(inner, x, tol, monitor=monitor, started=x0 is not None)
-        solution = monitor.solution(x)
-    return implicit.of_least_squares(problem, solution, tol, monitor.maxiter, x0)
+    most = problem.steps(maxiter)
+    run = partial(_cgls, tol=tol)
+    solution = solve(run, problem, x0, name="cgls", maxiter=most, callback=callback, progress=progress)
+    return implicit.of_least_squares(problem, solution, tol, most, x0)
 
 
-def _cgls(problem: Problem, x: Vector, tol: float, *, monitor: Monitor, started: bool) -> None:
+def _cgls(problem: Problem, x: Vector, monitor: Monitor, started: bool, *, tol: float) -> None:
     """Run CGLS on x in place, and restart it to verify convergence."""
     domain, codomain = problem.domain, problem.codomain
     r = codomain.copy(problem.data())
@@ -274,7 +265,6 @@ def _cgls(problem: Problem, x: Vector, tol: float, *, monitor: Monitor, started:
     domain.choose_precision(domain.norm(s))
     gradient = domain.norm(s)
     rules = _StoppingRules(monitor, tol * gradient, rr.sqrt(), problem.eps)
-    bound = domain.scalar(math.inf)  # largest gradient of a restart that is worth going on from
     while True:
         if started:
             codomain.add(r, codomain.scalar(-1), problem.apply(x))
@@ -285,24 +275,22 @@ def _cgls(problem: Problem, x: Vector, tol: float, *, monitor: Monitor, started:
         del s
         norm = _damped_norm(problem, rr, x)
         rules.start(gradient, rr.sqrt(), norm, tol)
-        monitor.stop(gradient > bound, STAGNATED)
-        if not _cgls_steps(problem, x, r, p, rules):
+        _cgls_steps(problem, x, r, p, rules)
+        if not monitor.reopen():
             return
-        bound, started = gradient / 2, True
+        started = True
         del p
         r = codomain.copy(problem.data())
 
 
-def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, rules: _StoppingRules) -> bool:
-    """Run CGLS from x with the residual r and the gradient p; return whether convergence must be verified."""
+def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, rules: _StoppingRules) -> None:
+    """Run CGLS from x with the residual r and the gradient p."""
     domain, codomain, monitor = problem.domain, problem.codomain, rules.monitor
     gamma = length = rules.gradient.square()
-    going, some_stopped = monitor.start(rules.damped)
-    if not going:
-        return False
+    going, some_stopped = monitor.start(rules.damped, rules.gradient)
     while going:
         if some_stopped:
-            domain.clear(p, ~monitor.running)
+            domain.fill(p, ~monitor.running)
         q = problem.apply(p)
         curvature = problem.weighted(q)[1]
         if problem.is_damped:
@@ -325,7 +313,6 @@ def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, rules: _Stopp
         domain.update(p, s, ratio)
         length = gamma + ratio.square() * length  # ‖p‖², since s is orthogonal to the last p
         del s
-    return monitor.reopen()
 
 
 def _damped_norm(problem: Problem, rr: Tensor, x: Vector) -> Tensor:

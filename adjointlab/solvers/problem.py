@@ -15,7 +15,7 @@ from adjointlab.affine import AffineOperator
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.least_squares import weight_entries, weight_operator
 from adjointlab.operators import LinearOperator
-from adjointlab.solvers.arithmetic import Vector, Vectors
+from adjointlab.solvers.arithmetic import Vector, Vectors, times
 from adjointlab.solvers.fourier import FourierBasis
 
 _MOST_STEPS = 10_000
@@ -98,8 +98,7 @@ class Problem:
 
     def element(self, x: Vector) -> Any:
         """Return the element that a vector of the domain represents; both may share memory."""
-        if self.factor != 1:
-            x = [v * self.factor for v in x]
+        x = times(x, self.factor)
         return self.domain.element(x) if self.basis is None else self.basis.element(x)
 
     def copy(self, x: Vector) -> Any:
@@ -135,19 +134,16 @@ class Problem:
     def data(self) -> Vector:
         """Return the data, which the solver must not overwrite."""
         found = detached(self.codomain, self.y if self.basis is None else self.basis.spectrum(self.y))
-        return found if self.unit == 1 else [v * self.unit for v in found]
+        return times(found, self.unit)
 
     def apply(self, x: Vector) -> Vector:
         """Return ``Ax``."""
-        return self._gained(self.codomain.vector(self.A(self.domain.element(x))))
+        return times(self.codomain.vector(self.A(self.domain.element(x))), self.gain)
 
     def pull_back(self, r: Vector) -> tuple[Vector, Tensor]:
         """Return ``AᴴWr`` and ``‖r‖²_W``."""
         weighted, square = self.weighted(r)
-        return self._gained(self.domain.vector(self.A.H(self.codomain.element(weighted)))), square
-
-    def _gained(self, image: Vector) -> Vector:
-        return image if self.gain == 1 else [v * self.gain for v in image]
+        return times(self.domain.vector(self.A.H(self.codomain.element(weighted))), self.gain), square
 
     def weighted(self, r: Vector) -> tuple[Vector, Tensor]:
         """Return ``Wr`` and ``‖r‖²_W``."""
@@ -179,12 +175,12 @@ def _weighting(A: LinearOperator | AffineOperator, y: Any, weight: Any) -> Calla
         )
 
     def weigh(r: Any) -> Any:
-        return A.codomain.unflatten([_times(w, leaf) for w, leaf in zip(entries, A.codomain.leaves(r), strict=True)])
+        return A.codomain.unflatten([_product(w, leaf) for w, leaf in zip(entries, A.codomain.leaves(r), strict=True)])
 
     return weigh
 
 
-def _times(w: Tensor, r: Tensor) -> Tensor:
+def _product(w: Tensor, r: Tensor) -> Tensor:
     if w.is_complex() or not r.is_complex():
         return w * r
     return torch.view_as_complex(w[..., None] * torch.view_as_real(r.resolve_conj()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +92,8 @@ class Monitor:
         self.steps = torch.zeros_like(self.status)
         self.norms: list[Tensor] = []
         self._to_verify = self.running
+        self._moved = False  # since the last start
+        self._bound = vectors.scalar(math.inf)  # largest error of a restart that is worth going on from: half the last
         self.total = self.status.numel()
         self._callback = callback
         self._bar = _bar(maxiter, name) if progress else None
@@ -104,8 +107,10 @@ class Monitor:
         """Stop the running problems ``where``, for the reason ``why``."""
         self.status = torch.where(where & (self.status == RUNNING), self._codes[why], self.status)
 
-    def start(self, norm: Tensor) -> tuple[bool, bool]:
+    def start(self, norm: Tensor, error: Tensor) -> tuple[bool, bool]:
         """Record the residuals of a start; return whether any problem runs, and whether some have stopped."""
+        self.stop(error > self._bound, STAGNATED)
+        self._bound, self._moved = error / 2, False
         self.norms.append(torch.where(self._to_verify, norm, self.norms.pop()) if self.norms else norm)
         return self._whether_running()
 
@@ -113,6 +118,7 @@ class Monitor:
         """Record a step of the problems ``moved``; return whether any problem runs, and whether some have stopped."""
         self.norms.append(torch.where(moved, norm, self.norms[-1]))
         self.steps = self.steps + moved
+        self._moved = True
         if self._callback is not None:
             unstopped = self._callback(self.problem.copy(x)) is not True
             if not self.vectors.space.every(unstopped):  # one process stops all
@@ -123,7 +129,9 @@ class Monitor:
         return self._whether_running()
 
     def reopen(self) -> bool:
-        """Set the converged problems back to running; return whether there are any."""
+        """Set the problems that converged by steps back to running; return whether there are any."""
+        if not self._moved:
+            return False
         self._to_verify = self._converged()
         self.status = torch.where(self._to_verify, self._codes[RUNNING], self.status)
         return bool(self._to_verify.any())
@@ -136,7 +144,7 @@ class Monitor:
         if self.problem.factor > 1:
             overflow = self.vectors.largest_entry(x) * self.problem.factor > self.vectors.largest
             self.status = torch.where(overflow, self._codes[NOT_FINITE], self.status)
-            self.vectors.clear(x, overflow)
+            self.vectors.fill(x, overflow)
         converged = self._converged()
         single = not self.vectors.batch
         norms = torch.stack(self.norms) / self.problem.unit
@@ -163,6 +171,26 @@ class Monitor:
         return "; ".join(
             f"{count} of {self.total} problems: {REASONS[code]}" for code, count in zip(codes, counts, strict=True)
         )
+
+
+def solve(
+    run: Callable[[Problem, Vector, Monitor, bool], None],
+    problem: Problem,
+    x0: Any,
+    *,
+    name: str,
+    maxiter: int,
+    callback: Callback | None,
+    progress: bool,
+    scale_operator: bool = True,
+) -> Solution:
+    """Return the solution by ``run(problem, x, monitor, started)``, which iterates on x in place."""
+    with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
+        inner = problem.diagonalized().scaled(operator=scale_operator)
+        monitor = Monitor(inner, maxiter, callback, progress, name)
+        x = inner.start(x0)
+        run(inner, x, monitor, x0 is not None)
+        return monitor.solution(x)
 
 
 def _bar(maxiter: int, name: str) -> Any:
