@@ -387,6 +387,3 @@ def _transpose(a: LinearOperator) -> LinearOperator:
         lambda y: conjugated(a.H(conjugated(y))), lambda x: conjugated(a(conjugated(x))), a.codomain, a.domain,
         (_transpose, (a,)), a,
     )  # fmt: skip
-
-
-__all__ = ["LinearOperator", "Map", "Recipe"]

@@ -32,30 +32,21 @@ _CHUNK = 1 << 22  # most entries of basis vectors and images in memory at a time
 def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
     """Return the matrix of A: ``to_dense(A) @ vector(x) = vector(A(x))``.
 
-    ``vmap`` computes many columns at a time, in chunks of bounded memory. If A does not support ``vmap``, columns are
-    computed one by one.
+    Many columns at a time by ``vmap``, in chunks of bounded memory; one by one if A does not support it.
 
     Parameters
     ----------
     A : LinearOperator
         The operator. Its matrix has ``A.codomain.size * A.domain.size`` entries.
     real : bool, optional
-        Whether to use the real coordinates ``[Re x; Im x]`` in domain and codomain (real leaves have no imaginary
-        part). The default is True for a map that is only real-linear on a complex domain, which has no other matrix,
-        and False otherwise.
+        Whether to use the real coordinates ``[Re x; Im x]`` (without imaginary parts of real leaves); by default only
+        for a map that is only real-linear on a complex domain, which has no other matrix.
 
     Returns
     -------
     Tensor
-        The ``(m, n)`` matrix, in the coordinates of ``Space.vector``; complex if A maps to or from a complex space and
-        the coordinates are complex. For a complex-linear A, the matrix of the adjoint is the conjugate transpose. In
-        real coordinates, it is the transpose for every A.
-
-    Notes
-    -----
-    A map from a real to a complex space and its adjoint have different kinds of matrices by default. For example,
-    ``rfft`` of 16 numbers has a complex 9 × 16 matrix, but its adjoint is only real-linear (it drops imaginary parts)
-    and has a real 16 × 18 matrix. Set ``real=True`` for both to compare them.
+        The ``(m, n)`` matrix, in the coordinates of ``Space.vector``. That of the adjoint is the transpose in real
+        coordinates, and else, for a complex-linear A, the conjugate transpose.
 
     Raises
     ------
@@ -70,7 +61,8 @@ def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
     tensor([[-1.,  1.,  0.],
             [ 0., -1.,  1.]])
 
-    The map ``rfft`` from real to complex numbers, and its adjoint:
+    A map from a real to a complex space and its adjoint, which is only real-linear, have different kinds of matrices
+    by default; to compare them, set ``real=True`` for both:
 
     >>> F = linear_operator(torch.fft.rfft, (16,))
     >>> to_dense(F).shape, to_dense(F.H).shape
@@ -148,9 +140,8 @@ def operator_norm(
     r"""Return ``‖A‖₂ = √λ_max(AᴴA)``, estimated from below by the Lanczos process.
 
     The estimate σ belongs to a unit vector v with ``σ² = ⟨v, AᴴAv⟩ ≤ ‖A‖²``. The iteration stops once
-    ``‖AᴴAv − σ²v‖ ≤ 2 tol σ²``; then A has a singular value within ``tol · σ`` of σ. With a random start, this is the
-    largest singular value: with probability one the start has a component along its singular vector. A small component
-    delays convergence, but does not prevent it.
+    ``‖AᴴAv − σ²v‖ ≤ 2 tol σ²``; then A has a singular value within ``tol · σ`` of σ: with a random start, the largest
+    one with probability one.
 
     Parameters
     ----------
@@ -177,9 +168,8 @@ def operator_norm(
 
     Notes
     -----
-    All directions are kept orthogonal. After 48 directions, the process restarts from the best 16, so that it needs
-    memory for at most about 70 elements of the domain. Unlike power iteration, whose speed depends on the ratio of the
-    two largest singular values, it is not slowed down by clustered singular values.
+    After 48 orthogonal directions, the process restarts from the best 16: it needs memory for at most about 70
+    elements of the domain. Clustered singular values do not slow it down, as they do power iteration.
 
     References
     ----------
@@ -314,6 +304,3 @@ def _probes(A: LinearOperator, samples: int, generator: torch.Generator | None) 
         draws = [torch.randint(0, 2, s.shape, generator=source, device="cpu").mul(2).sub(1) for s, source in pairs]
         z = A.domain.unflatten([d.to(s.device, s.dtype) for d, s in zip(draws, A.domain.specs, strict=True)])
         yield z, A(z)
-
-
-__all__ = ["condition_number", "estimate_diagonal", "estimate_trace", "operator_norm", "to_dense"]

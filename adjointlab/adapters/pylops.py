@@ -42,8 +42,8 @@ def to_pylops(A: LinearOperator) -> Any:
     Returns
     -------
     pylops.LinearOperator
-        An operator with the dtype of A. ``clinear`` tells whether A is complex-linear. If not, the adjoint is taken for
-        ``Re⟨·, ·⟩``, which is PyLops' convention, too. Arrays and tensors share memory.
+        An operator with the dtype of A, ``clinear`` if A is complex-linear; if not, the adjoint is that for
+        ``Re⟨·, ·⟩``, as in PyLops. Arrays and tensors share memory.
 
     Raises
     ------

@@ -26,9 +26,8 @@ def to_scipy(A: LinearOperator) -> Any:
     Returns
     -------
     scipy.sparse.linalg.LinearOperator
-        An operator with the dtype of A and the matrix ``al.to_dense(A)``. SciPy supports complex-linear maps only. So a
-        map that is only real-linear is converted in the real coordinates ``[Re x; Im x]`` of domain and codomain, with
-        the matrix ``al.to_dense(A, real=True)``.
+        An operator with the dtype of A and the matrix ``al.to_dense(A)``; that of a map that is only real-linear is
+        ``al.to_dense(A, real=True)``, in the real coordinates ``[Re x; Im x]``, for SciPy has complex-linear maps only.
 
     Raises
     ------

@@ -41,10 +41,7 @@ def join_complex(space: Space, coordinates: Tensor) -> Tensor:
 
 def real_size(space: Space) -> int:
     """Return the number of real coordinates of an element, over all processes."""
-    return sum(
-        (spec.numel if spec.sharding is None else spec.sharding.size) * (2 if spec.is_complex else 1)
-        for spec in space.specs
-    )
+    return sum(spec.size * (2 if spec.is_complex else 1) for spec in space.specs)
 
 
 def _roots(space: Space) -> list[float]:
@@ -71,8 +68,3 @@ def real_element(space: Space, vector: Tensor) -> Any:
         whole = torch.view_as_complex(own.reshape(*spec.shape, 2)) if spec.is_complex else own.reshape(spec.shape)
         leaves.append(whole.to(spec.dtype))
     return space.unflatten(leaves)
-
-
-__all__ = [
-    "common_dtype", "complex_entries", "join_complex", "real_element", "real_size", "real_vector", "split_complex",
-]  # fmt: skip
