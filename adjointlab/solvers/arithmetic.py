@@ -1,18 +1,14 @@
 """Arithmetic of batched vectors with one scalar per problem: ``⟨a, b⟩``, ``y ← y + αx``, ``y ← x + αy``.
 
 A vector is a list of real tensors, one for each leaf (a complex leaf becomes pairs of real numbers), so that
-``Re⟨·, ·⟩`` is a plain sum of products. Every derived adjoint is the adjoint for this inner product, even if the map is
-only real-linear, so the solvers need no other inner product. A scalar is a ``float64`` tensor on the device with the
-shape of the free leading dimensions: each entry of a batch is a separate problem.
+``Re⟨·, ·⟩``, for which every derived adjoint is the adjoint, is a plain sum of products. A scalar is a ``float64``
+tensor with the shape of the free leading dimensions: each entry of a batch is a separate problem.
 
-Note on sums
-------------
-For float32, products are summed in single precision over blocks of 4096 entries, and the block sums are added in double
-precision. The relative error of a squared norm is then about 1e-8; it would be 1e-13 in double precision, and 1e-6 (at
-512²) to 1e-4 (at 2048²) in single precision. More accuracy is useless, since each iteration rounds every entry by 6e-8.
-``vector_norm`` sums squares in one pass without a temporary (0.02 ms at 512²; a sum in double takes 0.2 ms). Other
-products are summed piece by piece, so that no temporary has the size of a vector. Products of two numbers of size 1e-19
-underflow in float32; if the data are that small, or very large, every product is computed in double precision.
+Products of float32 are summed in single precision over blocks of 4096 entries, and the sums of the blocks in double.
+The relative error of a squared norm is then about 1e-8: less is useless, since each iteration rounds every entry by
+6e-8. ``vector_norm`` sums squares in one pass (0.02 ms at 512²; a sum in double takes 0.2 ms). Other products are
+summed piece by piece, so that no temporary has the size of a vector. Products of two numbers of size 1e-19 underflow in
+float32; if the data are that small, or very large, every product is computed in double precision.
 """
 
 from __future__ import annotations

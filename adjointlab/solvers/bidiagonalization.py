@@ -15,17 +15,7 @@ from adjointlab.operators import LinearOperator
 from adjointlab.solvers import implicit
 from adjointlab.solvers.arithmetic import Vector
 from adjointlab.solvers.problem import Problem, nonnegative
-from adjointlab.solvers.solution import (
-    ILL_CONDITIONED,
-    LEAST_SQUARES,
-    NOT_FINITE,
-    PRECISION,
-    SOLVED,
-    Callback,
-    Monitor,
-    Solution,
-    solve,
-)
+from adjointlab.solvers.solution import Callback, Monitor, Solution, Status, solve
 
 
 def lsmr(
@@ -44,16 +34,15 @@ def lsmr(
 ) -> Solution:
     r"""Minimise ``‖Ax − y‖²_W + damp² ‖x‖²`` by LSMR, which is equivalent to MINRES on the normal equations.
 
-    Both ``‖r‖`` and ``‖Aᴴr‖`` decrease at every step, so LSMR can be stopped earlier than CGLS. Fong and
-    Saunders give these stopping rules, where r is the residual of the damped system, and the recurrences estimate
-    ``‖A‖`` and ``cond(A)`` at no cost:
+    Both ``‖r‖`` and ``‖Aᴴr‖`` decrease at every step, so LSMR can be stopped earlier than CGLS. With the residual r of
+    the damped system and estimates of ``‖A‖`` and ``cond(A)``, it stops by these rules of Fong and Saunders:
 
     - ``‖r‖ ≤ btol ‖y‖ + atol ‖A‖ ‖x‖``: x solves the equations;
     - ``‖Aᴴr‖ ≤ atol ‖A‖ ‖r‖``: x is a least-squares solution;
     - ``cond(A) ≥ conlim``: the problem is too ill-conditioned to continue.
 
-    The solver verifies the first two conditions by computing r and ``Aᴴr`` from x again. With ``batch_dims``, every
-    entry of the batch is a separate problem.
+    It verifies the first two by computing r and ``Aᴴr`` from x again. With ``batch_dims``, every entry of the batch is
+    a separate problem.
 
     Parameters
     ----------
@@ -140,15 +129,15 @@ def _steps(left: _LeftVector, x: Vector, v: Vector, state: _Recurrence, rules: _
     h, hbar = domain.copy(v), domain.zeros()
     while going:
         if some_stopped:
-            left.clear(~monitor.running)
-            for vector in (hbar, h, v):
+            left.problem.codomain.fill(left.u, ~monitor.running)
+            for vector in (hbar, h, v, left.damping_rows):
                 domain.fill(vector, ~monitor.running)
         left.push_forward(v, -alpha * _inverse(beta))
         beta = left.pull_back(v)
         alpha = domain.norm(v)
         domain.scale(v, _inverse(alpha))
         to_hbar, to_x, to_h = state.advance(alpha, beta)
-        monitor.stop(~(torch.isfinite(alpha) & torch.isfinite(beta) & domain.holds(to_x)), NOT_FINITE)
+        monitor.stop(~(torch.isfinite(alpha) & torch.isfinite(beta) & domain.holds(to_x)), Status.NOT_FINITE)
         moved = monitor.running
         domain.update(hbar, h, torch.where(moved, to_hbar, 0))
         domain.add(x, torch.where(moved, to_x, 0), hbar)
@@ -195,11 +184,6 @@ class _LeftVector:
         if self.damping_rows:
             domain.add(v, self.problem.square * _inverse(beta), self.damping_rows)
         return beta
-
-    def clear(self, where: Tensor) -> None:
-        self.problem.codomain.fill(self.u, where)
-        if self.damping_rows:
-            self.problem.domain.fill(self.damping_rows, where)
 
 
 def _inverse(value: Tensor) -> Tensor:
@@ -278,21 +262,21 @@ class _StoppingRules:
 
     def start(self, alpha: Tensor, beta: Tensor, length: Tensor) -> None:
         """Apply the rules to a start: the first one, or a restart that verifies x."""
-        self.monitor.stop(~torch.isfinite(alpha * beta), NOT_FINITE)
+        self.monitor.stop(~torch.isfinite(alpha * beta), Status.NOT_FINITE)
         self.size = torch.where(self.size == 0, beta, self.size)  # zero data: measure by the start
-        self.monitor.stop(beta == 0, SOLVED)
-        self.monitor.stop(alpha == 0, LEAST_SQUARES)
+        self.monitor.stop(beta == 0, Status.SOLVED)
+        self.monitor.stop(alpha == 0, Status.LEAST_SQUARES)
         self._apply(alpha * beta, beta, self.norm * length, allowance(UNITS, self.eps))
 
     def __call__(self, state: _Recurrence, length: Tensor) -> None:
         self.norm = torch.fmax(self.norm, state.norm)
         self._apply(state.gradient, state.residual, state.norm * length, self.eps)
         if self.conlim:
-            self.monitor.stop(state.condition >= self.conlim, ILL_CONDITIONED)
-        self.monitor.stop(state.condition >= 1 / torch.finfo(torch.float64).eps, ILL_CONDITIONED)
+            self.monitor.stop(state.condition >= self.conlim, Status.ILL_CONDITIONED)
+        self.monitor.stop(state.condition >= 1 / torch.finfo(torch.float64).eps, Status.ILL_CONDITIONED)
 
     def _apply(self, gradient: Tensor, residual: Tensor, reach: Tensor, eps: float) -> None:
-        self.monitor.stop(residual <= self.btol * self.size + self.atol * reach, SOLVED)
-        self.monitor.stop(gradient <= self.atol * self.norm * residual, LEAST_SQUARES)
-        self.monitor.stop(residual <= eps * (self.size + reach), PRECISION)
-        self.monitor.stop(gradient <= eps * self.norm * residual, PRECISION)
+        self.monitor.stop(residual <= self.btol * self.size + self.atol * reach, Status.SOLVED)
+        self.monitor.stop(gradient <= self.atol * self.norm * residual, Status.LEAST_SQUARES)
+        self.monitor.stop(residual <= eps * (self.size + reach), Status.PRECISION)
+        self.monitor.stop(gradient <= eps * self.norm * residual, Status.PRECISION)

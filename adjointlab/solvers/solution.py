@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -15,23 +16,26 @@ from adjointlab.solvers.problem import Problem
 
 Callback = Callable[[Any], Any]
 
-(
-    RUNNING, SOLVED, LEAST_SQUARES, PRECISION, STAGNATED, NO_CURVATURE, BREAKDOWN, NOT_FINITE, ILL_CONDITIONED,
-    STOPPED, EXHAUSTED,
-) = range(11)  # fmt: skip
-_CONVERGED = (SOLVED, LEAST_SQUARES, PRECISION)
+Status = IntEnum(
+    "Status",
+    "RUNNING SOLVED LEAST_SQUARES PRECISION STAGNATED NO_CURVATURE BREAKDOWN NOT_FINITE ILL_CONDITIONED STOPPED "
+    "EXHAUSTED",
+    start=0,
+)
+_CONVERGED = (Status.SOLVED, Status.LEAST_SQUARES, Status.PRECISION)
 REASONS = {
-    SOLVED: "converged: the residual is within the tolerance",
-    LEAST_SQUARES: "converged: the gradient of the least-squares problem is within the tolerance",
-    PRECISION: "converged: as far as the precision of the dtype allows",
-    STAGNATED: "the precision of the dtype keeps the residual of x above the tolerance, for A is singular or "
+    Status.SOLVED: "converged: the residual is within the tolerance",
+    Status.LEAST_SQUARES: "converged: the gradient of the least-squares problem is within the tolerance",
+    Status.PRECISION: "converged: as far as the precision of the dtype allows",
+    Status.STAGNATED: "the precision of the dtype keeps the residual of x above the tolerance, for A is singular or "
     "ill-conditioned: use a larger tolerance, a wider dtype or, for least squares, damp > 0",
-    NO_CURVATURE: "breakdown: a direction p with ⟨p, Ap⟩ ≤ 0, so that A is not positive definite (or not self-adjoint)",
-    BREAKDOWN: "breakdown: a step of no or of infinite length",
-    NOT_FINITE: "NaN or infinity in the data, or in what the operator returned; x is the last finite iterate",
-    ILL_CONDITIONED: "the condition number exceeds conlim: use damp > 0, or a larger conlim",
-    STOPPED: "stopped by the callback",
-    EXHAUSTED: "maxiter was reached before the tolerance",
+    Status.NO_CURVATURE: "breakdown: a direction p with ⟨p, Ap⟩ ≤ 0, so that A is not positive definite (or not "
+    "self-adjoint)",
+    Status.BREAKDOWN: "breakdown: a step of no or of infinite length",
+    Status.NOT_FINITE: "NaN or infinity in the data, or in what the operator returned; x is the last finite iterate",
+    Status.ILL_CONDITIONED: "the condition number exceeds conlim: use damp > 0, or a larger conlim",
+    Status.STOPPED: "stopped by the callback",
+    Status.EXHAUSTED: "maxiter was reached before the tolerance",
 }
 
 
@@ -77,10 +81,9 @@ class Monitor:
 
     A step copies one number to the host: how many problems are running. Callback and progress bar copy more.
 
-    Rounding makes the recurrences of a solver drift away from the true residuals. So the solver verifies convergence:
-    it reopens the converged problems and restarts them from the residual of their x. If that residual is too large, the
-    solver continues as long as each restart halves it. Otherwise the problem is not converged: it has reached the
-    precision of the dtype.
+    Rounding makes the recurrences of a solver drift away from the true residuals. So the solver reopens the problems
+    that have converged, and restarts them from the residual of their x, as long as each restart halves that. A problem
+    in which it does not is not converged: it has reached the precision of the dtype.
     """
 
     def __init__(self, problem: Problem, maxiter: int, callback: Callback | None, progress: bool, name: str) -> None:
@@ -88,7 +91,7 @@ class Monitor:
         vectors = self.vectors = problem.domain
         self.maxiter = maxiter
         self.status = torch.zeros(vectors.batch, dtype=torch.int64, device=vectors.device)
-        self._codes = torch.arange(EXHAUSTED + 1, device=vectors.device).unbind()
+        self._codes = torch.arange(Status.EXHAUSTED + 1, device=vectors.device).unbind()
         self.steps = torch.zeros_like(self.status)
         self.norms: list[Tensor] = []
         self._to_verify = self.running
@@ -101,15 +104,15 @@ class Monitor:
     @property
     def running(self) -> Tensor:
         """The problems that have not stopped, as a mask."""
-        return self.status == RUNNING
+        return self.status == Status.RUNNING
 
     def stop(self, where: Tensor, why: int) -> None:
         """Stop the running problems ``where``, for the reason ``why``."""
-        self.status = torch.where(where & (self.status == RUNNING), self._codes[why], self.status)
+        self.status = torch.where(where & (self.status == Status.RUNNING), self._codes[why], self.status)
 
     def start(self, norm: Tensor, error: Tensor) -> tuple[bool, bool]:
         """Record the residuals of a start; return whether any problem runs, and whether some have stopped."""
-        self.stop(error > self._bound, STAGNATED)
+        self.stop(error > self._bound, Status.STAGNATED)
         self._bound, self._moved = error / 2, False
         self.norms.append(torch.where(self._to_verify, norm, self.norms.pop()) if self.norms else norm)
         return self._whether_running()
@@ -122,7 +125,7 @@ class Monitor:
         if self._callback is not None:
             unstopped = self._callback(self.problem.copy(x)) is not True
             if not self.vectors.space.every(unstopped):  # one process stops all
-                self.stop(torch.ones_like(moved), STOPPED)
+                self.stop(torch.ones_like(moved), Status.STOPPED)
         if self._bar is not None:
             self._bar.set_postfix_str(f"residual {float(self.norms[-1].max()):.3e}", refresh=False)
             self._bar.update()
@@ -133,17 +136,17 @@ class Monitor:
         if not self._moved:
             return False
         self._to_verify = self._converged()
-        self.status = torch.where(self._to_verify, self._codes[RUNNING], self.status)
+        self.status = torch.where(self._to_verify, self._codes[Status.RUNNING], self.status)
         return bool(self._to_verify.any())
 
     def solution(self, x: Vector) -> Solution:
         """Return the solution, once the solver has ended."""
         if self._bar is not None:
             self._bar.close()
-        self.stop(self.running, EXHAUSTED)
+        self.stop(self.running, Status.EXHAUSTED)
         if self.problem.factor > 1:
             overflow = self.vectors.largest_entry(x) * self.problem.factor > self.vectors.largest
-            self.status = torch.where(overflow, self._codes[NOT_FINITE], self.status)
+            self.status = torch.where(overflow, self._codes[Status.NOT_FINITE], self.status)
             self.vectors.fill(x, overflow)
         converged = self._converged()
         single = not self.vectors.batch
