@@ -53,7 +53,7 @@ def of_system(problem: Problem, solution: Solution, tol: float, maxiter: int, x0
     def cotangents(v: Vector) -> dict[str, Vector]:
         inner, unit = problem.diagonalized(), domain.scale_to_one(v)
         vector = inner.vector(domain.element(times(v, unit)))
-        *found, has_kernel = _pseudo_inverse(inner.domain, _matrix(inner), vector, tol, maxiter, decide=needs_operator)
+        *found, has_kernel = _pseudo_inverse(inner.domain, inner.system, vector, tol, maxiter, decide=needs_operator)
         if needs_operator and bool(has_kernel.any()):
             raise RuntimeError(
                 "expected the operator of cg to be positive definite, got one with a kernel, in which the cotangent of "
@@ -109,16 +109,6 @@ def of_least_squares(problem: Problem, solution: Solution, tol: float, maxiter: 
         t = _preimage(problem, correction, tol, maxiter)
         inputs["kernel"] = domain.space.leaves(problem.A.H(codomain.space.unflatten(t)))
     return _as_function_of(domain, solution, inputs, x0, cotangents)
-
-
-def _matrix(problem: Problem) -> Map:
-    """Return ``x ↦ (Ax, ⟨x, Ax⟩)``."""
-
-    def apply(x: Vector) -> tuple[Vector, Tensor]:
-        image = problem.apply(x)
-        return image, problem.domain.dot(x, image)
-
-    return apply
 
 
 def _residual(problem: Problem, solution: Solution) -> tuple[Leaves, bool]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adjointlab.affine import AffineOperator
+from adjointlab.affine import AffineOperator, require_operator
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.least_squares import weight_entries, weight_operator
 from adjointlab.operators import LinearOperator
@@ -43,10 +43,7 @@ class Problem:
     @staticmethod
     def of(A: LinearOperator | AffineOperator, y: Any, weight: Any = None, damp: float | Tensor = 0.0) -> Problem:
         """Return the problem; the offset of an affine operator is subtracted from the data."""
-        if not isinstance(A, (LinearOperator, AffineOperator)):
-            raise SpaceMismatchError(
-                f"expected a LinearOperator or AffineOperator, got {type(A).__name__}: wrap it with al.linear_operator"
-            )
+        require_operator(A)
         leaves = A.codomain.leaves(y, "y")
         batch = tuple(leaves[0].shape[: A.codomain.batch_dims])
         weigh = None if weight is None else _weighting(A, y, weight)
@@ -153,6 +150,11 @@ class Problem:
     def penalised(self, s: Vector, x: Vector) -> Vector:
         """Return ``s − damp² x``; without damping, s itself."""
         return self.domain.plus(s, -self.square, x) if self.is_damped else s
+
+    def system(self, x: Vector) -> tuple[Vector, Tensor]:
+        """Return ``Ax`` and ``⟨x, Ax⟩``."""
+        image = self.apply(x)
+        return image, self.domain.dot(x, image)
 
     def normal(self, x: Vector) -> tuple[Vector, Tensor]:
         """Return ``Mx`` and ``⟨x, Mx⟩ = ‖Ax‖²_W + damp² ‖x‖²`` for ``M = AᴴWA + damp²``."""
