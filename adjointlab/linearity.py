@@ -204,15 +204,12 @@ def _assess(map_: Transposition, derivation: Derivation, numbers: _Numbers) -> L
         evidence.append(f"a call changes {', '.join(changes)}")
     if numbers.offset > 0.0:
         evidence.append(f"f(0) is not zero: its norm is {numbers.offset:.3g}")
-    is_affine = counterexample is None and deterministic
+    is_affine = counterexample is None
+    settled = not explanation.cut and not explanation.is_stateful
+    verdict = "proved" if explanation.independent and settled and differentiable else "supported"
     if not is_affine or numbers.offset > 0.0:
         verdict = "refuted"
-    else:
-        settled = not explanation.cut and not explanation.is_stateful
-        proved = explanation.independent and settled and differentiable
-        verdict = "proved" if proved else "supported"
-    if verdict == "refuted" and counterexample is None and deterministic:
-        counterexample = Counterexample("f(0) = 0", numbers.offset, 0.0, (map_.domain.zeros(),))
+        counterexample = counterexample or Counterexample("f(0) = 0", numbers.offset, 0.0, (map_.domain.zeros(),))
     return LinearityReport(
         verdict, is_affine, is_affine and numbers.is_complex_linear(), differentiable, deterministic, numbers.offset,
         tuple(evidence), reads, counterexample,
