@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Meter:
 class CheckedMap:
     """A or B as a map on leaves: the function gets copies, and its result is checked.
 
-    A map that is ``read_only`` must not write to its argument. Calls are counted by ``meter``, if there is one.
+    A map that is ``read_only`` must not write to its argument.
     """
 
     meter: Meter | None = None
@@ -57,6 +58,12 @@ class CheckedMap:
     ) -> None:
         self.function, self.space, self.codomain, self.name = function, space, codomain, name
         self.read_only = read_only
+
+    def metered(self, meter: Meter) -> CheckedMap:
+        """Return the same map with its calls counted."""
+        other = copy.copy(self)
+        other.meter = meter
+        return other
 
     def __call__(self, leaves: Tensors) -> Tensors:
         """Return the leaves of the image; a ``BrokenError`` says that it is no finite element of the codomain."""
@@ -77,7 +84,7 @@ class CheckedMap:
             found = self.codomain.leaves(result)
         except (SpaceMismatchError, TypeError, ValueError, AttributeError):
             if not self.space.is_sharded:
-                raise BrokenError(wrong_kind(self.name, result, self.codomain)) from None
+                raise BrokenError(_wrong_kind(self.name, result, self.codomain)) from None
         if not self.space.every(bool(found)):
             here = "" if found else ", this one included"
             raise BrokenError(f"{self.name}: what it returned is not in the codomain on some processes{here}")
@@ -86,7 +93,7 @@ class CheckedMap:
         # The batch sizes of the result must equal those of the input.
         k = self.codomain.batch_dims
         if k and found[0].shape[:k] != leaves[0].shape[: self.space.batch_dims]:
-            raise BrokenError(wrong_kind(self.name, result, self.codomain.with_batch(leaves[0].shape[:k])))
+            raise BrokenError(_wrong_kind(self.name, result, self.codomain.with_batch(leaves[0].shape[:k])))
         return tuple(leaf.detach().clone() for leaf in found)  # the next call may overwrite the result
 
     def _result(self, leaves: Tensors) -> Any:
@@ -104,7 +111,7 @@ class CheckedMap:
         return result
 
 
-def wrong_kind(name: str, result: Any, space: Space) -> str:
+def _wrong_kind(name: str, result: Any, space: Space) -> str:
     """Return in words why ``result`` is not an element of ``space``: structure, shape, dtype or device."""
     if result is None:
         return f"{name} returned None: a return statement is missing"
@@ -135,13 +142,14 @@ def _why_shape(got: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     gaps = [w - g for g, w in zip(got, wanted, strict=True)]
     dims = [dim for dim, gap in enumerate(gaps) if gap]
     if min(dims) >= 1 and all(gap >= 0 for gap in gaps):
-        return f": output_padding of {', '.join(str(gaps[d]) for d in dims)} (or cropped) along dim {_listed(dims)}"
+        return f": output_padding of {', '.join(str(gaps[d]) for d in dims)} (or cropped) along dim {listed(dims)}"
     if min(dims) >= 1 and all(gap <= 0 for gap in gaps):
-        return f": not cropped along dim {_listed(dims)}, the adjoint of padding"
-    return f": differs along dim {_listed(dims)}"
+        return f": not cropped along dim {listed(dims)}, the adjoint of padding"
+    return f": differs along dim {listed(dims)}"
 
 
-def _listed(dims: list[int]) -> str:
+def listed(dims: Iterable[int]) -> str:
+    """Return dimensions in words: ``"2 and 3"``."""
     return " and ".join(map(str, dims))
 
 
@@ -175,13 +183,5 @@ def structured(space: Space) -> Iterator[tuple[str, Tensors]]:
 
 
 __all__ = [
-    "BrokenError",
-    "CheckedMap",
-    "ExhaustedError",
-    "Meter",
-    "Tensors",
-    "impulse",
-    "structured",
-    "vanishes",
-    "wrong_kind",
-]
+    "BrokenError", "CheckedMap", "ExhaustedError", "Meter", "Tensors", "impulse", "listed", "structured", "vanishes",
+]  # fmt: skip

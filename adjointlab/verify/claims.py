@@ -14,8 +14,9 @@ from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMisma
 from adjointlab.linearity import like_parameters
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
+from adjointlab.space.coordinates import real_element, real_size, real_vector
 from adjointlab.tree import tree_flatten
-from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors
+from adjointlab.verify.checked_map import BrokenError, CheckedMap
 from adjointlab.verify.dot_test import DotTest
 
 
@@ -130,33 +131,16 @@ def reference_of(claim: Claim, seed: int) -> tuple[CheckedMap | None, LinearOper
 def _dense(forward: CheckedMap) -> CheckedMap | None:
     """Return the transpose of A's real matrix, computed column by column, if A is small."""
     space, codomain = forward.space, forward.codomain
-    counts = [spec.numel * (2 if spec.is_complex else 1) for spec in space.specs]
-    if sum(counts) > _MOST_COLUMNS:
+    if real_size(space) > _MOST_COLUMNS:
         return None
-    columns = []
-    for number, spec in enumerate(space.specs):
-        for index in range(spec.numel):
-            for unit in (1.0, 1j) if spec.is_complex else (1.0,):
-                e = space.leaves(space.zeros())
-                e[number].view(-1)[index].fill_(unit)
-                columns.append(_coordinates(forward(e)))
-    matrix = torch.stack(columns)
 
-    def adjoint(v: Any) -> Any:
-        flat = matrix @ _coordinates(codomain.leaves(v))
-        leaves = []
-        for part, spec in zip(torch.split(flat, counts), space.specs, strict=True):
-            values = torch.view_as_complex(part.reshape(-1, 2).contiguous()) if spec.is_complex else part
-            leaves.append(values.reshape(spec.shape).to(spec.dtype))
-        return space.unflatten(leaves)
+    def coordinates(y: Any) -> torch.Tensor:
+        return real_vector(codomain, y).double()
 
-    return CheckedMap(adjoint, codomain, space, "the dense adjoint")
-
-
-def _coordinates(leaves: Tensors) -> torch.Tensor:
-    return torch.cat([
-        (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1).double() for t in leaves
-    ])  # fmt: skip
+    basis = torch.eye(real_size(space), device=space.specs[0].device)
+    images = [forward(space.leaves(real_element(space, e))) for e in basis]
+    matrix = torch.stack([coordinates(codomain.unflatten(image)) for image in images])
+    return CheckedMap(lambda y: real_element(space, matrix @ coordinates(y)), codomain, space, "the dense adjoint")
 
 
 __all__ = ["Claim", "claim_of", "reference_of"]

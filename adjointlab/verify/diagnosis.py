@@ -14,6 +14,7 @@ import torch
 
 from adjointlab.numerics import dot_gap, norm
 from adjointlab.operators import LinearOperator
+from adjointlab.space.algebra import conjugated
 from adjointlab.verify.checked_map import BrokenError, CheckedMap, Meter, Tensors
 from adjointlab.verify.comparison import Comparison, in_words
 from adjointlab.verify.dot_test import DotTest
@@ -32,49 +33,38 @@ def diagnose(
     # The reference is a trusted adjoint, and `operator` an operator for the same A that knows its pieces.
     generator = torch.Generator().manual_seed(seed + 100)
     worst = test.worst[3] if test.worst else ""
-    sides = [side for side in (test.forward, test.adjoint, reference) if side is not None]
-    meter = Meter(_MOST_APPLICATIONS)
     try:
-        text = _not_linear(test.forward, generator) or _not_linear(test.adjoint, generator)
+        text = _not_linear((test.forward, test.adjoint), generator, _NEAR)
         if not text and test.domain.is_sharded:
             text = _not_alike(test, generator)
-        if text:
+        if not text and reference is None:
+            text = _by_repair(test, generator) or f"unrecognised: the inner products differ most for {worst}"
+        if text or reference is None:
             return text, ()
-        if reference is None:
-            return _by_repair(test, generator) or f"unrecognised: the inner products differ most for {worst}", ()
-        for side in sides:
-            side.meter = meter
-        comparison = Comparison.of(test.adjoint, reference, meter, generator)
+        meter = Meter(_MOST_APPLICATIONS)
+        forward, adjoint, right = (side.metered(meter) for side in (test.forward, test.adjoint, reference))
+        comparison = Comparison.of(adjoint, right, meter, generator)
         where = ""
         if not comparison.wrong_leaves() and test.worst_y:  # a small error, or an error for some inputs only
-            text = _not_linear(test.forward, generator, _FAR) or _not_linear(test.adjoint, generator, _FAR)
+            text = _not_linear((forward, adjoint), generator, _FAR)
             if text:
                 return text, ()
             comparison, where = comparison.with_inputs((test.worst_y, test.worst_y)), f"for {worst}: "
             if not comparison.wrong_leaves():
                 return f"unrecognised: right on random data, but the inner products differ for {worst}", ()
-        text = where + _explain(comparison, _search(test, operator))
+        pieces = functools.partial(of_pieces, operator, adjoint.function) if operator is not None else tuple
+        tensors = read_tensors(getattr(operator.source, "callable", None)) if operator is not None else {}
+        text = where + _explain(comparison, Search(forward, pieces, tensors))
         meter.left = _OF_FIGURE
         return text, figure_of(comparison)
     except BrokenError as error:  # on input that the test did not try
         return str(error), ()
-    finally:
-        for side in sides:
-            side.meter = None
-
-
-def _search(test: DotTest, operator: LinearOperator | None) -> Search:
-    adjoint = test.adjoint.function
-    function = getattr(operator.source, "callable", None) if operator is not None else None
-    pieces = functools.partial(of_pieces, operator, adjoint) if operator is not None else tuple
-    return Search(test.forward, pieces, read_tensors(function))
 
 
 def _explain(comparison: Comparison, search: Search) -> str:
     """Return the first mistake that explains all leaves at once, else one for each wrong leaf."""
     wrong = comparison.wrong_leaves()
     count = len(comparison.found)
-
     if len(wrong) == count:
         text = search.first(comparison)
         if text or count == 1:
@@ -82,62 +72,51 @@ def _explain(comparison: Comparison, search: Search) -> str:
     exchanged = _exchanged(comparison, wrong)
     if exchanged:
         return exchanged
-    parts = []
-    for number in wrong:
-        alone = comparison.leaf(number)
-        parts.append(f"leaf {number} of {count}: {search.first(alone) or f'unrecognised: {alone.location()}'}")
-    return "; ".join(parts)
+    leaves = {number: comparison.leaf(number) for number in wrong}
+    return "; ".join(
+        f"leaf {number} of {count}: {search.first(alone) or f'unrecognised: {alone.location()}'}"
+        for number, alone in leaves.items()
+    )
 
 
 def _exchanged(comparison: Comparison, wrong: list[int]) -> str:
     """Return in words which leaves are exchanged, or an empty string if that does not explain all wrong leaves."""
+    leaves = {number: comparison.leaf(number) for number in wrong}
     pairs = set()
-    for number in wrong:
-        alone = comparison.leaf(number)
-        others = (k for k in wrong if k != number and comparison.expected[k].shape == alone.found[0].shape)
-        images = {k: tuple((t,) for t in comparison.expected[k]) for k in others}  # by draw
-        partner = next((k for k, each in images.items() if alone.fit(each.__getitem__) is not None), None)
+    for number, alone in leaves.items():
+        others = (k for k in wrong if k != number and alone.fit(leaves[k].changed()) is not None)
+        partner = next(others, None)
         if partner is None:
             return ""
         pairs.add((min(number, partner), max(number, partner)))
     return f"leaves {', '.join(f'{i} ↔ {j}' for i, j in sorted(pairs))} exchanged" if pairs else ""
 
 
-def _not_linear(side: CheckedMap, generator: torch.Generator, factors: tuple[float, ...] = _NEAR) -> str:
-    """Return in words why a function is not linear, or an empty string."""
-    y = side.space.leaves(side.space.randn(generator))
-    at_y, again = side(y), side(y)
-    size = norm(at_y, side.codomain)
-    tolerance = 64 * side.codomain.eps * size
-    name = side.name
-    if norm(tuple(a - b for a, b in zip(at_y, again, strict=True)), side.codomain) > tolerance:
-        return f"{name} is not deterministic: two equal calls differ (dropout, random numbers, state)"
-    offset = norm(side(tuple(torch.zeros_like(t) for t in y)), side.codomain)
-    if offset > tolerance or (size == 0.0 and offset > 0.0):
-        return f"{name} is not linear: it maps 0 to something of norm {offset:.3g} (an offset, a bias)"
-    tiny = max(torch.finfo(t.dtype).smallest_normal * t.numel() ** 0.5 for t in at_y)  # absolute underflow error
-    for factor in factors:
-        try:
-            image = side(tuple(factor * t for t in y))
-        except BrokenError:  # an overflow
-            continue
-        gap = norm(tuple(a - factor * b for a, b in zip(image, at_y, strict=True)), side.codomain)
-        if gap > abs(factor) * max(tolerance, 0.02 * size) + tiny:
-            return f"{name} is not linear: its image of {factor:.4g} y is not {factor:.4g} times that of y"
+def _not_linear(sides: tuple[CheckedMap, ...], generator: torch.Generator, factors: tuple[float, ...]) -> str:
+    """Return in words why one of some functions is not linear, or an empty string."""
+    for side in sides:
+        y = side.space.leaves(side.space.randn(generator))
+        at_y, again = side(y), side(y)
+        size = norm(at_y, side.codomain)
+        tolerance = 64 * side.codomain.eps * size
+        if norm(tuple(map(torch.sub, at_y, again)), side.codomain) > tolerance:
+            return f"{side.name} is not deterministic: two equal calls differ (dropout, random numbers, state)"
+        offset = norm(side(tuple(map(torch.zeros_like, y))), side.codomain)
+        if offset > tolerance or (size == 0.0 and offset > 0.0):
+            return f"{side.name} is not linear: it maps 0 to something of norm {offset:.3g} (an offset, a bias)"
+        tiny = max(torch.finfo(t.dtype).smallest_normal * t.numel() ** 0.5 for t in at_y)  # absolute underflow error
+        for factor in factors:
+            try:
+                image = side(tuple(factor * t for t in y))
+            except BrokenError:  # an overflow
+                continue
+            gap = norm(tuple(a - factor * b for a, b in zip(image, at_y, strict=True)), side.codomain)
+            if gap > abs(factor) * max(tolerance, 0.02 * size) + tiny:
+                return f"{side.name} is not linear: its image of {factor:.4g} y is not {factor:.4g} times that of y"
     return ""
 
 
 # -- without a reference ---------------------------------------------------------------------------------------------
-
-Repair = Callable[[CheckedMap, Tensors], Tensors]
-
-
-def _plain(back: CheckedMap, y: Tensors) -> Tensors:
-    return back(y)
-
-
-def _conjugated(back: CheckedMap, y: Tensors) -> Tensors:
-    return tuple(t.conj().resolve_conj() for t in back(tuple(t.conj().resolve_conj() for t in y)))
 
 
 def _not_alike(test: DotTest, generator: torch.Generator) -> str:
@@ -157,14 +136,14 @@ def _not_alike(test: DotTest, generator: torch.Generator) -> str:
 
 def _by_repair(test: DotTest, generator: torch.Generator) -> str:
     """Return in words the factor or conjugation whose repair makes the dot test pass, or an empty string."""
-    repairs: list[tuple[str, Repair, bool]] = [("", _plain, False)]
+    repairs: list[tuple[str, Callable[[Tensors], Tensors], bool]] = [("", tuple, False)]
     if test.domain.is_complex and test.codomain.is_complex:
-        repairs += [("conjugate missing", _conjugated, False), ("", _plain, test.exact)]
-    for words, repair, complex_factor in repairs:
+        repairs += [("conjugate missing", conjugated, False), ("", tuple, test.exact)]
+    for words, change, complex_factor in repairs:
         draws = []
         for _ in range(4):
             x, y = (space.leaves(space.randn(generator)) for space in (test.domain, test.codomain))
-            draws.append((x, test.forward(x), y, repair(test.adjoint, y)))
+            draws.append((x, test.forward(x), y, change(test.adjoint(change(y)))))
         left, right = [], []
         for x, at_x, y, at_y in draws:
             left.append(complex(test.codomain.inner(test.codomain.unflatten(at_x), test.codomain.unflatten(y))))
