@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from typer import TyperException
 
 COMMON_DTYPES = ("float32", "float64", "complex64", "complex128", "bfloat16", "float16")
 _NOT_A_LITERAL = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
 _LONGEST_LINE = 500
 
 
-class UnusableError(Exception):
+class UnusableError(TyperException):
     """The input cannot be used; the message is the line that the user sees."""
 
 
@@ -64,21 +65,11 @@ def parse_target(text: str) -> Target:
             node = ast.parse(call, mode="eval").body
     except _NOT_A_LITERAL:
         raise UnusableError(f"expected name or name(arguments) after the colon, got {call!r}") from None
-    called = isinstance(node, ast.Call)
+    name, called = (node.func, True) if isinstance(node, ast.Call) else (node, False)
     args, kwargs = _literals(node) if isinstance(node, ast.Call) else ((), {})
-    path = _path(node.func if isinstance(node, ast.Call) else node)
-    if path is None:
+    if not all(isinstance(part, (ast.Name, ast.Attribute, ast.Load)) for part in ast.walk(name)):
         raise UnusableError(f"expected name or name(arguments) after the colon, got {call!r}")
-    return Target(text, module, path, called, args, kwargs)
-
-
-def _path(node: ast.expr) -> tuple[str, ...] | None:
-    if isinstance(node, ast.Name):
-        return (node.id,)
-    if isinstance(node, ast.Attribute):
-        parent = _path(node.value)
-        return None if parent is None else (*parent, node.attr)
-    return None
+    return Target(text, module, tuple(ast.unparse(name).split(".")), called, args, kwargs)
 
 
 def _literals(call: ast.Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
