@@ -13,7 +13,7 @@ from adjointlab.errors import AdjointMismatchError, SpaceMismatchError
 from adjointlab.numerics import full_precision
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
-from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors
+from adjointlab.verify.checked_map import BrokenError, Tensors
 from adjointlab.verify.claims import claim_of, reference_of
 from adjointlab.verify.diagnosis import diagnose
 from adjointlab.verify.dot_test import DotTest
@@ -101,56 +101,41 @@ def check_adjoint(
     given = None
     if x is not None or y is not None:
         given = (_finite(claim.forward.space, x, "x"), _finite(claim.adjoint.space, y, "y"))
-    # The reference is built once, and only if it is needed. No process can compare all entries of a sharded element, so
-    # then the diagnosis uses inner products only.
-    known = claim.derive is not None and not claim.forward.space.is_sharded
-    trusted = functools.cache(lambda: reference_of(claim, seed) if known else (None, None))
+    trusted = functools.cache(lambda: reference_of(claim, seed))  # built once, and only if it is needed
     test = DotTest(
         claim.forward,
         claim.adjoint,
         exact=claim.exact,
         seed=seed,
-        reference=(lambda: trusted()[0]) if known else None,
+        reference=None if claim.derive is None else lambda: trusted()[0],
         powers=claim.powers,
     )
-    broken = ""
     with torch.no_grad(), full_precision:
         try:
             test.run(trials, given)
         except BrokenError as error:
-            broken = str(error)
-        return _report(test, trusted, trials, broken, seed)
+            return _report(test, trials, str(error), broken=True)
+        return _report(test, trials, *(("",) if test.passed else diagnose(test, *trusted(), seed)))
 
 
-def _report(
-    test: DotTest,
-    trusted: Callable[[], tuple[CheckedMap | None, LinearOperator | None]],
-    trials: int,
-    broken: str,
-    seed: int,
-) -> AdjointReport:
-    passed = test.passed and not broken
-    notes = []
-    if test.vacuous and not broken:
-        notes.append("vacuous: A and B are zero on every draw, so nothing was compared")
-    if test.used_noise > 1.0:
-        notes.append(f"rounding inside is {test.used_noise:.3g} eps (cancellation): the tolerance was measured")
-    if test.avoidable_noise:
-        notes.append(
-            f"rounding inside the adjoint is {test.avoidable_noise:.3g} eps, more than it need be: the tolerance "
-            "leaves it out"
-        )
-    notes += test.notes
-    if test.lost_in_rounding:
-        notes.append(f"left out, lost in rounding: {', '.join(dict.fromkeys(test.lost_in_rounding))}")
-    diagnosis = broken
-    figure: Figure = ()
-    if not passed and not broken:
-        diagnosis, figure = diagnose(test, *trusted(), seed)
-    _, error, tolerance, name = test.worst or (0.0, float("nan"), 4 * test.eps, "")
+def _report(test: DotTest, trials: int, diagnosis: str, figure: Figure = (), *, broken: bool = False) -> AdjointReport:
+    vacuous = test.vacuous and not broken
+    rounding = "rounding inside is {:.3g} eps (cancellation): the tolerance was measured"
+    avoidable = "rounding inside the adjoint is {:.3g} eps, more than it need be: the tolerance leaves it out"
+    lost = ", ".join(dict.fromkeys(test.lost_in_rounding))
+    notes = [
+        *(["vacuous: A and B are zero on every draw, so nothing was compared"] if vacuous else []),
+        *([rounding.format(test.used_noise)] if test.used_noise > 1.0 else []),
+        *([avoidable.format(test.avoidable_noise)] if test.avoidable_noise else []),
+        *test.notes,
+        *([f"left out, lost in rounding: {lost}"] if lost else []),
+    ]
+    _, error, tolerance, worst = test.worst or (0.0, float("nan"), 4 * test.eps, "")
+    if broken:
+        error, worst = float("nan"), ""
     return AdjointReport(
-        passed, float("nan") if broken else error, tolerance, test.eps, trials, diagnosis, test.pairs,
-        "" if broken else name, test.missed_row_probability(), test.vacuous and not broken, tuple(notes), figure,
+        test.passed and not broken, error, tolerance, test.eps, trials, diagnosis, test.pairs, worst,
+        test.missed_row_probability(), vacuous, tuple(notes), figure,
     )  # fmt: skip
 
 

@@ -24,10 +24,6 @@ class BrokenError(Exception):
     """A map raised, or its result cannot be compared; the message is the diagnosis."""
 
 
-class OverwritingError(BrokenError):
-    """A map that must only read its argument has written to it."""
-
-
 class ExhaustedError(Exception):
     """A diagnosis has used all the applications of operators that it may use."""
 
@@ -71,14 +67,14 @@ class CheckedMap:
         if self.meter is not None:
             self.meter.spend()
         try:
-            result = self._result(leaves)
-        except OverwritingError:
-            raise
+            result, copies = self._result(leaves)
         except Exception as error:  # the user's function may raise anything, which is the diagnosis
             if self.space.is_sharded:
                 raise
             line = next(iter(str(error).splitlines()), "")
             raise BrokenError(f"{self.name} raised {type(error).__name__}: {line}") from error
+        if self.read_only and not self.space.every(all(map(torch.equal, copies, leaves))):
+            raise BrokenError(f"{self.name} writes to its argument: copy it first, as in y = y.clone()")
         found: Tensors = ()
         try:
             found = self.codomain.leaves(result)
@@ -96,19 +92,15 @@ class CheckedMap:
             raise BrokenError(_wrong_kind(self.name, result, self.codomain.with_batch(leaves[0].shape[:k])))
         return tuple(leaf.detach().clone() for leaf in found)  # the next call may overwrite the result
 
-    def _result(self, leaves: Tensors) -> Any:
+    def _result(self, leaves: Tensors) -> tuple[Any, list[Tensor]]:
         copies = [leaf.clone() for leaf in leaves]
         try:
-            result = self.function(self.space.unflatten(copies))
-        except RuntimeError:  # the function may call autograd.grad inside, which needs grad mode
+            return self.function(self.space.unflatten(copies)), copies
+        except RuntimeError:
             if torch.is_grad_enabled():
                 raise
-            copies = [leaf.clone() for leaf in leaves]
-            with torch.enable_grad():
-                result = self.function(self.space.unflatten(copies))
-        if self.read_only and not self.space.every(all(map(torch.equal, copies, leaves))):
-            raise OverwritingError(f"{self.name} writes to its argument: copy it first, as in y = y.clone()")
-        return result
+        with torch.enable_grad():  # the function may call autograd.grad inside, which needs grad mode
+            return self._result(leaves)
 
 
 def _wrong_kind(name: str, result: Any, space: Space) -> str:
@@ -125,10 +117,10 @@ def _wrong_kind(name: str, result: Any, space: Space) -> str:
         if got != wanted_shape:
             return f"{name}: wrong shape: {got} where {wanted_shape} is expected{_why_shape(got, wanted_shape)}"
         if leaf.dtype != spec.dtype:
-            names = [str(dtype).removeprefix("torch.") for dtype in (leaf.dtype, spec.dtype)]
-            why = ": only real part" if spec.is_complex and not leaf.is_complex() else ""
-            why = ": take the real part" if leaf.is_complex() and not spec.is_complex else why
-            return f"{name}: wrong dtype: {names[0]} where {names[1]} is expected{why}"
+            is_dtype, wanted_dtype = (str(dtype).removeprefix("torch.") for dtype in (leaf.dtype, spec.dtype))
+            whys = {(True, False): ": take the real part", (False, True): ": only real part"}
+            why = whys.get((leaf.is_complex(), spec.is_complex), "")
+            return f"{name}: wrong dtype: {is_dtype} where {wanted_dtype} is expected{why}"
         if leaf.device != spec.device:
             return f"{name}: wrong device: {leaf.device} where {spec.device} is expected"
     return f"{name}: wrong structure: {type(result).__name__} is not the pytree of the space"
@@ -169,17 +161,16 @@ def structured(space: Space) -> Iterator[tuple[str, Tensors]]:
     """Yield impulses at the centre and the first and last corner of the first few leaves, and a constant."""
     for number, spec in enumerate(space.specs[:_MOST_LEAVES]):
         where = f" of leaf {number}" if len(space.specs) > 1 else ""
-        centre = tuple(size // 2 for size in spec.shape)
-        corners = [tuple(0 for _ in spec.shape), tuple(size - 1 for size in spec.shape)]
-        places = [centre, *corners]  # if sharded, all processes must make the same number of draws
+        ends = [(size // 2, 0, size - 1) for size in spec.shape]
+        places = list(zip(*ends, strict=True)) or [()] * 3
+        # If sharded, all processes must make the same number of draws.
         for index in places if space.is_sharded else dict.fromkeys(places):
             yield f"impulse at {index}{where}", impulse(space, number, index)
-    size = 2.0 ** -round(
-        math.log2(space.size) / 2
-    )  # norm about one, since sums of many ones overflow in half precision
-    values = [size * _PHASE if spec.is_complex else size for spec in space.specs]
-    ones = [torch.full(s.shape, v, dtype=s.dtype, device=s.device) for s, v in zip(space.specs, values, strict=True)]
-    yield "constant", tuple(ones)
+    size = 2.0 ** -round(math.log2(space.size) / 2)  # of norm about one: sums of many ones overflow in half precision
+    yield (
+        "constant",
+        tuple(torch.full_like(t, size * (_PHASE if t.is_complex() else 1.0)) for t in space.leaves(space.zeros())),
+    )
 
 
 __all__ = [

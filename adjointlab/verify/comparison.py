@@ -25,22 +25,20 @@ def wide(t: Tensor) -> Tensor:
 
 def in_words(what: str, factor: complex) -> str:
     """Return a mistake and a factor in words, as in ``"conjugate missing, and 2.000 × too large"``."""
-    size = ""
-    if abs(factor.imag) > 1e-3 * abs(factor):
+    a, size = abs(factor.real), ""
+    is_complex = abs(factor.imag) > 1e-3 * abs(factor)
+    if is_complex:
         size = f"off by the complex factor {factor.real:.3f}{factor.imag:+.3f}j"
-    else:
-        a = abs(factor.real)
-        if abs(a - 1) >= 1e-3:
-            size = f"{a:.3f} × too large" if a > 1 else f"{1 / a:.3f} × too small"
-        elif not what and factor.real > 0:
-            size = f"too {'large' if a > 1 else 'small'} by {abs(a - 1):.1e} of its size"
-        if factor.real < 0:
-            sign = "the sign is wrong" if what else "wrong sign: B = −Aᴴ"
-            size = f"{sign}, and it is {size}" if size else sign
-            return f"{what}, and {size}" if what else size
-    if what:
-        return f"{what}, and {size}" if size else what
-    return f"Aᴴ is {size}"
+    elif abs(a - 1) >= 1e-3:
+        size = f"{a:.3f} × too large" if a > 1 else f"{1 / a:.3f} × too small"
+    elif not what and factor.real > 0:
+        size = f"too {'large' if a > 1 else 'small'} by {abs(a - 1):.1e} of its size"
+    if factor.real < 0 and not is_complex:
+        sign = "the sign is wrong" if what else "wrong sign: B = −Aᴴ"
+        size = f"{sign}, and it is {size}" if size else sign
+    elif not what:
+        return f"Aᴴ is {size}"
+    return ", and ".join(filter(None, (what, size)))
 
 
 @dataclass(frozen=True, eq=False)
