@@ -23,6 +23,8 @@ import torch
 from torch import nn
 from typer import TyperException
 
+from adjointlab.tree import tree_flatten
+
 COMMON_DTYPES = ("float32", "float64", "complex64", "complex128", "bfloat16", "float16")
 _NOT_A_LITERAL = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
 _LONGEST_LINE = 500
@@ -238,7 +240,7 @@ def _call(target: Target, factory: Any, memory: float) -> Any:
         raise UnusableError(
             f"{'.'.join(target.path)} cannot be called: it is an object of type {type(factory).__name__}"
         )
-    numbers = [abs(n) for value in (*target.args, *target.kwargs.values()) for n in _integers(value) if n]
+    numbers = [abs(n) for n in tree_flatten((target.args, target.kwargs))[0] if type(n) is int and n]
     try:
         if math.prod(numbers) > 10**8 and isinstance(factory, type) and issubclass(factory, nn.Module):
             with torch.device("meta"):  # parameters without memory, to compute how much memory they need
@@ -249,11 +251,3 @@ def _call(target: Target, factory: Any, memory: float) -> Any:
         raise
     except (Exception, SystemExit) as error:
         raise UnusableError(f"cannot make {text}: {type(error).__name__}: {one_line(error)}") from error
-
-
-def _integers(value: Any) -> Iterator[int]:
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _integers(item)
-    elif type(value) is int:
-        yield value

@@ -45,6 +45,7 @@ def in_words(what: str, factor: complex) -> str:
 class Comparison:
     """The images of two random y under B (``found``) and Aᴴ (``expected``), stacked in double precision."""
 
+    forward: CheckedMap
     adjoint: CheckedMap
     reference: CheckedMap
     meter: Meter
@@ -56,7 +57,9 @@ class Comparison:
     select: Callable[[Tensors], Tensors] = lambda image: image  # the compared part of an image
 
     @classmethod
-    def of(cls, adjoint: CheckedMap, reference: CheckedMap, meter: Meter, generator: torch.Generator) -> Comparison:
+    def of(
+        cls, forward: CheckedMap, adjoint: CheckedMap, reference: CheckedMap, meter: Meter, generator: torch.Generator
+    ) -> Comparison:
         """Return the comparison on two random y."""
         space = adjoint.space
         inputs = tuple(space.leaves(space.randn(generator)) for _ in range(_DRAWS))
@@ -66,7 +69,7 @@ class Comparison:
         noise = rounding_noise(adjoint, space, adjoint.codomain, inputs[0], images[0]) / size if size else 0.0
         eps = max(space.eps, adjoint.codomain.eps)
         tolerance = min(0.05, max(1024 * eps, 8 * noise))
-        return cls(adjoint, reference, meter, inputs, found, expected, tolerance, noise)
+        return cls(forward, adjoint, reference, meter, inputs, found, expected, tolerance, noise)
 
     @property
     def sides(self) -> tuple[CheckedMap, CheckedMap]:

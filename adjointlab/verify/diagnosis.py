@@ -15,15 +15,27 @@ import torch
 from adjointlab.numerics import dot_gap, norm
 from adjointlab.operators import LinearOperator
 from adjointlab.space.algebra import conjugated
-from adjointlab.verify.checked_map import BrokenError, CheckedMap, Meter, Tensors
-from adjointlab.verify.comparison import Comparison, in_words
+from adjointlab.verify.checked_map import BrokenError, CheckedMap, ExhaustedError, Meter, Tensors
+from adjointlab.verify.comparison import Comparison, far, in_words, wide
 from adjointlab.verify.dot_test import DotTest
 from adjointlab.verify.figure import Figure, figure_of
-from adjointlab.verify.mistakes import Search
+from adjointlab.verify.moves import moved_result, moved_y
 from adjointlab.verify.pieces import of_pieces, read_tensors
+from adjointlab.verify.places import batch_mixed, border, ignored, in_batch, in_places
+from adjointlab.verify.values import (
+    Kind,
+    conjugate_or_part_of_y,
+    entrywise,
+    first,
+    nearly_right,
+    one_sided,
+    phase,
+    value,
+)
 
 _NEAR, _FAR = (-1.0, 4.0), (2.0**20, 2.0**-20)  # factors s in tests of f(sx) = s f(x)
 _MOST_APPLICATIONS, _OF_FIGURE = 66, 28  # of A, B and Aᴴ, in all
+_OF_PIECES = 24  # applications of A's program with a mistake, before other mistakes have their turn
 
 
 def diagnose(
@@ -43,7 +55,7 @@ def diagnose(
             return text, ()
         meter = Meter(_MOST_APPLICATIONS)
         forward, adjoint, right = (side.metered(meter) for side in (test.forward, test.adjoint, reference))
-        comparison = Comparison.of(adjoint, right, meter, generator)
+        comparison = Comparison.of(forward, adjoint, right, meter, generator)
         where = ""
         if not comparison.wrong_leaves() and test.worst_y:  # a small error, or an error for some inputs only
             text = _not_linear((forward, adjoint), generator, _FAR)
@@ -52,21 +64,19 @@ def diagnose(
             comparison, where = comparison.with_inputs((test.worst_y, test.worst_y)), f"for {worst}: "
             if not comparison.wrong_leaves():
                 return f"unrecognised: right on random data, but the inner products differ for {worst}", ()
-        pieces = functools.partial(of_pieces, operator, adjoint.function) if operator is not None else tuple
-        tensors = read_tensors(getattr(operator.source, "callable", None)) if operator is not None else {}
-        text = where + _explain(comparison, Search(forward, pieces, tensors))
+        text = where + _explain(comparison, functools.partial(_first, operator=operator))
         meter.left = _OF_FIGURE
         return text, figure_of(comparison)
     except BrokenError as error:  # on input that the test did not try
         return str(error), ()
 
 
-def _explain(comparison: Comparison, search: Search) -> str:
+def _explain(comparison: Comparison, search: Kind) -> str:
     """Return the first mistake that explains all leaves at once, else one for each wrong leaf."""
     wrong = comparison.wrong_leaves()
     count = len(comparison.found)
     if len(wrong) == count:
-        text = search.first(comparison)
+        text = search(comparison)
         if text or count == 1:
             return text or f"unrecognised: {comparison.location()}"
     exchanged = _exchanged(comparison, wrong)
@@ -74,7 +84,7 @@ def _explain(comparison: Comparison, search: Search) -> str:
         return exchanged
     leaves = {number: comparison.leaf(number) for number in wrong}
     return "; ".join(
-        f"leaf {number} of {count}: {search.first(alone) or f'unrecognised: {alone.location()}'}"
+        f"leaf {number} of {count}: {search(alone) or f'unrecognised: {alone.location()}'}"
         for number, alone in leaves.items()
     )
 
@@ -114,6 +124,76 @@ def _not_linear(sides: tuple[CheckedMap, ...], generator: torch.Generator, facto
             if gap > abs(factor) * max(tolerance, 0.02 * size) + tiny:
                 return f"{side.name} is not linear: its image of {factor:.4g} y is not {factor:.4g} times that of y"
     return ""
+
+
+# -- the search for a mistake -----------------------------------------------------------------------------------------
+
+
+def _first(comparison: Comparison, operator: LinearOperator | None) -> str:
+    """Return the first mistake that reproduces B, in words; an empty string if none does."""
+    costly = (
+        value, functools.partial(_of_pieces, operator=operator), batch_mixed, moved_result, conjugate_or_part_of_y,
+        phase, one_sided, _itself, ignored, moved_y, _inverse,
+    )  # fmt: skip
+    try:
+        text = first(comparison, costly)
+        is_factor = text.startswith("Aᴴ is ") and ("too small" in text or "too large" in text)
+        if is_factor and _inverse(comparison):
+            return f"{text}: B is the inverse of A"
+    except ExhaustedError:
+        text = ""
+    tensors = {} if operator is None else read_tensors(getattr(operator.source, "callable", None))
+    # The last ones take no application of an operator.
+    return text or first(comparison, (in_batch, in_places, functools.partial(entrywise, tensors=tensors), nearly_right))
+
+
+def _of_pieces(comparison: Comparison, operator: LinearOperator | None) -> str:
+    """The derived adjoint with one of A's pieces changed; the program is for the nominal batch size."""
+    if operator is None or not comparison.is_nominal:
+        return ""
+    least = comparison.meter.left - _OF_PIECES
+    for mistake in of_pieces(operator, comparison.adjoint.function):
+        factor = comparison.fit(comparison.of_program(mistake.function))
+        if factor is not None:
+            words = mistake.words
+            if mistake.turned is not None and _is_linear_in(comparison, mistake.turned):
+                words = words.replace("conjugate missing", "one conjugate too many")
+            where = border(comparison) if words.startswith("wrong padding mode") else ""
+            return in_words(f"{where} ({words.removeprefix('wrong ')})" if where else words, factor)
+        if comparison.meter.left < least:
+            break
+    return ""
+
+
+def _is_linear_in(comparison: Comparison, turned: Callable[[Tensors], Tensors]) -> bool:
+    """Return whether Aᴴ for i times a tensor is ``i Aᴴ``, and so linear in the tensor, not antilinear."""
+    image = comparison.select(turned(comparison.inputs[0]))
+    pairs = zip(image, comparison.expected, strict=True)
+    return not any(far(wide(t), 1j * e[0], comparison.tolerance) for t, e in pairs)
+
+
+def _itself(comparison: Comparison) -> str:
+    """``B = A``, up to conjugation."""
+    forward = comparison.forward
+    if forward.space != forward.codomain:
+        return ""
+    images = [comparison.select(forward(y)) for y in comparison.inputs]
+    text = comparison.named("B is A itself, not its adjoint", images.__getitem__)
+    return text or comparison.named("B is A conjugated", [conjugated(image) for image in images].__getitem__)
+
+
+def _inverse(comparison: Comparison) -> str:
+    """``A B = 1`` or ``B A = 1`` on two draws."""
+    forward, adjoint = comparison.forward, comparison.adjoint
+    if not comparison.is_nominal or len(comparison.found) < len(forward.space.specs):
+        return ""
+    one, other = (adjoint, forward) if forward.space.size >= forward.codomain.size else (forward, adjoint)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        z = one.space.leaves(one.space.randn(generator))
+        if any(far(a, b, comparison.tolerance) for a, b in zip(z, other(one(z)), strict=True)):
+            return ""
+    return "B is an inverse of A, not its adjoint"
 
 
 # -- without a reference ---------------------------------------------------------------------------------------------

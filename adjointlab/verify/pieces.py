@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 
 from adjointlab.operators import LinearOperator
 from adjointlab.space.algebra import conjugated
-from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.program import canonical
 from adjointlab.verify.checked_map import Tensors, listed
@@ -71,15 +70,13 @@ def of_pieces(operator: LinearOperator, adjoint: Callable[..., Any]) -> Iterator
     states = []
     for index, (value, node) in enumerate(zip(values, graph.placeholders, strict=False)):
         title = next((k for k, t in known.items() if t is value), derivation.state[index].name)
-        states.append(
-            _State(
-                index, f"`{title}`", value.detach(), frozenset(map(packet_of, _reached(node.users, lambda n: n.users)))
-            )
-        )
+        readers = frozenset(map(packet_of, _reached(node.users, lambda n: n.users)))
+        states.append(_State(index, f"`{title}`", value.detach(), readers))
     yield from _of_state(derivation, name, values, states, read_tensors(adjoint))
-    yield from _of_program(graph, values, states)
+    tape = Tape(graph, values)
+    yield from _of_program(tape, states)
     if name == "adjoint" and len(source.domain.specs) == 1:
-        yield from _of_padding(graph, values, source.domain.specs[0].shape)
+        yield from _of_padding(tape, source.domain.specs[0].shape)
 
 
 def read_tensors(function: Any, depth: int = 2) -> dict[str, Tensor]:
@@ -128,14 +125,13 @@ def _of_state(
 
     changed = [s for s in states if s.value.is_floating_point() or s.value.is_complex()]
     complexes = [s for s in changed if s.value.is_complex()]
-    for number in range(len(complexes), 1, -1):
-        for some in combinations(complexes, number) if number in {2, len(complexes)} else ():
-            names = ", ".join(s.name for s in some)
-            conjugates = {s.index: conjugated(s.value) for s in some}
-            yield Mistake(f"conjugates missing: conjugate {names}", swapped(conjugates))
-    for s in complexes:  # Aᴴ is linear or antilinear in a tensor, which its product with i shows
-        turned = swapped({s.index: 1j * s.value})
-        yield Mistake(f"conjugate missing: conjugate {s.name}", swapped({s.index: conjugated(s.value)}), turned)
+    for number in sorted({len(complexes), 2, 1} - {0}, reverse=True):
+        for some in combinations(complexes, number):
+            conjugates = swapped({s.index: conjugated(s.value) for s in some})
+            # Aᴴ is linear or antilinear in a tensor, which its product with i shows.
+            turned = swapped({s.index: 1j * s.value for s in some}) if number == 1 else None
+            words = f"conjugate{'s' if number > 1 else ''} missing: conjugate {', '.join(s.name for s in some)}"
+            yield Mistake(words, conjugates, turned)
     for s in changed:
         for words, change in _changes(s):
             value = change(s.value)
@@ -200,9 +196,9 @@ def _rearranged(t: Tensor, flipped: tuple[int, ...], exchanged: tuple[int, int],
 # -- changed operations ----------------------------------------------------------------------------------------------
 
 
-def _of_program(graph: Graph, values: Tensors, states: list[_State]) -> Iterator[Mistake]:
+def _of_program(tape: Tape, states: list[_State]) -> Iterator[Mistake]:
     """Yield the mistakes with single operations, then with their order."""
-    tape = Tape(graph, values)
+    graph = tape.graph
     names = {graph.placeholders[s.index]: s.name for s in states}
     for node, operand in tape.operands.items():
         if operand is not None:
@@ -268,9 +264,7 @@ def _meta(node: fx.Node) -> tuple[Any, ...]:
 
 def _moves(node: fx.Node) -> list[tuple[int, int]]:
     shifts, dims = node.args[1:3]
-    assert isinstance(shifts, (list, tuple))
-    assert isinstance(dims, (list, tuple))
-    return [(int(k), int(d)) for k, d in zip(shifts, dims, strict=True)]
+    return [(int(k), int(d)) for k, d in zip(shifts, dims, strict=True)]  # type: ignore[arg-type]
 
 
 def _back(node: fx.Node) -> dict[int, Any]:
@@ -302,21 +296,21 @@ def _title(node: fx.Node, names: dict[fx.Node, str]) -> str:
 # -- other padding modes ---------------------------------------------------------------------------------------------
 
 
-def _of_padding(graph: Graph, values: Tensors, shape: tuple[int, ...]) -> Iterator[Mistake]:
+def _of_padding(tape: Tape, shape: tuple[int, ...]) -> Iterator[Mistake]:
     """Yield the adjoints of the last convolution for other padding modes; a convolution is A's first step."""
-    nodes = [n for n in graph.body.nodes if packet_of(n) is aten.convolution_backward and n.args[7] is False]
-    if not nodes:
+    steps = list(tape.operands)
+    backward = [n for n in steps if packet_of(n) is aten.convolution_backward and n.args[7] is False]
+    node: Any = backward[-1] if backward else None
+    if node is None:
         return
-    node, tape = nodes[-1], Tape(graph, values)
     stride, padding, dilation, groups = (node.args[k] for k in (4, 5, 6, 9))
     assert isinstance(padding, list)
     dims = len(padding)
     primal = node.args[1].meta["val"].shape
     padded = [n + 2 * p for n, p in zip(primal[2:], padding, strict=True)]
     pads = [(n - m) // 2 for n, m in zip(padded, shape[-dims:], strict=True)]
-    if len(shape) < dims or not any(pads) or min(pads) < 0 or node not in tape.operands:
+    if len(shape) < dims or not any(pads) or min(pads) < 0:
         return
-    steps = list(tape.operands)
     inner = [n - 2 * p for n, p in zip(padded, pads, strict=True)]
 
     @functools.cache  # by draw, since the paddings share them
