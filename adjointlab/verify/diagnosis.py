@@ -224,10 +224,8 @@ def _by_repair(test: DotTest, generator: torch.Generator) -> str:
         for _ in range(4):
             x, y = (space.leaves(space.randn(generator)) for space in (test.domain, test.codomain))
             draws.append((x, test.forward(x), y, change(test.adjoint(change(y)))))
-        left, right = [], []
-        for x, at_x, y, at_y in draws:
-            left.append(complex(test.codomain.inner(test.codomain.unflatten(at_x), test.codomain.unflatten(y))))
-            right.append(complex(test.domain.inner(test.domain.unflatten(x), test.domain.unflatten(at_y))))
+        left = [complex(test.codomain.inner(*map(test.codomain.unflatten, (at_x, y)))) for _, at_x, y, _ in draws]
+        right = [complex(test.domain.inner(*map(test.domain.unflatten, (x, at_y)))) for x, _, _, at_y in draws]
         if not test.exact:
             left, right = [complex(v.real) for v in left], [complex(v.real) for v in right]
         power = sum(abs(v) ** 2 for v in left)
@@ -240,8 +238,7 @@ def _by_repair(test: DotTest, generator: torch.Generator) -> str:
         if scale == 0.0:
             continue
         scaled = [(x, at_x, y, tuple((t / scale).to(t.dtype) for t in at_y)) for x, at_x, y, at_y in draws]
-        spaces = (test.domain, test.codomain)
-        gaps = [dot_gap(*spaces, *draw, exact=test.exact) for draw in scaled]
+        gaps = [dot_gap(test.domain, test.codomain, *draw, exact=test.exact) for draw in scaled]
         if all(gap <= 2 * allowed for gap, allowed in gaps):
             return in_words(words, complex(scale))
     return ""
