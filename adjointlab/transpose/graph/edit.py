@@ -33,16 +33,6 @@ def zeros(graph: fx.Graph, like: Tensor) -> fx.Node:
     return known(graph.call_function(torch.ops.aten.zeros.default, (list(like.shape),), options), like)
 
 
-def rewrite(graph: fx.Graph, rule: Callable[[fx.Graph, fx.Node], fx.Node | None]) -> None:
-    """Put what a rule adds in place of each node, which it returns None for if that stays; then drop dead code."""
-    for node in list(graph.nodes):
-        with graph.inserting_before(node):
-            value = rule(graph, node)
-        if value is not None:
-            node.replace_all_uses_with(value)
-    clean(graph)
-
-
 def part(graph: Graph, outputs: Sequence[fx.Node | None]) -> Graph:
     """Return a copy of what computes some values of a graph, those that are to be its outputs."""
     copied, copies = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -60,6 +50,18 @@ def part(graph: Graph, outputs: Sequence[fx.Node | None]) -> Graph:
 def copied(graph: Graph) -> Graph:
     """Return a copy of a graph, without dead code, to be edited in place."""
     return part(graph, graph.outputs)
+
+
+def rewritten(graph: Graph, rule: Callable[[fx.Graph, fx.Node], fx.Node | None]) -> Graph:
+    """Return a graph that has what a rule adds in place of each node for which it does not return None."""
+    graph = copied(graph)
+    for node in list(graph.body.nodes):
+        with graph.body.inserting_before(node):
+            value = rule(graph.body, node)
+        if value is not None:
+            node.replace_all_uses_with(value)
+    clean(graph.body)
+    return graph
 
 
 def reached(roots: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adjointlab.transpose.graph.edit import call, copied, rewrite, zeros
+from adjointlab.transpose.graph.edit import call, rewritten, zeros
 from adjointlab.transpose.graph.ir import Graph
 
 aten = torch.ops.aten
@@ -32,9 +32,7 @@ def normalise(whole: Graph, *, detached: bool = True) -> Graph:
         is_same = target is aten.view.default and args[0].meta["val"].shape == value.shape
         return args[0] if target in identities or is_copy or is_same else None
 
-    whole = copied(whole)
-    rewrite(whole.body, rule)
-    return whole
+    return rewritten(whole, rule)
 
 
 def _copied(graph: fx.Graph, target: fx.Node, source: fx.Node) -> fx.Node:
