@@ -54,13 +54,12 @@ def gradient(specs: tuple[ConvSpec, ConvSpec]) -> Callable[[Tensor, Tensor, Tens
 
 def _analysis(x: Tensor, spec: ConvSpec) -> Tensor:
     """Return the transform of what a spec reads."""
+    spread = x
     if spec.transposed and any(s > 1 for s in spec.stride):
         spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], spec.stride, strict=True)))
         where: Any = (..., *[slice(None, None, s) for s in spec.stride])
         spread[where] = x
-        x = spread
-    found: Tensor = torch.fft.rfftn(x, s=spec.fft_size, dim=spec.dims)
-    return found
+    return torch.fft.rfftn(spread, s=spec.fft_size, dim=spec.dims)  # type: ignore[no-any-return]
 
 
 def _product(source: Tensor, transform: Tensor) -> Tensor:
@@ -90,11 +89,9 @@ def _synthesis(product: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
 
 
 def _spread(rows: Tensor) -> Tensor:
-    """Return rows whose entries do not lie a power of two apart in the CPU's memory.
-
-    The first transforms leave the last dimension as the slowest. Where its entries are kilobytes apart, all of a row
-    compete for the same few lines of the cache, and the last transform takes twice as long: far more than a copy.
-    """
+    """Return rows whose entries do not lie a power of two apart in the CPU's memory."""
+    # The first transforms leave the last dimension as the slowest. Where its entries are kilobytes apart, all of a row
+    # compete for the same few lines of the cache, and the last transform takes twice as long: far more than a copy.
     *inner, last = rows.shape[2:]
     step = math.prod(inner)
     if rows.stride(-1) != step or step * rows.element_size() % 1024:

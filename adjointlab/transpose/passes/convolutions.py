@@ -83,15 +83,11 @@ def multiplier(graph: Graph) -> fx.Node | None:
 
 
 def _cyclic(node: fx.Node, spec: ConvSpec) -> tuple[Any, fx.Node, ConvSpec]:
-    """Return the source and the last node of what one product of transforms computes, and the spec of it all.
-
-    A convolution of a circularly padded image is cyclic: the transform does by itself what the padding did, on an image
-    of the size before. So is the transpose, whose result is folded back.
-    """
+    """Return the source, last node and spec of a product of transforms, which does circular padding by itself."""
     itself = node.args[0], node, spec
     source, last, _ = itself
     around: Any = source
-    if spec.transposed:
+    if spec.transposed:  # whose result is folded back
         around = next(iter(node.users)) if len(node.users) == 1 and node.args[2] is None else node
     shifts = circular(around, inverse=spec.transposed)
     if shifts is None or any(shifts[:2]) or any(spec.padding):
@@ -108,10 +104,7 @@ def _cyclic(node: fx.Node, spec: ConvSpec) -> tuple[Any, fx.Node, ConvSpec]:
 
 
 def _gradient(nodes: fx.Graph, item: Any, *, transform: Callable[[ConvSpec], bool]) -> fx.Node | None:
-    """Return a gradient of a convolution as one itself, where wanted, and have each of the others computed by itself.
-
-    Only so does each get the kernel that suits it.
-    """
+    """Return a gradient of a convolution as one itself, with a kernel that suits it, or have it computed alone."""
     if item.target is not operator.getitem or item.args[0].target is not aten.convolution_backward.default:
         return None
     (node, index), found = item.args, None
@@ -143,10 +136,8 @@ def _gradient_in_input(nodes: fx.Graph, node: Any) -> fx.Node | None:
 
 
 def _gradient_in_kernel(nodes: fx.Graph, node: Any, transform: Callable[[ConvSpec], bool]) -> fx.Node | None:
-    """Return the gradient in a kernel as the convolution that it is, of the input with the cotangent, where wanted.
-
-    Channels take the place of the batch, stride and dilation that of each other.
-    """
+    """Return the gradient in a kernel as the convolution that it is, of the input with the cotangent, where wanted."""
+    # Channels take the place of the batch, stride and dilation that of each other.
     v, x, weight, _, stride, padding, dilation, transposed, _, groups, _ = node.args
     source, cotangent, kernel = (n.meta["val"].transpose(0, 1) for n in (x, v, weight))
     spec = _spec(source, cotangent, kernel, dilation, padding, stride, False, [0], 1)

@@ -36,8 +36,8 @@ def _shape_only(node: Any) -> tuple[int, ...]:
     packet, args = getattr(node.target, "overloadpacket", None), node.args
     if packet in LIKE:
         return (0,)
-    if _is_batch_norm(node):
-        return (1,) if _has_statistics(node) else (1, 5, 6)
+    if (saved := _saved_statistics(node)) is not None:
+        return (1,) if saved else (1, 5, 6)
     is_linear = (
         packet in _SHAPE_OF_SECOND
         or (packet is aten.convolution_backward and args[10] == [True, False, False])
@@ -118,11 +118,8 @@ def _values_read(node: fx.Node) -> list[fx.Node]:
 
 
 def _take_running_statistics(graph: fx.Graph, node: fx.Node) -> None:
-    """Have a batch norm in evaluation read the running statistics themselves, not what the forward saved of them.
-
-    Kernels for the CPU save nothing and read nothing; those for CUDA do both.
-    """
-    if _is_batch_norm(node) and _has_statistics(node):
+    """Have a batch norm in evaluation read the running statistics themselves, not what the forward saved of them."""
+    if _saved_statistics(node):
         mean, variance = node.args[3:5]
         with graph.inserting_before(node):
             moved = call(graph, aten.add.Tensor, variance, node.args[8])
@@ -131,16 +128,13 @@ def _take_running_statistics(graph: fx.Graph, node: fx.Node) -> None:
         node.update_arg(6, inverse)
 
 
-def _is_batch_norm(node: fx.Node) -> bool:
-    """Return whether a node is the derivative in x of a batch norm in evaluation."""
+def _saved_statistics(node: fx.Node) -> int | None:
+    """Return how many statistics the derivative in x of a batch norm in evaluation reads; None for any other node."""
     packet = getattr(node.target, "overloadpacket", None)
-    return packet is aten.native_batch_norm_backward and not node.args[7] and node.args[9] == [True, False, False]
-
-
-def _has_statistics(node: fx.Node) -> bool:
-    """Return whether the derivative of a batch norm is given statistics: what kernels for the CPU save is empty."""
-    saved = node.args[5]
-    return isinstance(saved, fx.Node) and bool(saved.meta["val"].numel())
+    if packet is not aten.native_batch_norm_backward or node.args[7] or node.args[9] != [True, False, False]:
+        return None
+    saved = node.args[5]  # by kernels for CUDA: what those for the CPU save is empty, and not read
+    return saved.meta["val"].numel() if isinstance(saved, fx.Node) else 0
 
 
 def _stand_in(graph: fx.Graph, before: fx.Node, operand: Any) -> fx.Node:

@@ -209,7 +209,7 @@ def _shape(node: fx.Node) -> list[int]:
 
 
 def _moved(pieces: Sum, dim: int, by: int, size: int) -> Sum:
-    return tuple(itertools.chain.from_iterable(piece.moved(dim, by, size) for piece in pieces))
+    return tuple(left for piece in pieces for left in piece.moved(dim, by, size))
 
 
 def _window(node: fx.Node, shape: list[int], dim: int = 0, start: Any = None, stop: Any = None, step: Any = 1) -> Any:
@@ -258,10 +258,8 @@ def _cat(node: fx.Node, sums: Sums, parts: list[fx.Node], dim: int = 0) -> Sum |
     if any(p.meta["val"].ndim != value.ndim or p.meta["val"].dtype != value.dtype for p in parts):
         return None
     offsets = itertools.accumulate((_shape(part)[dim] for part in parts), initial=0)
-    placed = [
-        _moved(sums[part], dim % value.ndim, by, value.shape[dim]) for part, by in zip(parts, offsets, strict=False)
-    ]
-    return tuple(itertools.chain.from_iterable(placed))
+    placed = zip(parts, offsets, strict=False)
+    return tuple(p for part, by in placed for p in _moved(sums[part], dim % value.ndim, by, value.shape[dim]))
 
 
 def _roll(node: fx.Node, sums: Sums, x: fx.Node, shifts: list[int], dims: Sequence[int] = ()) -> Sum | None:

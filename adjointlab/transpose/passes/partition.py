@@ -100,10 +100,7 @@ def _roots(graph: Graph) -> dict[fx.Node, frozenset[fx.Node]]:
 
 
 def _stays(node: fx.Node) -> bool:
-    """Return whether a node is not worth keeping: a factory, or a view or pointwise op of what is not kept.
-
-    A pointwise op of the state costs about what it costs to see that the state is the same.
-    """
+    """Return whether a node costs no more than to see that the state is the same: a factory, a view, a pointwise op."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet in _FACTORIES:
         return bool(node.meta["val"].numel() > 1)
@@ -129,10 +126,7 @@ def extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callable
 
 
 def _in_place(part: fx.Graph) -> None:
-    """Have sums and products written to the result of a convolution that nothing else reads.
-
-    Fresh memory costs more than the arithmetic: the system has to map and to clear it.
-    """
+    """Have sums and products written to the result of a convolution that nothing else reads: fresh memory is slow."""
     own: set[Any] = set()  # results in memory that nothing else looks at
     for node in part.nodes:
         if node.target is torch.convolution or bound(node.target):
