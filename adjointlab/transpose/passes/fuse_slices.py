@@ -27,20 +27,22 @@ _MOST = 32  # pieces of one sum; more are not worth following
 
 
 class Span(NamedTuple):
-    """A range of one dimension: where it is in the source and in the result, None where that has no such dimension."""
+    """A range of one dimension of a result, and of which dimension of the source, None where that has none."""
 
-    read: int | None
-    write: int | None
+    dim: int | None
+    read: int
+    write: int
     length: int
 
 
 @dataclass(frozen=True)
 class Piece:
-    """``factor`` times a rectangle of a source, placed in a result; dimensions of both are in the order of spans."""
+    """``factor`` times a rectangle of a source, placed in a result, of whose dimensions each has a span."""
 
     source: fx.Node
     factor: complex
     spans: tuple[Span, ...]
+    index: tuple[tuple[int, int], ...] = ()  # dimensions of the source that the result lacks, and where it is in them
 
     @property
     def volume(self) -> int:
@@ -50,44 +52,34 @@ class Piece:
     @property
     def places(self) -> tuple[tuple[slice | int, ...], tuple[slice | int, ...]]:
         """How to index the source, and how the result: by a number where the other has no dimension."""
-        read = [_index(r, length, alone=w is None) for r, w, length in self.spans if r is not None]
-        write = [_index(w, length, alone=r is None) for r, w, length in self.spans if w is not None]
-        return tuple(read), tuple(write)
+        read: dict[int, slice | int] = dict(self.index)
+        read |= {dim: slice(start, start + length) for dim, start, _, length in self.spans if dim is not None}
+        write = [start if dim is None else slice(start, start + length) for dim, _, start, length in self.spans]
+        return tuple(read[dim] for dim in sorted(read)), tuple(write)
 
     def meets(self, other: Piece) -> bool:
         """Return whether two pieces of one result have places in common."""
-        here, there = ([(w, w + n) for _, w, n in p.spans if w is not None] for p in (self, other))
-        return all(a < d and c < b for (a, b), (c, d) in zip(here, there, strict=True))
+        pairs = zip(self.spans, other.spans, strict=True)
+        return all(a.write < b.write + b.length and b.write < a.write + a.length for a, b in pairs)
 
     def moved(self, dim: int, by: int, size: int) -> Sum:
         """Return what is left of the piece when it is moved along a dimension of the result, which gets a new size."""
-        read, write, length = self.spans[self._position(dim)]
-        assert write is not None
+        of, read, write, length = self.spans[dim]
         start, stop = max(0, write + by), min(size, write + by + length)
-        cut = start - write - by
-        span = Span(None if read is None else read + cut, start, stop - start)
+        span = Span(of, read + start - write - by, start, stop - start)
         return (self._with(dim, span),) if start < stop else ()
 
     def dropped(self, dim: int) -> Piece:
         """Return the piece in a result without a dimension, where it is at one index."""
-        return self._with(dim, self.spans[self._position(dim)]._replace(write=None))
+        of, read, *_ = self.spans[dim]
+        return replace(self._with(dim), index=self.index if of is None else (*self.index, (of, read)))
 
     def inserted(self, dim: int, index: int) -> Piece:
         """Return the piece at one index of a new dimension."""
-        i = self._position(dim)
-        return replace(self, spans=(*self.spans[:i], Span(None, index, 1), *self.spans[i:]))
+        return replace(self, spans=(*self.spans[:dim], Span(None, 0, index, 1), *self.spans[dim:]))
 
-    def _with(self, dim: int, span: Span) -> Piece:
-        i = self._position(dim)
-        return replace(self, spans=(*self.spans[:i], span, *self.spans[i + 1 :]))
-
-    def _position(self, dim: int) -> int:
-        """Return the position of the span of a dimension of the result."""
-        return [*(i for i, span in enumerate(self.spans) if span.write is not None), len(self.spans)][dim]
-
-
-def _index(start: int, length: int, *, alone: bool) -> slice | int:
-    return start if alone else slice(start, start + length)
+    def _with(self, dim: int, *spans: Span) -> Piece:
+        return replace(self, spans=(*self.spans[:dim], *spans, *self.spans[dim + 1 :]))
 
 
 Sum = tuple[Piece, ...]
@@ -120,7 +112,7 @@ def fuse_slices(graph: Graph) -> Graph:
 
 
 def _whole(node: fx.Node) -> Sum:
-    return (Piece(node, 1, tuple(Span(0, 0, n) for n in node.meta["val"].shape)),)
+    return (Piece(node, 1, tuple(Span(dim, 0, 0, n) for dim, n in enumerate(node.meta["val"].shape))),)
 
 
 def _write(nodes: fx.Graph, node: fx.Node, found: Sum) -> fx.Node:
