@@ -81,10 +81,8 @@ def sized(spec: ConvSpec) -> ConvSpec:
 
 
 def _phases(spec: ConvSpec) -> Ints:
-    """Return how many neighbouring outputs along each dimension are channels: as many as fill a vector, at least cost.
-
-    The outputs between inputs of a transposed convolution with a stride always are.
-    """
+    """Return how many neighbouring outputs along each dimension are channels: they fill a vector, at least cost."""
+    # The outputs between inputs of a transposed convolution with a stride always are.
     least = spec.stride if spec.transposed else (1,) * len(spec.stride)
     options = [
         [s << i for i in range(VECTOR.bit_length()) if i == 0 or 2 * (s << i) <= n]

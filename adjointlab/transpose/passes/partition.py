@@ -76,12 +76,12 @@ def partition(graph: Graph) -> Parts:
         if node in kept and is_used and isinstance(node.meta.get("val"), Tensor):
             apart.setdefault(roots[node], []).append(node)
     constants = apart.pop(frozenset(), [])
-    placeholders = graph.placeholders
+    placeholders, pieces = graph.placeholders, [n for nodes in apart.values() for n in nodes]
     prepacks = []
     for watched, nodes in apart.items():
         positions = tuple(i for i, placeholder in enumerate(placeholders) if placeholder in watched)
         prepacks.append((positions, extract(graph, [*[placeholders[i] for i in positions], *constants], nodes)))
-    main = extract(graph, [*placeholders, *constants, *[n for nodes in apart.values() for n in nodes]], graph.outputs)
+    main = extract(graph, [*placeholders, *constants, *pieces], graph.outputs)
     return Parts(extract(graph, [], constants) if constants else None, tuple(prepacks), main)
 
 
