@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from lawbook import adjoint, affine, algebra, least_squares, linearity, spectral, verify
+from lawbook import adjoint, affine, algebra, least_squares, linearity, passes, spectral, verify
 from laws import ENGINES, LAWS, Case, Law, cases, check
 from operator_zoo import AFFINE, BY_NAME, LINEAR, ZOO, Entry
 
-BOOK = (adjoint, affine, algebra, least_squares, linearity, spectral, verify)
+BOOK = (adjoint, affine, algebra, least_squares, linearity, passes, spectral, verify)
 
 
 # The eager engine does in every dtype what autograd does: one of them shows that the rest around it is right.
