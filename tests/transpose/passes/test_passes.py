@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from lawbook.passes import assert_equal, random, run
 
-from adjointlab.modules import modules_of
 from adjointlab.space import Space
 from adjointlab.transpose.frontend.capture import capture
 from adjointlab.transpose.frontend.trace import trace_forward
