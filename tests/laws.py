@@ -163,11 +163,6 @@ def in_widest_dtype(case: Case) -> bool:
     return case.dtype == next((dtype for dtype in reversed(EXACT) if dtype in dtypes), dtypes[0])
 
 
-def in_first_dtype(case: Case) -> bool:
-    """Choose one dtype for each entry, mostly double."""
-    return case.dtype == case.entry.dtypes[0]
-
-
 def once(case: Case) -> bool:
     """Choose one engine: of what does not depend on it, or makes its own operator."""
     return case.engine == "traced"

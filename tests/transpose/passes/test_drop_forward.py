@@ -22,8 +22,9 @@ def convolutions(ops: list[str]) -> int:
     return sum(name in ("aten::convolution", "aten::convolution_backward") for name in ops)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 5])
-@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"groups": 2}, {"dilation": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("layers", "options"), [(1, {}), (5, {}), (5, {"stride": 2}), (2, {"groups": 2}), (2, {"dilation": 2})], ids=str
+)
 def test_adjoint_of_a_chain_has_one_op_for_each_convolution(layers: int, options: dict[str, int]) -> None:
     chain = nn.Sequential(*[nn.Conv2d(2, 2, 3, padding=2, bias=False, **options) for _ in range(layers)])
     A = al.linear_operator(chain, (1, 2, 9, 8), engine="traced")
