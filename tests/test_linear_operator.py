@@ -278,6 +278,7 @@ def test_a_divisor_is_read_at_each_call() -> None:
 
 @pytest.mark.parametrize("engine", ["traced", "eager"])
 @pytest.mark.parametrize("part", [1.0, 1e-3, 1e-9])
+@pytest.mark.slow
 def test_a_small_part_that_is_only_real_linear_counts(engine: str, part: float) -> None:
     def leaf_by_leaf(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return 1000 * z, part * z.conj()

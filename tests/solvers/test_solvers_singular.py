@@ -120,6 +120,7 @@ def test_cg_converges_on_what_has_a_solution_only() -> None:
 @pytest.mark.parametrize("name", ["cg", *LEAST_SQUARES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["single", "double"])
 @pytest.mark.parametrize("power", [2, 5, 9])
+@pytest.mark.slow
 def test_converged_is_about_the_true_residual(name: str, dtype: torch.dtype, power: int) -> None:
     converged = 0
     for seed in range(4):
@@ -171,6 +172,7 @@ def test_data_of_extreme_size(name: str, size: float) -> None:
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("started", [False, True])
 @every_solver
+@pytest.mark.slow
 def test_damping_is_differentiable_and_one_for_each_problem(solve: Any, batched: bool, started: bool) -> None:
     matrix, y, x0 = draw(0, 4, 6), draw(1, 3, 4), draw(2, 3, 6)
     A = al.linear_operator(lambda x: x @ matrix.T, torch.zeros(1, 6, dtype=torch.float64), batch_dims=1)
