@@ -88,7 +88,7 @@ def _transposed(t: Tensor, i: int, j: int) -> Tensor:
 
 def _best_shift(comparison: Comparison) -> dict[int, int]:
     """Return the shift along spatial dims for which the wrong and right images have the largest correlation."""
-    dims, total = comparison.spatial, torch.zeros(())
+    dims, total = comparison.spatial, comparison.found[0].new_zeros(())
     for found, expected in zip(comparison.found, comparison.expected, strict=True):
         product = torch.fft.fftn(found[0], dim=dims) * torch.fft.fftn(expected[0], dim=dims).conj()
         rest = [d for d in range(product.ndim) if d not in dims]

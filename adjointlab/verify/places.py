@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
@@ -31,7 +32,7 @@ def border(comparison: Comparison) -> str:
         return ""
     some = min(narrow, key=widths.__getitem__)  # the smallest width, then the fewest dimensions
     width = widths[some]
-    near = wrong.numel() * (1 - torch.tensor([1 - 2 * width / shape[d] for d in some]).prod().item())
+    near = wrong.numel() * (1 - math.prod(1 - 2 * width / shape[d] for d in some))
     ends = [bool(wrong.narrow(d, s, width).any()) for d in some for s in (0, shape[d] - width)]
     outermost = any(bool(wrong.narrow(d, s, 1).any()) for d in some for s in (0, shape[d] - 1))
     if len(index) < 0.2 * near / width or not (outermost or all(ends)):
