@@ -22,41 +22,29 @@ if TYPE_CHECKING:
 # Where each name is defined. They are imported when they are first used, so that what needs no torch loads none: pytest
 # imports the plugin in every project that has adjointlab installed.
 _HOME = {
-    "AdjointMismatchError": "adjointlab.errors",
-    "AdjointReport": "adjointlab.verify",
-    "AffineOperator": "adjointlab.affine",
-    "LeastSquares": "adjointlab.least_squares",
-    "LinearOperator": "adjointlab.operators",
-    "LinearityReport": "adjointlab.linearity",
-    "NotDifferentiableError": "adjointlab.errors",
-    "NotLinearError": "adjointlab.errors",
-    "Space": "adjointlab.space",
-    "SpaceMismatchError": "adjointlab.errors",
-    "TensorSpec": "adjointlab.space",
-    "affine_operator": "adjointlab.affine",
-    "assert_adjoint": "adjointlab.verify",
-    "block_diag": "adjointlab.blocks",
-    "check_adjoint": "adjointlab.verify",
-    "check_linearity": "adjointlab.linearity",
-    "diagonal": "adjointlab.blocks",
-    "from_pair": "adjointlab.pair",
-    "hstack": "adjointlab.blocks",
-    "identity": "adjointlab.blocks",
-    "least_squares_gradient": "adjointlab.least_squares",
-    "linear_adjoint": "adjointlab.derive",
-    "linear_operator": "adjointlab.derive",
-    "operator_norm": "adjointlab.spectral",
-    "to_dense": "adjointlab.spectral",
-    "vstack": "adjointlab.blocks",
+    name: f"adjointlab.{module}"
+    for module, names in {
+        "affine": ("AffineOperator", "affine_operator"),
+        "blocks": ("block_diag", "diagonal", "hstack", "identity", "vstack"),
+        "derive": ("linear_adjoint", "linear_operator"),
+        "errors": ("AdjointMismatchError", "NotDifferentiableError", "NotLinearError", "SpaceMismatchError"),
+        "least_squares": ("LeastSquares", "least_squares_gradient"),
+        "linearity": ("LinearityReport", "check_linearity"),
+        "operators": ("LinearOperator",),
+        "pair": ("from_pair",),
+        "space": ("Space", "TensorSpec"),
+        "spectral": ("operator_norm", "to_dense"),
+        "verify": ("AdjointReport", "assert_adjoint", "check_adjoint"),
+    }.items()
+    for name in names
 }
-_SUBMODULES = ("solvers",)
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(import_module(_HOME[name]), name)
-    elif name in _SUBMODULES:
-        value = import_module(f"adjointlab.{name}")
+    elif name == "solvers":
+        value = import_module("adjointlab.solvers")
     elif name == "__version__":
         value = _version()
     else:
@@ -79,31 +67,8 @@ def _version() -> str:
 
 
 __all__ = [
-    "AdjointMismatchError",
-    "AdjointReport",
-    "AffineOperator",
-    "LeastSquares",
-    "LinearOperator",
-    "LinearityReport",
-    "NotDifferentiableError",
-    "NotLinearError",
-    "Space",
-    "SpaceMismatchError",
-    "TensorSpec",
-    "affine_operator",
-    "assert_adjoint",
-    "block_diag",
-    "check_adjoint",
-    "check_linearity",
-    "diagonal",
-    "from_pair",
-    "hstack",
-    "identity",
-    "least_squares_gradient",
-    "linear_adjoint",
-    "linear_operator",
-    "operator_norm",
-    "solvers",
-    "to_dense",
-    "vstack",
-]
+    "AdjointMismatchError", "AdjointReport", "AffineOperator", "LeastSquares", "LinearOperator", "LinearityReport",
+    "NotDifferentiableError", "NotLinearError", "Space", "SpaceMismatchError", "TensorSpec", "affine_operator",
+    "assert_adjoint", "block_diag", "check_adjoint", "check_linearity", "diagonal", "from_pair", "hstack", "identity",
+    "least_squares_gradient", "linear_adjoint", "linear_operator", "operator_norm", "solvers", "to_dense", "vstack",
+]  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from adjointlab.derive import from_source, options_of, transposition
+from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 from adjointlab.transpose import Options, Transposition
@@ -57,18 +58,7 @@ class AffineOperator(nn.Module):
         return self.linear.explain()
 
     def forward(self, x: Any) -> Any:
-        """Return ``f(x) = Ax + b``.
-
-        Returns
-        -------
-        pytree of tensors
-            An element of the codomain.
-
-        Raises
-        ------
-        SpaceMismatchError
-            If x is not an element of the domain.
-        """
+        """Return ``f(x) = Ax + b``; where x is not an element of the domain, raise ``SpaceMismatchError``."""
         return self._source.function(x)
 
     def __matmul__(self, x: Any) -> Any:
@@ -79,6 +69,14 @@ class AffineOperator(nn.Module):
 
     def __setstate__(self, training: bool) -> None:
         self.training = training
+
+
+def require_operator(A: Any) -> None:
+    """Raise unless A is a linear or affine operator."""
+    if not isinstance(A, (LinearOperator, AffineOperator)):
+        raise SpaceMismatchError(
+            f"expected a LinearOperator or AffineOperator, got {type(A).__name__}: wrap it with al.linear_operator"
+        )
 
 
 def residual_and_gradient(
@@ -149,6 +147,3 @@ def _rebuild(function: Callable[..., Any], domain: Space, options: dict[str, Any
 
 def _rebuild_linear(*arguments: Any) -> LinearOperator:
     return _rebuild(*arguments).linear
-
-
-__all__ = ["AffineOperator", "affine_operator"]

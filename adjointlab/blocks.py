@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,13 +29,6 @@ def _operators(operators: Sequence[LinearOperator], name: str) -> list[LinearOpe
             f"expected {name} of a non-empty list of linear operators, got {kinds}: wrap each with al.linear_operator"
         )
     return found
-
-
-def _sum(elements: Sequence[Any]) -> Any:
-    total = elements[0]
-    for element in elements[1:]:
-        total = added(total, element)
-    return total
 
 
 def vstack(operators: Sequence[LinearOperator]) -> LinearOperator:
@@ -66,7 +60,7 @@ def vstack(operators: Sequence[LinearOperator]) -> LinearOperator:
         common(parts[0].domain, part.domain, "the operators of vstack to have one domain", "use block_diag otherwise")
     return derived(
         lambda x: tuple(part(x) for part in parts),
-        lambda y: _sum([part.H(piece) for part, piece in zip(parts, y, strict=True)]),
+        lambda y: functools.reduce(added, [part.H(piece) for part, piece in zip(parts, y, strict=True)]),
         parts[0].domain, _product_space([part.codomain for part in parts]), (vstack, (parts,)), *parts,
     )  # fmt: skip
 
@@ -99,7 +93,7 @@ def hstack(operators: Sequence[LinearOperator]) -> LinearOperator:
     for part in parts[1:]:
         common(parts[0].codomain, part.codomain, "the operators of hstack to have one codomain", "use block_diag")
     return derived(
-        lambda x: _sum([part(piece) for part, piece in zip(parts, x, strict=True)]),
+        lambda x: functools.reduce(added, [part(piece) for part, piece in zip(parts, x, strict=True)]),
         lambda y: tuple(part.H(y) for part in parts),
         _product_space([part.domain for part in parts]), parts[0].codomain, (hstack, (parts,)), *parts,
     )  # fmt: skip
@@ -217,16 +211,12 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator:
     where = Space.of(d) if space is None else space
     entries = _Entries(where.leaves(d, "d"))
 
-    def times(x: Any) -> Any:
-        return where.unflatten([a * b for a, b in zip(entries.leaves(), where.structure.leaves(x) or (), strict=True)])
-
-    def times_conjugate(y: Any) -> Any:
-        return where.unflatten(
-            [a.conj() * b for a, b in zip(entries.leaves(), where.structure.leaves(y) or (), strict=True)]
-        )
+    def product(d: Sequence[Tensor], x: Any) -> Any:
+        return where.unflatten([a * b for a, b in zip(d, where.structure.leaves(x) or (), strict=True)])
 
     operator: LinearOperator = derived(
-        times, times_conjugate, where, where,
+        lambda x: product(entries.leaves(), x), lambda y: product([a.conj() for a in entries.leaves()], y),
+        where, where,
         lambda: (diagonal, (where.unflatten(entries.leaves()), *([] if space is None else [operator.domain]))), entries,
     )  # fmt: skip
     return operator
@@ -236,6 +226,3 @@ def diagonal_entries(operator: LinearOperator) -> Any:
     """Return the diagonal of an operator made by :func:`diagonal`, or None for any other operator."""
     entries = getattr(operator, "operator_0", None)
     return operator.domain.unflatten(entries.leaves()) if isinstance(entries, _Entries) else None
-
-
-__all__ = ["block_diag", "diagonal", "diagonal_entries", "hstack", "identity", "vstack"]

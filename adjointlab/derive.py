@@ -29,14 +29,12 @@ def linear_operator(
 ) -> LinearOperator:
     r"""Return the linear operator A of a module or function, with its derived adjoint: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``.
 
-    The adjoint is the vector-Jacobian product of the forward, which for a linear map does not depend on where it is
-    taken. Where the forward can be traced, it runs without the forward in it.
+    The adjoint is the vector-Jacobian product of the forward; where that can be traced, no forward is in it.
 
     Parameters
     ----------
     module_or_function : nn.Module or callable
-        A linear map. It takes an element of the domain: a *tuple* is spread over its positional arguments, any other
-        pytree is passed as it is. It may return any pytree of tensors.
+        A linear map from elements of the domain, a *tuple* being spread over its positional arguments, to pytrees.
     domain : Tensor, tuple of int, TensorSpec, Space or pytree of these
         An example (values are ignored), or a shape: dtype and device are then those of the module's parameters, else
         torch's defaults.
@@ -54,11 +52,10 @@ def linear_operator(
     autotune : bool
         Whether to choose that kernel by a thorough measurement.
     derivative : {"autograd", "forward"}
-        ``"autograd"`` takes autograd's derivative, with what the map's author says of it. ``"forward"`` takes that of
-        the operations of the forward, through custom backwards and ``.detach()`` alike.
+        ``"autograd"`` takes autograd's derivative; ``"forward"`` takes that of the operations of the forward, through
+        custom backwards and ``.detach()`` alike.
     tol : float, optional
-        The relative accuracy to judge by, for maps that compute in lower precision inside; else what rounding in the
-        dtypes of the spaces explains.
+        The relative accuracy to judge by, for maps that compute in lower precision inside.
 
     Returns
     -------
@@ -68,7 +65,7 @@ def linear_operator(
     Raises
     ------
     NotLinearError
-        If the map is not linear; the message says what was seen and what to do.
+        If the map is not linear.
     NotDifferentiableError
         If autograd's derivative is not the map's own, as for a detached forward.
     SpaceMismatchError
@@ -184,6 +181,3 @@ def linear_adjoint(f: Callable[..., Any], *example: Any) -> Map:
     tensor([-1.,  1.,  0.,  0.])
     """
     return linear_operator(f, example[0] if len(example) == 1 else example).H
-
-
-__all__ = ["from_source", "linear_adjoint", "linear_operator", "options_of", "require_linear", "transposition"]

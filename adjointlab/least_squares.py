@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adjointlab.affine import AffineOperator, residual_and_gradient
+from adjointlab.affine import AffineOperator, require_operator, residual_and_gradient
 from adjointlab.blocks import diagonal, diagonal_entries
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
@@ -43,10 +43,7 @@ class LeastSquares(nn.Module):
 
     def __init__(self, A: LinearOperator | AffineOperator, y: Any, weight: Any = None) -> None:
         super().__init__()
-        if not isinstance(A, (LinearOperator, AffineOperator)):
-            raise SpaceMismatchError(
-                f"expected a LinearOperator or AffineOperator, got {type(A).__name__}: wrap it with al.linear_operator"
-            )
+        require_operator(A)
         leaves = A.codomain.leaves(y, "y")
         self.A = A
         self._names = [f"_y_{index}" for index in range(len(leaves))]
@@ -175,6 +172,3 @@ def least_squares_gradient(A: LinearOperator | AffineOperator, x: Any, y: Any) -
     torch.Size([1, 1, 8, 8])
     """
     return LeastSquares(A, y).gradient(x)
-
-
-__all__ = ["LeastSquares", "least_squares_gradient"]

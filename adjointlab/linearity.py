@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,29 +59,29 @@ class LinearityReport:
         Whether ``f(x) − f(0)`` passed as linear; true for linear maps too.
     is_complex_linear : bool
         Whether ``f(ix) = i f(x)``, as far as the spaces are complex.
-    evidence : tuple of str
-        What was seen, in words.
-    counterexample : Counterexample or None
-        The law that failed.
-    reads_input : tuple of str
-        Ops of the derivative (or reads of a number) that read the input.
     differentiable : bool
         Whether autograd's derivative passed the dot test.
     deterministic : bool
         Whether equal inputs gave equal outputs and left no trace.
     offset : float
         ``‖f(0)‖``.
+    evidence : tuple of str
+        What was seen, in words.
+    reads_input : tuple of str
+        Ops of the derivative (or reads of a number) that read the input.
+    counterexample : Counterexample or None
+        The law that failed.
     """
 
     verdict: str
     is_affine: bool
     is_complex_linear: bool
+    differentiable: bool
+    deterministic: bool
+    offset: float
     evidence: tuple[str, ...]
-    counterexample: Counterexample | None = None
-    reads_input: tuple[str, ...] = ()
-    differentiable: bool = True
-    deterministic: bool = True
-    offset: float = 0.0
+    reads_input: tuple[str, ...]
+    counterexample: Counterexample | None
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = [
@@ -106,17 +107,10 @@ class LinearityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, ready for JSON."""
-        return {
-            "verdict": self.verdict,
-            "is_affine": self.is_affine,
-            "is_complex_linear": self.is_complex_linear,
-            "differentiable": self.differentiable,
-            "deterministic": self.deterministic,
-            "offset": self.offset,
-            "evidence": list(self.evidence),
-            "reads_input": list(self.reads_input),
-            "counterexample": None if self.counterexample is None else str(self.counterexample),
-        }
+        seen = self.counterexample
+        lists = {"evidence": list(self.evidence), "reads_input": list(self.reads_input)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | lists | {"counterexample": None if seen is None else str(seen)}
 
 
 def check_linearity(
@@ -211,18 +205,15 @@ def _assess(map_: Transposition, derivation: Derivation, numbers: _Numbers) -> L
         evidence.append(f"a call changes {', '.join(changes)}")
     if numbers.offset > 0.0:
         evidence.append(f"f(0) is not zero: its norm is {numbers.offset:.3g}")
-    is_affine = counterexample is None and deterministic
+    is_affine = counterexample is None
+    settled = not explanation.cut and not explanation.is_stateful
+    verdict = "proved" if explanation.independent and settled and differentiable else "supported"
     if not is_affine or numbers.offset > 0.0:
         verdict = "refuted"
-    else:
-        settled = not explanation.cut and not explanation.is_stateful
-        proved = explanation.independent and settled and differentiable
-        verdict = "proved" if proved else "supported"
-    if verdict == "refuted" and counterexample is None and deterministic:
-        counterexample = Counterexample("f(0) = 0", numbers.offset, 0.0, (map_.domain.zeros(),))
+        counterexample = counterexample or Counterexample("f(0) = 0", numbers.offset, 0.0, (map_.domain.zeros(),))
     return LinearityReport(
-        verdict, is_affine, is_affine and numbers.is_complex_linear(), tuple(evidence), counterexample, reads,
-        differentiable, deterministic, numbers.offset,
+        verdict, is_affine, is_affine and numbers.is_complex_linear(), differentiable, deterministic, numbers.offset,
+        tuple(evidence), reads, counterexample,
     )  # fmt: skip
 
 
@@ -267,9 +258,13 @@ class _Numbers:
     def f(self, x: Tensors, times: int = 1) -> Tensors:
         return tuple(t.detach() for t in self.map.eager.called(x, times=times))
 
-    def adjoint(self, y: Tensors) -> Tensors:
-        """Return ``f'ᴴ y``: the derived one where there is one, else autograd's."""
-        return tuple(t.detach() for t in self.derivation.function("adjoint")(y))
+    def linear(self, x: Tensors, leaf: int | None = None) -> Tensors:
+        """Return ``f(x) − f(0)``, or one leaf of it."""
+        return _only(_minus(self.f(x), self.f(self.zero)), leaf)
+
+    def adjoint(self, y: Tensors, leaf: int | None = None) -> Tensors:
+        """Return ``f'ᴴ y``, or one leaf of it: the derived one where there is one, else autograd's."""
+        return _only(tuple(t.detach() for t in self.derivation.function("adjoint")(y)), leaf)
 
     def norm(self, y: Tensors) -> float:
         return float(self.codomain.norm(self.codomain.unflatten(y)))
@@ -281,8 +276,7 @@ class _Numbers:
     @full_precision
     def counterexample(self) -> Counterexample | None:
         x, z = self.draw(self.domain), self.draw(self.domain)
-        zero = tuple(torch.zeros_like(t) for t in x)
-        at_zero, at_x, at_z = self.f(zero), self.f(x), self.f(z)
+        at_zero, at_x, at_z = self.f(self.zero), self.f(x), self.f(z)
         if not self.domain.every(all(bool(torch.isfinite(t).all()) for t in (*at_zero, *at_x, *at_z))):
             return Counterexample(_FINITE, float("nan"), 0.0, (x,))
         self.offset = self.norm(at_zero)
@@ -360,28 +354,18 @@ class _Numbers:
         alone = [*((j, None) for j in range(m)), *((None, k) for k in range(n))] if m > 1 or n > 1 else []
         for j, k in [(None, None)] * 3 + alone:
             x, y = _only(self.draw(self.domain), j), _only(self.draw(self.codomain), k)
-            at_x = _only(_minus(self.f(x), self.f(tuple(torch.zeros_like(t) for t in x))), k)
-            at_y = _only(self.adjoint(y), j)
+            at_x, at_y = self.linear(x, k), self.adjoint(y, j)
             known = (DOT_UNITS * self.codomain.eps * self.offset, 0.0)  # f(x) is rounded before f(0) is subtracted
             gap, allowed = dot_gap(self.domain, self.codomain, x, at_x, y, at_y, exact=False, noise=known)
             if not gap <= allowed:
-                noise = self.noise(x, at_x, y, at_y, leaf=(j, k))
+                # Measured, of a function that is known to be affine.
+                forward = rounding_noise(partial(self.linear, leaf=k), self.domain, self.codomain, x, at_x)
+                backward = rounding_noise(partial(self.adjoint, leaf=j), self.codomain, self.domain, y, at_y)
+                noise = (SIGMAS * forward + known[0], SIGMAS * backward)
                 gap, allowed = dot_gap(self.domain, self.codomain, x, at_x, y, at_y, exact=False, noise=noise)
             if not gap <= allowed:
                 return False
         return True
-
-    def noise(
-        self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors, *, leaf: tuple[Any, Any]
-    ) -> tuple[float, float]:
-        """Return the measured rounding noise of leaves of both sides: of a function already known to be affine."""
-
-        def linear(z: Tensors) -> Tensors:
-            return _only(_minus(self.f(z), self.f(tuple(torch.zeros_like(t) for t in z))), leaf[1])
-
-        forward = rounding_noise(linear, self.domain, self.codomain, x, at_x)
-        backward = rounding_noise(lambda v: _only(self.adjoint(v), leaf[0]), self.codomain, self.domain, y, at_y)
-        return SIGMAS * forward + DOT_UNITS * self.codomain.eps * self.offset, SIGMAS * backward
 
 
 def _only(leaves: Tensors, index: int | None) -> Tensors:
@@ -393,6 +377,3 @@ def _only(leaves: Tensors, index: int | None) -> Tensors:
 
 def _minus(a: Tensors, b: Tensors) -> Tensors:
     return tuple((s - t).detach() for s, t in zip(a, b, strict=True))
-
-
-__all__ = ["Counterexample", "LinearityReport", "assess", "check_linearity", "like_parameters"]

@@ -45,10 +45,8 @@ def dot_gap(  # noqa: PLR0917  # two spaces and two pairs
     random: tuple[bool, bool] = (True, True),
     norms: tuple[float, float, float, float] | None = None,
 ) -> tuple[float, float]:
-    r"""Return ``|⟨Ax, y⟩ − ⟨x, By⟩|`` and the part of it that rounding may explain, both in units of ``‖Ax‖‖y‖``.
+    """Return ``|⟨Ax, y⟩ − ⟨x, By⟩|``, and what rounding explains of it, in units of ``max(‖Ax‖‖y‖, ‖x‖‖By‖)``.
 
-    Note: how much rounding explains
-    --------------------------------
     With e the rounding error of ``Ax`` and f that of ``By``, a correct adjoint leaves the gap ``⟨e, y⟩ − ⟨x, f⟩``.
     A *random* y does not know e, so ``⟨e, y⟩`` is normal with the standard deviation ``‖e‖``, smaller by ``√n`` than
     the ``‖e‖‖y‖`` of the worst case; half precision needs that factor, or errors of some percent would pass.
@@ -56,9 +54,8 @@ def dot_gap(  # noqa: PLR0917  # two spaces and two pairs
     ten standard deviations, and of long chains some hundred roundings. Where a gap exceeds that, the caller measures
     the noise (:func:`rounding_noise`) and asks again.
 
-    The arguments are the leaves of x, ``Ax``, y and ``By``. If not ``exact``, imaginary parts do not count. ``noise``
-    bounds ``‖e‖`` and ``‖f‖`` from below; ``random`` tells whether x and y are draws of independent normal numbers;
-    ``norms`` are those of x, y, ``Ax`` and ``By``, if they are known. The unit is ``max(‖Ax‖‖y‖, ‖x‖‖By‖)``.
+    If not ``exact``, imaginary parts do not count. ``noise`` bounds ``‖e‖`` and ``‖f‖`` from below; ``random`` tells
+    whether x and y are draws of independent normal numbers; ``norms`` are those of x, y, ``Ax`` and ``By``, if known.
     """
     difference = _inner(codomain, at_x, y) - _inner(domain, x, at_y)
     gap = abs(difference) if exact else abs(difference.real)
@@ -287,9 +284,3 @@ def _inner(space: Space, a: Tensors, b: Tensors) -> complex:
     wide = _WIDE[space.is_complex]
     terms = [(s.detach().to(wide).conj() * t.detach().to(wide)).sum() for s, t in zip(a, b, strict=True)]
     return complex(space.total(terms)) if space.is_sharded else complex(sum(map(complex, terms)))
-
-
-__all__ = [
-    "DOT_UNITS", "SIGMAS", "UNITS", "allowance", "commutes_with_i", "dot_bound", "dot_gap", "eps_of", "full_precision",
-    "norm", "perturbed", "relative_gap", "rounding_noise", "safe_scale", "same", "sketch",
-]  # fmt: skip

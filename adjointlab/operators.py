@@ -122,31 +122,16 @@ class LinearOperator(nn.Module):
         return self._body.spaces[1 - self._side]
 
     def forward(self, x: Any) -> Any:
-        """Return ``Ax``.
-
-        Returns
-        -------
-        pytree of tensors
-            An element of the codomain.
-
-        Raises
-        ------
-        SpaceMismatchError
-            If x is not an element of the domain; nothing is cast or broadcast.
-        """
-        if self._body.source is not None:
-            return self._body.functions[self._side](x)  # which checks x itself
-        self.domain.check(x)
-        with self.domain.without_autocast():
-            return self._apply_function(x)
-
-    def _apply_function(self, x: Any) -> Any:
-        """Return ``f(x)``; where f and its adjoint are from outside, with each as the other's derivative."""
+        """Return ``Ax``; nothing is cast or broadcast: where x is not in the domain, raise ``SpaceMismatchError``."""
         function, linked = self._body.functions[self._side], self._body.linked[self._side]
-        leaves = () if linked is None else self.domain.leaves(x)
-        if linked is None or not differentiated(leaves):
-            return function(x)
-        return self.codomain.unflatten(linked(leaves))
+        if self._body.source is not None:
+            return function(x)  # which checks x itself
+        leaves = self.domain.leaves(x)
+        with self.domain.without_autocast():
+            # Where f and its adjoint are from outside, each is the other's derivative.
+            if linked is None or not differentiated(leaves):
+                return function(x)
+            return self.codomain.unflatten(linked(leaves))
 
     def _leaves_of_function(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return self.codomain.leaves(self._body.functions[self._side](self.domain.unflatten(x)), "Ax")
@@ -263,15 +248,7 @@ class LinearOperator(nn.Module):
             yield
 
     def refresh(self) -> LinearOperator:
-        """Derive A again from the map as it is now, and return A.
-
-        Only needed after a change of Python state that ``explain()`` says is not watched.
-
-        Returns
-        -------
-        LinearOperator
-            A itself.
-        """
+        """Derive A again from the map as it is now, after a change that ``explain()`` says is not watched; return A."""
         if self._body.source is not None:
             self._body.source.refresh()
         for part in self._operators:
@@ -284,11 +261,8 @@ class LinearOperator(nn.Module):
         if self._body.source is not None:
             return f"{head}\n{self._body.source.explanation}"
         parts = [f"\n[{index}] {part.explain()}" for index, part in enumerate(self._operators)]
-        return (
-            f"{head}\nbuilt from {len(parts)} operators:{''.join(parts)}"
-            if parts
-            else f"{head}\ngiven as a pair of functions"
-        )
+        made = f"built from {len(parts)} operators:{''.join(parts)}" if parts else "given as a pair of functions"
+        return f"{head}\n{made}"
 
     def extra_repr(self) -> str:
         """Return the spaces, for ``print(A)``."""
@@ -315,9 +289,9 @@ class LinearOperator(nn.Module):
         return _scale_input(self, scalar) if is_scalar(scalar) else NotImplemented
 
     def __truediv__(self, scalar: Any) -> LinearOperator:
-        if isinstance(scalar, Tensor) and is_scalar(scalar):
-            return _divide_output(self, scalar)
-        return _scale_output(1 / scalar, self) if is_scalar(scalar) else NotImplemented
+        if not is_scalar(scalar):
+            return NotImplemented
+        return _scale_output(scalar, self, True) if isinstance(scalar, Tensor) else _scale_output(1 / scalar, self)
 
     # -- being a module ----------------------------------------------------------------------------------------------
 
@@ -387,20 +361,16 @@ def _conjugate(scalar: Any) -> Any:
     return scalar.conj() if isinstance(scalar, Tensor) else scalar.conjugate()
 
 
-def _scale_output(scalar: Any, a: LinearOperator) -> LinearOperator:
+def _scale_output(scalar: Any, a: LinearOperator, inverse: bool = False) -> LinearOperator:
+    """Return ``x ↦ cAx`` or, if ``inverse``, ``x ↦ Ax / c``, with c as it is at each call."""
     require_scalar(scalar, a.codomain)
-    return derived(
-        lambda x: scaled(scalar, a(x)), lambda y: a.H(scaled(_conjugate(scalar), y)), a.domain, a.codomain,
-        (_scale_output, (scalar, a)), a,
-    )  # fmt: skip
 
+    def times(c: Any, y: Any) -> Any:
+        return scaled(1 / c if inverse else c, y)
 
-def _divide_output(a: LinearOperator, scalar: Tensor) -> LinearOperator:
-    """Return ``x ↦ Ax / c``, with c as it is at each call."""
-    require_scalar(scalar, a.codomain)
     return derived(
-        lambda x: scaled(1 / scalar, a(x)), lambda y: a.H(scaled(1 / _conjugate(scalar), y)), a.domain, a.codomain,
-        (_divide_output, (a, scalar)), a,
+        lambda x: times(scalar, a(x)), lambda y: a.H(times(_conjugate(scalar), y)), a.domain, a.codomain,
+        (_scale_output, (scalar, a, inverse)), a,
     )  # fmt: skip
 
 
@@ -417,6 +387,3 @@ def _transpose(a: LinearOperator) -> LinearOperator:
         lambda y: conjugated(a.H(conjugated(y))), lambda x: conjugated(a(conjugated(x))), a.codomain, a.domain,
         (_transpose, (a,)), a,
     )  # fmt: skip
-
-
-__all__ = ["LinearOperator", "Map", "Recipe"]

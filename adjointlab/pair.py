@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.operators import LinearOperator
+from adjointlab.operators import LinearOperator, Map
 from adjointlab.space import Space
 from adjointlab.verify import assert_adjoint
 
 
 def from_pair(
-    f: Callable[[Any], Any],
-    adjoint: Callable[[Any], Any],
-    domain: Any,
-    codomain: Any,
-    *,
-    batch_dims: int = 0,
-    check: bool = True,
+    f: Map, adjoint: Map, domain: Any, codomain: Any, *, batch_dims: int = 0, check: bool = True
 ) -> LinearOperator:
     r"""Return the operator ``A = f`` with the given adjoint: ``⟨f(x), y⟩ = ⟨x, adjoint(y)⟩``.
 
-    Each function is the other's derivative in its argument, so that gradients flow through functions that autograd
-    cannot see through, such as those of NumPy. Gradients in other tensors, such as parameters, are autograd's own.
+    Each is the other's derivative in its argument, also where autograd cannot see through it, as with NumPy.
+    Gradients in other tensors, such as parameters, are autograd's own.
 
     Parameters
     ----------
@@ -69,6 +62,3 @@ def from_pair(
     if check:
         assert_adjoint(A)
     return A
-
-
-__all__ = ["from_pair"]

@@ -65,30 +65,25 @@ class AdjointCheck:
             If there is no adjoint to test; the message says why.
         """
         __tracebackhide__ = True
+        from adjointlab.derive import linear_operator
         from adjointlab.errors import AdjointMismatchError
         from adjointlab.verify import check_adjoint
 
         self._called = True
         if A is None:
-            A, adjoint, named = _operator(self._case, adjoint)
-            options = {**named, **options}
-        elif "domain" in options and adjoint is None:
-            A = _derived(A, options.pop("domain"))
+            A, own, domain = _operator(self._case)
+            adjoint = own if adjoint is None else adjoint
+            options = options if domain is None else {"domain": domain, **options}
+        if "domain" in options and adjoint is None:
+            A = linear_operator(A, options.pop("domain"))
         report = check_adjoint(A, adjoint, **{**self._options, **options})
         if not report.passed:
             raise AdjointMismatchError(f"\n{report}")
         return report
 
 
-def _derived(function: Any, domain: Any) -> Any:
-    __tracebackhide__ = True
-    from adjointlab.derive import linear_operator
-
-    return linear_operator(function, domain)
-
-
-def _operator(case: Any, adjoint: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Return A, its adjoint and options for one operator of a marker."""
+def _operator(case: Any) -> tuple[Any, Any, Any]:
+    """Return A, its adjoint and its domain for one operator of a marker; None for what it does not say."""
     __tracebackhide__ = True
     from torch.nn import Module
 
@@ -100,14 +95,10 @@ def _operator(case: Any, adjoint: Any) -> tuple[Any, Any, dict[str, Any]]:
     if callable(case) and not isinstance(case, Module):
         case = case()
     if not isinstance(case, (tuple, list)):
-        return case, adjoint, {}
-    if len(case) == 2:
-        function, domain = case
-        return (_derived(function, domain), None, {}) if adjoint is None else (function, adjoint, {"domain": domain})
-    if len(case) == 3:
-        function, own, domain = case
-        return function, own if adjoint is None else adjoint, {"domain": domain}
-    raise pytest.UsageError(f"expected (module, domain) or (function, adjoint, domain), got {len(case)} values")
+        return case, None, None
+    if len(case) not in {2, 3}:
+        raise pytest.UsageError(f"expected (module, domain) or (function, adjoint, domain), got {len(case)} values")
+    return case[0], case[1] if len(case) == 3 else None, case[-1]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -75,6 +75,3 @@ def heat_map(title: str, grid: Grid, side: int = 128) -> str:
         f'<rect x="0.5" y="0.5" width="{w - 1:.2f}" height="{h - 1:.2f}" fill="none" stroke="#999"/></svg>'
         f'<figcaption style="font-size:smaller;max-width:16em">{label}</figcaption></figure>'
     )
-
-
-__all__ = ["Grid", "aligned", "heat_map", "html_table", "strict_json"]

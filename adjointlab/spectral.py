@@ -14,7 +14,14 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 from adjointlab.space.algebra import scaled
-from adjointlab.space.coordinates import common_dtype, complex_entries, real_element, real_size, real_vector
+from adjointlab.space.coordinates import (
+    common_dtype,
+    complex_entries,
+    real_element,
+    real_size,
+    real_vector,
+    split_complex,
+)
 
 _CHUNK = 1 << 22  # most entries of basis vectors and images in memory at a time
 
@@ -25,30 +32,21 @@ _CHUNK = 1 << 22  # most entries of basis vectors and images in memory at a time
 def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
     """Return the matrix of A: ``to_dense(A) @ vector(x) = vector(A(x))``.
 
-    ``vmap`` computes many columns at a time, in chunks of bounded memory. If A does not support ``vmap``, columns are
-    computed one by one.
+    Many columns at a time by ``vmap``, in chunks of bounded memory; one by one if A does not support it.
 
     Parameters
     ----------
     A : LinearOperator
         The operator. Its matrix has ``A.codomain.size * A.domain.size`` entries.
     real : bool, optional
-        Whether to use the real coordinates ``[Re x; Im x]`` in domain and codomain (real leaves have no imaginary
-        part). The default is True for a map that is only real-linear on a complex domain, which has no other matrix,
-        and False otherwise.
+        Whether to use the real coordinates ``[Re x; Im x]`` (without imaginary parts of real leaves); by default only
+        for a map that is only real-linear on a complex domain, which has no other matrix.
 
     Returns
     -------
     Tensor
-        The ``(m, n)`` matrix, in the coordinates of ``Space.vector``; complex if A maps to or from a complex space and
-        the coordinates are complex. For a complex-linear A, the matrix of the adjoint is the conjugate transpose. In
-        real coordinates, it is the transpose for every A.
-
-    Notes
-    -----
-    A map from a real to a complex space and its adjoint have different kinds of matrices by default. For example,
-    ``rfft`` of 16 numbers has a complex 9 × 16 matrix, but its adjoint is only real-linear (it drops imaginary parts)
-    and has a real 16 × 18 matrix. Set ``real=True`` for both to compare them.
+        The ``(m, n)`` matrix, in the coordinates of ``Space.vector``. That of the adjoint is the transpose in real
+        coordinates, and else, for a complex-linear A, the conjugate transpose.
 
     Raises
     ------
@@ -63,7 +61,8 @@ def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
     tensor([[-1.,  1.,  0.],
             [ 0., -1.,  1.]])
 
-    The map ``rfft`` from real to complex numbers, and its adjoint:
+    A map from a real to a complex space and its adjoint, which is only real-linear, have different kinds of matrices
+    by default; to compare them, set ``real=True`` for both:
 
     >>> F = linear_operator(torch.fft.rfft, (16,))
     >>> to_dense(F).shape, to_dense(F.H).shape
@@ -94,11 +93,10 @@ def columns(A: LinearOperator, *, coordinates: bool, most: int = _CHUNK) -> Tens
     device, dtype = domain.specs[0].device, common_dtype(domain)
     real_part = torch.arange(domain.size, device=device)
     positions = torch.cat([real_part, real_part[complex_entries(domain)]]) if coordinates else real_part
-    mask = complex_entries(codomain)
 
     def image(vector: Tensor) -> Tensor:
         y = codomain.vector(A(domain.element(vector)))
-        return torch.cat([y.real, y.imag[mask]]) if coordinates and y.is_complex() else y
+        return split_complex(codomain, y) if coordinates else y
 
     chunk = max(1, most // (domain.size + codomain.size))
     vectorized = len(positions) > 1
@@ -142,9 +140,8 @@ def operator_norm(
     r"""Return ``‖A‖₂ = √λ_max(AᴴA)``, estimated from below by the Lanczos process.
 
     The estimate σ belongs to a unit vector v with ``σ² = ⟨v, AᴴAv⟩ ≤ ‖A‖²``. The iteration stops once
-    ``‖AᴴAv − σ²v‖ ≤ 2 tol σ²``; then A has a singular value within ``tol · σ`` of σ. With a random start, this is the
-    largest singular value: with probability one the start has a component along its singular vector. A small component
-    delays convergence, but does not prevent it.
+    ``‖AᴴAv − σ²v‖ ≤ 2 tol σ²``; then A has a singular value within ``tol · σ`` of σ: with a random start, the largest
+    one with probability one.
 
     Parameters
     ----------
@@ -171,9 +168,8 @@ def operator_norm(
 
     Notes
     -----
-    All directions are kept orthogonal. After 48 directions, the process restarts from the best 16, so that it needs
-    memory for at most about 70 elements of the domain. Unlike power iteration, whose speed depends on the ratio of the
-    two largest singular values, it is not slowed down by clustered singular values.
+    After 48 orthogonal directions, the process restarts from the best 16: it needs memory for at most about 70
+    elements of the domain. Clustered singular values do not slow it down, as they do power iteration.
 
     References
     ----------
@@ -254,34 +250,8 @@ def _process_sum(space: Space) -> Callable[..., Tensor]:
 
 
 def condition_number(A: LinearOperator) -> Tensor:
-    """Return ``κ(A) = σ_max / σ_min`` from the matrix of a small operator; infinite if A has a nontrivial kernel.
-
-    Parameters
-    ----------
-    A : LinearOperator
-        An operator whose matrix fits into memory.
-
-    Returns
-    -------
-    Tensor
-        Zero-dimensional, ``float64``; NaN if A returns NaN or infinity.
-
-    Raises
-    ------
-    SpaceMismatchError
-        If A is not a LinearOperator.
-
-    References
-    ----------
-    G. H. Golub and C. F. Van Loan, *Matrix Computations*, 4th ed., Johns Hopkins University Press 2013, section 2.6.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from adjointlab import diagonal
-    >>> condition_number(diagonal(torch.tensor([1.0, -4.0])))
-    tensor(4., dtype=torch.float64)
-    """
+    """Return ``κ(A) = σ_max / σ_min`` from the matrix of a small operator; infinite if A has a nontrivial kernel."""
+    # G. H. Golub and C. F. Van Loan, Matrix Computations, 4th ed., Johns Hopkins University Press 2013, section 2.6.
     _require_operator(A)
     dense = to_dense(A, real=None if A.is_complex_linear else True)
     if not bool(torch.isfinite(dense).all()):
@@ -297,77 +267,17 @@ def condition_number(A: LinearOperator) -> Tensor:
 
 
 def estimate_trace(A: LinearOperator, *, samples: int = 64, generator: torch.Generator | None = None) -> Tensor:
-    """Return an unbiased estimate of ``tr A``: the mean of ``⟨z, Az⟩`` over vectors z of random signs.
-
-    Parameters
-    ----------
-    A : LinearOperator
-        An operator from a space to itself.
-    samples : int
-        Number of vectors z; the standard error falls like ``1/√samples``.
-    generator : torch.Generator, optional
-        CPU generator of the signs; a generator with seed 0 if not given.
-
-    Returns
-    -------
-    Tensor
-        Zero-dimensional, ``float64`` or ``complex128``.
-
-    Raises
-    ------
-    SpaceMismatchError
-        If A is not a LinearOperator, or does not map a space to itself.
-    ValueError
-        If ``samples`` is not positive.
-
-    References
-    ----------
-    M. F. Hutchinson, *A stochastic estimator of the trace of the influence matrix*, Commun. Stat. Simul. Comput. 19
-    (1990) 433–450.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from adjointlab import diagonal
-    >>> estimate_trace(diagonal(torch.tensor([1.0, 4.0])))  # exact for a diagonal
-    tensor(5., dtype=torch.float64)
-    """
+    """Return an unbiased estimate of ``tr A``: the mean of ``⟨z, Az⟩`` over vectors z of random signs."""
+    # M. F. Hutchinson, A stochastic estimator of the trace of the influence matrix, Commun. Stat. Simul. Comput. 19
+    # (1990) 433–450.
     with torch.no_grad():
         return torch.stack([A.domain.inner(z, image) for z, image in _probes(A, samples, generator)]).mean()
 
 
 def estimate_diagonal(A: LinearOperator, *, samples: int = 64, generator: torch.Generator | None = None) -> Any:
-    """Return an unbiased estimate of the diagonal of A: the mean of ``z ⊙ Az`` over vectors z of random signs.
-
-    Parameters
-    ----------
-    A, samples, generator
-        As in :func:`estimate_trace`.
-
-    Returns
-    -------
-    pytree of tensors
-        An element of the domain.
-
-    Raises
-    ------
-    SpaceMismatchError
-        If A is not a LinearOperator, or does not map a space to itself.
-    ValueError
-        If ``samples`` is not positive.
-
-    References
-    ----------
-    C. Bekas, E. Kokiopoulou and Y. Saad, *An estimator for the diagonal of a matrix*, Appl. Numer. Math. 57 (2007)
-    1214–1229.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from adjointlab import diagonal
-    >>> estimate_diagonal(diagonal(torch.tensor([1.0, 4.0])))
-    tensor([1., 4.])
-    """
+    """Return an unbiased estimate of the diagonal of A: the mean of ``z ⊙ Az`` over vectors z of random signs."""
+    # C. Bekas, E. Kokiopoulou and Y. Saad, An estimator for the diagonal of a matrix, Appl. Numer. Math. 57 (2007)
+    # 1214–1229.
     _require_operator(A)
     leaves = A.domain.leaves
     total = leaves(A.domain.zeros())
@@ -394,6 +304,3 @@ def _probes(A: LinearOperator, samples: int, generator: torch.Generator | None) 
         draws = [torch.randint(0, 2, s.shape, generator=source, device="cpu").mul(2).sub(1) for s, source in pairs]
         z = A.domain.unflatten([d.to(s.device, s.dtype) for d, s in zip(draws, A.domain.specs, strict=True)])
         yield z, A(z)
-
-
-__all__ = ["condition_number", "estimate_diagonal", "estimate_trace", "operator_norm", "real_size", "to_dense"]

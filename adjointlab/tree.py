@@ -34,19 +34,17 @@ class Structure:
             rest[position : position + count] = [rebuilt]
         return pytree.tree_unflatten(rest, self.spec)
 
-    def ordered(self, tree: Any) -> list[Any] | None:
-        """Return the leaves of a tree that differs only in the order of dictionary keys; None for any other tree."""
+    def leaves(self, tree: Any) -> list[Any] | None:
+        """Return the leaves of a tree of this structure, whatever the order of dictionary keys; None for another."""
+        leaves, structure = tree_flatten(tree)
+        if structure is self or structure == self:
+            return leaves
         if self.holders:
             return None
         try:
             return self.spec.flatten_up_to(tree)
         except ValueError:  # a different tree
             return None
-
-    def leaves(self, tree: Any) -> list[Any] | None:
-        """Return the leaves of a tree of this structure, whatever the order of dictionary keys; None for another."""
-        leaves, structure = tree_flatten(tree)
-        return leaves if structure is self or structure == self else self.ordered(tree)
 
     @property
     def num_leaves(self) -> int:

@@ -12,15 +12,16 @@ import adjointlab as al
 from adjointlab import spectral
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def device() -> torch.device:
     """The device of the suite, asked for before there is another default."""
     return torch.get_default_device()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def A(device: torch.device) -> al.LinearOperator:
-    return al.linear_operator(blur(device), (1, 1, 12, 10))
+    with torch.device("meta"):
+        return al.linear_operator(blur(device), (1, 1, 12, 10))
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,7 @@ def examples(text):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("page", [p for p in PAGES if ">>> " in p.read_text()], ids=lambda p: p.stem)
+@pytest.mark.slow
 def test_examples_run(page):
     test = doctest.DocTestParser().get_doctest(examples(page.read_text()), {}, page.stem, str(page), 0)
     assert test.examples

@@ -15,7 +15,7 @@ from torch import nn
 
 import adjointlab as al
 
-every_engine = pytest.mark.parametrize("engine", [*ENGINES, pytest.param("auto", marks=pytest.mark.slow)])
+every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 def conv(dtype: torch.dtype = torch.float64) -> nn.Conv2d:
@@ -50,24 +50,23 @@ def test_parameters_are_those_of_the_module() -> None:
     assert [id(p) for p in al.linear_operator(layer, SHAPE).parameters()] == [id(layer.weight)]
 
 
-@pytest.mark.parametrize("name", RELATIVES)
-def test_relatives_share_the_parameters(name: str) -> None:
+@pytest.fixture(scope="module")
+def derived() -> tuple[nn.Conv2d, al.LinearOperator, al.LinearOperator]:
+    """A layer and its operators, traced and eager."""
     layer = conv()
-    relative = RELATIVES[name](al.linear_operator(layer, SHAPE))
+    return layer, al.linear_operator(layer, SHAPE), al.linear_operator(layer, SHAPE, engine="eager")
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives_share_the_parameters_and_see_an_update(name: str, derived) -> None:
+    layer, A, plain = derived
+    relative = RELATIVES[name](A)
     assert {id(p) for p in relative.parameters()} == {id(layer.weight)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RELATIVES)
-def test_relatives_see_an_update(name: str) -> None:
-    layer = conv()
-    relative = RELATIVES[name](al.linear_operator(layer, SHAPE))
     x = draw(relative.domain)
     relative(x)
     with torch.no_grad():
         layer.weight.copy_(torch.randn_like(layer.weight))
-    expected = RELATIVES[name](al.linear_operator(layer, SHAPE, engine="eager"))(x)
-    assert_close(relative(x), expected, relative.domain.eps)
+    assert_close(relative(x), RELATIVES[name](plain)(x), relative.domain.eps)
 
 
 def test_buffers_are_registered() -> None:
@@ -190,10 +189,9 @@ def test_deep_copy_of_the_adjoint() -> None:
     assert_close(B.H(B(y)), A(A.H(y)), A.domain.eps)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RELATIVES)
-def test_pickle_round_trip(name: str) -> None:
-    B = RELATIVES[name](al.linear_operator(conv(), SHAPE))
+def test_pickle_round_trip(name: str, derived) -> None:
+    B = RELATIVES[name](derived[2])
     C = pickle.loads(pickle.dumps(B))
     x = draw(B.domain)
     assert_close(C(x), B(x), B.domain.eps)

@@ -24,7 +24,7 @@ import adjointlab as al
 def blur(dtype=torch.float64):
     return torch.nn.Conv2d(1, 1, 3, padding=1, bias=False, dtype=dtype)
 
-A = al.linear_operator(blur(), (1, 1, 6, 6))
+A = al.linear_operator(blur(), (1, 1, 6, 6), engine="eager")
 """
 
 

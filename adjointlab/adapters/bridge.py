@@ -12,7 +12,8 @@ from torch import Tensor
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.numerics import UNITS, allowance
 from adjointlab.operators import LinearOperator
-from adjointlab.space import Space
+from adjointlab.space import Space, TensorSpec
+from adjointlab.space.coordinates import common_dtype, join_complex, split_complex
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ArrayMap = Callable[[Array], Array]
@@ -56,94 +57,41 @@ def to_array(tensor: Tensor) -> Array:
     return array
 
 
-def on_arrays(A: LinearOperator, *, real: bool = False) -> ArrayMap:
-    """Return ``vector(x) ↦ vector(Ax)`` on arrays, in the coordinates of ``Space.vector``.
-
-    Parameters
-    ----------
-    A : LinearOperator
-        The operator.
-    real : bool
-        Whether to use the real coordinates ``[Re x; Im x]`` in domain and codomain, as ``al.to_dense(A, real=True)``.
-
-    Returns
-    -------
-    callable
-        A function that neither overwrites its argument nor returns memory shared with it.
-    """
-    device = A.domain.specs[0].device
-    dtype = _common_dtype(A.domain)
-    scalar = torch.empty(0, dtype=dtype).real.dtype if real else dtype
+def on_arrays(A: LinearOperator, dtype: np.dtype[Any], *, real: bool = False) -> ArrayMap:
+    """Return ``vector(x) ↦ vector(Ax)`` on arrays of this ``dtype``, or the same in coordinates ``[Re x; Im x]``."""
+    # The function neither overwrites its argument nor returns memory shared with it.
+    own = common_dtype(A.domain)
+    scalar = own.to_real() if real else own
 
     def apply(array: Array) -> Array:
+        if np.iscomplexobj(array) and dtype.kind != "c":  # SciPy and PyLops pass complex vectors to real operators, too
+            extended: Array = apply(array.real) + 1j * apply(array.imag)
+            return extended
         with torch.no_grad():
-            vector = to_tensor(array.reshape(-1), scalar, device)
-            x = A.domain.element(_join_complex(vector, A.domain) if real else vector)
+            vector = to_tensor(array.reshape(-1), scalar, A.domain.specs[0].device)
+            x = A.domain.element(join_complex(A.domain, vector) if real else vector)
             y = A.codomain.vector(A(x))
-            result = to_array(_split_complex(y, A.codomain) if real else y)
+            result = to_array(split_complex(A.codomain, y) if real else y)
         return result.copy() if np.may_share_memory(result, array) else result
 
     return apply
 
 
-def _common_dtype(space: Space) -> torch.dtype:
-    dtype = space.specs[0].dtype
-    for spec in space.specs[1:]:
-        dtype = torch.promote_types(dtype, spec.dtype)
-    return dtype
-
-
-def _complex_entries(space: Space) -> slice | Tensor:
-    """Return the positions of complex entries: a full slice if all are complex, else a mask."""
-    if all(spec.is_complex for spec in space.specs):
-        return slice(None)
-    device = space.specs[0].device
-    return torch.cat([torch.full((spec.numel,), spec.is_complex, device=device) for spec in space.specs])
-
-
-def _split_complex(vector: Tensor, space: Space) -> Tensor:
-    if not vector.is_complex():
-        return vector
-    return torch.cat([vector.real, vector.imag[_complex_entries(space)]])
-
-
-def _join_complex(coordinates: Tensor, space: Space) -> Tensor:
-    if not space.is_complex:
-        return coordinates
-    real = coordinates[: space.size]
-    imaginary = torch.zeros_like(real)
-    imaginary[_complex_entries(space)] = coordinates[space.size :]
-    return torch.complex(real, imaginary)
-
-
-def common_dtype(*spaces: Space) -> np.dtype[Any]:
+def array_dtype(*spaces: Space) -> np.dtype[Any]:
     """Return the NumPy dtype that holds the entries of all the spaces."""
-    return np.result_type(*[numpy_dtype(_common_dtype(space)) for space in spaces])
+    return np.result_type(*[numpy_dtype(common_dtype(space)) for space in spaces])
 
 
 def from_arrays(forward: ArrayMap, adjoint: ArrayMap, domain: Space, codomain: Space) -> LinearOperator:
-    """Return ``x ↦ forward(x)`` as an operator whose adjoint and derivative is ``y ↦ adjoint(y)``, on flat arrays.
+    """Return ``x ↦ forward(x)`` on flat arrays, of one leaf, as an operator with the derivative ``y ↦ adjoint(y)``."""
 
-    Parameters
-    ----------
-    forward, adjoint : callable
-        Functions on one-dimensional arrays. That one is the adjoint of the other is not checked.
-    domain, codomain : Space
-        Spaces of one leaf each.
-
-    Returns
-    -------
-    LinearOperator
-        An operator with gradients in x of any order.
-    """
-
-    def wrapped(function: ArrayMap, source: Space, target: Space) -> Callable[[Tensor], Tensor]:
+    def on_tensors(function: ArrayMap, target: TensorSpec) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            spec = target.specs[0]
             given = to_array(x.reshape(-1)).copy()  # which the function may write to
-            result = to_tensor(np.asarray(function(given)), spec.dtype, spec.device)
-            return result.clone().reshape(spec.shape)  # it may be the function's workspace, or a part of what is given
+            result = to_tensor(np.asarray(function(given)), target.dtype, target.device)
+            return result.clone().reshape(target.shape)  # it may be the function's workspace, or a part of its argument
 
         return run
 
-    return LinearOperator(wrapped(forward, domain, codomain), wrapped(adjoint, codomain, domain), domain, codomain)
+    functions = on_tensors(forward, codomain.specs[0]), on_tensors(adjoint, domain.specs[0])
+    return LinearOperator(*functions, domain, codomain)

@@ -87,16 +87,15 @@ def to_deepinv(A: LinearOperator, **options: Any) -> Any:
     Parameters
     ----------
     A : LinearOperator
-        An operator on batches of images ``(B, C, …)``. With ``batch_dims=1``, it accepts any number of samples at once.
-        If it was built for one sample, it is applied to the samples one by one.
+        An operator on batches of images ``(B, C, …)``; one that was built for one sample is applied to one at a time.
     **options
         Options of ``LinearPhysics``: ``noise_model``, ``max_iter``, ``tol``, ``solver`` …
 
     Returns
     -------
     deepinv.physics.LinearPhysics
-        The physics. Several outputs become a ``TensorList``. ``physics.A(x, mask=…)`` and ``A_adjoint`` pass keyword
-        parameters to the forward from which A was built. Parameters of A are parameters of the physics.
+        The physics. Several outputs become a ``TensorList``; keyword parameters, as in ``physics.A(x, mask=…)``, are
+        those of the forward from which A was built.
 
     Raises
     ------

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from pylops import LinearOperator as PyLopsOperator
 
-from adjointlab.adapters.bridge import Array, common_dtype, from_arrays, on_arrays, torch_dtype
+from adjointlab.adapters.bridge import Array, array_dtype, from_arrays, on_arrays, torch_dtype
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space, TensorSpec
 
@@ -19,28 +19,16 @@ class _Operator(PyLopsOperator):  # type: ignore[misc]
             space.specs[0].shape if len(space.specs) == 1 and space.specs[0].shape else (space.size,)
             for space in (A.domain, A.codomain)
         )
-        super().__init__(
-            dtype=common_dtype(A.domain, A.codomain),
-            dims=dims,
-            dimsd=dimsd,
-            clinear=A.is_complex_linear,
-            name=type(A).__name__,
-        )
+        dtype = array_dtype(A.domain, A.codomain)
+        super().__init__(dtype=dtype, dims=dims, dimsd=dimsd, clinear=A.is_complex_linear, name=type(A).__name__)
         self.adjointlab = A
-        self._forward, self._adjoint_map = on_arrays(A), on_arrays(A.H)
+        self._forward, self._adjoint_map = (on_arrays(B, dtype) for B in (A, A.H))
 
     def _matvec(self, x: Array) -> Array:
-        return self._apply(self._forward, x)
+        return self._forward(x)
 
     def _rmatvec(self, x: Array) -> Array:
-        return self._apply(self._adjoint_map, x)
-
-    def _apply(self, function: Any, x: Array) -> Array:
-        if np.iscomplexobj(x) and self.dtype.kind != "c":  # PyLops passes complex vectors to real operators, too
-            result: Array = function(x.real) + 1j * function(x.imag)
-            return result
-        image: Array = function(x)
-        return image
+        return self._adjoint_map(x)
 
 
 def to_pylops(A: LinearOperator) -> Any:
@@ -54,8 +42,8 @@ def to_pylops(A: LinearOperator) -> Any:
     Returns
     -------
     pylops.LinearOperator
-        An operator with the dtype of A. ``clinear`` tells whether A is complex-linear. If not, the adjoint is taken for
-        ``Re⟨·, ·⟩``, which is PyLops' convention, too. Arrays and tensors share memory.
+        An operator with the dtype of A, ``clinear`` if A is complex-linear; if not, the adjoint is that for
+        ``Re⟨·, ·⟩``, as in PyLops. Arrays and tensors share memory.
 
     Raises
     ------

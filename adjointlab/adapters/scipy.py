@@ -9,10 +9,10 @@ import torch
 from scipy.sparse.linalg import LinearOperator as SciPyOperator
 from scipy.sparse.linalg import aslinearoperator
 
-from adjointlab.adapters.bridge import Array, ArrayMap, common_dtype, from_arrays, on_arrays, torch_dtype
+from adjointlab.adapters.bridge import array_dtype, from_arrays, on_arrays, torch_dtype
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space, TensorSpec
-from adjointlab.spectral import real_size
+from adjointlab.space.coordinates import real_size
 
 
 def to_scipy(A: LinearOperator) -> Any:
@@ -26,9 +26,8 @@ def to_scipy(A: LinearOperator) -> Any:
     Returns
     -------
     scipy.sparse.linalg.LinearOperator
-        An operator with the dtype of A and the matrix ``al.to_dense(A)``. SciPy supports complex-linear maps only. So a
-        map that is only real-linear is converted in the real coordinates ``[Re x; Im x]`` of domain and codomain, with
-        the matrix ``al.to_dense(A, real=True)``.
+        An operator with the dtype of A and the matrix ``al.to_dense(A)``; that of a map that is only real-linear is
+        ``al.to_dense(A, real=True)``, in the real coordinates ``[Re x; Im x]``, for SciPy has complex-linear maps only.
 
     Raises
     ------
@@ -44,24 +43,12 @@ def to_scipy(A: LinearOperator) -> Any:
     array([3.], dtype=float32)
     """
     real = not A.is_complex_linear
-    dtype = common_dtype(A.domain, A.codomain)
+    dtype = array_dtype(A.domain, A.codomain)
     if real:
         dtype = np.empty(0, dtype).real.dtype
     shape = (real_size(A.codomain), real_size(A.domain)) if real else (A.codomain.size, A.domain.size)
-    forward, adjoint = (_complexified(on_arrays(B, real=real), dtype) for B in (A, A.H))
+    forward, adjoint = (on_arrays(B, dtype, real=real) for B in (A, A.H))
     return SciPyOperator(dtype=dtype, shape=shape, matvec=forward, rmatvec=adjoint)
-
-
-def _complexified(function: ArrayMap, dtype: np.dtype[Any]) -> ArrayMap:
-    """Return a real map extended to complex vectors by its action on real and imaginary parts, as SciPy expects."""
-
-    def apply(x: Array) -> Array:
-        if np.iscomplexobj(x) and dtype.kind != "c":
-            result: Array = function(x.real) + 1j * function(x.imag)
-            return result
-        return function(x)
-
-    return apply
 
 
 def from_scipy(operator: Any, *, device: torch.device | str | None = None) -> LinearOperator:

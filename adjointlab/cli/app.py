@@ -6,18 +6,18 @@ Exit codes: 0 passed, 1 failed the check, 2 unusable input, with one line on std
 from __future__ import annotations
 
 import contextlib
-import functools
 import html
 import importlib
+import inspect
 import json
 import math
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -45,8 +45,6 @@ from adjointlab.cli.target import (
 
 _FAILURES = (al.NotLinearError, al.NotDifferentiableError, al.AdjointMismatchError)
 
-Engine = Literal["auto", "eager", "traced", "compiled"]
-
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -57,46 +55,117 @@ class Surroundings:
     linear_operator: Callable[..., al.LinearOperator] = al.linear_operator
 
 
-@dataclass(frozen=True)
+# -- options -------------------------------------------------------------------------------------------------------
+
+
+def _complete_dtype(incomplete: str) -> list[str]:
+    return [name for name in COMMON_DTYPES if name.startswith(incomplete)]
+
+
+def _complete_target(incomplete: str) -> list[str]:
+    modules = ("torch.nn", "torch.nn.functional", "torch.fft")
+    module, colon, name = incomplete.partition(":")
+    if not colon:
+        return [f"{path}:" for path in modules if path.startswith(module)]
+    if module not in modules:
+        return []
+    return [f"{module}:{n}" for n in dir(importlib.import_module(module)) if n.startswith(name) and n[0] != "_"]
+
+
+_TARGETS = typer.Argument(
+    metavar="TARGET",
+    help="import.path:name or import.path:name(literal, name=literal); the current directory is importable.",
+    autocompletion=_complete_target,
+    show_default=False,
+)
+_SHAPE = typer.Option(
+    parser=parse_shape, metavar="<list[str]>", help="Shape of the input, as 1,1,64,64; once per input of the module."
+)
+_DTYPE = typer.Option(
+    parser=parse_dtype,
+    metavar="<str>",
+    help="Dtype of the input; a module is converted to it. Default: the module's own.",
+    autocompletion=_complete_dtype,
+)
+_DEVICE = typer.Option(parser=parse_device, metavar="<str>", help="Where to run; a module is moved there.")
+_BATCH = typer.Option(min=0, help="The first so many dimensions may change size from call to call.")
+_KWARGS = typer.Option(
+    parser=parse_kwargs, metavar="<str>", help="Fixed keyword arguments of the forward, as name=literal, name=literal."
+)
+_ENGINE = typer.Option(help="How the adjoint is computed.")
+_EVAL = typer.Option("--eval", help="Put the module into evaluation mode first (dropout, batch-norm).")
+_SEED = typer.Option(min=0, max=2**63 - 1, help="Of a module's initial weights and of the random draws.")
+_TRIALS = typer.Option(min=1, max=10**6, help="Number of random draws.")
+_JSON = typer.Option("--json", help="Print one JSON object, or a list of them for several targets.")
+_HTML = typer.Option("--html", help="Write the reports to this HTML file.")
+_DEBUG = typer.Option("--debug", help="Show tracebacks.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options that all targets of one command share."""
+    """The options that the commands share."""
 
-    shapes: tuple[tuple[int, ...], ...]
-    dtype: torch.dtype | None
-    device: torch.device
-    batch_dims: int
-    kwargs: dict[str, Any]
-    engine: str
-    evaluation: bool
-    seed: int
-    surroundings: Surroundings
+    targets: Annotated[list[str], _TARGETS]
+    shape: Annotated[list[Any] | None, _SHAPE] = None
+    dtype: Annotated[Any, _DTYPE] = None
+    device: Annotated[Any, _DEVICE] = "cpu"
+    batch_dims: Annotated[int, _BATCH] = 0
+    kwargs: Annotated[Any, _KWARGS] = ""
+    engine: Annotated[Literal["auto", "eager", "traced", "compiled"], _ENGINE] = "auto"
+    evaluation: Annotated[bool, _EVAL] = False
+    seed: Annotated[int, _SEED] = 0
+    as_json: Annotated[bool, _JSON] = False
+    html_file: Annotated[Path | None, _HTML] = None
+    debug: Annotated[bool, _DEBUG] = False
 
-
-def _options(
-    shapes: Sequence[str] | None, dtype: str | None, device: str, batch_dims: int, kwargs: str, **rest: Any
-) -> Options:
-    try:
+    def check(self, memory: int) -> None:
+        """Raise ``UnusableError`` unless the shapes are given, have the batch dimensions, and fit into memory."""
+        shapes = self.shape or []
         if not shapes:
             raise UnusableError("expected --shape, the shape of the input, as in --shape 1,1,64,64")
-        parsed = tuple(map(parse_shape, shapes))
-        dims = min(map(len, parsed))
-        if batch_dims > dims:
-            raise UnusableError(f"expected --batch-dims of at most {dims}, got {batch_dims}")
+        dims = min(map(len, shapes))
+        if self.batch_dims > dims:
+            raise UnusableError(f"expected --batch-dims of at most {dims}, got {self.batch_dims}")
         # A check holds some ten elements of the domain at once, in double precision.
-        check_memory(10 * 8 * sum(map(math.prod, parsed)), f"--shape {' '.join(shapes)}", rest["surroundings"].memory)
-        wanted = None if dtype is None else parse_dtype(dtype)
-        return Options(parsed, wanted, parse_device(device), batch_dims, parse_kwargs(kwargs), **rest)
-    except UnusableError as error:
-        raise typer.TyperException(str(error)) from error
+        text = " ".join(",".join(map(str, shape)) for shape in shapes)
+        check_memory(10 * 8 * sum(map(math.prod, shapes)), f"--shape {text}", memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(Options):
+    """The options of the command ``check``."""
+
+    trials: Annotated[int | None, _TRIALS] = None
+
+
+# -- the commands --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A target made ready: the map, its domain, and the options of the command."""
+    """A target made ready: the map, its domain, the options of the command, and the core that derives operators."""
 
     function: Callable[..., Any]
     domain: Any
-    options: Options
+    options: Any
+    linear_operator: Callable[..., al.LinearOperator]
+
+    @classmethod
+    def of(cls, text: str, options: Options, surroundings: Surroundings) -> Subject:
+        """Return the map that ``text`` names, moved to the dtype and device asked for, with its domain."""
+        target = parse_target(text)
+        torch.manual_seed(options.seed)
+        function = load(target, surroundings.memory)
+        dtype = options.dtype
+        if isinstance(function, nn.Module):
+            function = function.to(device=options.device, dtype=dtype)
+            if options.evaluation:
+                function = function.eval()
+            own = (p.dtype for p in function.parameters() if p.is_floating_point() or p.is_complex())
+            dtype = dtype or next(own, None)
+        dtype = dtype or torch.get_default_dtype()
+        specs = tuple(al.TensorSpec(shape, dtype, options.device) for shape in options.shape or ())
+        return cls(function, specs[0] if len(specs) == 1 else specs, options, surroundings.linear_operator)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -115,7 +184,7 @@ class Subject:
         """Return the operator and, where the map has an offset, the affine operator whose linear part it is."""
         settings = {**self.settings, "engine": self.options.engine}
         try:
-            return self.options.surroundings.linear_operator(self.function, self.domain, **settings), None
+            return self.linear_operator(self.function, self.domain, **settings), None
         except al.NotLinearError as refusal:
             try:
                 affine = al.affine_operator(self.function, self.domain, **settings)
@@ -124,109 +193,83 @@ class Subject:
             return affine.linear, affine
 
 
-def prepare(text: str, options: Options) -> Subject:
-    """Return the map that ``text`` names, moved to the dtype and device asked for, with its domain."""
-    target = parse_target(text)
-    torch.manual_seed(options.seed)
-    function = load(target, options.surroundings.memory)
-    dtype = options.dtype
-    if isinstance(function, nn.Module):
-        function = function.to(device=options.device, dtype=dtype)
-        if options.evaluation:
-            function = function.eval()
-        own = (p.dtype for p in function.parameters() if p.is_floating_point() or p.is_complex())
-        dtype = dtype or next(own, None)
-    specs = tuple(al.TensorSpec(shape, dtype or torch.get_default_dtype(), options.device) for shape in options.shapes)
-    return Subject(function, specs[0] if len(specs) == 1 else specs, options)
-
-
-# -- the commands --------------------------------------------------------------------------------------------------
-
-
-def _check(subject: Subject, trials: int | None) -> Outcome:
+def _check(subject: Subject) -> Outcome:
     options = subject.options
-    text = html_ = ""
-    record: dict[str, Any] = {"domain": subject.describe()}
     linearity = al.check_linearity(subject.function, subject.domain, **subject.settings, seed=options.seed)
-    record["linearity"] = linearity.to_dict()
+    record: dict[str, Any] = {"domain": subject.describe(), "linearity": linearity.to_dict()}
     try:
         A, affine = subject.operator()
     except _FAILURES as failure:
-        record |= {"passed": False, "error": type(failure).__name__, "message": str(failure)}
-        text = f"{type(failure).__name__}: {failure}\n\n{linearity}"
-        return Outcome("", FAILED, text, record, page(linearity, f"{type(failure).__name__}: {failure}"))
-    number: dict[str, Any] = {} if trials is None else {"trials": trials}  # how many is the core's to choose
+        return _failed(failure, {**record, "passed": False}, linearity)
+    number = {} if options.trials is None else {"trials": options.trials}  # how many is the core's to choose
     report = al.check_adjoint(A, seed=options.seed, **number)
     code = PASSED if report.passed else FAILED
     record |= {"passed": report.passed, "engine": A.engine, "affine": affine is not None, "adjoint": report.to_dict()}
+    text = html_ = ""
     if affine is not None:
         text = "The map has an offset (a bias), so it is affine: this is about its linear part x ↦ f(x) − f(0).\n\n"
         html_ = f"<p>{html.escape(text.strip())}</p>"
-    return Outcome("", code, f"{text}{report}\n\n{linearity}", record, html_ + page(report, linearity))
+    return Outcome(code, f"{text}{report}\n\n{linearity}", record, html_ + page(report, linearity))
 
 
 def _explain(subject: Subject) -> Outcome:
     try:
         A, affine = subject.operator()
     except _FAILURES as failure:
-        reason = {"error": type(failure).__name__, "message": str(failure)}
-        text = f"{type(failure).__name__}: {failure}"
-        return Outcome("", FAILED, text, reason, page(text))
+        return _failed(failure, {})
     note = "" if affine is None else "The map has an offset (a bias): this is its linear part x ↦ f(x) − f(0).\n\n"
     explanation = str(A.explain())
     record = {"engine": A.engine, "affine": affine is not None, "explanation": explanation}
-    return Outcome("", PASSED, note + explanation, record, page(note + explanation))
+    return Outcome(PASSED, note + explanation, record, page(note + explanation))
 
 
-def _answer(text: str, work: Callable[[Subject], Outcome], options: Options, debug: bool) -> Outcome:
+def _failed(failure: Exception, record: dict[str, Any], *reports: Any) -> Outcome:
+    line = f"{type(failure).__name__}: {failure}"
+    record |= {"error": type(failure).__name__, "message": str(failure)}
+    return Outcome(FAILED, "\n\n".join(map(str, (line, *reports))), record, page(*reports, line))
+
+
+def _answer(text: str, work: Callable[[Subject], Outcome], options: Options, surroundings: Surroundings) -> Outcome:
     """Return the outcome for one target; whatever goes wrong with it becomes one line."""
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as caught:
-            outcome = work(prepare(text, options))
+            outcome = work(Subject.of(text, options, surroundings))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a target may exit, or raise what is no Exception, as pytest.skip does
-        if debug:
+        if options.debug:
             traceback.print_exc()
         kind = "" if isinstance(error, (UnusableError, al.SpaceMismatchError)) else f"{type(error).__name__}: "
         line = f"{one_line(text)}: {kind}{one_line(error)}"
         typer.echo(f"error: {line}", err=True)
-        return Outcome(text, UNUSABLE, "", {"error": type(error).__name__, "message": line})
+        return Outcome(UNUSABLE, "", {"error": type(error).__name__, "message": line}, target=text)
     for warning in {str(w.message): w for w in caught}.values():
         typer.echo(f"{warning.category.__name__}: {one_line(str(warning.message))}", err=True)
-    return Outcome(text, outcome.code, outcome.text, outcome.record, outcome.html)
+    return replace(outcome, target=text)
 
 
-def _run(
-    targets: Sequence[str],
-    work: Callable[[Subject], Outcome],
-    options: Options,
-    *,
-    as_json: bool,
-    html_file: Path | None = None,
-    debug: bool = False,
-) -> NoReturn:
+def _run(work: Callable[[Subject], Outcome], options: Options, surroundings: Surroundings) -> int:
+    options.check(surroundings.memory)
     outcomes = []
     with current_directory_importable():
-        for text in targets:
+        for text in options.targets:
             # A module may print while it is imported or run: stdout belongs to the JSON alone.
-            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-                outcome = _answer(text, work, options, debug)
+            with contextlib.redirect_stdout(sys.stderr) if options.as_json else contextlib.nullcontext():
+                outcome = _answer(text, work, options, surroundings)
             outcomes.append(outcome)
-            if not as_json and outcome.text:
+            if not options.as_json and outcome.text:
                 typer.secho(outcome.headline, fg="red" if outcome.code else "green", bold=True)
                 typer.echo(f"{outcome.text.rstrip()}\n")
-    if as_json:
+    if options.as_json:
         records = [plain(outcome.as_json()) for outcome in outcomes]
         typer.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2, allow_nan=False))
-    code = max(outcome.code for outcome in outcomes)
-    if html_file is not None:
+    if options.html_file is not None:
         try:
-            html_file.write_text(document(outcomes), encoding="utf-8")
+            options.html_file.write_text(document(outcomes), encoding="utf-8")
         except (OSError, ValueError) as error:
-            typer.echo(f"error: cannot write {one_line(str(html_file))}: {one_line(error)}", err=True)
-            code = UNUSABLE
-    raise typer.Exit(code)
+            typer.echo(f"error: cannot write {one_line(str(options.html_file))}: {one_line(error)}", err=True)
+            return UNUSABLE
+    return max(outcome.code for outcome in outcomes)
 
 
 class _OneLineErrors(TyperGroup):
@@ -260,88 +303,25 @@ app = typer.Typer(
 )
 
 
-def _complete_dtype(incomplete: str) -> list[str]:
-    return [name for name in COMMON_DTYPES if name.startswith(incomplete)]
+def _command(work: Callable[[Subject], Outcome], options: type[Options]) -> Callable[..., None]:
+    """Return a command whose options are the fields of a class."""
+
+    def command(context: typer.Context, **given: Any) -> None:
+        raise typer.Exit(_run(work, options(**given), context.obj))
+
+    own = inspect.signature(options, eval_str=True).parameters.values()
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    command.__signature__ = inspect.Signature([context, *own])  # type: ignore[attr-defined]  # which typer reads
+    return command
 
 
-def _complete_target(incomplete: str) -> list[str]:
-    modules = ("torch.nn", "torch.nn.functional", "torch.fft")
-    module, colon, name = incomplete.partition(":")
-    if not colon:
-        return [f"{path}:" for path in modules if path.startswith(module)]
-    if module not in modules:
-        return []
-    return [f"{module}:{n}" for n in dir(importlib.import_module(module)) if n.startswith(name) and n[0] != "_"]
-
-
-_TARGETS = typer.Argument(
-    metavar="TARGET",
-    help="import.path:name or import.path:name(literal, name=literal); the current directory is importable.",
-    autocompletion=_complete_target,
-    show_default=False,
-)
-_SHAPE = typer.Option("--shape", help="Shape of the input, as 1,1,64,64; once per input of the module.")
-_DTYPE = typer.Option(
-    "--dtype",
-    help="Dtype of the input; a module is converted to it. Default: the module's own.",
-    autocompletion=_complete_dtype,
-)
-_DEVICE = typer.Option("--device", help="Where to run; a module is moved there.")
-_BATCH = typer.Option("--batch-dims", min=0, help="The first so many dimensions may change size from call to call.")
-_KWARGS = typer.Option("--kwargs", help="Fixed keyword arguments of the forward, as name=literal, name=literal.")
-_ENGINE = typer.Option("--engine", help="How the adjoint is computed.")
-_EVAL = typer.Option("--eval", help="Put the module into evaluation mode first (dropout, batch-norm).")
-_SEED = typer.Option("--seed", min=0, max=2**63 - 1, help="Of a module's initial weights and of the random draws.")
-_JSON = typer.Option("--json", help="Print one JSON object, or a list of them for several targets.")
-_HTML = typer.Option("--html", help="Write the reports to this HTML file.")
-_DEBUG = typer.Option("--debug", help="Show tracebacks.")
-
-
-@app.command()
-def check(
-    context: typer.Context,
-    *,
-    targets: Annotated[list[str], _TARGETS],
-    shape: Annotated[list[str] | None, _SHAPE] = None,
-    dtype: Annotated[str | None, _DTYPE] = None,
-    device: Annotated[str, _DEVICE] = "cpu",
-    batch_dims: Annotated[int, _BATCH] = 0,
-    kwargs: Annotated[str, _KWARGS] = "",
-    engine: Annotated[Engine, _ENGINE] = "auto",
-    evaluation: Annotated[bool, _EVAL] = False,
-    seed: Annotated[int, _SEED] = 0,
-    trials: Annotated[int | None, typer.Option("--trials", min=1, max=10**6, help="Number of random draws.")] = None,
-    as_json: Annotated[bool, _JSON] = False,
-    html_file: Annotated[Path | None, _HTML] = None,
-    debug: Annotated[bool, _DEBUG] = False,
-) -> None:
-    """Check that a map is linear and ⟨A x, y⟩ = ⟨x, Aᴴ y⟩; exit with 0 if so, 1 if not, 2 if it cannot be said."""
-    chosen = {"engine": engine, "evaluation": evaluation, "seed": seed, "surroundings": context.obj}
-    options = _options(shape, dtype, device, batch_dims, kwargs, **chosen)
-    _run(targets, functools.partial(_check, trials=trials), options, as_json=as_json, html_file=html_file, debug=debug)
-
-
-@app.command()
-def explain(
-    context: typer.Context,
-    *,
-    targets: Annotated[list[str], _TARGETS],
-    shape: Annotated[list[str] | None, _SHAPE] = None,
-    dtype: Annotated[str | None, _DTYPE] = None,
-    device: Annotated[str, _DEVICE] = "cpu",
-    batch_dims: Annotated[int, _BATCH] = 0,
-    kwargs: Annotated[str, _KWARGS] = "",
-    engine: Annotated[Engine, _ENGINE] = "auto",
-    evaluation: Annotated[bool, _EVAL] = False,
-    seed: Annotated[int, _SEED] = 0,
-    as_json: Annotated[bool, _JSON] = False,
-    html_file: Annotated[Path | None, _HTML] = None,
-    debug: Annotated[bool, _DEBUG] = False,
-) -> None:
-    """Show how Aᴴ is computed: the engine, the derived program, and the evidence that the map is linear."""
-    chosen = {"engine": engine, "evaluation": evaluation, "seed": seed, "surroundings": context.obj}
-    options = _options(shape, dtype, device, batch_dims, kwargs, **chosen)
-    _run(targets, _explain, options, as_json=as_json, html_file=html_file, debug=debug)
+app.command(
+    "check",
+    help="Check that a map is linear and ⟨A x, y⟩ = ⟨x, Aᴴ y⟩; exit with 0 if so, 1 if not, 2 if it cannot be said.",
+)(_command(_check, CheckOptions))
+app.command(
+    "explain", help="Show how Aᴴ is computed: the engine, the derived program, and the evidence that the map is linear."
+)(_command(_explain, Options))
 
 
 @app.command()

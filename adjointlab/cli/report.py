@@ -18,17 +18,21 @@ _STATUS = {PASSED: "passed", FAILED: "failed", UNUSABLE: "unusable"}
 class Outcome:
     """The outcome for one target: an exit code, and the result as text, as a JSON record and as HTML."""
 
-    target: str
     code: int
     text: str
     record: dict[str, Any]
     html: str = ""
+    target: str = ""
+
+    @property
+    def status(self) -> str:
+        """The status behind the target, if it was checked."""
+        return "" if "explanation" in self.record else f": {_STATUS[self.code]}"
 
     @property
     def headline(self) -> str:
         """The target and, if it was checked, the status."""
-        name = one_line(self.target)
-        return name if "explanation" in self.record else f"{name}: {_STATUS[self.code]}"
+        return f"{one_line(self.target)}{self.status}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the record that ``--json`` writes."""
@@ -53,16 +57,11 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _heading(outcome: Outcome) -> str:
-    name, colon, status = outcome.headline.rpartition(f": {_STATUS[outcome.code]}")
-    return f"<code>{html.escape(name or status)}</code>{colon}"
-
-
 def document(outcomes: Sequence[Outcome]) -> str:
     """Return one HTML page with all outcomes."""
     style = "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{white-space:pre-wrap}"
     sections = [
-        f"<section><h2>{_heading(o)}</h2>\n"
+        f"<section><h2><code>{html.escape(one_line(o.target))}</code>{o.status}</h2>\n"
         f"{o.html or '<p>' + html.escape(o.record.get('message', '')) + '</p>'}</section>"
         for o in outcomes
     ]

@@ -21,13 +21,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from typer import TyperException
+
+from adjointlab.tree import tree_flatten
 
 COMMON_DTYPES = ("float32", "float64", "complex64", "complex128", "bfloat16", "float16")
 _NOT_A_LITERAL = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
 _LONGEST_LINE = 500
 
 
-class UnusableError(Exception):
+class UnusableError(TyperException):
     """The input cannot be used; the message is the line that the user sees."""
 
 
@@ -64,21 +67,11 @@ def parse_target(text: str) -> Target:
             node = ast.parse(call, mode="eval").body
     except _NOT_A_LITERAL:
         raise UnusableError(f"expected name or name(arguments) after the colon, got {call!r}") from None
-    called = isinstance(node, ast.Call)
+    name, called = (node.func, True) if isinstance(node, ast.Call) else (node, False)
     args, kwargs = _literals(node) if isinstance(node, ast.Call) else ((), {})
-    path = _path(node.func if isinstance(node, ast.Call) else node)
-    if path is None:
+    if not all(isinstance(part, (ast.Name, ast.Attribute, ast.Load)) for part in ast.walk(name)):
         raise UnusableError(f"expected name or name(arguments) after the colon, got {call!r}")
-    return Target(text, module, path, called, args, kwargs)
-
-
-def _path(node: ast.expr) -> tuple[str, ...] | None:
-    if isinstance(node, ast.Name):
-        return (node.id,)
-    if isinstance(node, ast.Attribute):
-        parent = _path(node.value)
-        return None if parent is None else (*parent, node.attr)
-    return None
+    return Target(text, module, tuple(ast.unparse(name).split(".")), called, args, kwargs)
 
 
 def _literals(call: ast.Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -247,7 +240,7 @@ def _call(target: Target, factory: Any, memory: float) -> Any:
         raise UnusableError(
             f"{'.'.join(target.path)} cannot be called: it is an object of type {type(factory).__name__}"
         )
-    numbers = [abs(n) for value in (*target.args, *target.kwargs.values()) for n in _integers(value) if n]
+    numbers = [abs(n) for n in tree_flatten((target.args, target.kwargs))[0] if type(n) is int and n]
     try:
         if math.prod(numbers) > 10**8 and isinstance(factory, type) and issubclass(factory, nn.Module):
             with torch.device("meta"):  # parameters without memory, to compute how much memory they need
@@ -258,11 +251,3 @@ def _call(target: Target, factory: Any, memory: float) -> Any:
         raise
     except (Exception, SystemExit) as error:
         raise UnusableError(f"cannot make {text}: {type(error).__name__}: {one_line(error)}") from error
-
-
-def _integers(value: Any) -> Iterator[int]:
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _integers(item)
-    elif type(value) is int:
-        yield value

@@ -12,19 +12,6 @@ from adjointlab.distributed.failure import raise_on_all_ranks
 from adjointlab.distributed.sharding import Sharding, direct_sum, gather, replicated, shard, space
 
 __all__ = [
-    "Sharding",
-    "all_reduce",
-    "block_diag",
-    "convolution",
-    "direct_sum",
-    "gather",
-    "halo_exchange",
-    "hstack",
-    "linear_operator",
-    "raise_on_all_ranks",
-    "replicate",
-    "replicated",
-    "shard",
-    "space",
-    "vstack",
-]
+    "Sharding", "all_reduce", "block_diag", "convolution", "direct_sum", "gather", "halo_exchange", "hstack",
+    "linear_operator", "raise_on_all_ranks", "replicate", "replicated", "shard", "space", "vstack",
+]  # fmt: skip

@@ -17,8 +17,8 @@ from adjointlab.tree import map_leaves
 def vstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
     """Return ``x ↦ (A₀x, …, Aₙx)`` with one row per process; its adjoint is ``(y₀, …, yₙ) ↦ Σᵣ Aᵣᴴyᵣ``.
 
-    Use it when coils, projection angles or frames are distributed. All processes hold the same x; process r holds
-    ``Aᵣ`` and ``yᵣ``. The forward does not communicate. The adjoint performs one all-reduce for each leaf of x.
+    All processes hold the same x; process r holds ``Aᵣ`` and ``yᵣ``, as for some of many coils, angles or frames. The
+    forward does not communicate. The adjoint performs one all-reduce for each leaf of x.
 
     Parameters
     ----------
@@ -87,10 +87,8 @@ def block_diag(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
 
     Parameters
     ----------
-    A : LinearOperator
-        The block of this process.
-    mesh : DeviceMesh
-        The processes.
+    A, mesh
+        As for :func:`vstack`, but domains and codomains may differ, and the mesh may have several dimensions.
 
     Returns
     -------
@@ -115,6 +113,3 @@ def _block(A: Any, name: str) -> LinearOperator:
             "al.linear_operator"
         )
     return A
-
-
-__all__ = ["block_diag", "hstack", "vstack"]

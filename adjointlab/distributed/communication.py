@@ -9,7 +9,7 @@ every process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from adjointlab.compat import differentiated, plain
 from adjointlab.distributed.failure import explain_failure
-from adjointlab.distributed.windows import exchange_plan
+from adjointlab.distributed.windows import Rows, exchange_plan
 
 _LIBRARY = torch.library.Library("adjointlab", "FRAGMENT")
 _c10d = torch.ops._c10d_functional
@@ -176,66 +176,44 @@ def total(terms: Tensor, shares: tuple[float, ...], groups: tuple[str, ...]) -> 
 # -- windows: rows that a process fetches from others ------------------------------------------------------------------
 
 
-def _message(parts: list[Tensor], like: Tensor) -> Tensor:
-    flat = torch.cat([part.reshape(-1) for part in parts]) if parts else like.new_empty(0)
-    return torch.view_as_real(flat.resolve_conj()).reshape(-1) if flat.is_complex() else flat
-
-
-def _transfer(parts: list[list[Tensor]], sizes: list[int], like: Tensor, group: str) -> list[Tensor]:
-    """Send ``parts[r]`` to process r; return the ``sizes[r]`` entries received from each process r as flat tensors."""
-    scalars = 2 if like.is_complex() else 1
-    message = _message([part for to in parts for part in to], like)
-    given = [scalars * sum(part.numel() for part in to) for to in parts]
-    taken = [scalars * size for size in sizes]
+def _transfer(
+    x: Tensor, dim: int, gives: tuple[tuple[Rows, ...], ...], takes: tuple[tuple[Rows, ...], ...], group: str
+) -> Iterator[tuple[Rows, Tensor]]:
+    """Send rows of x to each process; yield the rows that each one gives, with what it sent."""
+    row = x.numel() // x.shape[dim] * (2 if x.is_complex() else 1)
+    given, taken = ([row * sum(length for _, length in rows) for rows in side] for side in (gives, takes))
+    parts = [x.narrow(dim, *rows).reshape(-1) for to in gives for rows in to]
+    message = torch.cat(parts) if parts else x.new_empty(0)
+    if x.is_complex():
+        message = torch.view_as_real(message.resolve_conj()).reshape(-1)
     with explain_failure():
         received = _c10d.wait_tensor(_c10d.all_to_all_single(message, taken, given, group))
-    flats: list[Tensor] = list(received.split(taken))
-    return [torch.view_as_complex(flat.reshape(-1, 2)) for flat in flats] if like.is_complex() else flats
+    wanted = [rows for of in takes for rows in of]
+    for rows, part in zip(wanted, received.split([row * length for _, length in wanted]), strict=True):
+        shape = (*x.shape[:dim], rows[1], *x.shape[dim + 1 :])
+        yield rows, torch.view_as_complex(part.reshape(*shape, 2)) if x.is_complex() else part.reshape(shape)
 
 
 def _exchange(x: Tensor, dim: int, *rest: Any) -> Tensor:
     owned, windows, rank, group = rest
-    plan = exchange_plan(tuple(owned), tuple(windows), rank)
-    row = x.numel() // x.shape[dim]
-    parts: list[Tensor | None] = [
-        x.narrow(dim, piece.source, piece.length) if piece.peer == rank else None for piece in plan.window
-    ]
+    plan, window = exchange_plan(tuple(owned), tuple(windows), rank), _window_like(x, dim, *rest)
+    for _, source, target, length in plan.kept:
+        window.narrow(dim, target, length).copy_(x.narrow(dim, source, length))
     if not plan.local:
-        gives = [[x.narrow(dim, p.source, p.length) for p in plan.sends_to(q)] for q in range(plan.ranks)]
-        sizes = [row * sum(p.length for p in plan.receives_from(q)) for q in range(plan.ranks)]
-        for q, flat in enumerate(_transfer(gives, sizes, x, group)):
-            taken = iter(_pieces(flat, [p.length for p in plan.receives_from(q)], x, dim))
-            for index, piece in enumerate(plan.window):
-                if piece.peer == q != rank:
-                    parts[index] = next(taken)
-    return torch.cat([part for part in parts if part is not None], dim)
-
-
-def _pieces(flat: Tensor, lengths: list[int], like: Tensor, dim: int) -> list[Tensor]:
-    """Return a message split into blocks of the given numbers of rows."""
-    row = like.numel() // like.shape[dim]
-    shapes = [(*like.shape[:dim], length, *like.shape[dim + 1 :]) for length in lengths]
-    found = flat.split([row * length for length in lengths])
-    return [part.reshape(shape) for part, shape in zip(found, shapes, strict=True)]
+        for rows, part in _transfer(x, dim, plan.gives, plan.takes, group):
+            window.narrow(dim, *rows).copy_(part)
+    return window
 
 
 def _exchange_adjoint(v: Tensor, dim: int, *rest: Any) -> Tensor:
     owned, windows, rank, group = rest
-    plan = exchange_plan(tuple(owned), tuple(windows), rank)
-    row = v.numel() // v.shape[dim]
-    shape = (*v.shape[:dim], owned[rank + 1] - owned[rank], *v.shape[dim + 1 :])
-    out = v.new_zeros(shape)
-    for piece in plan.window:
-        if piece.peer == rank:
-            out.narrow(dim, piece.source, piece.length).add_(v.narrow(dim, piece.target, piece.length))
+    plan, shard = exchange_plan(tuple(owned), tuple(windows), rank), _owned_like(v, dim, *rest).zero_()
+    for _, source, target, length in plan.kept:
+        shard.narrow(dim, source, length).add_(v.narrow(dim, target, length))
     if not plan.local:
-        backs = [[v.narrow(dim, p.target, p.length) for p in plan.receives_from(q)] for q in range(plan.ranks)]
-        sizes = [row * sum(p.length for p in plan.sends_to(q)) for q in range(plan.ranks)]
-        for q, flat in enumerate(_transfer(backs, sizes, v, group)):
-            given = plan.sends_to(q)
-            for piece, part in zip(given, _pieces(flat, [p.length for p in given], v, dim), strict=True):
-                out.narrow(dim, piece.source, piece.length).add_(part)
-    return out
+        for rows, part in _transfer(v, dim, plan.takes, plan.gives, group):
+            shard.narrow(dim, *rows).add_(part)
+    return shard
 
 
 def _window_like(x: Tensor, dim: int, *rest: Any) -> Tensor:
@@ -262,6 +240,3 @@ def exchange(x: Tensor, dim: int, owned: tuple[int, ...], windows: tuple[int, ..
     ``windows[2r + 1]``, modulo the size of the array. Only rows that another process holds are sent.
     """
     return torch.ops.adjointlab.exchange(x, dim, owned, windows, mesh.get_local_rank(), _group(mesh))  # type: ignore[no-any-return]
-
-
-__all__ = ["all_reduce", "exchange", "replicate", "total"]

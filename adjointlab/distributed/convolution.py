@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Shard
@@ -19,11 +19,7 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 
-_CONVOLUTIONS = {
-    nn.Conv1d: torch.nn.functional.conv1d,
-    nn.Conv2d: torch.nn.functional.conv2d,
-    nn.Conv3d: torch.nn.functional.conv3d,
-}
+_CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
 @dataclass(frozen=True)
@@ -63,29 +59,24 @@ class DistributedConvolution(nn.Module):
         self.convolution = module
         self.local = _CONVOLUTIONS[type(module)]
         assert sharding.shape is not None
-        ndim, axes = len(sharding.shape), _axes(module, sharding.shape)
+        axes = _axes(module, sharding.shape)
         split = {p.dim: d for d, p in enumerate(sharding.placements) if isinstance(p, Shard)}
         here = mesh_coordinates(sharding.mesh)
         self.meshes = [submesh(sharding.mesh, d) for d in split.values()]
-        self.fetches = [
-            _fetch(a, submesh(sharding.mesh, split[a.dim]), here[split[a.dim]]) for a in axes if a.dim in split
-        ]
-        pads = {a.dim: (a.before, a.after) for a in axes if a.dim not in split}
-        pads.update({fetch.dim: fetch.padding for fetch in self.fetches})
+        cut = [(axis, split[axis.dim]) for axis in axes if axis.dim in split]
+        self.fetches = [_fetch(axis, submesh(sharding.mesh, d), here[d]) for axis, d in cut]
+        pads = {a.dim: (a.before, a.after) for a in axes} | {f.dim: f.padding for f in self.fetches}
         self.pads = [n for axis in reversed(axes) for n in pads[axis.dim]]  # as torch.nn.functional.pad wants them
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        shape = list(sharding.shape)
-        shape[ndim - len(axes) - 1] = module.out_channels
-        for axis in axes:
-            shape[axis.dim] = axis.outputs
-        self.shape = tuple(shape)
+        batch = sharding.shape[: -len(axes) - 1]
+        self.shape = (*batch, module.out_channels, *(axis.outputs for axis in axes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return this process's part of the result."""
         for fetch in self.fetches:
             x = exchange(x, fetch.dim, fetch.owned, fetch.windows, fetch.mesh)
         if any(self.pads):
-            x = torch.nn.functional.pad(x, self.pads, mode=self.mode)
+            x = F.pad(x, self.pads, mode=self.mode)
         for fetch in self.fetches:
             if fetch.cut != (0, x.shape[fetch.dim]):
                 x = x.narrow(fetch.dim, *fetch.cut)
@@ -99,18 +90,16 @@ class DistributedConvolution(nn.Module):
 def convolution(module: nn.Module, domain: Space, **options: Any) -> LinearOperator:
     r"""Return ``x ↦ k ∗ x`` for an array that is split along spatial dimensions, with its derived adjoint.
 
-    The result equals that of the module on the whole array. Each process fetches from its neighbours the rows that its
-    outputs depend on (a halo, narrower than the kernel) and pads at the outer border only. The adjoint sends the
-    cotangents of the halo back and adds them. The result is split like the array, by DTensor's rule; parts may have
-    different sizes. All processes share one kernel, and an all-reduce sums its gradient.
+    The result is that of the module on the whole array, split like that by DTensor's rule. Each process fetches the
+    rows that its outputs depend on, a halo narrower than the kernel, and pads at the outer border only. The adjoint
+    sends the cotangents of the halo back and adds them. An all-reduce sums the gradients of the one kernel.
 
     Parameters
     ----------
     module : nn.Conv1d, nn.Conv2d or nn.Conv3d
         A convolution without bias; any stride, dilation, groups, padding and padding mode.
     domain : Space
-        A space made by :func:`space`: one array, split along spatial dimensions or the batch dimension. Each of these
-        is split along one dimension of the mesh.
+        A space made by :func:`space`: one array, split along spatial dimensions or the batch dimension.
     **options
         As for :func:`linear_operator`.
 
@@ -178,15 +167,12 @@ def _require(module: Any, domain: Any) -> Sharding:
 
 def _axes(module: Any, shape: tuple[int, ...]) -> list[_Axis]:
     spatial = len(module.kernel_size)
-    first = len(shape) - spatial
     pads = module._reversed_padding_repeated_twice
     axes = []
-    for i in range(spatial):
-        at = 2 * (spatial - 1 - i)
+    for i, dim in enumerate(range(len(shape) - spatial, len(shape))):
+        before, after = pads[2 * (spatial - 1 - i) :][:2]
         extent = module.dilation[i] * (module.kernel_size[i] - 1) + 1
-        axis = _Axis(
-            first + i, shape[first + i], extent, module.stride[i], pads[at], pads[at + 1], module.padding_mode
-        )  # fmt: skip
+        axis = _Axis(dim, shape[dim], extent, module.stride[i], before, after, module.padding_mode)
         if axis.size + axis.before + axis.after < extent:
             raise SpaceMismatchError(
                 f"expected a kernel that fits into the padded array, got an extent of {extent} along dim {axis.dim} of "
@@ -251,8 +237,7 @@ def halo_exchange(x: Tensor, domain: Space, dim: int, halo: tuple[int, int], *, 
     dim : int
         The dimension to extend.
     halo : tuple of int
-        Number of rows to add before the first row and after the last row. A halo may be wider than a neighbour's part;
-        further rows then come from the next process.
+        Numbers of rows to add before the first and after the last one; they may exceed a neighbour's part.
     circular : bool
         Whether the array is periodic. If not, nothing is added at the outer borders; pad them if needed.
 
@@ -284,6 +269,3 @@ def halo_exchange(x: Tensor, domain: Space, dim: int, halo: tuple[int, int], *, 
         first, last = start - halo[0], stop + halo[1]
         windows += (first, last) if circular else (max(0, first), min(size, last))
     return exchange(x, dim, owned, tuple(windows), mesh)
-
-
-__all__ = ["convolution", "halo_exchange"]

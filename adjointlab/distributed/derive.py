@@ -32,9 +32,8 @@ def linear_operator(
 ) -> LinearOperator:
     r"""Return a communicating forward as an operator with a derived adjoint: ``Σᵣ ⟨(Ax)ᵣ, yᵣ⟩ = Σᵣ ⟨xᵣ, (Aᴴy)ᵣ⟩``.
 
-    Each process applies the forward to its part of x. The forward may call :func:`replicate`, :func:`all_reduce` and
-    :func:`halo_exchange`, in the same order on all processes. The derived adjoint contains their adjoints. The
-    build-time checks use inner products over all processes, so they detect missing communication.
+    The forward may call :func:`replicate`, :func:`all_reduce` and :func:`halo_exchange`, in the same order on all
+    processes; the derived adjoint contains their adjoints. The checks see missing communication.
 
     Parameters
     ----------
@@ -48,7 +47,7 @@ def linear_operator(
     Returns
     -------
     LinearOperator
-        The operator. Every process calls it with its own part.
+        The operator; every process calls it with its own part.
 
     Raises
     ------
@@ -57,7 +56,7 @@ def linear_operator(
     NotLinearError
         If the map is not linear.
     NotDifferentiableError
-        If autograd's derivative differs from the map, for example because a communication has no adjoint.
+        If autograd's derivative is not the map's own, as where a communication has no adjoint.
     RuntimeError
         If building the operator failed on other processes only.
 
@@ -83,7 +82,8 @@ def linear_operator(
         )
     with raise_on_all_ranks(sharding.mesh):
         if check:
-            _refuse_dtensors(Eager(f, dict(kwargs or {}), where))
+            with torch.no_grad(), _NoDTensors():  # type: ignore[no-untyped-call]
+                Eager(f, dict(kwargs or {}), where).flat(where.leaves(where.zeros()))
         options = Options(engine, False, lowering, autotune, check=check)
         source = Transposition(f, where, kwargs, options, codomain=target, judge=require_linear)
     return from_source(source, lambda: (_rebuild, (f, source.domain, source.codomain, options_of(source))))
@@ -97,9 +97,6 @@ def _rebuild(f: Callable[..., Any], domain: Space, codomain: Space, options: dic
 class _NoDTensors(TorchDispatchMode):
     """Refuses DTensors in a forward: torch's convolution of a sharded DTensor is wrong, and no test can detect it."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -110,11 +107,3 @@ class _NoDTensors(TorchDispatchMode):
                 "use replicate, all_reduce and halo_exchange of adjointlab.distributed"
             )
         return func(*args, **(kwargs or {}))
-
-
-def _refuse_dtensors(eager: Eager) -> None:
-    with torch.no_grad(), _NoDTensors():
-        eager.flat(eager.domain.leaves(eager.domain.zeros()))
-
-
-__all__ = ["linear_operator"]

@@ -36,8 +36,6 @@ def failed_ranks(mesh: DeviceMesh, failed: bool) -> list[int]:
 def raise_on_all_ranks(mesh: DeviceMesh) -> Iterator[None]:
     """Run a block on all ranks of the mesh; if the block raises on one rank, raise on every rank.
 
-    Use it around code that each process runs separately, such as building its part of an operator.
-
     Parameters
     ----------
     mesh : DeviceMesh
@@ -70,6 +68,3 @@ def raise_on_all_ranks(mesh: DeviceMesh) -> Iterator[None]:
             f"expected all {mesh.size()} processes to succeed, but rank {', '.join(map(str, failed))} failed: the "
             "error is in its log"
         )
-
-
-__all__ = ["explain_failure", "failed_ranks", "raise_on_all_ranks"]

@@ -54,7 +54,7 @@ class Sharding:
 
     @functools.cached_property
     def _groups(self) -> tuple[str, ...]:
-        return tuple(str(self.mesh.get_group(d).group_name) for d in range(self.mesh.ndim) if self.mesh.size(d) > 1)
+        return _groups(self.mesh)
 
     def total(self, terms: Tensor, shares: tuple[float, ...]) -> Tensor:
         """Return ``Σᵢ shareᵢ termsᵢ`` summed over all processes, bitwise equal on all of them."""
@@ -70,16 +70,14 @@ class Sharding:
     def generator(self, generator: torch.Generator | None) -> torch.Generator:
         """Return a generator for this shard, seeded by the given generator, or by the first process of the mesh."""
         where = mesh_coordinates(self.mesh)
-        seed = torch.randint(1 << 31, (), generator=generator, device="cpu")
+        seed = int(torch.randint(1 << 31, (), generator=generator, device="cpu"))
         if generator is None:
-            first = not any(where)
-            mine = torch.full((1,), float(seed) if first else 0.0, dtype=torch.float64, device=self.mesh.device_type)
-            seed = self.total(mine, (1.0,))
+            seed = round(_summed(self.mesh, [0.0 if any(where) else float(seed)])[0])
         index = 0
         for d, placement in enumerate(self.placements):
             if not placement.is_replicate():
                 index = index * self.mesh.size(d) + where[d] + 1
-        return torch.Generator().manual_seed((int(seed) + index * 0x9E3779B1) % (1 << 32))
+        return torch.Generator().manual_seed((seed + index * 0x9E3779B1) % (1 << 32))
 
     def __repr__(self) -> str:
         if self.shape is None:
@@ -110,16 +108,11 @@ def submesh(mesh: DeviceMesh, dim: int) -> DeviceMesh:
 
 
 def space(
-    shape: Sequence[int],
-    mesh: DeviceMesh,
-    placements: Sequence[Placement],
-    *,
-    dtype: torch.dtype | None = None,
+    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], *, dtype: torch.dtype | None = None
 ) -> Space:
     """Return the space of one tensor distributed over a mesh, with ``⟨a, b⟩ = Σᵣ ⟨aᵣ, bᵣ⟩``.
 
-    All processes of the mesh must call it with the same arguments. On each process, an element is represented by the
-    part that this process holds.
+    All processes of the mesh must call it with the same arguments; an element is the part that a process holds.
 
     Parameters
     ----------
@@ -129,8 +122,7 @@ def space(
         The processes, made by ``torch.distributed.init_device_mesh``; a mesh of several dimensions needs
         ``mesh_dim_names``.
     placements : sequence of Placement
-        ``Shard(dim)`` or ``Replicate()`` for each dimension of the mesh. Shards follow the rule of ``torch.chunk`` and
-        DTensor; they may have different sizes.
+        ``Shard(dim)`` or ``Replicate()`` for each dimension of the mesh; sizes follow the rule of ``torch.chunk``.
     dtype : torch.dtype, optional
         The dtype; torch's default dtype if not given.
 
@@ -233,14 +225,10 @@ def replicated(local: Any, mesh: DeviceMesh) -> Space:
 def direct_sum(local: Any, mesh: DeviceMesh) -> Space:
     """Return the direct sum ``X₀ ⊕ … ⊕ Xₙ`` of one space per process, with ``⟨a, b⟩ = Σᵣ ⟨aᵣ, bᵣ⟩``.
 
-    Shapes may differ between processes.
-
     Parameters
     ----------
-    local : Space or what ``Space.of`` takes
-        The space of this process.
-    mesh : DeviceMesh
-        The processes.
+    local, mesh
+        As for :func:`replicated`, but the shapes may differ between processes.
 
     Returns
     -------
@@ -257,17 +245,20 @@ def direct_sum(local: Any, mesh: DeviceMesh) -> Space:
         raise SpaceMismatchError(
             f"expected as many leaves on every process, got {len(found.specs)} here: give all the same structure"
         )
-    own = tuple(Shard(0) for _ in range(mesh.ndim))
+    own = (Shard(0),) * mesh.ndim
     whole = [round(n) for n in _summed(mesh, [float(spec.numel) for spec in found.specs])]
     pairs = zip(found.specs, whole, strict=True)
     return replace(found, specs=tuple(replace(s, sharding=Sharding(mesh, own, None, n)) for s, n in pairs))
 
 
+def _groups(mesh: DeviceMesh) -> tuple[str, ...]:
+    return tuple(str(mesh.get_group(d).group_name) for d in range(mesh.ndim) if mesh.size(d) > 1)
+
+
 def _summed(mesh: DeviceMesh, values: list[float]) -> list[float]:
     """Return the sums of numbers over all processes."""
-    everywhere = Sharding(mesh, tuple(Shard(0) for _ in range(mesh.ndim)), None, 0)
     given = torch.tensor([values], dtype=torch.float64, device=mesh.device_type)
-    return everywhere.total(given, (1.0,)).tolist()
+    return communication.total(given, (1.0,), _groups(mesh)).tolist()
 
 
 def same_on_all_ranks(mesh: DeviceMesh, *values: Any) -> bool:
@@ -312,13 +303,10 @@ def shard(whole: Any, space: Space) -> Any:
         If the space is not sharded by rows, or the shapes do not match.
     """
     shardings = _shardings(space)
-    leaves = Space.of(
-        space.unflatten([TensorSpec(s.shape or (), spec.dtype, spec.device) for s, spec in shardings])
-    ).leaves(whole)
+    specs = [TensorSpec(s.shape or (), spec.dtype, spec.device) for s, spec in zip(shardings, space.specs, strict=True)]
     parts = []
-    for leaf, (sharding, _) in zip(leaves, shardings, strict=True):
-        part = leaf
-        where = mesh_coordinates(sharding.mesh)
+    for leaf, sharding in zip(Space.of(space.unflatten(specs)).leaves(whole), shardings, strict=True):
+        part, where = leaf, mesh_coordinates(sharding.mesh)
         for d, placement in enumerate(sharding.placements):
             if isinstance(placement, Shard):
                 start, stop = shard_range(leaf.shape[placement.dim], sharding.mesh.size(d), where[d])
@@ -347,9 +335,8 @@ def gather(element: Any, space: Space) -> Any:
     SpaceMismatchError
         If ``element`` is not in the space, or the space is not sharded by rows.
     """
-    shardings = _shardings(space)
-    wholes = []
-    for leaf, (sharding, _) in zip(space.leaves(element), shardings, strict=True):
+    shardings, wholes = _shardings(space), []
+    for leaf, sharding in zip(space.leaves(element), shardings, strict=True):
         real = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
         shape = torch.Size((*(sharding.shape or ()), *([2] if leaf.is_complex() else [])))
         strides = torch.empty(shape, device="meta").stride()
@@ -361,24 +348,11 @@ def gather(element: Any, space: Space) -> Any:
     return space.unflatten(wholes)
 
 
-def _shardings(space: Space) -> list[tuple[Sharding, TensorSpec]]:
-    found = [(spec.sharding, spec) for spec in space.specs]
-    if not all(isinstance(sharding, Sharding) and sharding.shape is not None for sharding, _ in found):
+def _shardings(space: Space) -> list[Sharding]:
+    found = [spec.sharding for spec in space.specs]
+    if not all(isinstance(sharding, Sharding) and sharding.shape is not None for sharding in found):
         raise SpaceMismatchError(
             f"expected a space of tensors that are sharded by rows, got {space}: in a direct sum, each process has its "
             "own"
         )
     return found  # type: ignore[return-value]
-
-
-__all__ = [
-    "Sharding",
-    "direct_sum",
-    "gather",
-    "mesh_coordinates",
-    "replicated",
-    "same_on_all_ranks",
-    "shard",
-    "space",
-    "submesh",
-]

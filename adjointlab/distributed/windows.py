@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_right
-from dataclasses import dataclass
+from typing import NamedTuple
+
+Rows = tuple[int, int]  # the first one, and their number
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive rows of one window that one process (``peer``) holds.
-
-    ``source`` is the first row's index in the peer's shard, ``target`` its index in the window.
-    """
+class Piece(NamedTuple):
+    """Consecutive rows of a window that one process holds: from row ``source`` of its shard, to row ``target``."""
 
     peer: int
     source: int
@@ -25,37 +23,26 @@ class Piece:
     length: int
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The pieces that one process receives and sends in an exchange, each tuple in the order of its window."""
+class Plan(NamedTuple):
+    """What one process keeps, sends and receives in an exchange; rows for each other process, in the window's order."""
 
-    rank: int
-    window: tuple[Piece, ...]  # the pieces of this process's window
-    sends: tuple[tuple[Piece, ...], ...]  # for each process, the pieces of its window that this process holds
+    kept: tuple[Piece, ...]  # of this process's window, from its own shard
+    gives: tuple[tuple[Rows, ...], ...]  # of this process's shard
+    takes: tuple[tuple[Rows, ...], ...]  # of this process's window
     local: bool  # whether every process holds its whole window already
-
-    @property
-    def ranks(self) -> int:
-        """Number of processes."""
-        return len(self.sends)
-
-    def sends_to(self, peer: int) -> tuple[Piece, ...]:
-        """Return the pieces that this process sends to another process."""
-        return () if peer == self.rank else self.sends[peer]
-
-    def receives_from(self, peer: int) -> tuple[Piece, ...]:
-        """Return the pieces of this process's window that another process sends."""
-        return () if peer == self.rank else tuple(piece for piece in self.window if piece.peer == peer)
 
 
 @functools.lru_cache(maxsize=256)
 def exchange_plan(owned: tuple[int, ...], windows: tuple[int, ...], rank: int) -> Plan:
     """Return the plan of process ``rank``, where process r holds the rows ``owned[r]`` to ``owned[r + 1]``."""
-    ranks = len(owned) - 1
-    cuts = [_cut(owned, windows[2 * r], windows[2 * r + 1]) for r in range(ranks)]
-    local = all(piece.peer == r for r, pieces in enumerate(cuts) for piece in pieces)
-    sends = tuple(tuple(piece for piece in pieces if piece.peer == rank) for pieces in cuts)
-    return Plan(rank, cuts[rank], sends, local)
+    ranks = range(len(owned) - 1)
+    cuts = [_cut(owned, windows[2 * r], windows[2 * r + 1]) for r in ranks]
+    return Plan(
+        tuple(p for p in cuts[rank] if p.peer == rank),
+        tuple(tuple((p.source, p.length) for p in cuts[r] if p.peer == rank != r) for r in ranks),
+        tuple(tuple((p.target, p.length) for p in cuts[rank] if p.peer == r != rank) for r in ranks),
+        all(p.peer == r for r in ranks for p in cuts[r]),
+    )
 
 
 def _cut(owned: tuple[int, ...], start: int, stop: int) -> tuple[Piece, ...]:
@@ -79,6 +66,3 @@ def shard_range(size: int, parts: int, index: int) -> tuple[int, int]:
 def shard_bounds(size: int, parts: int) -> tuple[int, ...]:
     """Return the first row of every shard, followed by the size of the array."""
     return (*[shard_range(size, parts, index)[0] for index in range(parts)], size)
-
-
-__all__ = ["Piece", "Plan", "exchange_plan", "shard_bounds", "shard_range"]

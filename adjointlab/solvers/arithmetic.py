@@ -1,18 +1,14 @@
 """Arithmetic of batched vectors with one scalar per problem: ``⟨a, b⟩``, ``y ← y + αx``, ``y ← x + αy``.
 
 A vector is a list of real tensors, one for each leaf (a complex leaf becomes pairs of real numbers), so that
-``Re⟨·, ·⟩`` is a plain sum of products. Every derived adjoint is the adjoint for this inner product, even if the map is
-only real-linear, so the solvers need no other inner product. A scalar is a ``float64`` tensor on the device with the
-shape of the free leading dimensions: each entry of a batch is a separate problem.
+``Re⟨·, ·⟩``, for which every derived adjoint is the adjoint, is a plain sum of products. A scalar is a ``float64``
+tensor with the shape of the free leading dimensions: each entry of a batch is a separate problem.
 
-Note on sums
-------------
-For float32, products are summed in single precision over blocks of 4096 entries, and the block sums are added in double
-precision. The relative error of a squared norm is then about 1e-8; it would be 1e-13 in double precision, and 1e-6 (at
-512²) to 1e-4 (at 2048²) in single precision. More accuracy is useless, since each iteration rounds every entry by 6e-8.
-``vector_norm`` sums squares in one pass without a temporary (0.02 ms at 512²; a sum in double takes 0.2 ms). Other
-products are summed piece by piece, so that no temporary has the size of a vector. Products of two numbers of size 1e-19
-underflow in float32; if the data are that small, or very large, every product is computed in double precision.
+Products of float32 are summed in single precision over blocks of 4096 entries, and the sums of the blocks in double.
+The relative error of a squared norm is then about 1e-8: less is useless, since each iteration rounds every entry by
+6e-8. ``vector_norm`` sums squares in one pass (0.02 ms at 512²; a sum in double takes 0.2 ms). Other products are
+summed piece by piece, so that no temporary has the size of a vector. Products of two numbers of size 1e-19 underflow in
+float32; if the data are that small, or very large, every product is computed in double precision.
 """
 
 from __future__ import annotations
@@ -35,9 +31,7 @@ _SAFE = (1e-12, 1e12)  # sizes of entries whose products fit into float32, with 
 
 def as_vector(leaves: Sequence[Tensor]) -> Vector:
     """Return real views of the leaves; a leaf is copied only if it is lazily conjugated or negated."""
-    return [
-        torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf.resolve_neg() for leaf in leaves
-    ]  # fmt: skip
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t.resolve_neg() for t in leaves]
 
 
 class Vectors:
@@ -56,10 +50,8 @@ class Vectors:
 
     def element(self, vector: Vector) -> Any:
         """Return a vector as an element that shares its memory."""
-        leaves = [
-            torch.view_as_complex(v) if spec.is_complex else v for v, spec in zip(vector, self.space.specs, strict=True)
-        ]
-        return self.space.unflatten(leaves)
+        pairs = zip(vector, self.space.specs, strict=True)
+        return self.space.unflatten([torch.view_as_complex(v) if spec.is_complex else v for v, spec in pairs])
 
     def zeros(self) -> Vector:
         """Return the zero vector."""
@@ -132,18 +124,19 @@ class Vectors:
         for u in y:
             u.mul_(self._for(alpha, u))
 
-    def clear(self, y: Vector, where: Tensor) -> None:
-        """Set ``y ← 0`` in the problems ``where``, even if y is NaN there."""
-        self.fill(y, where, 0)
-
-    def fill(self, y: Vector, where: Tensor, value: float) -> None:
-        """Set the entries of y to a value in the problems ``where``."""
+    def fill(self, y: Vector, where: Tensor, value: float = 0) -> None:
+        """Set ``y ← value`` in the problems ``where``, even if y is NaN there."""
         for u in y:
             u.masked_fill_(where.to(u.device).reshape(self.batch + (1,) * (u.ndim - len(self.batch))), value)
 
     def _for(self, alpha: Tensor, like: Tensor) -> Tensor:
         alpha = alpha.to(device=like.device, dtype=like.dtype)
         return alpha.reshape(self.batch + (1,) * (like.ndim - len(self.batch))) if self.batch else alpha
+
+
+def times(x: Vector, factor: float) -> Vector:
+    """Return ``cx`` for a number c; x itself for one."""
+    return x if factor == 1 else [factor * v for v in x]
 
 
 def _squares(u: Tensor) -> Tensor:

@@ -2,8 +2,8 @@ r"""LSMR: ``min ‖Ax − y‖²_W + damp² ‖x‖²`` by Golub–Kahan bidiago
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,17 +15,7 @@ from adjointlab.operators import LinearOperator
 from adjointlab.solvers import implicit
 from adjointlab.solvers.arithmetic import Vector
 from adjointlab.solvers.problem import Problem, nonnegative
-from adjointlab.solvers.solution import (
-    ILL_CONDITIONED,
-    LEAST_SQUARES,
-    NOT_FINITE,
-    PRECISION,
-    SOLVED,
-    STAGNATED,
-    Callback,
-    Monitor,
-    Solution,
-)
+from adjointlab.solvers.solution import Callback, Monitor, Solution, Status, solve
 
 
 def lsmr(
@@ -44,16 +34,15 @@ def lsmr(
 ) -> Solution:
     r"""Minimise ``‖Ax − y‖²_W + damp² ‖x‖²`` by LSMR, which is equivalent to MINRES on the normal equations.
 
-    Both ``‖r‖`` and ``‖Aᴴr‖`` decrease at every step, so LSMR can be stopped earlier than CGLS. Fong and
-    Saunders give these stopping rules, where r is the residual of the damped system, and the recurrences estimate
-    ``‖A‖`` and ``cond(A)`` at no cost:
+    Both ``‖r‖`` and ``‖Aᴴr‖`` decrease at every step, so LSMR can be stopped earlier than CGLS. With the residual r of
+    the damped system and estimates of ``‖A‖`` and ``cond(A)``, it stops by these rules of Fong and Saunders:
 
     - ``‖r‖ ≤ btol ‖y‖ + atol ‖A‖ ‖x‖``: x solves the equations;
     - ``‖Aᴴr‖ ≤ atol ‖A‖ ‖r‖``: x is a least-squares solution;
     - ``cond(A) ≥ conlim``: the problem is too ill-conditioned to continue.
 
-    The solver verifies the first two conditions by computing r and ``Aᴴr`` from x again. With ``batch_dims``, every
-    entry of the batch is a separate problem.
+    It verifies the first two by computing r and ``Aᴴr`` from x again. With ``batch_dims``, every entry of the batch is
+    a separate problem.
 
     Parameters
     ----------
@@ -96,28 +85,23 @@ def lsmr(
     >>> lsmr(A, torch.tensor([2.0])).x
     tensor([1.0000, 1.0000])
     """
-    atol, btol, conlim = (
-        nonnegative("atol", atol),
-        nonnegative("btol", btol),
-        nonnegative("conlim", conlim),
-    )
+    atol, btol = nonnegative("atol", atol), nonnegative("btol", btol)
+    conlim = nonnegative("conlim", conlim)
     problem = Problem.of(A, y, weight, damp)
-    with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
-        inner = problem.diagonalized().scaled()
-        monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "lsmr")
-        x = inner.start(x0)
-        _lsmr(inner, x, _StoppingRules(monitor, atol, btol, conlim, problem.eps), started=x0 is not None)
-        solution = monitor.solution(x)
-    return implicit.of_least_squares(problem, solution, min(atol, btol), monitor.maxiter, x0)
+    most = problem.steps(maxiter)
+    run = partial(_lsmr, atol=atol, btol=btol, conlim=conlim)
+    solution = solve(run, problem, x0, name="lsmr", maxiter=most, callback=callback, progress=progress)
+    return implicit.of_least_squares(problem, solution, min(atol, btol), most, x0)
 
 
-def _lsmr(problem: Problem, x: Vector, rules: _StoppingRules, *, started: bool) -> None:
+def _lsmr(
+    problem: Problem, x: Vector, monitor: Monitor, started: bool, *, atol: float, btol: float, conlim: float
+) -> None:
     """Run LSMR on x in place, and restart it to verify convergence."""
     domain, codomain = problem.domain, problem.codomain
     u = codomain.copy(problem.data())
     codomain.choose_precision(codomain.norm(u))
-    rules.size = problem.weighted(u)[1].sqrt()
-    bound = domain.scalar(math.inf)  # largest gradient of a restart that is worth going on from
+    rules = _StoppingRules(monitor, problem.weighted(u)[1].sqrt(), problem.eps, atol=atol, btol=btol, conlim=conlim)
     while True:
         left = _LeftVector(problem, u)
         if started:
@@ -125,45 +109,41 @@ def _lsmr(problem: Problem, x: Vector, rules: _StoppingRules, *, started: bool) 
         v = domain.zeros()
         beta = left.pull_back(v)
         alpha = domain.norm(v)
-        gradient = alpha * beta
-        domain.choose_precision(gradient)
+        domain.choose_precision(alpha * beta)
         domain.scale(v, _inverse(alpha))
         rules.start(alpha, beta, domain.norm(x))
-        rules.monitor.stop(gradient > bound, STAGNATED)
-        state = _Recurrence.start(alpha, beta, domain.scalar(0) if left.damping_rows else problem.square.sqrt())
-        if not _steps(left, x, v, state, rules):
+        state = _Recurrence(alpha, beta, domain.scalar(0) if left.damping_rows else problem.square.sqrt())
+        _steps(left, x, v, state, rules)
+        if not monitor.reopen():
             return
-        bound, started = gradient / 2, True
+        started = True
         del left, v, u
         u = codomain.copy(problem.data())
 
 
-def _steps(left: _LeftVector, x: Vector, v: Vector, state: _Recurrence, rules: _StoppingRules) -> bool:
-    """Run LSMR from x and the first vectors; return whether convergence must be verified."""
+def _steps(left: _LeftVector, x: Vector, v: Vector, state: _Recurrence, rules: _StoppingRules) -> None:
+    """Run LSMR from x and the first vectors."""
     domain, monitor = left.problem.domain, rules.monitor
-    going, some_stopped = monitor.start(state.residual)
-    if not going:
-        return False
+    going, some_stopped = monitor.start(state.residual, state.gradient)
     alpha, beta = state.alphabar, state.residual
     h, hbar = domain.copy(v), domain.zeros()
     while going:
         if some_stopped:
-            left.clear(~monitor.running)
-            for vector in (hbar, h, v):
-                domain.clear(vector, ~monitor.running)
+            left.problem.codomain.fill(left.u, ~monitor.running)
+            for vector in (hbar, h, v, left.damping_rows):
+                domain.fill(vector, ~monitor.running)
         left.push_forward(v, -alpha * _inverse(beta))
         beta = left.pull_back(v)
         alpha = domain.norm(v)
         domain.scale(v, _inverse(alpha))
         to_hbar, to_x, to_h = state.advance(alpha, beta)
-        monitor.stop(~(torch.isfinite(alpha) & torch.isfinite(beta) & domain.holds(to_x)), NOT_FINITE)
+        monitor.stop(~(torch.isfinite(alpha) & torch.isfinite(beta) & domain.holds(to_x)), Status.NOT_FINITE)
         moved = monitor.running
         domain.update(hbar, h, torch.where(moved, to_hbar, 0))
         domain.add(x, torch.where(moved, to_x, 0), hbar)
         domain.update(h, v, torch.where(moved, to_h, 0))
         rules(state, domain.norm(x))
         going, some_stopped = monitor.step(x, state.residual, moved)
-    return monitor.reopen()
 
 
 @dataclass
@@ -205,11 +185,6 @@ class _LeftVector:
             domain.add(v, self.problem.square * _inverse(beta), self.damping_rows)
         return beta
 
-    def clear(self, where: Tensor) -> None:
-        self.problem.codomain.clear(self.u, where)
-        if self.damping_rows:
-            self.problem.domain.clear(self.damping_rows, where)
-
 
 def _inverse(value: Tensor) -> Tensor:
     return torch.where(value > 0, 1 / value, 0)
@@ -222,41 +197,18 @@ def _rotation(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return a * inverse, b * inverse, r
 
 
-@dataclass
 class _Recurrence:
     """The scalars of LSMR, in the paper's notation, with estimates of ``‖r‖``, ``‖Aᴴr‖``, ``‖A‖`` and ``cond(A)``."""
 
-    alphabar: Tensor
-    zetabar: Tensor
-    damp: Tensor
-    rho: Tensor
-    rhobar: Tensor
-    cbar: Tensor
-    sbar: Tensor
-    betadd: Tensor
-    betad: Tensor
-    rhodold: Tensor
-    tautildeold: Tensor
-    thetatilde: Tensor
-    zeta: Tensor
-    outside: Tensor
-    square: Tensor
-    largest: Tensor
-    smallest: Tensor
-    residual: Tensor
-    gradient: Tensor
-    norm: Tensor
-    condition: Tensor
-
-    @classmethod
-    def start(cls, alpha: Tensor, beta: Tensor, damp: Tensor) -> _Recurrence:
+    def __init__(self, alpha: Tensor, beta: Tensor, damp: Tensor) -> None:
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-        return cls(
-            alphabar=alpha, zetabar=alpha * beta, damp=damp, rho=one, rhobar=one, cbar=one,
-            sbar=zero, betadd=beta, betad=zero, rhodold=one, tautildeold=zero, thetatilde=zero, zeta=zero, outside=zero,
-            square=alpha.square(), largest=zero, smallest=torch.full_like(alpha, torch.inf), residual=beta,
-            gradient=alpha * beta, norm=alpha, condition=one,
-        )  # fmt: skip
+        self.alphabar, self.damp = alpha, damp
+        self.rho = self.rhobar = self.cbar = self.rhodold = one
+        self.sbar = self.betad = self.tautildeold = self.thetatilde = self.zeta = self.outside = zero
+        self.betadd = self.residual = beta
+        self.zetabar = self.gradient = alpha * beta
+        self.norm, self.square, self.condition = alpha, alpha.square(), one
+        self.largest, self.smallest = zero, torch.full_like(alpha, torch.inf)
 
     def advance(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take one step; return the factors in ``h̄ ← h + a h̄``, ``x ← x + b h̄``, ``h ← v + c h``."""
@@ -304,29 +256,27 @@ class _Recurrence:
 class _StoppingRules:
     """The stopping rules of section 3.2 of the paper, and rules against tolerances below the unit roundoff."""
 
-    size: Tensor
-
-    def __init__(self, monitor: Monitor, atol: float, btol: float, conlim: float, eps: float) -> None:
-        self.monitor, self.atol, self.btol, self.conlim, self.eps = monitor, atol, btol, conlim, eps
+    def __init__(self, monitor: Monitor, size: Tensor, eps: float, *, atol: float, btol: float, conlim: float) -> None:
+        self.monitor, self.size, self.eps, self.atol, self.btol, self.conlim = monitor, size, eps, atol, btol, conlim
         self.norm = torch.zeros_like(monitor.status, dtype=torch.float64)  # the largest estimate of ‖A‖
 
     def start(self, alpha: Tensor, beta: Tensor, length: Tensor) -> None:
         """Apply the rules to a start: the first one, or a restart that verifies x."""
-        self.monitor.stop(~torch.isfinite(alpha * beta), NOT_FINITE)
+        self.monitor.stop(~torch.isfinite(alpha * beta), Status.NOT_FINITE)
         self.size = torch.where(self.size == 0, beta, self.size)  # zero data: measure by the start
-        self.monitor.stop(beta == 0, SOLVED)
-        self.monitor.stop(alpha == 0, LEAST_SQUARES)
+        self.monitor.stop(beta == 0, Status.SOLVED)
+        self.monitor.stop(alpha == 0, Status.LEAST_SQUARES)
         self._apply(alpha * beta, beta, self.norm * length, allowance(UNITS, self.eps))
 
     def __call__(self, state: _Recurrence, length: Tensor) -> None:
         self.norm = torch.fmax(self.norm, state.norm)
         self._apply(state.gradient, state.residual, state.norm * length, self.eps)
         if self.conlim:
-            self.monitor.stop(state.condition >= self.conlim, ILL_CONDITIONED)
-        self.monitor.stop(state.condition >= 1 / torch.finfo(torch.float64).eps, ILL_CONDITIONED)
+            self.monitor.stop(state.condition >= self.conlim, Status.ILL_CONDITIONED)
+        self.monitor.stop(state.condition >= 1 / torch.finfo(torch.float64).eps, Status.ILL_CONDITIONED)
 
     def _apply(self, gradient: Tensor, residual: Tensor, reach: Tensor, eps: float) -> None:
-        self.monitor.stop(residual <= self.btol * self.size + self.atol * reach, SOLVED)
-        self.monitor.stop(gradient <= self.atol * self.norm * residual, LEAST_SQUARES)
-        self.monitor.stop(residual <= eps * (self.size + reach), PRECISION)
-        self.monitor.stop(gradient <= eps * self.norm * residual, PRECISION)
+        self.monitor.stop(residual <= self.btol * self.size + self.atol * reach, Status.SOLVED)
+        self.monitor.stop(gradient <= self.atol * self.norm * residual, Status.LEAST_SQUARES)
+        self.monitor.stop(residual <= eps * (self.size + reach), Status.PRECISION)
+        self.monitor.stop(gradient <= eps * self.norm * residual, Status.PRECISION)

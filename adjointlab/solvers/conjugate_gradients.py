@@ -17,18 +17,7 @@ from adjointlab.operators import LinearOperator
 from adjointlab.solvers import implicit
 from adjointlab.solvers.arithmetic import Vector
 from adjointlab.solvers.problem import Problem, nonnegative
-from adjointlab.solvers.solution import (
-    BREAKDOWN,
-    LEAST_SQUARES,
-    NO_CURVATURE,
-    NOT_FINITE,
-    PRECISION,
-    SOLVED,
-    STAGNATED,
-    Callback,
-    Monitor,
-    Solution,
-)
+from adjointlab.solvers.solution import Callback, Monitor, Solution, Status, solve
 
 # The gradient Aᴴr contains rounding errors of at most eps ‖A‖ ‖r‖ from each of four sources: Ap, the update of r, Aᴴr,
 # and the difference between A and the adjoint of its derived adjoint. A smaller gradient is only rounding.
@@ -48,15 +37,13 @@ def cg(
     r"""Solve ``Ax = b`` for a self-adjoint positive definite A by conjugate gradients.
 
     The solver stops at ``‖b − Ax‖ ≤ tol · ‖b‖`` (``tol · ‖Ax₀‖`` if ``b = 0``), or at a few units of rounding of
-    ``‖b‖``. It verifies this by computing ``b − Ax``, which costs one application of A. If rounding keeps the residual
-    larger, or the system has no solution, x has not converged, and ``reason`` says so. With
-    ``batch_dims``, every entry of the batch is a separate system.
+    ``‖b‖``, and verifies it by computing ``b − Ax``. If rounding keeps the residual larger, or the system has no
+    solution, x has not converged. With ``batch_dims``, every entry of the batch is a separate system.
 
     Parameters
     ----------
     A : LinearOperator or AffineOperator
-        An operator from a space to itself with ``⟨Ax, z⟩ = ⟨x, Az⟩`` and ``⟨x, Ax⟩ > 0`` for ``x ≠ 0``. If A is affine,
-        its linear part must satisfy this.
+        From a space to itself, with a linear part of ``⟨Ax, z⟩ = ⟨x, Az⟩``, and ``⟨x, Ax⟩ > 0`` for ``x ≠ 0``.
     b : pytree of tensors
         The right-hand side.
     x0 : pytree of tensors, optional
@@ -84,12 +71,11 @@ def cg(
 
     Notes
     -----
-    x is differentiable with respect to b and to the parameters of A, by implicit differentiation: a backward pass
-    solves one more system with A. It yields the derivative of the exact solution. Second derivatives are not available,
-    and if A is singular, the derivative with respect to its parameters is refused.
+    x is differentiable with respect to b and to the parameters of A, once: a backward pass solves one more system with
+    A, and yields the derivative of the exact solution. If A is singular, that in its parameters is refused.
 
-    Besides x and b, the solver needs memory for three vectors. If A is a cyclic convolution (``A.multiplier`` is not
-    None), the solver works in Fourier space and needs memory for four vectors.
+    Besides x and b, the solver needs memory for three vectors; for four if A is a cyclic convolution (``A.multiplier``
+    is not None), for which it works in Fourier space.
 
     References
     ----------
@@ -109,55 +95,56 @@ def cg(
         raise SpaceMismatchError(
             f"expected an operator from a space to itself, got one from {A.domain} to {A.codomain}: use cgls or lsmr"
         )
-    with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
-        inner = problem.diagonalized().scaled(operator=False)
-        monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "cg")
-        x = inner.start(x0)
-        _cg(inner, x, x0 is not None, tol, monitor)
-        solution = monitor.solution(x)
-    return implicit.of_system(problem, solution, tol, monitor.maxiter, x0)
+    most = problem.steps(maxiter)
+    solution = solve(
+        partial(_cg, tol=tol), problem, x0, name="cg", maxiter=most, callback=callback, progress=progress,
+        scale_operator=False,
+    )  # fmt: skip
+    return implicit.of_system(problem, solution, tol, most, x0)
 
 
-def _cg(problem: Problem, x: Vector, started: bool, tol: float, monitor: Monitor) -> None:
+def _cg(problem: Problem, x: Vector, monitor: Monitor, started: bool, *, tol: float) -> None:
     """Run conjugate gradients on x in place, and restart them to verify convergence."""
-    space = problem.domain
+    space, eps = problem.domain, problem.domain.space.eps
     b = problem.data()
     size = space.norm(b)
     space.choose_precision(size)
-    bound = space.scalar(math.inf)  # largest residual of a restart that is worth going on from
+
+    def rules(norm: Tensor) -> None:
+        monitor.stop(~(norm < math.inf), Status.NOT_FINITE)
+        monitor.stop(norm <= tol * size, Status.SOLVED)
+        monitor.stop(norm <= eps * size, Status.PRECISION)
+
     while True:
         r = space.copy(b)
         if started:
             space.add(r, space.scalar(-1), problem.apply(x))
         norm = space.norm(r)
         size = torch.where(size == 0, norm, size)
-        rules = partial(_apply_rules, monitor, size, tol, space.space.eps)
         rules(norm)
-        monitor.stop(norm <= allowance(UNITS, space.space.eps) * size, PRECISION)
-        monitor.stop(norm > bound, STAGNATED)
-        if not _cg_steps(problem, x, r, norm, rules=rules, monitor=monitor):
+        monitor.stop(norm <= allowance(UNITS, eps) * size, Status.PRECISION)
+        _cg_steps(problem, x, r, norm, rules=rules, monitor=monitor)
+        if not monitor.reopen():
             return
-        bound, started = norm / 2, True
+        started = True
 
 
 def _cg_steps(
     problem: Problem, x: Vector, r: Vector, norm: Tensor, *, rules: Callable[[Tensor], None], monitor: Monitor
-) -> bool:
-    """Run conjugate gradients from x with the residual r; return whether convergence must be verified."""
+) -> None:
+    """Run conjugate gradients from x with the residual r."""
     space = problem.domain
     p, rho = space.copy(r), norm.square()
-    going, some_stopped = monitor.start(norm)
-    if not going:
-        return False
+    going, some_stopped = monitor.start(norm, norm)
     while going:
         if some_stopped:
-            space.clear(p, ~monitor.running)
+            space.fill(p, ~monitor.running)
         q = problem.apply(p)
         curvature = space.dot(p, q)
         step = rho / curvature
-        monitor.stop(~(curvature.abs() < math.inf), NOT_FINITE)
-        monitor.stop(curvature <= 0, NO_CURVATURE)
-        monitor.stop(~space.holds(step), BREAKDOWN)
+        monitor.stop(~(curvature.abs() < math.inf), Status.NOT_FINITE)
+        monitor.stop(curvature <= 0, Status.NO_CURVATURE)
+        monitor.stop(~space.holds(step), Status.BREAKDOWN)
         moved = monitor.running
         step = torch.where(moved, step, 0)
         space.add(x, step, p)
@@ -167,13 +154,6 @@ def _cg_steps(
         rules(rho.sqrt())
         going, some_stopped = monitor.step(x, rho.sqrt(), moved)
         space.update(p, r, rho / previous)
-    return monitor.reopen()
-
-
-def _apply_rules(monitor: Monitor, size: Tensor, tol: float, eps: float, norm: Tensor) -> None:
-    monitor.stop(~(norm < math.inf), NOT_FINITE)
-    monitor.stop(norm <= tol * size, SOLVED)
-    monitor.stop(norm <= eps * size, PRECISION)
 
 
 def cgls(
@@ -190,11 +170,10 @@ def cgls(
 ) -> Solution:
     r"""Minimise ``‖Ax − y‖²_W + damp² ‖x‖²`` by conjugate gradients on the normal equations.
 
-    The solver stops once the gradient at x is small relative to the gradient at zero,
-    ``‖AᴴW(y − Ax) − damp² x‖ ≤ tol · ‖AᴴWy‖`` (relative to the gradient at ``x0`` if ``y = 0``), or consists of
-    rounding errors only. It verifies either condition by computing the gradient at x again. If there are many
-    solutions, the solver finds the solution of least norm, provided that ``damp = 0`` and ``x0`` is not given. With
-    ``batch_dims``, every entry of the batch is a separate problem.
+    The solver stops once the gradient at x is small relative to that at zero (that at ``x0`` if ``y = 0``),
+    ``‖AᴴW(y − Ax) − damp² x‖ ≤ tol · ‖AᴴWy‖``, or is only rounding, and verifies it by computing the gradient at x
+    again. Of many solutions, it finds that of least norm, if ``damp = 0`` and ``x0`` is not given. With ``batch_dims``,
+    every entry of the batch is a separate problem.
 
     Parameters
     ----------
@@ -203,11 +182,9 @@ def cgls(
     y : pytree of tensors
         The data, an element of ``A.codomain``.
     damp : float or Tensor
-        Damping; ``damp²`` is the weight of the penalty ``‖x‖²``. A tensor is zero-dimensional, or has one entry for
-        each problem of the batch; x is differentiable with respect to it.
+        ``damp²`` is the weight of the penalty ``‖x‖²``; a tensor has no dimensions, or one entry for each problem.
     weight : LinearOperator, or pytree of real tensors, optional
-        The weight ``W``, as in :class:`adjointlab.LeastSquares`: a self-adjoint positive operator, or the entries of a
-        diagonal operator.
+        The weight ``W``, a self-adjoint positive operator or the entries of a diagonal one.
     tol : float
         Relative tolerance of the gradient.
     x0, maxiter, callback, progress
@@ -227,18 +204,16 @@ def cgls(
 
     Notes
     -----
-    x is differentiable with respect to y, to the weight, to ``damp``, to ``x0`` (on which it depends if there are many
-    solutions) and to the parameters of A, by implicit differentiation: a backward pass solves one more problem of the
-    same kind. It yields the derivative of the exact minimiser. Second derivatives are not available. With respect to
-    parameters of A, it is the derivative of the pseudo-inverse for parameters that leave the rank of A as it is; for
-    others there is none. If A has more unknowns than equations and there is no damping, this takes another solve in the
-    forward pass. If A has no fewer equations than unknowns, but many solutions, on which the result depends, the
-    derivative with respect to its parameters is NaN, with a warning: use ``damp > 0``.
+    x is differentiable, once, with respect to y, to the weight, to ``damp``, to ``x0`` (on which it depends if there
+    are many solutions) and to the parameters of A: a backward pass solves one more problem of the same kind, and yields
+    the derivative of the exact minimiser. In parameters of A, that is the derivative of the pseudo-inverse, if they
+    leave the rank of A as it is; for others there is none. If A has more unknowns than equations and there is no
+    damping, this takes another solve in the forward pass. If A has no fewer equations than unknowns, but many
+    solutions, the derivative in its parameters is NaN, with a warning: use ``damp > 0``.
 
     Besides x and y, the solver needs memory for two elements of the domain and two of the codomain, for one more
-    element of the codomain if there are weights, and for one more of the domain if there is damping. If A is a cyclic
-    convolution (``A.multiplier`` is not None) and there are no weights, the solver takes the same steps in Fourier
-    space, where A needs no transforms; this needs memory for one more element of the domain.
+    element of the codomain if there are weights, and for one more of the domain if there is damping, or if A is a
+    cyclic convolution (``A.multiplier`` is not None) without weights, for which it works in Fourier space.
 
     References
     ----------
@@ -256,16 +231,13 @@ def cgls(
     """
     tol = nonnegative("tol", tol)
     problem = Problem.of(A, y, weight, damp)
-    with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
-        inner = problem.diagonalized().scaled()
-        monitor = Monitor(inner, problem.steps(maxiter), callback, progress, "cgls")
-        x = inner.start(x0)
-        _cgls(inner, x, tol, monitor=monitor, started=x0 is not None)
-        solution = monitor.solution(x)
-    return implicit.of_least_squares(problem, solution, tol, monitor.maxiter, x0)
+    most = problem.steps(maxiter)
+    run = partial(_cgls, tol=tol)
+    solution = solve(run, problem, x0, name="cgls", maxiter=most, callback=callback, progress=progress)
+    return implicit.of_least_squares(problem, solution, tol, most, x0)
 
 
-def _cgls(problem: Problem, x: Vector, tol: float, *, monitor: Monitor, started: bool) -> None:
+def _cgls(problem: Problem, x: Vector, monitor: Monitor, started: bool, *, tol: float) -> None:
     """Run CGLS on x in place, and restart it to verify convergence."""
     domain, codomain = problem.domain, problem.codomain
     r = codomain.copy(problem.data())
@@ -274,7 +246,6 @@ def _cgls(problem: Problem, x: Vector, tol: float, *, monitor: Monitor, started:
     domain.choose_precision(domain.norm(s))
     gradient = domain.norm(s)
     rules = _StoppingRules(monitor, tol * gradient, rr.sqrt(), problem.eps)
-    bound = domain.scalar(math.inf)  # largest gradient of a restart that is worth going on from
     while True:
         if started:
             codomain.add(r, codomain.scalar(-1), problem.apply(x))
@@ -285,32 +256,30 @@ def _cgls(problem: Problem, x: Vector, tol: float, *, monitor: Monitor, started:
         del s
         norm = _damped_norm(problem, rr, x)
         rules.start(gradient, rr.sqrt(), norm, tol)
-        monitor.stop(gradient > bound, STAGNATED)
-        if not _cgls_steps(problem, x, r, p, rules):
+        _cgls_steps(problem, x, r, p, rules)
+        if not monitor.reopen():
             return
-        bound, started = gradient / 2, True
+        started = True
         del p
         r = codomain.copy(problem.data())
 
 
-def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, rules: _StoppingRules) -> bool:
-    """Run CGLS from x with the residual r and the gradient p; return whether convergence must be verified."""
+def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, rules: _StoppingRules) -> None:
+    """Run CGLS from x with the residual r and the gradient p."""
     domain, codomain, monitor = problem.domain, problem.codomain, rules.monitor
     gamma = length = rules.gradient.square()
-    going, some_stopped = monitor.start(rules.damped)
-    if not going:
-        return False
+    going, some_stopped = monitor.start(rules.damped, rules.gradient)
     while going:
         if some_stopped:
-            domain.clear(p, ~monitor.running)
+            domain.fill(p, ~monitor.running)
         q = problem.apply(p)
         curvature = problem.weighted(q)[1]
         if problem.is_damped:
             curvature = curvature + problem.square * domain.dot(p, p)
         step = gamma / curvature
-        monitor.stop(~(curvature.abs() < math.inf), NOT_FINITE)  # before it is used as a norm
+        monitor.stop(~(curvature.abs() < math.inf), Status.NOT_FINITE)  # before it is used as a norm
         rules.raise_norm((curvature / length).sqrt())
-        monitor.stop(~domain.holds(step), BREAKDOWN)
+        monitor.stop(~domain.holds(step), Status.BREAKDOWN)
         moved = monitor.running
         step = torch.where(moved, step, 0)
         domain.add(x, step, p)
@@ -325,7 +294,6 @@ def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, rules: _Stopp
         domain.update(p, s, ratio)
         length = gamma + ratio.square() * length  # ‖p‖², since s is orthogonal to the last p
         del s
-    return monitor.reopen()
 
 
 def _damped_norm(problem: Problem, rr: Tensor, x: Vector) -> Tensor:
@@ -348,17 +316,17 @@ class _StoppingRules:
         self.target = torch.where(self.size == 0, tol * gradient, self.target)
         self.size = torch.where(self.size == 0, damped, self.size)
         self(gradient, residual, damped)
-        self.monitor.stop(damped <= allowance(UNITS, self.eps) * self.size, PRECISION)
-        self.monitor.stop(gradient <= allowance(UNITS, self.eps) * self.norm * residual, PRECISION)
+        self.monitor.stop(damped <= allowance(UNITS, self.eps) * self.size, Status.PRECISION)
+        self.monitor.stop(gradient <= allowance(UNITS, self.eps) * self.norm * residual, Status.PRECISION)
 
     def __call__(self, gradient: Tensor, residual: Tensor, damped: Tensor) -> None:
         self.gradient, self.residual, self.damped = gradient, residual, damped
-        self.monitor.stop(~(torch.maximum(gradient, damped) < math.inf), NOT_FINITE)
-        self.monitor.stop(gradient <= self.target, LEAST_SQUARES)
+        self.monitor.stop(~(torch.maximum(gradient, damped) < math.inf), Status.NOT_FINITE)
+        self.monitor.stop(gradient <= self.target, Status.LEAST_SQUARES)
         self.raise_norm(torch.where(residual > 0, gradient / residual, 0))
-        self.monitor.stop(damped <= self.eps * self.size, PRECISION)
+        self.monitor.stop(damped <= self.eps * self.size, Status.PRECISION)
 
     def raise_norm(self, norm: Tensor) -> None:
         """Raise the estimate of ``‖A‖`` to at least ``norm``."""
         self.norm = torch.fmax(self.norm, norm)
-        self.monitor.stop(self.gradient <= _ROUNDING * self.eps * self.norm * self.residual, PRECISION)
+        self.monitor.stop(self.gradient <= _ROUNDING * self.eps * self.norm * self.residual, Status.PRECISION)

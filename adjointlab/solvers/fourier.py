@@ -62,6 +62,3 @@ class FourierBasis:
 
     def _doubled(self, spectrum: Tensor) -> Tensor:
         return spectrum[..., 1 : (self.lengths[-1] + 1) // 2]
-
-
-__all__ = ["FourierBasis"]

@@ -25,17 +25,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector
+from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector, times
 from adjointlab.solvers.problem import Problem, detached
 from adjointlab.solvers.solution import Solution
 from adjointlab.space import Space
-from adjointlab.spectral import real_size
+from adjointlab.space.coordinates import real_size
 
 Map = Callable[[Vector], tuple[Vector, Tensor]]  # r ↦ (Mr, ⟨r, Mr⟩)
 Leaves = tuple[Tensor, ...]
@@ -52,16 +52,14 @@ def of_system(problem: Problem, solution: Solution, tol: float, maxiter: int, x0
 
     def cotangents(v: Vector) -> dict[str, Vector]:
         inner, unit = problem.diagonalized(), domain.scale_to_one(v)
-        found = _solve(
-            inner.domain, _matrix(inner), inner.vector(domain.element(_times(v, unit))), tol, maxiter,
-            decide=needs_operator,
-        )  # fmt: skip
-        if needs_operator and bool(found.has_kernel.any()):
+        vector = inner.vector(domain.element(times(v, unit)))
+        *found, has_kernel = _pseudo_inverse(inner.domain, inner.system, vector, tol, maxiter, decide=needs_operator)
+        if needs_operator and bool(has_kernel.any()):
             raise RuntimeError(
                 "expected the operator of cg to be positive definite, got one with a kernel, in which the cotangent of "
                 "the solution has a part: the gradient with respect to its parameters takes cgls or lsmr"
             )
-        w, rest = (_times(domain.vector(inner.element(t)), 1 / unit) for t in (found.x, found.kernel_part))
+        w, rest = (times(domain.vector(inner.element(t)), 1 / unit) for t in found)
         return {"residual": w, "start": rest}
 
     return _as_function_of(domain, solution, {"residual": residual}, x0, cotangents)
@@ -82,15 +80,15 @@ def of_least_squares(problem: Problem, solution: Solution, tol: float, maxiter: 
     def cotangents(v: Vector) -> dict[str, Vector]:
         inner, gain, unit = problem.diagonalized(), problem.scaled().gain, domain.scale_to_one(v)
         normal = replace(inner, gain=gain, damp=gain * inner.damp.detach()).normal
-        vector = inner.vector(domain.element(_times(v, unit)))
+        vector = inner.vector(domain.element(times(v, unit)))
         unique = needs_operator and is_undamped and not is_wide
-        found = _solve(inner.domain, normal, vector, tol, maxiter, decide=unique)
-        w, rest = (domain.vector(inner.element(t)) for t in (found.x, found.kernel_part))
+        *found, has_kernel = _pseudo_inverse(inner.domain, normal, vector, tol, maxiter, decide=unique)
+        w, rest = (domain.vector(inner.element(t)) for t in found)
         image = problem.apply(w)
         # By one factor after the other: their product may exceed what the results do not.
-        image, w = (_times(_times(_times(t, gain), 1 / unit), gain) for t in (image, w))
-        rest = _times(rest, 1 / unit)
-        if unique and bool(found.has_kernel.any()):
+        image, w = (times(times(times(t, gain), 1 / unit), gain) for t in (image, w))
+        rest = times(rest, 1 / unit)
+        if unique and bool(has_kernel.any()):
             warnings.warn(
                 "the least-squares problem has many solutions, although it has no fewer equations than unknowns: the "
                 "gradient with respect to the operator's parameters is not determined, and NaN; use damp > 0 (the "
@@ -99,25 +97,18 @@ def of_least_squares(problem: Problem, solution: Solution, tol: float, maxiter: 
                 stacklevel=2,
             )
             w = [t.clone() for t in w]
-            domain.fill(w, found.has_kernel, math.nan)
+            domain.fill(w, has_kernel, math.nan)
         return {"residual": image, "gradient": w, "kernel": rest, "start": rest}
 
     if needs_operator or problem.damp.requires_grad:
         inputs["gradient"] = _gradient(problem, solution, residual)
     if needs_operator and is_undamped and is_wide:
-        t = _preimage(problem, _correction(problem, solution, x0), tol, maxiter)
+        correction = detached(domain, solution.x)
+        if x0 is not None:
+            correction = [a - b for a, b in zip(correction, detached(domain, x0), strict=True)]
+        t = _preimage(problem, correction, tol, maxiter)
         inputs["kernel"] = domain.space.leaves(problem.A.H(codomain.space.unflatten(t)))
     return _as_function_of(domain, solution, inputs, x0, cotangents)
-
-
-def _matrix(problem: Problem) -> Map:
-    """Return ``x ↦ (Ax, ⟨x, Ax⟩)``."""
-
-    def apply(x: Vector) -> tuple[Vector, Tensor]:
-        image = problem.apply(x)
-        return image, problem.domain.dot(x, image)
-
-    return apply
 
 
 def _residual(problem: Problem, solution: Solution) -> tuple[Leaves, bool]:
@@ -140,21 +131,11 @@ def _gradient(problem: Problem, solution: Solution, residual: Leaves) -> Leaves:
 
 def _preimage(problem: Problem, x: Vector, tol: float, maxiter: int) -> Leaves:
     """Return t with ``Aᴴt = x``, the smallest one for the weight: ``t = WAq`` with ``Mq = x``."""
-    with torch.no_grad(), problem.A.frozen():
+    with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
         gain = problem.scaled().gain
-        q = _solve(problem.domain, replace(problem, gain=gain).normal, x, tol, maxiter).x
+        q, *_ = _pseudo_inverse(problem.domain, replace(problem, gain=gain).normal, x, tol, maxiter)
         t, _ = problem.weighted(problem.apply(q))
-        return problem.codomain.space.leaves(problem.codomain.element(_times(_times(t, gain), gain)))
-
-
-def _times(vector: Vector, factor: float) -> Vector:
-    return vector if factor == 1 else [factor * t for t in vector]
-
-
-def _correction(problem: Problem, solution: Solution, x0: Any) -> Vector:
-    """Return ``x − x₀``."""
-    x = detached(problem.domain, solution.x)
-    return x if x0 is None else [a - b for a, b in zip(x, detached(problem.domain, x0), strict=True)]
+        return problem.codomain.space.leaves(problem.codomain.element(times(times(t, gain), gain)))
 
 
 def _required(space: Space, leaves: Leaves) -> bool:
@@ -176,7 +157,8 @@ def _as_function_of(
         return solution
 
     def in_order(v: Vector) -> list[Vector]:
-        found = cotangents(v)
+        with domain.space.without_autocast():
+            found = cotangents(v)
         return [found[name] for name in inputs]
 
     given = [leaf for leaves in inputs.values() for leaf in leaves]
@@ -230,32 +212,20 @@ _implicit_function: Any = _ImplicitFunction.apply
 _differentiable_once: Any = _DifferentiableOnce.apply
 
 
-@dataclass(frozen=True)
-class _Minimiser:
-    """The smallest minimiser x of ``‖v − Mx‖``, and what remains of v where that is in the kernel of M."""
-
-    x: Vector
-    kernel_part: Vector
-    has_kernel: Tensor
-
-
-def _solve(space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int, *, decide: bool = False) -> _Minimiser:
-    """Return ``M⁺v`` for a self-adjoint positive semidefinite M; ``decide`` goes on until a kernel is told for sure."""
-    with space.space.without_autocast():
-        return _conjugate_residuals(space, apply, v, tol, maxiter, decide=decide)
-
-
-def _conjugate_residuals(
-    space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int, *, decide: bool
-) -> _Minimiser:
+def _pseudo_inverse(
+    space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int, *, decide: bool = False
+) -> tuple[Vector, Vector, Tensor]:
+    """Return ``M⁺v``, ``v − MM⁺v``, and whether that is in the kernel of M, self-adjoint and positive semidefinite."""
     # E. Stiefel, Relaxationsmethoden bester Strategie, Comment. Math. Helv. 29 (1955) 157-179. It minimises ‖v − Mw‖:
     # for M = AᴴA these are the steps of CGLS for ‖v − Aᴴz‖, with z = Aw. The part of v in the kernel of M stays in r
-    # as it is, and gets into w as a multiple of r: κ.
+    # as it is, and gets into w as a multiple of r: κ. `decide` goes on until a kernel is told for sure.
     tol = max(tol, _ROUNDING * space.space.eps)
     r, p, w = space.copy(v), space.copy(v), space.zeros()
     size = length = space.norm(r)
     space.choose_precision(size)
-    largest = _norm_estimate(space, apply)
+    g = space.vector(space.space.randn(torch.Generator().manual_seed(0)))
+    largest = space.norm(apply(g)[0]) / space.norm(g)  # a lower bound of ‖M‖ that no kernel makes small
+    del g
     mr, energy = apply(r)
     mp, target, previous = space.copy(mr), 0 if decide else tol**2 * energy, energy
     kappa_p, kappa = torch.ones_like(size), torch.zeros_like(size)
@@ -291,11 +261,5 @@ def _conjugate_residuals(
             stacklevel=2,
         )
     space.add(w, -torch.where(solved, 0, kappa), r)
-    space.clear(r, solved)
-    return _Minimiser(w, r, vanished)
-
-
-def _norm_estimate(space: Vectors, apply: Map) -> Tensor:
-    """Return a lower bound of ``‖M‖`` that no kernel makes small: ``‖Mg‖ / ‖g‖`` for a random vector g."""
-    g = space.vector(space.space.randn(torch.Generator().manual_seed(0)))
-    return space.norm(apply(g)[0]) / space.norm(g)
+    space.fill(r, solved)
+    return w, r, vanished

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adjointlab.affine import AffineOperator
+from adjointlab.affine import AffineOperator, require_operator
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.least_squares import weight_entries, weight_operator
 from adjointlab.operators import LinearOperator
-from adjointlab.solvers.arithmetic import Vector, Vectors
+from adjointlab.solvers.arithmetic import Vector, Vectors, times
 from adjointlab.solvers.fourier import FourierBasis
 
 _MOST_STEPS = 10_000
@@ -43,10 +43,7 @@ class Problem:
     @staticmethod
     def of(A: LinearOperator | AffineOperator, y: Any, weight: Any = None, damp: float | Tensor = 0.0) -> Problem:
         """Return the problem; the offset of an affine operator is subtracted from the data."""
-        if not isinstance(A, (LinearOperator, AffineOperator)):
-            raise SpaceMismatchError(
-                f"expected a LinearOperator or AffineOperator, got {type(A).__name__}: wrap it with al.linear_operator"
-            )
+        require_operator(A)
         leaves = A.codomain.leaves(y, "y")
         batch = tuple(leaves[0].shape[: A.codomain.batch_dims])
         weigh = None if weight is None else _weighting(A, y, weight)
@@ -98,8 +95,7 @@ class Problem:
 
     def element(self, x: Vector) -> Any:
         """Return the element that a vector of the domain represents; both may share memory."""
-        if self.factor != 1:
-            x = [v * self.factor for v in x]
+        x = times(x, self.factor)
         return self.domain.element(x) if self.basis is None else self.basis.element(x)
 
     def copy(self, x: Vector) -> Any:
@@ -135,19 +131,16 @@ class Problem:
     def data(self) -> Vector:
         """Return the data, which the solver must not overwrite."""
         found = detached(self.codomain, self.y if self.basis is None else self.basis.spectrum(self.y))
-        return found if self.unit == 1 else [v * self.unit for v in found]
+        return times(found, self.unit)
 
     def apply(self, x: Vector) -> Vector:
         """Return ``Ax``."""
-        return self._gained(self.codomain.vector(self.A(self.domain.element(x))))
+        return times(self.codomain.vector(self.A(self.domain.element(x))), self.gain)
 
     def pull_back(self, r: Vector) -> tuple[Vector, Tensor]:
         """Return ``AᴴWr`` and ``‖r‖²_W``."""
         weighted, square = self.weighted(r)
-        return self._gained(self.domain.vector(self.A.H(self.codomain.element(weighted)))), square
-
-    def _gained(self, image: Vector) -> Vector:
-        return image if self.gain == 1 else [v * self.gain for v in image]
+        return times(self.domain.vector(self.A.H(self.codomain.element(weighted))), self.gain), square
 
     def weighted(self, r: Vector) -> tuple[Vector, Tensor]:
         """Return ``Wr`` and ``‖r‖²_W``."""
@@ -157,6 +150,11 @@ class Problem:
     def penalised(self, s: Vector, x: Vector) -> Vector:
         """Return ``s − damp² x``; without damping, s itself."""
         return self.domain.plus(s, -self.square, x) if self.is_damped else s
+
+    def system(self, x: Vector) -> tuple[Vector, Tensor]:
+        """Return ``Ax`` and ``⟨x, Ax⟩``."""
+        image = self.apply(x)
+        return image, self.domain.dot(x, image)
 
     def normal(self, x: Vector) -> tuple[Vector, Tensor]:
         """Return ``Mx`` and ``⟨x, Mx⟩ = ‖Ax‖²_W + damp² ‖x‖²`` for ``M = AᴴWA + damp²``."""
@@ -179,12 +177,12 @@ def _weighting(A: LinearOperator | AffineOperator, y: Any, weight: Any) -> Calla
         )
 
     def weigh(r: Any) -> Any:
-        return A.codomain.unflatten([_times(w, leaf) for w, leaf in zip(entries, A.codomain.leaves(r), strict=True)])
+        return A.codomain.unflatten([_product(w, leaf) for w, leaf in zip(entries, A.codomain.leaves(r), strict=True)])
 
     return weigh
 
 
-def _times(w: Tensor, r: Tensor) -> Tensor:
+def _product(w: Tensor, r: Tensor) -> Tensor:
     if w.is_complex() or not r.is_complex():
         return w * r
     return torch.view_as_complex(w[..., None] * torch.view_as_real(r.resolve_conj()))

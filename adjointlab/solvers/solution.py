@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -14,23 +16,26 @@ from adjointlab.solvers.problem import Problem
 
 Callback = Callable[[Any], Any]
 
-(
-    RUNNING, SOLVED, LEAST_SQUARES, PRECISION, STAGNATED, NO_CURVATURE, BREAKDOWN, NOT_FINITE, ILL_CONDITIONED,
-    STOPPED, EXHAUSTED,
-) = range(11)  # fmt: skip
-_CONVERGED = (SOLVED, LEAST_SQUARES, PRECISION)
+Status = IntEnum(
+    "Status",
+    "RUNNING SOLVED LEAST_SQUARES PRECISION STAGNATED NO_CURVATURE BREAKDOWN NOT_FINITE ILL_CONDITIONED STOPPED "
+    "EXHAUSTED",
+    start=0,
+)
+_CONVERGED = (Status.SOLVED, Status.LEAST_SQUARES, Status.PRECISION)
 REASONS = {
-    SOLVED: "converged: the residual is within the tolerance",
-    LEAST_SQUARES: "converged: the gradient of the least-squares problem is within the tolerance",
-    PRECISION: "converged: as far as the precision of the dtype allows",
-    STAGNATED: "the precision of the dtype keeps the residual of x above the tolerance, for A is singular or "
+    Status.SOLVED: "converged: the residual is within the tolerance",
+    Status.LEAST_SQUARES: "converged: the gradient of the least-squares problem is within the tolerance",
+    Status.PRECISION: "converged: as far as the precision of the dtype allows",
+    Status.STAGNATED: "the precision of the dtype keeps the residual of x above the tolerance, for A is singular or "
     "ill-conditioned: use a larger tolerance, a wider dtype or, for least squares, damp > 0",
-    NO_CURVATURE: "breakdown: a direction p with ⟨p, Ap⟩ ≤ 0, so that A is not positive definite (or not self-adjoint)",
-    BREAKDOWN: "breakdown: a step of no or of infinite length",
-    NOT_FINITE: "NaN or infinity in the data, or in what the operator returned; x is the last finite iterate",
-    ILL_CONDITIONED: "the condition number exceeds conlim: use damp > 0, or a larger conlim",
-    STOPPED: "stopped by the callback",
-    EXHAUSTED: "maxiter was reached before the tolerance",
+    Status.NO_CURVATURE: "breakdown: a direction p with ⟨p, Ap⟩ ≤ 0, so that A is not positive definite (or not "
+    "self-adjoint)",
+    Status.BREAKDOWN: "breakdown: a step of no or of infinite length",
+    Status.NOT_FINITE: "NaN or infinity in the data, or in what the operator returned; x is the last finite iterate",
+    Status.ILL_CONDITIONED: "the condition number exceeds conlim: use damp > 0, or a larger conlim",
+    Status.STOPPED: "stopped by the callback",
+    Status.EXHAUSTED: "maxiter was reached before the tolerance",
 }
 
 
@@ -76,10 +81,9 @@ class Monitor:
 
     A step copies one number to the host: how many problems are running. Callback and progress bar copy more.
 
-    Rounding makes the recurrences of a solver drift away from the true residuals. So the solver verifies convergence:
-    it reopens the converged problems and restarts them from the residual of their x. If that residual is too large, the
-    solver continues as long as each restart halves it. Otherwise the problem is not converged: it has reached the
-    precision of the dtype.
+    Rounding makes the recurrences of a solver drift away from the true residuals. So the solver reopens the problems
+    that have converged, and restarts them from the residual of their x, as long as each restart halves that. A problem
+    in which it does not is not converged: it has reached the precision of the dtype.
     """
 
     def __init__(self, problem: Problem, maxiter: int, callback: Callback | None, progress: bool, name: str) -> None:
@@ -87,10 +91,12 @@ class Monitor:
         vectors = self.vectors = problem.domain
         self.maxiter = maxiter
         self.status = torch.zeros(vectors.batch, dtype=torch.int64, device=vectors.device)
-        self._codes = torch.arange(EXHAUSTED + 1, device=vectors.device).unbind()
+        self._codes = torch.arange(Status.EXHAUSTED + 1, device=vectors.device).unbind()
         self.steps = torch.zeros_like(self.status)
         self.norms: list[Tensor] = []
         self._to_verify = self.running
+        self._moved = False  # since the last start
+        self._bound = vectors.scalar(math.inf)  # largest error of a restart that is worth going on from: half the last
         self.total = self.status.numel()
         self._callback = callback
         self._bar = _bar(maxiter, name) if progress else None
@@ -98,14 +104,16 @@ class Monitor:
     @property
     def running(self) -> Tensor:
         """The problems that have not stopped, as a mask."""
-        return self.status == RUNNING
+        return self.status == Status.RUNNING
 
     def stop(self, where: Tensor, why: int) -> None:
         """Stop the running problems ``where``, for the reason ``why``."""
-        self.status = torch.where(where & (self.status == RUNNING), self._codes[why], self.status)
+        self.status = torch.where(where & (self.status == Status.RUNNING), self._codes[why], self.status)
 
-    def start(self, norm: Tensor) -> tuple[bool, bool]:
+    def start(self, norm: Tensor, error: Tensor) -> tuple[bool, bool]:
         """Record the residuals of a start; return whether any problem runs, and whether some have stopped."""
+        self.stop(error > self._bound, Status.STAGNATED)
+        self._bound, self._moved = error / 2, False
         self.norms.append(torch.where(self._to_verify, norm, self.norms.pop()) if self.norms else norm)
         return self._whether_running()
 
@@ -113,30 +121,33 @@ class Monitor:
         """Record a step of the problems ``moved``; return whether any problem runs, and whether some have stopped."""
         self.norms.append(torch.where(moved, norm, self.norms[-1]))
         self.steps = self.steps + moved
+        self._moved = True
         if self._callback is not None:
             unstopped = self._callback(self.problem.copy(x)) is not True
             if not self.vectors.space.every(unstopped):  # one process stops all
-                self.stop(torch.ones_like(moved), STOPPED)
+                self.stop(torch.ones_like(moved), Status.STOPPED)
         if self._bar is not None:
             self._bar.set_postfix_str(f"residual {float(self.norms[-1].max()):.3e}", refresh=False)
             self._bar.update()
         return self._whether_running()
 
     def reopen(self) -> bool:
-        """Set the converged problems back to running; return whether there are any."""
+        """Set the problems that converged by steps back to running; return whether there are any."""
+        if not self._moved:
+            return False
         self._to_verify = self._converged()
-        self.status = torch.where(self._to_verify, self._codes[RUNNING], self.status)
+        self.status = torch.where(self._to_verify, self._codes[Status.RUNNING], self.status)
         return bool(self._to_verify.any())
 
     def solution(self, x: Vector) -> Solution:
         """Return the solution, once the solver has ended."""
         if self._bar is not None:
             self._bar.close()
-        self.stop(self.running, EXHAUSTED)
+        self.stop(self.running, Status.EXHAUSTED)
         if self.problem.factor > 1:
             overflow = self.vectors.largest_entry(x) * self.problem.factor > self.vectors.largest
-            self.status = torch.where(overflow, self._codes[NOT_FINITE], self.status)
-            self.vectors.clear(x, overflow)
+            self.status = torch.where(overflow, self._codes[Status.NOT_FINITE], self.status)
+            self.vectors.fill(x, overflow)
         converged = self._converged()
         single = not self.vectors.batch
         norms = torch.stack(self.norms) / self.problem.unit
@@ -163,6 +174,26 @@ class Monitor:
         return "; ".join(
             f"{count} of {self.total} problems: {REASONS[code]}" for code, count in zip(codes, counts, strict=True)
         )
+
+
+def solve(
+    run: Callable[[Problem, Vector, Monitor, bool], None],
+    problem: Problem,
+    x0: Any,
+    *,
+    name: str,
+    maxiter: int,
+    callback: Callback | None,
+    progress: bool,
+    scale_operator: bool = True,
+) -> Solution:
+    """Return the solution by ``run(problem, x, monitor, started)``, which iterates on x in place."""
+    with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
+        inner = problem.diagonalized().scaled(operator=scale_operator)
+        monitor = Monitor(inner, maxiter, callback, progress, name)
+        x = inner.start(x0)
+        run(inner, x, monitor, x0 is not None)
+        return monitor.solution(x)
 
 
 def _bar(maxiter: int, name: str) -> Any:

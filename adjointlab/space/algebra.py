@@ -65,6 +65,3 @@ def moved(space: Space, function: Callable[[Tensor], Tensor]) -> Space:
         return replace(spec, dtype=probe.dtype, device=probe.device)
 
     return Space(tuple(map(move, space.specs)), space.structure, space.batch_dims)
-
-
-__all__ = ["added", "common", "conjugated", "is_scalar", "moved", "require_scalar", "scaled"]

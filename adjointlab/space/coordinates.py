@@ -16,18 +16,32 @@ def common_dtype(space: Space) -> torch.dtype:
     return functools.reduce(torch.promote_types, [spec.dtype for spec in space.specs])
 
 
-def complex_entries(space: Space) -> Tensor:
-    """Return for each entry of ``Space.vector`` whether it is complex."""
+def complex_entries(space: Space) -> slice | Tensor:
+    """Return the positions of complex entries in ``Space.vector``: a full slice if all are complex, else a mask."""
+    if all(spec.is_complex for spec in space.specs):
+        return slice(None)
     device = space.specs[0].device
     return torch.cat([torch.full((spec.numel,), spec.is_complex, device=device) for spec in space.specs])
 
 
+def split_complex(space: Space, vector: Tensor) -> Tensor:
+    """Return ``[Re a; Im a]`` for a vector of a space, where real leaves have no imaginary part."""
+    return torch.cat([vector.real, vector.imag[complex_entries(space)]]) if vector.is_complex() else vector
+
+
+def join_complex(space: Space, coordinates: Tensor) -> Tensor:
+    """Return the vector with the coordinates ``[Re a; Im a]``: the inverse of :func:`split_complex`."""
+    if not space.is_complex:
+        return coordinates
+    real = coordinates[: space.size]
+    imaginary = torch.zeros_like(real)
+    imaginary[complex_entries(space)] = coordinates[space.size :]
+    return torch.complex(real, imaginary)
+
+
 def real_size(space: Space) -> int:
     """Return the number of real coordinates of an element, over all processes."""
-    return sum(
-        (spec.numel if spec.sharding is None else spec.sharding.size) * (2 if spec.is_complex else 1)
-        for spec in space.specs
-    )
+    return sum(spec.size * (2 if spec.is_complex else 1) for spec in space.specs)
 
 
 def _roots(space: Space) -> list[float]:
@@ -54,6 +68,3 @@ def real_element(space: Space, vector: Tensor) -> Any:
         whole = torch.view_as_complex(own.reshape(*spec.shape, 2)) if spec.is_complex else own.reshape(spec.shape)
         leaves.append(whole.to(spec.dtype))
     return space.unflatten(leaves)
-
-
-__all__ = ["common_dtype", "complex_entries", "real_element", "real_size", "real_vector"]

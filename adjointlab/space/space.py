@@ -125,41 +125,20 @@ class Space:
         """
         if isinstance(domain, Space):
             return replace(domain, batch_dims=batch_dims) if batch_dims else domain
-        if isinstance(domain, Tensor):
-            refuse_dtensor(domain)
-            return cls((TensorSpec.of(domain),), batch_dims=batch_dims)
-        shapes_closed = pytree.tree_map(
-            lambda leaf: TensorSpec(tuple(leaf), dtype, device) if is_shape(leaf) else leaf,  # type: ignore[arg-type]
-            domain,
-            is_leaf=is_shape,
-        )
+
         # A space inside a pytree is replaced by one of its elements, so that its leaves become leaves of the pytree.
-        opened = pytree.tree_map(
-            lambda leaf: leaf.unflatten(leaf.specs) if isinstance(leaf, Space) else leaf,
-            shapes_closed,
-            is_leaf=lambda leaf: isinstance(leaf, Space),
-        )
-        leaves, structure = tree_flatten(opened)
-        specs = []
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                refuse_dtensor(leaf)
-                specs.append(TensorSpec.of(leaf))
-            elif isinstance(leaf, TensorSpec):
-                specs.append(leaf)
-            else:
-                raise SpaceMismatchError(
-                    "expected a domain given as an example tensor, a shape such as (1, 1, 64, 64), a TensorSpec, a "
-                    f"Space or a pytree of these, got {describe(leaf)}"
-                )
-        return cls(tuple(specs), SINGLE if structure == SINGLE else structure, batch_dims)
+        def opened(leaf: Any) -> Any:
+            if isinstance(leaf, Space):
+                return leaf.unflatten(leaf.specs)
+            return TensorSpec(tuple(leaf), dtype, device) if is_shape(leaf) else leaf  # type: ignore[arg-type]
+
+        leaves, structure = tree_flatten(pytree.tree_map(opened, domain, is_leaf=is_shape))
+        return cls(tuple(map(_spec_of, leaves)), SINGLE if structure == SINGLE else structure, batch_dims)
 
     @property
     def _key(self) -> tuple[Any, ...]:
-        return (
-            self.batch_dims,
-            tuple((spec.shape[self.batch_dims :], spec.dtype, spec.device, spec.sharding) for spec in self.specs),
-        )
+        k = self.batch_dims
+        return k, tuple((spec.shape[k:], spec.dtype, spec.device, spec.sharding) for spec in self.specs)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Space):
@@ -177,7 +156,7 @@ class Space:
     @property
     def size(self) -> int:
         """Number of entries over all leaves and, if the space is sharded, over all processes."""
-        return sum(spec.numel if spec.sharding is None else spec.sharding.size for spec in self.specs)
+        return sum(spec.size for spec in self.specs)
 
     @property
     def is_sharded(self) -> bool:
@@ -216,30 +195,11 @@ class Space:
         return self if batch_dims == self.batch_dims else replace(self, batch_dims=batch_dims)
 
     def leaves(self, x: Any, name: str = "x") -> tuple[Tensor, ...]:
-        """Return the leaves of ``x`` after a check that x has this space's structure, shapes, dtypes and devices.
-
-        The leaves are those of x itself: nothing is cast, broadcast or copied. ``name`` is the name of x in the error.
-
-        Returns
-        -------
-        tuple of Tensor
-            The leaves.
-
-        Raises
-        ------
-        SpaceMismatchError
-            If ``x`` is not an element of this space.
-        """
-        if isinstance(x, Tensor):
-            found, structure = (x,), SINGLE
-        else:
-            flat, structure = tree_flatten(x)
-            found = tuple(flat)
-        if structure is not self.structure and structure != self.structure:
-            ordered = self.structure.ordered(x)
-            if ordered is None:
-                raise self._mismatch(name, x)
-            found = tuple(ordered)
+        """Return the leaves of x, as they are; raise ``SpaceMismatchError``, naming x, unless x is in this space."""
+        flat = self.structure.leaves(x)
+        if flat is None:
+            raise self._mismatch(name, x)
+        found = tuple(flat)
         k = self.batch_dims
         for leaf, spec in zip(found, self.specs, strict=True):
             if (
@@ -330,16 +290,8 @@ class Space:
         return self.total(squares).sqrt() if self.is_sharded else torch.stack(squares).sum().sqrt()
 
     def total(self, terms: Sequence[Tensor]) -> Tensor:
-        """Return the sum of one term per leaf and, if the space is sharded, over all processes.
-
-        All inner products and norms use this method, so that all processes get bitwise equal numbers and make the same
-        decisions. The terms have one shape; replicated leaves count once.
-
-        Returns
-        -------
-        Tensor
-            The sum.
-        """
+        """Return the sum of terms of one shape, one per leaf, over all processes: bitwise equal on all of them."""
+        # All inner products and norms use this method, so that all processes make the same decisions.
         sharding = self.specs[0].sharding
         if sharding is not None:
             shares = tuple(spec.sharding.share for spec in self.specs if spec.sharding is not None)
@@ -363,12 +315,9 @@ class Space:
         """Return the element with the coordinates ``vector``: the inverse of :meth:`vector`."""
         self._refuse_sharded()
         parts = torch.split(vector, [spec.numel for spec in self.specs])
-        return self.unflatten(
-            [
-                (part.real if part.is_complex() and not spec.is_complex else part).to(spec.dtype).reshape(spec.shape)
-                for part, spec in zip(parts, self.specs, strict=True)
-            ]
-        )
+        pairs = zip(parts, self.specs, strict=True)
+        leaves = [(p.real if p.is_complex() and not s.is_complex else p).to(s.dtype).reshape(s.shape) for p, s in pairs]
+        return self.unflatten(leaves)
 
     def _refuse_sharded(self) -> None:
         if self.is_sharded:
@@ -390,8 +339,17 @@ class Space:
         return f"Space({names}{free})"
 
 
+def _spec_of(leaf: Any) -> TensorSpec:
+    if isinstance(leaf, TensorSpec):
+        return leaf
+    if not isinstance(leaf, Tensor):
+        raise SpaceMismatchError(
+            "expected a domain given as an example tensor, a shape such as (1, 1, 64, 64), a TensorSpec, a Space or a "
+            f"pytree of these, got {describe(leaf)}"
+        )
+    refuse_dtensor(leaf)
+    return TensorSpec.of(leaf)
+
+
 def _outline(tree: Any) -> str:
     return str(pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf), tree))
-
-
-__all__ = ["Space", "TensorSpec"]

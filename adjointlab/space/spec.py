@@ -73,9 +73,7 @@ class TensorSpec:
         dtype = torch.get_default_dtype() if self.dtype is None else self.dtype
         # An empty tensor gives the full device: "cuda" and "cuda:0" are the same device but compare as different.
         device = torch.empty(0, device=self.device).device
-        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
-        object.__setattr__(self, "dtype", dtype)
-        object.__setattr__(self, "device", device)
+        vars(self).update(shape=tuple(int(size) for size in self.shape), dtype=dtype, device=device)  # it is frozen
         if not (dtype.is_floating_point or dtype.is_complex):
             raise SpaceMismatchError(
                 f"expected a floating-point or complex dtype, got {dtype}: linear maps act on real or complex "
@@ -105,6 +103,11 @@ class TensorSpec:
         return math.prod(self.shape)
 
     @property
+    def size(self) -> int:
+        """Number of entries over all processes."""
+        return self.numel if self.sharding is None else self.sharding.size
+
+    @property
     def drawn_dtype(self) -> torch.dtype:
         """The dtype of random draws: not every device can draw in dtypes of less than 32 bits."""
         small = torch.finfo(self.dtype).bits < 32
@@ -117,11 +120,8 @@ class TensorSpec:
         if tensor.device != self.device:
             return f"move it with .to({str(self.device)!r}), or the operator with A.to({str(tensor.device)!r})"
         if tensor.dtype != self.dtype:
-            also = (
-                f", or the operator with A.to({tensor.dtype})"
-                if tensor.is_floating_point() or tensor.is_complex()
-                else ""
-            )
+            numeric = tensor.is_floating_point() or tensor.is_complex()
+            also = f", or the operator with A.to({tensor.dtype})" if numeric else ""
             return f"convert it with .to({self.dtype}){also}"
         if tensor.layout != torch.strided:
             return f"its layout is {tensor.layout}: pass a dense tensor, .to_dense()"
@@ -162,6 +162,3 @@ def describe(value: Any) -> str:
     if isinstance(value, (bool, int, float, complex)) or value is None:
         return repr(value)
     return f"an object of type {type(value).__name__}"
-
-
-__all__ = ["ShardingProtocol", "TensorSpec", "describe", "is_dtensor", "is_shape", "refuse_dtensor"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -42,40 +44,30 @@ class Explanation:
         return self.independent and not self.cut and not self.hidden and not self.is_stateful
 
     def __str__(self) -> str:
-        asked = "" if self.requested == "auto" else f" (asked for: {self.requested})"
-        lines = [f"engine: {self.engine}{asked}"]
-        if self.reason:
-            lines.append(f"reason: {self.reason}")
-        if self.path:
-            lines.append(f"eager adjoint: torch.autograd.grad, since {self.path}")
-        if self.readers is None:
-            lines.append("evidence of linearity: numerical only, there is no graph")
-        elif self.readers:
-            where = ", ".join(self.readers)
-            lines.append(f"evidence of linearity: numerical only, the derivative reads the input in {where}")
-        else:
-            lines.append("evidence of linearity: the derivative does not read the input")
-        if self.hidden:
-            lines.append(f"the forward has {', '.join(self.hidden)}: there, autograd's word is no proof")
-        if self.autograd_gap is not None:
-            lines.append(f"autograd's own adjoint differs by {self.autograd_gap:.1e} of its norm")
-        if self.is_stateful:
-            lines.append("a call of the forward changes Python state that it reads, which is taken not to matter")
-        if self.partly:
-            lines.append(
-                "watched: tensors, and what modules hold (training, attributes, submodules); call A.refresh() after "
-                f"any other change of Python state, since PyTorch's front end refuses the function ({self.partly})"
-            )
-        if self.program:
-            before, after = sum(self.ops_before.values()), sum(self.ops_after.values())
-            removed = self.ops_before - self.ops_after
-            lines.append(f"ops: {before} in the vector-Jacobian product, {after} in the adjoint")
-            if removed:
-                lines.append("removed: " + ", ".join(f"{name} ×{n}" for name, n in sorted(removed.items())))
-        lines.extend(f"kernel: {kernel}" for kernel in self.kernels)
-        if self.program:
-            lines += ["adjoint program:", *("    " + line for line in self.program.splitlines())]
-        return "\n".join(lines)
+        evidence = "numerical only, there is no graph"
+        if self.readers is not None:
+            read = f"numerical only, the derivative reads the input in {', '.join(self.readers)}"
+            evidence = read if self.readers else "the derivative does not read the input"
+        before, after = sum(self.ops_before.values()), sum(self.ops_after.values())
+        removed = ", ".join(f"{name} ×{n}" for name, n in sorted((self.ops_before - self.ops_after).items()))
+        lines = [
+            f"engine: {self.engine}" + ("" if self.requested == "auto" else f" (asked for: {self.requested})"),
+            self.reason and f"reason: {self.reason}",
+            self.path and f"eager adjoint: torch.autograd.grad, since {self.path}",
+            f"evidence of linearity: {evidence}",
+            self.hidden and f"the forward has {', '.join(self.hidden)}: there, autograd's word is no proof",
+            self.autograd_gap is not None and f"autograd's own adjoint differs by {self.autograd_gap:.1e} of its norm",
+            self.is_stateful
+            and "a call of the forward changes Python state that it reads, which is taken not to matter",
+            self.partly
+            and "watched: tensors, and what modules hold (training, attributes, submodules); call A.refresh() after "
+            f"any other change of Python state, since PyTorch's front end refuses the function ({self.partly})",
+            self.program and f"ops: {before} in the vector-Jacobian product, {after} in the adjoint",
+            self.program and removed and f"removed: {removed}",
+            *(f"kernel: {kernel}" for kernel in self.kernels),
+            self.program and "adjoint program:\n" + textwrap.indent(self.program, "    "),
+        ]
+        return "\n".join(line for line in lines if line)
 
     __repr__ = __str__
 
@@ -84,28 +76,28 @@ def listing(graph: Graph) -> str:
     """Return a graph as a readable program, one op a line with the shape of its result."""
     names = {p: s.name for p, s in zip(graph.placeholders, graph.state, strict=False)}
     inputs = graph.inputs
-    for index, node in enumerate(inputs):
-        names[node] = "v" if len(inputs) == 1 else f"v{index}"
+    names |= {node: "v" if len(inputs) == 1 else f"v{index}" for index, node in enumerate(inputs)}
     lines: list[str] = []
     for node in graph.body.nodes:
         if "stands_for" in node.meta:
             names[node] = f"shape{node.meta['stands_for']}"
         elif node.op == "call_function":
             names[node] = f"t{len(lines)}"
-            if op_name(node.target) == "getitem":
-                lines.append(f"{names[node]} = {names[node.args[0]]}[{node.args[1]}]")
-                continue
-            if node.target is accumulate:
-                sources, pieces = _show(node.args[0], names), len(node.args[1])
-                lines.append(f"{names[node]} = accumulate({sources}, {pieces} pieces)  # {tuple(node.args[2])}")
-                continue
-            options = (f"{name}={value}" for name, value in node.kwargs.items())
-            arguments = ", ".join([*(_show(a, names) for a in node.args), *options])
-            value = node.meta.get("val")
-            shape = f"  # {tuple(value.shape)}" if hasattr(value, "shape") else ""
-            lines.append(f"{names[node]} = {op_name(node.target)}({arguments}){shape}")
+            lines.append(f"{names[node]} = {_expression(node, names)}")
     outputs = ", ".join(_show(node, names) for node in graph.outputs)
     return "\n".join([*lines, f"return {outputs}"])
+
+
+def _expression(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    name, arguments = op_name(node.target), [_show(a, names) for a in node.args]
+    if name == "getitem":
+        return f"{arguments[0]}[{arguments[1]}]"
+    if node.target is accumulate:
+        arguments[1:] = [f"{len(node.args[1])} pieces"]  # type: ignore[arg-type]
+    options = [f"{option}={given}" for option, given in node.kwargs.items()]
+    value: Any = node.meta.get("val")
+    shape = f"  # {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    return f"{name}({', '.join([*arguments, *options])}){shape}"
 
 
 def _show(value: object, names: dict[fx.Node, str]) -> str:

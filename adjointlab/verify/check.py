@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from adjointlab.affine import AffineOperator
-from adjointlab.errors import AdjointMismatchError, SpaceMismatchError
+from adjointlab.derive import linear_operator
+from adjointlab.errors import AdjointMismatchError, NotDifferentiableError, NotLinearError, SpaceMismatchError
+from adjointlab.linearity import like_parameters
 from adjointlab.numerics import full_precision
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
+from adjointlab.space.coordinates import real_element, real_size, real_vector
+from adjointlab.tree import tree_flatten
 from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors
-from adjointlab.verify.claims import claim_of, reference_of
 from adjointlab.verify.diagnosis import diagnose
 from adjointlab.verify.dot_test import DotTest
 from adjointlab.verify.figure import Figure
 from adjointlab.verify.report import AdjointReport
+
+_MOST_COLUMNS = 512  # largest real dimension for which the dense matrix is computed
 
 
 def check_adjoint(
@@ -97,60 +104,45 @@ def check_adjoint(
         raise ValueError(f"expected trials to be an integer of 0 or more, got {trials!r}")
     if trials == 0 and x is None and y is None:
         raise ValueError("expected trials of 1 or more, or a pair x, y, got neither: nothing would be compared")
-    claim = claim_of(A, adjoint, domain, codomain)
+    claim = _claim_of(A, adjoint, domain, codomain)
     given = None
     if x is not None or y is not None:
         given = (_finite(claim.forward.space, x, "x"), _finite(claim.adjoint.space, y, "y"))
-    # The reference is built once, and only if it is needed. No process can compare all entries of a sharded element, so
-    # then the diagnosis uses inner products only.
-    known = claim.derive is not None and not claim.forward.space.is_sharded
-    trusted = functools.cache(lambda: reference_of(claim, seed) if known else (None, None))
+    trusted = functools.cache(lambda: _reference_of(claim, seed))  # built once, and only if it is needed
     test = DotTest(
         claim.forward,
         claim.adjoint,
         exact=claim.exact,
         seed=seed,
-        reference=(lambda: trusted()[0]) if known else None,
+        reference=None if claim.derive is None else lambda: trusted()[0],
         powers=claim.powers,
     )
-    broken = ""
     with torch.no_grad(), full_precision:
         try:
             test.run(trials, given)
         except BrokenError as error:
-            broken = str(error)
-        return _report(test, trusted, trials, broken, seed)
+            return _report(test, trials, str(error), broken=True)
+        return _report(test, trials, *(("",) if test.passed else diagnose(test, *trusted(), seed)))
 
 
-def _report(
-    test: DotTest,
-    trusted: Callable[[], tuple[CheckedMap | None, LinearOperator | None]],
-    trials: int,
-    broken: str,
-    seed: int,
-) -> AdjointReport:
-    passed = test.passed and not broken
-    notes = []
-    if test.vacuous and not broken:
-        notes.append("vacuous: A and B are zero on every draw, so nothing was compared")
-    if test.used_noise > 1.0:
-        notes.append(f"rounding inside is {test.used_noise:.3g} eps (cancellation): the tolerance was measured")
-    if test.avoidable_noise:
-        notes.append(
-            f"rounding inside the adjoint is {test.avoidable_noise:.3g} eps, more than it need be: the tolerance "
-            "leaves it out"
-        )
-    notes += test.notes
-    if test.lost_in_rounding:
-        notes.append(f"left out, lost in rounding: {', '.join(dict.fromkeys(test.lost_in_rounding))}")
-    diagnosis = broken
-    figure: Figure = ()
-    if not passed and not broken:
-        diagnosis, figure = diagnose(test, *trusted(), seed)
-    _, error, tolerance, name = test.worst or (0.0, float("nan"), 4 * test.eps, "")
+def _report(test: DotTest, trials: int, diagnosis: str, figure: Figure = (), *, broken: bool = False) -> AdjointReport:
+    vacuous = test.vacuous and not broken
+    rounding = "rounding inside is {:.3g} eps (cancellation): the tolerance was measured"
+    avoidable = "rounding inside the adjoint is {:.3g} eps, more than it need be: the tolerance leaves it out"
+    lost = ", ".join(dict.fromkeys(test.lost_in_rounding))
+    notes = [
+        *(["vacuous: A and B are zero on every draw, so nothing was compared"] if vacuous else []),
+        *([rounding.format(test.used_noise)] if test.used_noise > 1.0 else []),
+        *([avoidable.format(test.avoidable_noise)] if test.avoidable_noise else []),
+        *test.notes,
+        *([f"left out, lost in rounding: {lost}"] if lost else []),
+    ]
+    _, error, tolerance, worst = test.worst or (0.0, float("nan"), 4 * test.eps, "")
+    if broken:
+        error, worst = float("nan"), ""
     return AdjointReport(
-        passed, float("nan") if broken else error, tolerance, test.eps, trials, diagnosis, test.pairs,
-        "" if broken else name, test.missed_row_probability(), test.vacuous and not broken, tuple(notes), figure,
+        test.passed and not broken, error, tolerance, test.eps, trials, test.pairs, worst,
+        test.missed_row_probability(), vacuous, tuple(notes), diagnosis, figure,
     )  # fmt: skip
 
 
@@ -190,6 +182,131 @@ def _finite(space: Space, element: Any, name: str) -> Tensors | None:
     if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
         raise SpaceMismatchError(f"expected {name} to be finite, got NaN or infinity: pass finite numbers")
     return tuple(leaf.detach() for leaf in leaves)
+
+
+# -- the claim -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """A claim that one map is the adjoint of another, and how to derive a trusted adjoint."""
+
+    forward: CheckedMap
+    adjoint: CheckedMap
+    exact: bool
+    powers: tuple[int, ...]
+    # Returns an operator whose A.H may serve as the reference. No process can compare all entries of a sharded element,
+    # so there is none for it, and the diagnosis uses inner products only.
+    derive: Callable[[], LinearOperator] | None
+
+
+def _claim_of(A: Any, adjoint: Any, domain: Any, codomain: Any) -> _Claim:
+    """Return the claim to test, for the arguments of ``check_adjoint``."""
+    if adjoint is not None and not callable(adjoint):
+        raise SpaceMismatchError(
+            f"expected adjoint to be callable, got {type(adjoint).__name__}: pass the function itself"
+        )
+    if isinstance(A, (LinearOperator, AffineOperator)):
+        if domain is not None or codomain is not None:
+            raise SpaceMismatchError(
+                "expected no domain or codomain beside an operator, which has its own: leave it out"
+            )
+        return _of_operator(A.linear if isinstance(A, AffineOperator) else A, adjoint)
+    if not callable(A):
+        raise SpaceMismatchError(f"expected a LinearOperator, a module or a function, got {type(A).__name__}")
+    if domain is None:
+        raise SpaceMismatchError(
+            f"expected a LinearOperator, or a domain beside the plain callable {getattr(A, '__name__', 'A')}: "
+            "pass domain=(1, 1, 64, 64), say, or wrap it with al.linear_operator"
+        )
+    if adjoint is None:
+        return _of_operator(linear_operator(A, domain, check=False), None)
+    return _of_pair(A, adjoint, domain, codomain)
+
+
+def _of_operator(operator: LinearOperator, adjoint: Callable[[Any], Any] | None) -> _Claim:
+    forward = CheckedMap(operator, operator.domain, operator.codomain, "A")
+    name = "the derived adjoint" if adjoint is None else "the adjoint"
+    back = CheckedMap(adjoint or operator.H, operator.codomain, operator.domain, name, read_only=True)
+    parts = [part for part in operator.modules() if isinstance(part, LinearOperator)]
+    # Subtracting an offset causes rounding errors that are large relative to small elements.
+    offset = any(part.source is not None and part.source.options.affine for part in parts)
+    derive = None if adjoint is None or operator.domain.is_sharded else lambda: operator
+    return _Claim(forward, back, operator.is_complex_linear, (20,) if offset else (20, -20), derive)
+
+
+def _of_pair(function: Callable[..., Any], adjoint: Callable[[Any], Any], domain: Any, codomain: Any) -> _Claim:
+    space = like_parameters(function, domain, 0)
+    if space.is_sharded and codomain is None:
+        raise SpaceMismatchError(
+            f"expected a codomain beside the sharded domain {space}: how results are spread cannot be seen from one "
+            "process; pass codomain=adjointlab.distributed.space(...)"
+        )
+
+    def forward(x: Any) -> Any:
+        return function(*x) if type(x) is tuple else function(x)
+
+    image = _image(forward, space) if codomain is None else Space.of(codomain, dtype=space.specs[0].dtype)
+    back = CheckedMap(adjoint, image, space, "the adjoint", read_only=True)
+    forward_side = CheckedMap(forward, space, image, "A")
+    pair = LinearOperator(lambda x: image.unflatten(forward_side(space.leaves(x))), adjoint, space, image)
+    try:
+        exact = pair.is_complex_linear
+    except BrokenError:  # which the test will meet and report
+        exact = False
+    derive = None if space.is_sharded else lambda: linear_operator(function, space, check=False)
+    return _Claim(forward_side, back, exact, (20, -20), derive)
+
+
+def _image(forward: Callable[[Any], Any], space: Space) -> Space:
+    """Return the space of the results of a function, by calling it once on random numbers."""
+    with torch.no_grad():
+        try:
+            result = forward(space.randn(torch.Generator().manual_seed(0)))
+        except Exception as error:
+            line = next(iter(str(error).splitlines()), "")
+            raise SpaceMismatchError(
+                f"expected A to take an element of {space}, but it raised {type(error).__name__}: {line}; check domain"
+            ) from error
+    leaves, _ = tree_flatten(result)
+    if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        raise SpaceMismatchError(
+            f"expected A to return a tensor or a pytree of tensors, got {type(result).__name__}: return tensors only"
+        )
+    return Space.of(result)
+
+
+def _reference_of(claim: _Claim, seed: int) -> tuple[CheckedMap | None, LinearOperator | None]:
+    """Return a trusted adjoint with its operator: the derived one if it passes the test, else the dense one."""
+    if claim.derive is None:
+        return None, None
+    # There may be no derived adjoint, or the map may be no map.
+    with contextlib.suppress(SpaceMismatchError, NotDifferentiableError, NotLinearError, BrokenError):
+        operator = claim.derive()
+        if operator.codomain == claim.adjoint.space:
+            derived = CheckedMap(operator.H, claim.adjoint.space, claim.forward.space, "the derived adjoint")
+            test = DotTest(claim.forward, derived, exact=claim.exact, seed=seed + 1)
+            test.run(2, thorough=False)
+            if test.passed:
+                return derived, operator
+    with contextlib.suppress(BrokenError):
+        return _dense(claim.forward), None
+    return None, None
+
+
+def _dense(forward: CheckedMap) -> CheckedMap | None:
+    """Return the transpose of A's real matrix, computed column by column, if A is small."""
+    space, codomain = forward.space, forward.codomain
+    if real_size(space) > _MOST_COLUMNS:
+        return None
+
+    def coordinates(y: Any) -> torch.Tensor:
+        return real_vector(codomain, y).double()
+
+    basis = torch.eye(real_size(space), device=space.specs[0].device)
+    images = [forward(space.leaves(real_element(space, e))) for e in basis]
+    matrix = torch.stack([coordinates(codomain.unflatten(image)) for image in images])
+    return CheckedMap(lambda y: real_element(space, matrix @ coordinates(y)), codomain, space, "the dense adjoint")
 
 
 __all__ = ["assert_adjoint", "check_adjoint"]

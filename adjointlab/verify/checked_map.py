@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,10 +22,6 @@ _PHASE = 0.8 + 0.6j  # phase of complex impulses and constants: neither real nor
 
 class BrokenError(Exception):
     """A map raised, or its result cannot be compared; the message is the diagnosis."""
-
-
-class OverwritingError(BrokenError):
-    """A map that must only read its argument has written to it."""
 
 
 class ExhaustedError(Exception):
@@ -47,7 +44,7 @@ class Meter:
 class CheckedMap:
     """A or B as a map on leaves: the function gets copies, and its result is checked.
 
-    A map that is ``read_only`` must not write to its argument. Calls are counted by ``meter``, if there is one.
+    A map that is ``read_only`` must not write to its argument.
     """
 
     meter: Meter | None = None
@@ -58,26 +55,32 @@ class CheckedMap:
         self.function, self.space, self.codomain, self.name = function, space, codomain, name
         self.read_only = read_only
 
+    def metered(self, meter: Meter) -> CheckedMap:
+        """Return the same map with its calls counted."""
+        other = copy.copy(self)
+        other.meter = meter
+        return other
+
     def __call__(self, leaves: Tensors) -> Tensors:
         """Return the leaves of the image; a ``BrokenError`` says that it is no finite element of the codomain."""
         # If the space is sharded, what the function raises is raised as it is: other processes wait inside it.
         if self.meter is not None:
             self.meter.spend()
         try:
-            result = self._result(leaves)
-        except OverwritingError:
-            raise
+            result, copies = self._result(leaves)
         except Exception as error:  # the user's function may raise anything, which is the diagnosis
             if self.space.is_sharded:
                 raise
             line = next(iter(str(error).splitlines()), "")
             raise BrokenError(f"{self.name} raised {type(error).__name__}: {line}") from error
+        if self.read_only and not self.space.every(all(map(torch.equal, copies, leaves))):
+            raise BrokenError(f"{self.name} writes to its argument: copy it first, as in y = y.clone()")
         found: Tensors = ()
         try:
             found = self.codomain.leaves(result)
         except (SpaceMismatchError, TypeError, ValueError, AttributeError):
             if not self.space.is_sharded:
-                raise BrokenError(wrong_kind(self.name, result, self.codomain)) from None
+                raise BrokenError(_wrong_kind(self.name, result, self.codomain)) from None
         if not self.space.every(bool(found)):
             here = "" if found else ", this one included"
             raise BrokenError(f"{self.name}: what it returned is not in the codomain on some processes{here}")
@@ -86,25 +89,21 @@ class CheckedMap:
         # The batch sizes of the result must equal those of the input.
         k = self.codomain.batch_dims
         if k and found[0].shape[:k] != leaves[0].shape[: self.space.batch_dims]:
-            raise BrokenError(wrong_kind(self.name, result, self.codomain.with_batch(leaves[0].shape[:k])))
+            raise BrokenError(_wrong_kind(self.name, result, self.codomain.with_batch(leaves[0].shape[:k])))
         return tuple(leaf.detach().clone() for leaf in found)  # the next call may overwrite the result
 
-    def _result(self, leaves: Tensors) -> Any:
+    def _result(self, leaves: Tensors) -> tuple[Any, list[Tensor]]:
         copies = [leaf.clone() for leaf in leaves]
         try:
-            result = self.function(self.space.unflatten(copies))
-        except RuntimeError:  # the function may call autograd.grad inside, which needs grad mode
+            return self.function(self.space.unflatten(copies)), copies
+        except RuntimeError:
             if torch.is_grad_enabled():
                 raise
-            copies = [leaf.clone() for leaf in leaves]
-            with torch.enable_grad():
-                result = self.function(self.space.unflatten(copies))
-        if self.read_only and not self.space.every(all(map(torch.equal, copies, leaves))):
-            raise OverwritingError(f"{self.name} writes to its argument: copy it first, as in y = y.clone()")
-        return result
+        with torch.enable_grad():  # the function may call autograd.grad inside, which needs grad mode
+            return self._result(leaves)
 
 
-def wrong_kind(name: str, result: Any, space: Space) -> str:
+def _wrong_kind(name: str, result: Any, space: Space) -> str:
     """Return in words why ``result`` is not an element of ``space``: structure, shape, dtype or device."""
     if result is None:
         return f"{name} returned None: a return statement is missing"
@@ -118,10 +117,10 @@ def wrong_kind(name: str, result: Any, space: Space) -> str:
         if got != wanted_shape:
             return f"{name}: wrong shape: {got} where {wanted_shape} is expected{_why_shape(got, wanted_shape)}"
         if leaf.dtype != spec.dtype:
-            names = [str(dtype).removeprefix("torch.") for dtype in (leaf.dtype, spec.dtype)]
-            why = ": only real part" if spec.is_complex and not leaf.is_complex() else ""
-            why = ": take the real part" if leaf.is_complex() and not spec.is_complex else why
-            return f"{name}: wrong dtype: {names[0]} where {names[1]} is expected{why}"
+            is_dtype, wanted_dtype = (str(dtype).removeprefix("torch.") for dtype in (leaf.dtype, spec.dtype))
+            whys = {(True, False): ": take the real part", (False, True): ": only real part"}
+            why = whys.get((leaf.is_complex(), spec.is_complex), "")
+            return f"{name}: wrong dtype: {is_dtype} where {wanted_dtype} is expected{why}"
         if leaf.device != spec.device:
             return f"{name}: wrong device: {leaf.device} where {spec.device} is expected"
     return f"{name}: wrong structure: {type(result).__name__} is not the pytree of the space"
@@ -135,13 +134,14 @@ def _why_shape(got: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     gaps = [w - g for g, w in zip(got, wanted, strict=True)]
     dims = [dim for dim, gap in enumerate(gaps) if gap]
     if min(dims) >= 1 and all(gap >= 0 for gap in gaps):
-        return f": output_padding of {', '.join(str(gaps[d]) for d in dims)} (or cropped) along dim {_listed(dims)}"
+        return f": output_padding of {', '.join(str(gaps[d]) for d in dims)} (or cropped) along dim {listed(dims)}"
     if min(dims) >= 1 and all(gap <= 0 for gap in gaps):
-        return f": not cropped along dim {_listed(dims)}, the adjoint of padding"
-    return f": differs along dim {_listed(dims)}"
+        return f": not cropped along dim {listed(dims)}, the adjoint of padding"
+    return f": differs along dim {listed(dims)}"
 
 
-def _listed(dims: list[int]) -> str:
+def listed(dims: Iterable[int]) -> str:
+    """Return dimensions in words: ``"2 and 3"``."""
     return " and ".join(map(str, dims))
 
 
@@ -161,27 +161,18 @@ def structured(space: Space) -> Iterator[tuple[str, Tensors]]:
     """Yield impulses at the centre and the first and last corner of the first few leaves, and a constant."""
     for number, spec in enumerate(space.specs[:_MOST_LEAVES]):
         where = f" of leaf {number}" if len(space.specs) > 1 else ""
-        centre = tuple(size // 2 for size in spec.shape)
-        corners = [tuple(0 for _ in spec.shape), tuple(size - 1 for size in spec.shape)]
-        places = [centre, *corners]  # if sharded, all processes must make the same number of draws
+        ends = [(size // 2, 0, size - 1) for size in spec.shape]
+        places = list(zip(*ends, strict=True)) or [()] * 3
+        # If sharded, all processes must make the same number of draws.
         for index in places if space.is_sharded else dict.fromkeys(places):
             yield f"impulse at {index}{where}", impulse(space, number, index)
-    size = 2.0 ** -round(
-        math.log2(space.size) / 2
-    )  # norm about one, since sums of many ones overflow in half precision
-    values = [size * _PHASE if spec.is_complex else size for spec in space.specs]
-    ones = [torch.full(s.shape, v, dtype=s.dtype, device=s.device) for s, v in zip(space.specs, values, strict=True)]
-    yield "constant", tuple(ones)
+    size = 2.0 ** -round(math.log2(space.size) / 2)  # of norm about one: sums of many ones overflow in half precision
+    yield (
+        "constant",
+        tuple(torch.full_like(t, size * (_PHASE if t.is_complex() else 1.0)) for t in space.leaves(space.zeros())),
+    )
 
 
 __all__ = [
-    "BrokenError",
-    "CheckedMap",
-    "ExhaustedError",
-    "Meter",
-    "Tensors",
-    "impulse",
-    "structured",
-    "vanishes",
-    "wrong_kind",
-]
+    "BrokenError", "CheckedMap", "ExhaustedError", "Meter", "Tensors", "impulse", "listed", "structured", "vanishes",
+]  # fmt: skip

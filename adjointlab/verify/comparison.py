@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,28 +25,27 @@ def wide(t: Tensor) -> Tensor:
 
 def in_words(what: str, factor: complex) -> str:
     """Return a mistake and a factor in words, as in ``"conjugate missing, and 2.000 × too large"``."""
-    size = ""
-    if abs(factor.imag) > 1e-3 * abs(factor):
+    a, size = abs(factor.real), ""
+    is_complex = abs(factor.imag) > 1e-3 * abs(factor)
+    if is_complex:
         size = f"off by the complex factor {factor.real:.3f}{factor.imag:+.3f}j"
-    else:
-        a = abs(factor.real)
-        if abs(a - 1) >= 1e-3:
-            size = f"{a:.3f} × too large" if a > 1 else f"{1 / a:.3f} × too small"
-        elif not what and factor.real > 0:
-            size = f"too {'large' if a > 1 else 'small'} by {abs(a - 1):.1e} of its size"
-        if factor.real < 0:
-            sign = "the sign is wrong" if what else "wrong sign: B = −Aᴴ"
-            size = f"{sign}, and it is {size}" if size else sign
-            return f"{what}, and {size}" if what else size
-    if what:
-        return f"{what}, and {size}" if size else what
-    return f"Aᴴ is {size}"
+    elif abs(a - 1) >= 1e-3:
+        size = f"{a:.3f} × too large" if a > 1 else f"{1 / a:.3f} × too small"
+    elif not what and factor.real > 0:
+        size = f"too {'large' if a > 1 else 'small'} by {abs(a - 1):.1e} of its size"
+    if factor.real < 0 and not is_complex:
+        sign = "the sign is wrong" if what else "wrong sign: B = −Aᴴ"
+        size = f"{sign}, and it is {size}" if size else sign
+    elif not what:
+        return f"Aᴴ is {size}"
+    return ", and ".join(filter(None, (what, size)))
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """The images of two random y under B (``found``) and Aᴴ (``expected``), stacked in double precision."""
 
+    forward: CheckedMap
     adjoint: CheckedMap
     reference: CheckedMap
     meter: Meter
@@ -55,11 +54,12 @@ class Comparison:
     expected: Tensors
     tolerance: float
     noise: float  # measured rounding errors of B, relative to its image
-    view: Change = lambda t: t  # selects the compared part of each leaf of an image
-    number: int | None = None  # index of the compared leaf; None for all leaves
+    select: Callable[[Tensors], Tensors] = lambda image: image  # the compared part of an image
 
     @classmethod
-    def of(cls, adjoint: CheckedMap, reference: CheckedMap, meter: Meter, generator: torch.Generator) -> Comparison:
+    def of(
+        cls, forward: CheckedMap, adjoint: CheckedMap, reference: CheckedMap, meter: Meter, generator: torch.Generator
+    ) -> Comparison:
         """Return the comparison on two random y."""
         space = adjoint.space
         inputs = tuple(space.leaves(space.randn(generator)) for _ in range(_DRAWS))
@@ -69,7 +69,12 @@ class Comparison:
         noise = rounding_noise(adjoint, space, adjoint.codomain, inputs[0], images[0]) / size if size else 0.0
         eps = max(space.eps, adjoint.codomain.eps)
         tolerance = min(0.05, max(1024 * eps, 8 * noise))
-        return cls(adjoint, reference, meter, inputs, found, expected, tolerance, noise)
+        return cls(forward, adjoint, reference, meter, inputs, found, expected, tolerance, noise)
+
+    @property
+    def sides(self) -> tuple[CheckedMap, CheckedMap]:
+        """B and Aᴴ."""
+        return self.adjoint, self.reference
 
     @property
     def eps(self) -> float:
@@ -78,34 +83,19 @@ class Comparison:
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
+    def part(self, select: Callable[[Tensors], Tensors]) -> Comparison:
+        """Return the comparison of a part of the images."""
+        found, expected = (stacked([select(_draw(u, k)) for k in range(_DRAWS)]) for u in (self.found, self.expected))
+        return replace(self, found=found, expected=expected, select=lambda image: select(self.select(image)))
+
     def leaf(self, number: int) -> Comparison:
         """Return the comparison of one leaf of the images."""
-        return replace(self, found=(self.found[number],), expected=(self.expected[number],), number=number)
-
-    def viewed(self, view: Change) -> Comparison:
-        """Return the comparison of a part of every leaf."""
-        found, expected = (tuple(torch.stack([view(d) for d in t]) for t in u) for u in (self.found, self.expected))
-        return replace(self, found=found, expected=expected, view=lambda t: view(self.view(t)))
+        return self.part(lambda leaves: leaves[number : number + 1])
 
     def with_inputs(self, inputs: tuple[Tensors, ...]) -> Comparison:
         """Return the comparison for other inputs."""
-        images = []
-        for side in (self.adjoint, self.reference):
-            selected = [self.selected(side(y)) for y in inputs]
-            images.append(stacked([draw for draw in selected if draw is not None]))
-        return replace(self, inputs=inputs, found=images[0], expected=images[1])
-
-    def with_changed_inputs(self, change: Change) -> Comparison:
-        """Return the comparison for changed inputs: ``change`` is applied to each leaf."""
-        return self.with_inputs(tuple(tuple(change(t) for t in y) for y in self.inputs))
-
-    def selected(self, image: Tensors | None) -> Tensors | None:
-        """Return the compared part of an image."""
-        if image is None:
-            return None
-        if self.number is not None:
-            image = (image[self.number],)
-        return tuple(self.view(t) for t in image)
+        found, expected = (stacked([self.select(side(y)) for y in inputs]) for side in self.sides)
+        return replace(self, inputs=inputs, found=found, expected=expected)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,15 +104,20 @@ class Comparison:
 
     @property
     def spatial(self) -> tuple[int, ...]:
-        """The presumed spatial dimensions: all after batch and channel; if there are three, all after the first."""
-        n = len(self.shape)
-        return tuple(d for d in range({3: 1}.get(n, 2 if n > 3 else 0), n) if self.shape[d] > 1)
+        """The presumed spatial dimensions of three or more entries; for two entries, a shift equals a reversal."""
+        n = len(self.shape)  # all dimensions after batch and channel; if there are three, all after the first
+        return tuple(d for d in range({3: 1}.get(n, 2 if n > 3 else 0), n) if self.shape[d] > 2)
 
     @property
     def batch(self) -> int:
         """Size of the first dimension, if it may be a batch dimension; else 1."""
         size = self.shape[0] if self.shape else 1
         return size if all(t.ndim >= 3 and t.shape[1] == size for t in self.expected) else 1
+
+    @property
+    def is_nominal(self) -> bool:
+        """Whether y has the nominal batch size."""
+        return [t.shape for t in self.inputs[0]] == [s.shape for s in self.adjoint.space.specs]
 
     @property
     def is_complex(self) -> bool:
@@ -164,50 +159,62 @@ class Comparison:
 
         def images(draw: int) -> Tensors | None:
             if before is None:
-                return tuple(t[draw] if after is None else after(t[draw]) for t in self.expected)
+                right = _draw(self.expected, draw)
+                return right if after is None else tuple(map(after, right))
             y = tuple(before(t).contiguous() for t in self.inputs[draw])
             if [t.shape for t in y] != [t.shape for t in self.inputs[draw]]:
                 return None
             image = self.reference(y)
-            return self.selected(image if after is None else tuple(after(t) for t in image))
+            return self.select(image if after is None else tuple(map(after, image)))
 
         return images
 
     def of_program(self, function: Callable[[Tensors], Tensors]) -> Candidate:
         """Return a function of leaves as a candidate."""
 
-        def images(draw: int) -> Tensors | None:
+        def images(draw: int) -> Tensors:
             self.meter.spend()
-            return self.selected(function(self.inputs[draw]))
+            return self.select(function(self.inputs[draw]))
 
         return images
 
+    def named(self, words: str, candidate: Candidate, **options: bool) -> str:
+        """Return a mistake in words if its candidate reproduces B up to a factor, else an empty string."""
+        factor = self.fit(candidate, **options)
+        return "" if factor is None else in_words(words, factor)
+
+    def first(self, changes: Iterable[tuple[str, Change | None, Change | None]]) -> str:
+        """Return the first of some changes of y and of the result that reproduces B, in words."""
+        return next(filter(None, (self.named(words, self.changed(*change)) for words, *change in changes)), "")
+
     def fit(self, candidate: Candidate, *, complex_factor: bool = False, any_size: bool = False) -> complex | None:
         """Return α with ``B = α candidate`` to rounding in both draws, or None if there is none."""
-        # A candidate that equals Aᴴ explains nothing, unless `any_size`.
         factor: complex | None = None
+        how = (self.tolerance, complex_factor)
         for draw in range(_DRAWS):
-            images = candidate(draw)
-            found, right = (tuple(t[draw] for t in leaves) for leaves in (self.found, self.expected))
-            if images is None or any(a.shape != b.shape for a, b in zip(images, found, strict=True)):
+            images, found = candidate(draw), _draw(self.found, draw)
+            if images is None or [t.shape for t in images] != [t.shape for t in found]:
                 return None
-            step = max(1, sum(t.numel() for t in found) // _SAMPLE)  # a few entries tell most wrong candidates
-            for k in (step, 1) if step > 1 and factor is None else (1,):
-                got, guess = _flat(found, k), _flat(images, k)
-                if factor is not None:
-                    if far(got, factor * guess, self.tolerance):
-                        return None
-                    continue
-                fitted = _factor(got, guess, self.tolerance, complex_factor)
-                if fitted is None and (k == 1 or bool(guess.any())):
-                    return None
-            factor = factor or fitted
-            if draw == 0 and not any_size and not far(guess, _flat(right, 1), 4 * self.tolerance):
+            if factor is not None:
+                return None if far(_flat(found), factor * _flat(images), self.tolerance) else factor
+            step = sum(t.numel() for t in found) // _SAMPLE
+            sample = _flat(images, step) if step > 1 else None  # a few entries tell most wrong candidates
+            if sample is not None and bool(sample.any()) and _factor(_flat(found, step), sample, *how) is None:
+                return None
+            guess = _flat(images)
+            factor = _factor(_flat(found), guess, *how)
+            # A candidate that equals Aᴴ explains nothing, unless `any_size`.
+            same = not any_size and not far(guess, _flat(_draw(self.expected, draw)), 4 * self.tolerance)
+            if factor is None or same:
                 return None
         return factor
 
 
-def _flat(leaves: Tensors, step: int) -> Tensor:
+def _draw(images: Tensors, number: int) -> Tensors:
+    return tuple(t[number] for t in images)
+
+
+def _flat(leaves: Tensors, step: int = 1) -> Tensor:
     return torch.cat([t.reshape(-1)[::step].to(torch.complex128) for t in leaves])
 
 

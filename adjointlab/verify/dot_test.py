@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +19,33 @@ from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors, stru
 # functions compute weights in single precision, so neither needs the factor.
 _UNSEEN, _HALF = 4, 1e-4
 _HIDDEN = 0.02  # of a result: with more noise, a function is not linear, or its result has no correct digits
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """An element of the domain of A or B with its image, and whether it is a random draw."""
+
+    side: CheckedMap
+    z: Tensors
+    image: Tensors
+    random: bool = True
+
+    @classmethod
+    def at(cls, side: CheckedMap, z: Tensors, *, random: bool = True) -> _Sample:
+        return cls(side, z, side(z), random)
+
+    @functools.cached_property
+    def norm(self) -> float:
+        return norm(self.z, self.side.space)
+
+    @functools.cached_property
+    def image_norm(self) -> float:
+        return norm(self.image, self.side.codomain)
+
+    @functools.cached_property
+    def noise(self) -> float:
+        """The measured rounding error of the image."""
+        return rounding_noise(self.side, self.side.space, self.side.codomain, self.z, self.image)
 
 
 class DotTest:
@@ -47,13 +75,9 @@ class DotTest:
         self.used_noise = 0.0  # largest measured noise that raised a tolerance, in eps
         self.lost_in_rounding: list[str] = []
         self._gains: dict[str, float] = {}  # rounding noise of random elements, relative to their norm
-        self._relative: tuple[
-            float, ...
-        ] = ()  # measured noise of the first failed pair, relative to the norms of images
-        self._norms: list[tuple[float, ...]] = []
+        self._relative: tuple[float, ...] = ()  # noise of the first failed pair, relative to the norms of its images
+        self._norms: list[tuple[float, ...]] = []  # of x, y, Ax and By, for each random pair
         self._rows: list[float] = []
-        self._through_zero: bool | None = None
-        self._trusted: tuple[CheckedMap | None] | None = None  # the result of `reference`
 
     @property
     def passed(self) -> bool:
@@ -69,53 +93,37 @@ class DotTest:
         self, trials: int, given: tuple[Tensors | None, Tensors | None] | None = None, *, thorough: bool = True
     ) -> None:
         """Compare the given pair, ``trials`` random pairs and each x with the next y; if thorough, special ones too."""
+        sides = self.forward, self.adjoint
         if given is not None:
-            x, y = given
-            batch = (x or y or ())[0].shape[: self.domain.batch_dims]
-            x = self._draw(self.domain.with_batch(batch)) if x is None else x
-            y = self._draw(self.codomain.with_batch(batch)) if y is None else y
-            self._compare(
-                "the given pair", x, self.forward(x), y, self.adjoint(y), random=(given[0] is None, given[1] is None)
-            )
-        first: tuple[Tensors, Tensors, Tensors, Tensors] | None = None
-        before: tuple[Tensors, Tensors] | None = None
+            batch = next(z for z in given if z)[0].shape[: self.domain.batch_dims]
+            drawn = [z or self._draw(side.space.with_batch(batch)) for side, z in zip(sides, given, strict=True)]
+            pair = [_Sample.at(s, z, random=not own) for s, z, own in zip(sides, drawn, given, strict=True)]
+            self._compare("the given pair", *pair)
+        pairs: list[tuple[_Sample, _Sample]] = []
         for trial in range(trials):
-            x, y = self._draw(self.domain), self._draw(self.codomain)
-            at_x, at_y = self.forward(x), self.adjoint(y)
-            self._compare(f"random pair {trial}", x, at_x, y, at_y, random=(True, True))
-            if before is not None:
-                self._compare(f"random pair {trial - 1}, {trial}", *before, y, at_y, random=(True, True))
-            before = (x, at_x)
-            first = first or (x, at_x, y, at_y)
-        if first is not None and self.passed and thorough:  # errors that random pairs may miss
-            self._run_scaled(*first)
+            x, y = [self._draw(side.space) for side in sides]
+            a, b = _Sample.at(self.forward, x), _Sample.at(self.adjoint, y)
+            self._compare(f"random pair {trial}", a, b)
+            if pairs:
+                self._compare(f"random pair {trial - 1}, {trial}", pairs[-1][0], b)
+            pairs = [*pairs[:1], (a, b)]
+        if pairs and self.passed and thorough:  # errors that random pairs may miss
+            self._run_scaled(*pairs[0])
             self._run_other_batch()
-            self._run_structured(*first)
+            self._run_structured(*pairs[0])
 
-    def _run_scaled(self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors) -> None:
+    def _run_scaled(self, *pair: _Sample) -> None:
         """Compare a pair with images of far larger and smaller elements, to detect saturation."""
         for power in self.powers:
-            far = []
-            for side, at, z in ((self.forward, at_x, x), (self.adjoint, at_y, y)):
-                image = _scaled_image(side, at, z, power)
-                if image is None:  # the scaled pair may overflow, as it always may in half precision
-                    return
-                far.append(image)
+            images = [_scaled_image(sample, power) for sample in pair]
+            far = [replace(s, image=image) for s, image in zip(pair, images, strict=True) if image is not None]
+            if len(far) < len(pair):  # the scaled pair may overflow, as it always may in half precision
+                return
             # Of the operator alone: it says what is right, where the adjoint may drop small numbers.
-            if power < 0 and self._is_hidden(self.forward, x, power):
+            if power < 0 and _is_hidden(pair[0], power):
                 self.notes.append(f"not compared at 2^{power}: rounding of larger numbers inside hides the result")
                 continue
-            name = f"random pair 0, Ax at 2^{power} x and By at 2^{power} y"
-            self._compare(name, x, far[0], y, far[1], random=(True, True), count=False)
-
-    def _is_hidden(self, side: CheckedMap, z: Tensors, power: int) -> bool:
-        """Return whether a result far below one has no correct digits, by rounding that is no larger than at one."""
-        small = tuple(t * 2.0**power for t in z)
-        image = side(small)
-        noise = rounding_noise(side, side.space, side.codomain, small, image)
-        if noise <= _HIDDEN * norm(image, side.codomain):
-            return False
-        return noise <= 2 * rounding_noise(side, side.space, side.codomain, z, side(z))
+            self._compare(f"random pair 0, Ax at 2^{power} x and By at 2^{power} y", *far, count=False)
 
     def _run_other_batch(self) -> None:
         """Compare a pair of another batch size, to detect an adjoint that works for one size only."""
@@ -124,175 +132,135 @@ class DotTest:
         batch = [size + 1 for size in self.domain.batch_shape]
         x, y = (self._draw(space.with_batch(batch)) for space in (self.domain, self.codomain))
         try:
-            at_x = self.forward(x)
+            a = _Sample.at(self.forward, x)
         except BrokenError as error:  # the forward failed, not the adjoint
             self.notes.append(f"only one batch size compared: at {tuple(batch)}, {error}")
             return
-        name = f"random pair of batch size {tuple(batch)}"
-        self._compare(name, x, at_x, y, self.adjoint(y), random=(True, True), count=False)
+        self._compare(f"random pair of batch size {tuple(batch)}", a, _Sample.at(self.adjoint, y), count=False)
 
-    def _run_structured(self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors) -> None:
+    def _run_structured(self, a: _Sample, b: _Sample) -> None:
         """Compare impulses with a random element, then with random numbers on their response, which is local."""
-        for name, u in structured(self.domain):
-            at_u = self.forward(u)
-            self._compare(f"x = {name}", u, at_u, y, at_y, random=(False, True))
-            if name != "constant" and not vanishes(self.codomain, at_u):
-                local = _random_within(self.codomain, at_u, self._draw(self.codomain))
-                self._compare(
-                    f"x = {name}, y = Ax by random numbers", u, at_u, local, self.adjoint(local), random=(False, False)
-                )
-        for name, v in structured(self.codomain):
-            at_v = self.adjoint(v)
-            self._compare(f"y = {name}", x, at_x, v, at_v, random=(True, False))
-            if name != "constant" and not vanishes(self.domain, at_v):
-                local = _random_within(self.domain, at_v, self._draw(self.domain))
-                self._compare(
-                    f"y = {name}, x = By by random numbers", local, self.forward(local), v, at_v, random=(False, False)
-                )
+        for one, other, letter, response in ((a, b, "x", "y = Ax"), (b, a, "y", "x = By")):
+            codomain = one.side.codomain
+            for name, z in structured(one.side.space):
+                special = _Sample.at(one.side, z, random=False)
+                self._compare(f"{letter} = {name}", special, other)
+                if name != "constant" and not vanishes(codomain, special.image):
+                    local = _random_within(codomain, special.image, self._draw(codomain))
+                    met = _Sample.at(other.side, local, random=False)
+                    self._compare(f"{letter} = {name}, {response} by random numbers", special, met)
 
     def _draw(self, space: Space) -> Tensors:
         return space.leaves(space.randn(self.generator))
 
-    def _compare(
-        self,
-        name: str,
-        x: Tensors,
-        at_x: Tensors,
-        y: Tensors,
-        at_y: Tensors,
-        *,
-        random: tuple[bool, bool],
-        count: bool = True,
-    ) -> None:
-        norms = (norm(x, self.domain), norm(y, self.codomain), norm(at_x, self.codomain), norm(at_y, self.domain))
+    def _compare(self, name: str, *pair: _Sample, count: bool = True) -> None:
+        """Compare ``⟨Ax, y⟩`` with ``⟨x, By⟩`` for a sample of A and one of B, in either order."""
+        a, b = pair if pair[0].side is self.forward else pair[::-1]
+        random = a.random and b.random
         self.pairs += 1
-        count = count and all(random)  # whether the pair is one of the random draws
+        count = count and random  # whether the pair is one of the random draws
         if count or not self._norms:
-            self._norms.append(norms)
+            self._norms.append((a.norm, b.norm, a.image_norm, b.image_norm))
         # For a special x, rounding errors are relative to the norm of the image of a typical input.
-        floor = tuple(DOT_UNITS * self.eps * size for size in self._typical(norms)) if not all(random) else (0.0, 0.0)
-        options: dict[str, Any] = {"exact": self.exact, "random": random, "norms": norms}
-        spaces = (self.domain, self.codomain)
-        error, tolerance = dot_gap(*spaces, x, at_x, y, at_y, noise=(floor[0], floor[1]), **options)
+        typical = self._typical(a, b)
+        floor = [0.0 if random else DOT_UNITS * self.eps * size for size in typical]
+        error, tolerance = self._gap(a, b, floor)
         if not error <= tolerance and (self.worst is None or not error / tolerance <= self.worst[0]):
-            noise = self._noise_once_failed(norms) or self._noise(x, at_x, y, at_y, norms, random=all(random))
+            noise = self._noise(a, b, typical)
             if noise is not None:
                 unseen = _UNSEEN * self.eps if self.eps < _HALF else 0.0
-                most = [unseen * size for size in self._typical(norms)]
-                e, f = (SIGMAS * max(n, min(2 * n, m)) for n, m in zip(noise, most, strict=True))
-                known = (max(floor[0], e), max(floor[1], f))
-                error, tolerance = dot_gap(*spaces, x, at_x, y, at_y, noise=known, **options)
+                most = [max(n, min(2 * n, unseen * size)) for n, size in zip(noise, typical, strict=True)]
+                error, tolerance = self._gap(a, b, [max(f, SIGMAS * n) for f, n in zip(floor, most, strict=True)])
+                relative = tuple(n / size if size else 0.0 for n, size in zip(noise, typical, strict=True))
                 if error > tolerance:
-                    self._relative = tuple(
-                        n / s if s else 0.0 for n, s in zip(noise, self._typical(norms), strict=True)
-                    )
-                if error <= tolerance:
-                    sizes = self._typical(norms)
-                    self.used_noise = max(
-                        [self.used_noise, *(n / s / self.eps for n, s in zip(noise, sizes, strict=True) if s)]
-                    )
-            elif not all(random) and self._starts_at_zero() and self._is_lost(x, at_x, y, at_y, norms):
+                    self._relative = relative
+                elif error <= tolerance:
+                    self.used_noise = max(self.used_noise, *(n / self.eps for n in relative))
+            elif not random and self._starts_at_zero and self._is_lost(a, b):
                 self.lost_in_rounding.append(name)
                 return
         if count:
-            self._rows.append(tolerance * max(norms[2] * norms[1], norms[0] * norms[3]))
+            self._rows.append(tolerance * max(a.image_norm * b.norm, a.norm * b.image_norm))
         excess = error / tolerance if tolerance else (0.0 if error == 0.0 else math.inf)
         if self.worst is None or not excess <= self.worst[0]:
-            self.worst, self.worst_y = (excess, error, tolerance, name), y
+            self.worst, self.worst_y = (excess, error, tolerance, name), b.z
 
-    def _typical(self, norms: tuple[float, ...]) -> tuple[float, float]:
+    def _gap(self, a: _Sample, b: _Sample, noise: list[float]) -> tuple[float, float]:
+        return dot_gap(
+            self.domain, self.codomain, a.z, a.image, b.z, b.image, exact=self.exact, noise=(noise[0], noise[1]),
+            random=(a.random, b.random), norms=(a.norm, b.norm, a.image_norm, b.image_norm),
+        )  # fmt: skip
+
+    def _typical(self, a: _Sample, b: _Sample) -> tuple[float, float]:
         """Return the norms of Ax and By, or the typical norms for x and y of this size if these are larger."""
         totals = [math.hypot(*(n[k] for n in self._norms)) for k in range(4)]
         gains = [totals[2] / totals[0] if totals[0] else 0.0, totals[3] / totals[1] if totals[1] else 0.0]
-        return max(norms[2], gains[0] * norms[0]), max(norms[3], gains[1] * norms[1])
+        return max(a.image_norm, gains[0] * a.norm), max(b.image_norm, gains[1] * b.norm)
 
-    def _noise_once_failed(self, norms: tuple[float, ...]) -> tuple[float, float] | None:
-        """Return the noise as it was for the first failed pair: then nothing more is to be decided by it."""
-        if not self._relative:
-            return None
-        sizes = self._typical(norms)
-        return self._relative[0] * sizes[0], self._relative[1] * sizes[1]
-
-    def _noise(
-        self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors, norms: tuple[float, ...], *, random: bool
-    ) -> tuple[float, float] | None:
+    def _noise(self, a: _Sample, b: _Sample, typical: tuple[float, float]) -> tuple[float, float] | None:
         """Return the measured rounding errors of Ax and By, or None if they are too large to be rounding."""
-        if not self._starts_at_zero():
+        if self._relative:  # a pair has failed: nothing more is to be decided by the noise
+            return self._relative[0] * typical[0], self._relative[1] * typical[1]
+        if not self._starts_at_zero:
             return None
+        random = a.random and b.random
         try:
-            forward = self._noise_of(self.forward, x, at_x, random=random)
-            backward = self._noise_of(self.adjoint, y, at_y, random=random)
+            forward, backward = self._noise_of(a, random), self._noise_of(b, random)
         except BrokenError:
             return None
         most = max(_HIDDEN, 32 * self.eps)
-        sizes = self._typical(norms)
-        if forward > most * sizes[0] or backward > most * sizes[1]:
+        if forward > most * typical[0] or backward > most * typical[1]:
             return None
-        if self.reference is not None and backward > self._attainable(y, forward, sizes, random=random):
-            self.avoidable_noise = max(self.avoidable_noise, backward / sizes[1] / self.eps)
+        if self.reference is not None and backward > self._attainable(b, forward, typical, random):
+            self.avoidable_noise = max(self.avoidable_noise, backward / typical[1] / self.eps)
             backward = 0.0  # avoidable noise does not raise the tolerance
         return forward, backward
 
-    def _noise_of(self, side: CheckedMap, z: Tensors, at_z: Tensors, *, random: bool) -> float:
-        """Return the measured rounding errors at z; for a structured z, at least those of a random element."""
+    def _noise_of(self, sample: _Sample, random: bool) -> float:
+        """Return the measured rounding error; for a structured pair, at least that of a random element."""
         # A single entry may have no rounding error in all three measurements; thousands of entries will.
-        noise = rounding_noise(side, side.space, side.codomain, z, at_z)
+        side = sample.side
         if random:
-            return noise
+            return sample.noise
         if side.name not in self._gains:
-            u = side.space.leaves(side.space.randn(torch.Generator().manual_seed(0)))
-            there = rounding_noise(side, side.space, side.codomain, u, side(u))
-            self._gains[side.name] = there / norm(u, side.space)
-        return max(noise, self._gains[side.name] * norm(z, side.space))
+            drawn = _Sample.at(side, side.space.leaves(side.space.randn(torch.Generator().manual_seed(0))))
+            self._gains[side.name] = drawn.noise / drawn.norm
+        return max(sample.noise, self._gains[side.name] * sample.norm)
 
-    def _is_lost(self, x: Tensors, at_x: Tensors, y: Tensors, at_y: Tensors, norms: tuple[float, ...]) -> bool:
+    def _is_lost(self, *pair: _Sample) -> bool:
         """Return whether random elements are about as noisy as x and y, up to the factor √n of sums of n terms."""
         # If so, rounding leaves no correct digits. If not, the function is not linear at x or at y.
-        for side, z, at_z, size in ((self.forward, x, at_x, norms[0]), (self.adjoint, y, at_y, norms[1])):
-            u = self._draw(side.space)
+        for sample in pair:
+            side, u = sample.side, self._draw(sample.side.space)
             try:
-                here = rounding_noise(side, side.space, side.codomain, z, at_z)
-                there = rounding_noise(side, side.space, side.codomain, u, side(u)) / norm(u, side.space) * size
+                drawn = _Sample.at(side, u)
+                typical = drawn.noise / drawn.norm * sample.norm
+                if sample.noise > 8 * math.sqrt(max(side.space.size, side.codomain.size)) * typical:
+                    return False
             except BrokenError:
-                return False
-            if here > 8 * math.sqrt(max(side.space.size, side.codomain.size)) * there:
                 return False
         return True
 
-    def _attainable(self, y: Tensors, forward: float, sizes: tuple[float, float], *, random: bool) -> float:
+    def _attainable(self, b: _Sample, forward: float, typical: tuple[float, float], random: bool) -> float:
         """Return the largest rounding noise at y that any correct adjoint may need."""
         # A sum of n terms in an unlucky order loses about √n eps. An adjoint with internal cancellation loses as much
         # as A or the derived adjoint, up to a small factor. An adjoint that computes in a coarser dtype loses more.
+        assert self.reference is not None
         units = min(max(64.0, math.sqrt(max(self.domain.size, self.codomain.size))), 512.0)
-        most = max(units * self.eps, 8 * forward / sizes[0] if sizes[0] else 0.0) * sizes[1]
-        if self._trusted is None:
-            assert self.reference is not None
-            self._trusted = (self.reference(),)
-        (side,) = self._trusted
-        if side is not None:
-            most = max(most, 8 * self._noise_of(side, y, side(y), random=random))
-        return most
+        most = max(units * self.eps, 8 * forward / typical[0] if typical[0] else 0.0) * typical[1]
+        side = self.reference()
+        return most if side is None else max(most, 8 * self._noise_of(_Sample.at(side, b.z), random))
 
+    @functools.cached_property
     def _starts_at_zero(self) -> bool:
-        """Return whether A(0) = 0 and B(0) = 0; otherwise, a measurement shows the offset and not rounding."""
-        if self._through_zero is None:
-            self._through_zero = True
-            for side in (self.forward, self.adjoint):
-                zero = side.space.leaves(side.space.zeros())
-                self._through_zero &= vanishes(side.codomain, side(zero))
-        return self._through_zero
+        """Whether A(0) = 0 and B(0) = 0; otherwise, a measurement shows the offset and not rounding."""
+        sides = self.forward, self.adjoint
+        return all(vanishes(side.codomain, side(side.space.leaves(side.space.zeros()))) for side in sides)
 
     def missed_row_probability(self) -> float:
-        """Return the probability that all random draws miss an error ``e dᴴ`` that makes one row of A wrong.
-
-        Here e is a unit vector and ``‖d‖ = ‖A‖_F / √m``, the norm of a typical row. The gap of a draw is an entry of y
-        times a normal number of standard deviation ‖d‖. The draws miss the error if every gap is within the tolerance.
-
-        Returns
-        -------
-        float
-            The probability, from 0 to 1.
-        """
+        """Return the probability that all random draws miss an error ``e dᴴ`` that makes one row of A wrong."""
+        # Here e is a unit vector, and d has the norm of a typical row, ‖A‖_F / √m. The gap of a draw is an entry of y
+        # times a normal number of standard deviation ‖d‖. It is missed if every gap is within the tolerance.
         trials = [n for n in self._norms if n[2] or n[3]]
         if not trials or not self._rows:
             return 1.0
@@ -300,12 +268,9 @@ class DotTest:
         if row == 0.0:
             return 1.0
         draws = (len(self._rows) + 1) // 2  # omit the pairs (k, k + 1), which are not independent
-        return product_within(max(self._rows) / row, self._kind_of_product()) ** draws
-
-    def _kind_of_product(self) -> tuple[bool, float]:
-        """Return whether inner products are complex, and the standard deviation of a product of real coordinates."""
-        halves = sum(space.is_complex for space in (self.domain, self.codomain))
-        return (True, 1.0) if self.exact and halves == 2 else (False, 2.0 ** (-halves / 2))
+        halves = self.domain.is_complex + self.codomain.is_complex
+        complex_product = self.exact and halves == 2
+        return _product_within(max(self._rows) / row, None if complex_product else 2.0 ** (-halves / 2)) ** draws
 
 
 def _random_within(space: Space, image: Tensors, numbers: Tensors) -> Tensors:
@@ -316,28 +281,35 @@ def _random_within(space: Space, image: Tensors, numbers: Tensors) -> Tensors:
     return tuple(((t / largest) * r).to(r.dtype) for t, r in zip(wide, numbers, strict=True))
 
 
-def _scaled_image(side: CheckedMap, at_z: Tensors, z: Tensors, power: int) -> Tensors | None:
+def _scaled_image(sample: _Sample, power: int) -> Tensors | None:
     """Return ``2⁻ᵖ f(2ᵖ z)``, which is exactly ``f(z)`` for a linear f, or None if it may overflow."""
-    limit = min(torch.finfo(t.dtype).max for t in (*z, *at_z))
-    fits = limit >= 1e30 and max(float(t.abs().max()) for t in (*z, *at_z)) * 2.0 ** (2 * abs(power)) <= limit
-    if not side.space.every(fits):
+    tensors = (*sample.z, *sample.image)
+    limit = min(torch.finfo(t.dtype).max for t in tensors)
+    fits = limit >= 1e30 and max(float(t.abs().max()) for t in tensors) * 2.0 ** (2 * abs(power)) <= limit
+    if not sample.side.space.every(fits):
         return None
     try:
-        image = side(tuple(t * 2.0**power for t in z))
+        image = sample.side(tuple(t * 2.0**power for t in sample.z))
     except BrokenError:  # perhaps an overflow inside
         return None
     return tuple(t * 2.0**-power for t in image)
 
 
-def product_within(bound: float, kind: tuple[bool, float]) -> float:
-    """Return ``P(|u v| ≤ bound)`` for normal u and v: both complex of variance one, or real with a scaled product."""
+def _is_hidden(sample: _Sample, power: int) -> bool:
+    """Return whether a result far below one has no correct digits, by rounding that is no larger than at one."""
+    small = _Sample.at(sample.side, tuple(t * 2.0**power for t in sample.z))
+    return small.noise > _HIDDEN * small.image_norm and small.noise <= 2 * sample.noise
+
+
+def _product_within(bound: float, deviation: float | None) -> float:
+    """Return ``P(|u v| ≤ bound)`` for normal u and v: real with a product of a deviation, or complex of variance 1."""
     u = torch.logspace(-9, 1.2, 4001, dtype=torch.float64, device="cpu")
-    if kind[0]:
+    if deviation is None:
         density, within = 2 * u * torch.exp(-u.square()), -torch.expm1(-(bound / u).square())
     else:
         density = math.sqrt(2 / math.pi) * torch.exp(-u.square() / 2)
-        within = torch.erf(bound / kind[1] / u / math.sqrt(2))
+        within = torch.erf(bound / deviation / u / math.sqrt(2))
     return float(torch.trapezoid(density * within, u).clamp(0, 1))
 
 
-__all__ = ["DotTest", "product_within"]
+__all__ = ["DotTest"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from adjointlab.numerics import norm
 from adjointlab.reporting import Grid
+from adjointlab.space import Space
 from adjointlab.verify.checked_map import ExhaustedError, Tensors, impulse
 from adjointlab.verify.comparison import Comparison
 
@@ -19,20 +21,19 @@ def figure_of(comparison: Comparison) -> Figure:
     adjoint, reference, y = comparison.adjoint, comparison.reference, comparison.inputs[0]
     space = adjoint.space.with_batch(y[0].shape[: adjoint.space.batch_dims])
     what, got, right = "random input", *(tuple(t[0] for t in u) for u in (comparison.found, comparison.expected))
-    if comparison.number is None:
-        typical = norm(_gap(got, right)) / max(1.0, adjoint.space.size**0.5)  # of the error for an impulse
-        try:
-            number, index = 0, tuple(size // 2 for size in space.specs[0].shape)
-            for _ in range(2):
-                e = impulse(space, number, index)
-                pair = adjoint(e), reference(e)
-                if norm(_gap(*pair)) > 0.0:
-                    what, (got, right) = f"impulse at {index}", pair
-                if norm(_gap(*pair)) >= typical / 2:  # the centre will do, unless it shows little of the error
-                    break
-                number, index = _worst_impulse(comparison)
-        except ExhaustedError:  # the impulse that was found, or the random input, will do
-            pass
+    typical = norm(_gap(got, right)) / max(1.0, adjoint.space.size**0.5)  # of the error for an impulse
+    try:
+        number, index = 0, tuple(size // 2 for size in space.specs[0].shape)
+        for _ in range(2):
+            e = impulse(space, number, index)
+            pair = adjoint(e), reference(e)
+            if norm(_gap(*pair)) > 0.0:
+                what, (got, right) = f"impulse at {index}", pair
+            if norm(_gap(*pair)) >= typical / 2:  # the centre will do, unless it shows little of the error
+                break
+            number, index = _worst_impulse(comparison, space)
+    except ExhaustedError:  # the impulse that was found, or the random input, will do
+        pass
     gaps = [float(t.abs().max()) for t in _gap(got, right)]
     leaf = max(range(len(gaps)), key=gaps.__getitem__)
     difference = (got[leaf] - right[leaf]).abs()
@@ -49,26 +50,21 @@ def figure_of(comparison: Comparison) -> Figure:
 
 
 def _gap(got: Tensors, right: Tensors) -> Tensors:
-    return tuple(a - b for a, b in zip(got, right, strict=True))
+    return tuple(map(torch.sub, got, right))
 
 
-def _worst_impulse(comparison: Comparison) -> tuple[int, tuple[int, ...]]:
+def _worst_impulse(comparison: Comparison, space: Space) -> tuple[int, tuple[int, ...]]:
     """Return the leaf and index of an impulse whose response is about the most wrong, by bisection of y."""
     # The half with the larger error is kept. As B − Aᴴ is linear, the error of one half shows that of the other.
-    y = comparison.inputs[0]
-    sizes = [t.numel() for t in y]
-    low, high = 0, sum(sizes)
+    y = space.vector(space.unflatten(comparison.inputs[0]))
 
-    def error(start: int, stop: int) -> Tensors:
-        parts, offset = [], 0
-        for t, size in zip(y, sizes, strict=True):
-            part = torch.zeros_like(t).reshape(-1)
-            inside = slice(max(start - offset, 0), max(min(stop - offset, size), 0))
-            part[inside] = t.reshape(-1)[inside]
-            parts.append(part.reshape(t.shape))
-            offset += size
-        return _gap(comparison.adjoint(tuple(parts)), comparison.reference(tuple(parts)))
+    def error(low: int, high: int) -> Tensors:
+        part = torch.zeros_like(y)
+        part[low:high] = y[low:high]
+        leaves = space.leaves(space.element(part))
+        return _gap(comparison.adjoint(leaves), comparison.reference(leaves))
 
+    low, high = 0, len(y)
     whole = error(low, high)
     while high - low > 1 and comparison.meter.left >= 4:
         middle = (low + high) // 2
@@ -76,11 +72,10 @@ def _worst_impulse(comparison: Comparison) -> tuple[int, tuple[int, ...]]:
         second = _gap(whole, first)
         low, high, whole = (low, middle, first) if norm(first) >= norm(second) else (middle, high, second)
     leaf = 0
-    while low >= sizes[leaf]:
-        low -= sizes[leaf]
+    while low >= space.specs[leaf].numel:
+        low -= space.specs[leaf].numel
         leaf += 1
-    index = torch.unravel_index(torch.tensor(low, device="cpu"), y[leaf].shape) if y[leaf].ndim else ()
-    return leaf, tuple(int(k) for k in index)
+    return leaf, tuple(map(int, np.unravel_index(low, space.specs[leaf].shape)))
 
 
 def _plane(image: Tensor, where: int) -> Tensor:

@@ -2,97 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from functools import partial
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from adjointlab.verify.comparison import Change, Comparison, in_words
-from adjointlab.verify.places import permuted_result, permuted_y
+from adjointlab.verify.checked_map import listed
+from adjointlab.verify.comparison import Change, Comparison, stacked
 
-Changes = list[tuple[Change | None, Change | None, str]]  # of y, of the result, in words
+_MOST_ENTRIES = 1024  # largest size of a dimension whose entries are matched
+_MOST_PROBES = 6  # largest size of a dimension of y whose entries are tested one by one
 
-
-def changed(comparison: Comparison, changes: Iterable[tuple[Change | None, Change | None, str]]) -> str:
-    """Return the first ``after ∘ Aᴴ ∘ before`` that reproduces B, in words."""
-    for before, after, words in changes:
-        factor = comparison.fit(comparison.changed(before, after))
-        if factor is not None:
-            return in_words(words, factor)
-    return ""
+Changes = Iterator[tuple[str, Change | None, Change | None]]  # in words, of y, of the result
 
 
 def moved_result(comparison: Comparison) -> str:
     """``B = P Aᴴ`` with a shift, a permutation, a reversal or a transposition P."""
-    dims = _long(comparison)
-    changes: Changes = []
-    if dims and all(tuple(t.shape[1:]) == comparison.shape for t in comparison.expected):
-        offsets = _best_shift(comparison, dims)
-        moved = {d: offsets[d] for d in dims if offsets[d]}
+    return comparison.first(_of_result(comparison))
+
+
+def _of_result(comparison: Comparison) -> Changes:
+    dims, shape = comparison.spatial, comparison.shape
+    if dims and all(tuple(t.shape[1:]) == shape for t in comparison.expected):
+        moved = _best_shift(comparison)
         for shift in (_rolled, _moved) if moved else ():
-            words = _shift_words(moved, comparison.shape)
-            changes.append((None, lambda t, shift=shift: shift(t, moved), words))  # type: ignore[misc]
+            yield _shift_words(moved, shape), None, partial(shift, moved=moved)
     for some in (some for n in range(len(dims), 0, -1) for some in combinations(dims, n)):
-        changes.append((None, lambda t, some=some: t.flip(some), f"reversed along dim {_listed(some)}"))  # type: ignore[misc]
-    text = changed(comparison, changes)
-    words, factor = ("", 0j) if text else permuted_result(comparison)
-    swaps: Changes = [(None, swap, words) for swap, words in _swaps(comparison)]
-    return text or (in_words(words, factor) if words else changed(comparison, swaps))
+        yield f"reversed along dim {listed(some)}", None, partial(torch.flip, dims=some)
+    if len(comparison.found) == 1:
+        for dim, size in enumerate(shape):
+            rows = [t[0].movedim(dim, 0).reshape(size, -1) for (t,) in (comparison.found, comparison.expected)]
+            order = _matching(rows[0], rows[1], comparison.tolerance) if 1 < size <= _MOST_ENTRIES else None
+            if order is not None:
+                words = f"entries along dim {dim} permuted: {_cycles(order)}"
+                yield words, None, partial(_reordered, dim=dim, order=order)
+    for words, swap in _swaps(shape):
+        yield words, None, swap
 
 
 def moved_y(comparison: Comparison) -> str:
     """``B = Aᴴ P``, or ``P Aᴴ P`` as of a convolution and a correlation, with such a P."""
     shapes = {tuple(t.shape) for t in comparison.inputs[0]}
-    shape = next(iter(shapes))
-    if len(shapes) > 1:
-        return ""
-    changes: Changes = []
+    return comparison.first(_of_y(comparison, shapes.pop())) if len(shapes) == 1 else ""
+
+
+def _of_y(comparison: Comparison, shape: tuple[int, ...]) -> Changes:
+    for dim, size in enumerate(shape):
+        order = _order_of_y(comparison, dim, size) if 1 < size <= _MOST_PROBES else None
+        if order is not None:
+            index = sorted(range(size), key=order.__getitem__)
+            yield (
+                f"entries of y along dim {dim} permuted: {_cycles(index)}",
+                partial(_reordered, dim=dim, order=index),
+                None,
+            )
     dims = tuple(d for d in (range(2, len(shape)) if len(shape) > 2 else range(len(shape))) if shape[d] > 2)
     all_and_each = list(dict.fromkeys((dims, *((d,) for d in dims)))) if dims else []
     for some in all_and_each:
-
-        def reverse(t: Tensor, some: tuple[int, ...] = some) -> Tensor:
-            return t.flip(some)
-
-        along = "" if some == dims else f" along dim {_listed(some)}"
+        reverse = partial(torch.flip, dims=some)
+        along = "" if some == dims else f" along dim {listed(some)}"
         if len(shape) == len(comparison.shape):
-            changes.append((reverse, reverse, f"kernel not flipped{along}: B is Aᴴ between two reversals"))
-        changes.append((reverse, None, f"y reversed along dim {_listed(some)}"))
-    words, factor = permuted_y(comparison)
-    text = in_words(words, factor) if words else changed(comparison, changes)
-    if text:
-        return text
+            yield f"kernel not flipped{along}: B is Aᴴ between two reversals", reverse, reverse
+        yield f"y reversed along dim {listed(some)}", reverse, None
     moves = [{d: s} for d in dims for s in (1, -1)]
     moves += [{d: s * (shape[d] // 2) for d in some} for some in all_and_each for s in (1, -1)]
-    changes = [(lambda t, m=m: _rolled(t, m), None, f"{_shift_words(m, shape)} in y") for m in moves]  # type: ignore[misc]
-    for swap, words in _swaps(comparison):
-        changes += [(swap, None, words), (swap, swap, words)]
-    return changed(comparison, changes)
+    for moved in moves:
+        yield f"{_shift_words(moved, shape)} in y", partial(_rolled, moved=moved), None
+    for words, swap in _swaps(comparison.shape):
+        yield words, swap, None
+        yield words, swap, swap
 
 
-def _swaps(comparison: Comparison) -> list[tuple[Change, str]]:
-    """Return the transpositions of two dimensions of the same size."""
-    pairs = [
-        p for p in combinations(range(len(comparison.shape)), 2) if comparison.shape[p[0]] == comparison.shape[p[1]] > 1
-    ]
-    return [
-        (lambda t, i=i, j=j: t.transpose(i, j) if t.ndim > j else t, f"dims {i} and {j} transposed")  # type: ignore[misc]
-        for i, j in pairs
-    ]
+def _swaps(shape: tuple[int, ...]) -> Iterator[tuple[str, Change]]:
+    """Yield the transpositions of two dimensions of the same size."""
+    for i, j in combinations(range(len(shape)), 2):
+        if shape[i] == shape[j] > 1:
+            yield f"dims {i} and {j} transposed", partial(_transposed, i=i, j=j)
 
 
-def _best_shift(comparison: Comparison, dims: list[int]) -> list[int]:
-    """Return the shift along ``dims`` for which the wrong and right images have the largest correlation."""
-    total: Tensor | None = None
+def _transposed(t: Tensor, i: int, j: int) -> Tensor:
+    return t.transpose(i, j) if t.ndim > j else t
+
+
+def _best_shift(comparison: Comparison) -> dict[int, int]:
+    """Return the shift along spatial dims for which the wrong and right images have the largest correlation."""
+    dims, total = comparison.spatial, comparison.found[0].new_zeros(())
     for found, expected in zip(comparison.found, comparison.expected, strict=True):
         product = torch.fft.fftn(found[0], dim=dims) * torch.fft.fftn(expected[0], dim=dims).conj()
         rest = [d for d in range(product.ndim) if d not in dims]
-        correlation = torch.fft.ifftn(product.sum(dim=rest, keepdim=True) if rest else product, dim=dims)
-        total = correlation if total is None else total + correlation
-    assert total is not None
+        total = total + torch.fft.ifftn(product.sum(dim=rest, keepdim=True) if rest else product, dim=dims)
     index = torch.unravel_index(total.abs().argmax(), total.shape)
-    return [int(k) - n if int(k) > n // 2 else int(k) for k, n in zip(index, comparison.shape, strict=True)]
+    offsets = [int(k) - n if int(k) > n // 2 else int(k) for k, n in zip(index, comparison.shape, strict=True)]
+    return {d: offsets[d] for d in dims if offsets[d]}
 
 
 def _rolled(t: Tensor, moved: dict[int, int]) -> Tensor:
@@ -106,8 +109,12 @@ def _moved(t: Tensor, moved: dict[int, int]) -> Tensor:
     return result
 
 
+def _reordered(t: Tensor, dim: int, order: list[int]) -> Tensor:
+    return t.index_select(dim, torch.tensor(order, device=t.device))
+
+
 def _shift_words(offsets: dict[int, int], shape: tuple[int, ...]) -> str:
-    dims = _listed(tuple(offsets))
+    dims = listed(offsets)
     if all(abs(s) == shape[d] // 2 and shape[d] > 3 for d, s in offsets.items()):
         return f"shifted by half the size along dim {dims} (fftshift or ifftshift missing)"
     sizes = {abs(s) for s in offsets.values()}
@@ -117,13 +124,46 @@ def _shift_words(offsets: dict[int, int], shape: tuple[int, ...]) -> str:
     return "shifted by " + " and ".join(f"{abs(s)} along dim {d}" for d, s in offsets.items())
 
 
-def _long(comparison: Comparison) -> list[int]:
-    """Return the spatial dims of three or more entries; for two entries, a shift equals a reversal."""
-    return [d for d in comparison.spatial if comparison.shape[d] > 2]
+def _order_of_y(comparison: Comparison, dim: int, size: int) -> list[int] | None:
+    """Return for each entry k of y the entry order[k] that B takes it for, if that is a permutation."""
+    rows = []
+    for entry in range(size):
+        alone = tuple(torch.zeros_like(t) for t in comparison.inputs[0])
+        for t, u in zip(alone, comparison.inputs[0], strict=True):
+            t.select(dim, entry).copy_(u.select(dim, 0))
+        rows.append(
+            tuple(torch.cat([t.reshape(-1) for t in comparison.select(side(alone))]) for side in comparison.sides)
+        )
+    found, expected = stacked(rows)
+    return _matching(found, expected, comparison.tolerance)
 
 
-def _listed(dims: tuple[int, ...]) -> str:
-    return " and ".join(map(str, dims))
+def _matching(found: Tensor, expected: Tensor, tolerance: float) -> list[int] | None:
+    """Return, for each row of ``found``, the row of ``expected`` that it is a multiple of, if that is a permutation."""
+    sizes = [torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in (found, expected)]
+    if any(bool((size == 0).any()) for size in sizes) or found.shape[1] < 2:
+        return None
+    best, order = ((found / sizes[0]) @ (expected / sizes[1]).mH).abs().max(dim=1)
+    entries = [int(k) for k in order]
+    identity = list(range(len(entries)))
+    if float(best.min()) < 1 - tolerance or sorted(entries) != identity or entries == identity:
+        return None
+    return entries
 
 
-__all__ = ["Changes", "changed", "moved_result", "moved_y"]
+def _cycles(order: list[int]) -> str:
+    """Return a permutation in words; ``0 → 1`` means that the entry that belongs at 0 is at 1."""
+    goes = {source: place for place, source in enumerate(order)}
+    texts, seen = [], set()
+    for start in range(len(order)):
+        cycle = [start]
+        while goes[cycle[-1]] != start:
+            cycle.append(goes[cycle[-1]])
+        if len(cycle) > 1 and start not in seen:
+            short = cycle if len(cycle) <= 6 else [*cycle[:6], "…"]
+            texts.append(" ↔ ".join(map(str, cycle)) if len(cycle) == 2 else " → ".join(map(str, [*short, start])))
+        seen.update(cycle)
+    return "; ".join(texts[:4]) + ("; …" if len(texts) > 4 else "")
+
+
+__all__ = ["moved_result", "moved_y"]

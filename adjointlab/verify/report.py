@@ -25,8 +25,6 @@ class AdjointReport:
         Unit roundoff of the coarser space.
     trials : int
         Number of random draws of x and of y.
-    diagnosis : str
-        The mistake in words; empty if the test passed.
     pairs : int
         Number of pairs (x, y) compared, random and structured (impulses, constants).
     worst : str
@@ -37,6 +35,8 @@ class AdjointReport:
         Whether A and B were zero on every draw, so that the test means nothing.
     notes : tuple of str
         Further remarks, such as measured rounding errors.
+    diagnosis : str
+        The mistake in words; empty if the test passed.
     figure : tuple of (str, grid of floats)
         Magnitudes of an impulse response of B, of the right response, and of their difference; empty if the test
         passed.
@@ -47,12 +47,12 @@ class AdjointReport:
     tolerance: float
     eps: float
     trials: int
-    diagnosis: str = ""
     pairs: int = 0
     worst: str = ""
     missed_row_probability: float = 1.0
     vacuous: bool = False
     notes: tuple[str, ...] = ()
+    diagnosis: str = ""
     figure: tuple[tuple[str, Grid], ...] = field(default=(), repr=False)
 
     @property
@@ -80,19 +80,9 @@ class AdjointReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dictionary of plain values, without the figure."""
-        return {
-            "passed": self.passed,
-            "error": self.error,
-            "tolerance": self.tolerance,
-            "eps": self.eps,
-            "trials": self.trials,
-            "pairs": self.pairs,
-            "worst": self.worst,
-            "missed_row_probability": self.missed_row_probability,
-            "vacuous": self.vacuous,
-            "notes": list(self.notes),
-            "diagnosis": self.diagnosis,
-        }
+        record = {**vars(self), "notes": list(self.notes)}
+        del record["figure"]
+        return record
 
     def to_json(self, indent: int | None = None) -> str:
         """Return :meth:`to_dict` as JSON; numbers that are not finite become ``null``."""

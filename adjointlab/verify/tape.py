@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, fx
@@ -12,6 +12,8 @@ from adjointlab.transpose.runtime.program import canonical
 from adjointlab.verify.checked_map import Tensors
 
 Function = Callable[[Tensors], Tensors]
+Changes = Mapping[fx.Node, dict[int, Any] | None]  # arguments of operations by place; None leaves an operation out
+_NONE: dict[int, Any] = {}
 
 
 class Tape:
@@ -20,43 +22,29 @@ class Tape:
     def __init__(self, graph: Graph, state: Tensors) -> None:
         self.graph = graph
         self.known: dict[fx.Node, Any] = dict(zip(graph.placeholders, state, strict=False))
-        self.steps: list[fx.Node] = []  # what depends on y, in order
-        inputs = set(graph.inputs)
+        # What depends on y, in order, with its operand that does, if there is one only.
+        self.operands: dict[fx.Node, fx.Node | None] = {}
         for node in graph.body.nodes:
-            if node.op != "call_function":
-                continue
-            if any(operand in inputs for operand in node.all_input_nodes):
-                self.steps.append(node)
-                inputs.add(node)
-            else:
-                self.known[node] = self.call(node, self.known)
+            some = [n for n in node.all_input_nodes if n in graph.inputs or n in self.operands]
+            if node.op == "call_function" and some:
+                self.operands[node] = some[0] if len(some) == 1 else None
+            elif node.op == "call_function":
+                self.known[node] = _call(node, self.known)
 
-    def operand(self, node: fx.Node) -> fx.Node | None:
-        """Return the operand that depends on y, if there is one only."""
-        some = [n for n in node.all_input_nodes if n in self.graph.inputs or n in self.steps]
-        return some[0] if len(some) == 1 else None
+    def values(self, y: Tensors, steps: Iterable[fx.Node], changes: Changes) -> dict[fx.Node, Any]:
+        """Return the results of some operations on y, some of them changed."""
+        values = {**self.known, **dict(zip(self.graph.inputs, map(canonical, y), strict=True))}
+        for node in steps:
+            change, operand = changes.get(node, _NONE), self.operands[node]
+            left_out = change is None and operand is not None
+            values[node] = values[operand] if left_out else _call(node, values, change or _NONE)  # type: ignore[index]
+        return values
 
-    @staticmethod
-    def call(node: fx.Node, values: dict[fx.Node, Any], **changes: Any) -> Any:
-        """Return the result of an operation, with some arguments replaced."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        for place, value in changes.get("args", {}).items():
-            args = (*args[:place], value, *args[place + 1 :])
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
-        return value.resolve_conj() if isinstance(value, Tensor) else value
-
-    def changed(self, changes: dict[fx.Node, dict[int, Any] | None]) -> Function:
-        """Return the function with some arguments of some operations replaced; None leaves an operation out."""
+    def changed(self, changes: Changes) -> Function:
+        """Return the function with some operations changed."""
 
         def run(y: Tensors) -> Tensors:
-            values = {**self.known, **dict(zip(self.graph.inputs, map(canonical, y), strict=True))}
-            for node in self.steps:
-                change = changes.get(node, {})
-                operand = self.operand(node)
-                if change is None and operand is not None:
-                    values[node] = values[operand]
-                else:
-                    values[node] = self.call(node, values, args=change or {})
+            values = self.values(y, self.operands, changes)
             return tuple(values[node] for node in self.graph.outputs)
 
         return run
@@ -67,10 +55,16 @@ class Tape:
         def run(y: Tensors) -> Tensors:
             value: Any = canonical(y[0])
             for node in order:
-                value = self.call(node, {**self.known, self.operand(node): value})  # type: ignore[dict-item]
+                value = _call(node, {**self.known, self.operands[node]: value})  # type: ignore[dict-item]
             return (value,)
 
         return run
+
+
+def _call(node: fx.Node, values: dict[fx.Node, Any], changes: dict[int, Any] = _NONE) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    result = node.target(*(changes.get(place, arg) for place, arg in enumerate(args)), **kwargs)  # type: ignore[operator]
+    return result.resolve_conj() if isinstance(result, Tensor) else result
 
 
 def packet_of(node: fx.Node) -> Any:

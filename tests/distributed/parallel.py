@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import adjointlab as al
 from adjointlab import distributed
 
-ENGINES = ("eager", "traced", "auto")
+ENGINES = ("eager", "auto")
 
 
 def mesh_of(size: int) -> DeviceMesh:

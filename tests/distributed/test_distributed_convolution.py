@@ -81,12 +81,11 @@ FITTING = [(name, size) for name in CASES for size in (2, 3, 4) if size < 4 or n
 
 @pytest.mark.parametrize(("name", "size"), FITTING)
 def test_equals_the_convolution_of_the_whole(groups: Callable[[int], Group], name: str, size: int) -> None:
-    engines = {2: ENGINES, 3: ("auto",), 4: ("auto",)}[size]
-    groups(size).run(equals_single, size, name, torch.float64, engines)
+    groups(size).run(equals_single, size, name, torch.float64, ("eager",) if size == 2 else ("auto",))
 
 
 @pytest.mark.parametrize("name", ["2d circular", "stride reflect", "wide halo circular", "groups"])
-@pytest.mark.parametrize("dtype", [torch.complex128, torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.float32], ids=str)
 def test_dtypes(groups: Callable[[int], Group], name: str, dtype: torch.dtype) -> None:
     groups(2).run(equals_single, 2, name, dtype, ("eager", "auto"))
 
@@ -103,8 +102,7 @@ def on_two_mesh_dimensions(mode: str, stride: int, engine: str) -> None:
         assert_equals_single(A, single)
 
 
-@pytest.mark.parametrize("engine", ["eager", "auto"])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("stride", "engine"), [(1, "eager"), (2, "auto")])
 @pytest.mark.parametrize("mode", MODES)
 def test_two_split_dimensions_on_a_mesh_of_two(groups: Any, mode: str, stride: int, engine: str) -> None:
     groups(4).run(on_two_mesh_dimensions, mode, stride, engine)

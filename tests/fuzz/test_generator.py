@@ -377,6 +377,7 @@ def smallest(chain: Chain) -> str:
 # ---------------------------------------------------------------------------------------------------------------- tests
 
 
+@pytest.mark.slow
 def test_operators_are_the_matrices_of_their_functions():
     used, engines, failures = Counter(), Counter(), []
     for number in shown(range(FIRST, FIRST + OPERATORS), "operators"):

@@ -461,6 +461,7 @@ def walked(number: int, length: int, counts: Counter[str]) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_operators_follow_their_modules():
     counts: Counter[str] = Counter()
     failures = []

@@ -1,4 +1,4 @@
-"""Laws of the algebra of operators."""
+"""Laws of the algebra of operators, which is the same whatever engine derived its parts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from laws import (
     law,
     matrix,
     norm,
+    once,
     tree_map,
 )
 
@@ -32,7 +33,7 @@ def scaling(space: al.Space, seed: int = 5) -> tuple[al.LinearOperator, torch.Te
     return al.diagonal(d), matrix(lambda x: tree_map(torch.mul, d, x), space.zeros())
 
 
-@law(in_widest_dtype)
+@law(in_widest_dtype, once)
 def adjoint_of_a_product(case: Case) -> None:
     A = case.A
     B, b = scaling(A.domain)
@@ -42,7 +43,7 @@ def adjoint_of_a_product(case: Case) -> None:
     assert_acts_as((A @ B).H, b.T @ a.T, draw(A.codomain), eps(A.domain), scale)
 
 
-@law(in_widest_dtype)
+@law(in_widest_dtype, once)
 def adjoint_of_a_sum_and_difference(case: Case) -> None:
     A = case.A
     B, b = scaling(A.domain)
@@ -52,7 +53,7 @@ def adjoint_of_a_sum_and_difference(case: Case) -> None:
     assert_acts_as((A - A @ B).H, (a - a @ b).T, draw(A.codomain), eps(A.domain), scale)
 
 
-@law(in_widest_dtype)
+@law(in_widest_dtype, once)
 def adjoint_of_a_multiple(case: Case) -> None:
     A = case.A
     y = draw(A.codomain)
@@ -63,7 +64,7 @@ def adjoint_of_a_multiple(case: Case) -> None:
         assert_close(multiple.H(y), expected, eps(A.domain), scale)
 
 
-@law(in_widest_dtype, has_complex_values)
+@law(in_widest_dtype, once, has_complex_values)
 def adjoint_of_a_complex_multiple(case: Case) -> None:
     A = case.A
     y = draw(A.codomain)
@@ -73,7 +74,7 @@ def adjoint_of_a_complex_multiple(case: Case) -> None:
     assert_close(((2 - 3j) * A).H(y), expected, eps(A.domain), scale)
 
 
-@law(in_widest_dtype)
+@law(in_widest_dtype, once)
 def negative(case: Case) -> None:
     A = case.A
     y = draw(A.codomain)
@@ -81,7 +82,7 @@ def negative(case: Case) -> None:
     assert_close((-A).H(y), tree_map(torch.neg, A.H(y)), 0 if in_order else eps(A.domain, A.codomain))
 
 
-@law(in_widest_dtype)
+@law(in_widest_dtype, once)
 def vertical_stack(case: Case) -> None:
     A = case.A
     a = case.dense
@@ -91,7 +92,7 @@ def vertical_stack(case: Case) -> None:
     assert_acts_as(stack.H, dense.T, draw(stack.codomain), eps(A.domain))
 
 
-@law(in_widest_dtype)
+@law(in_widest_dtype, once)
 def horizontal_stack(case: Case) -> None:
     A = case.A
     a = case.dense
@@ -101,7 +102,7 @@ def horizontal_stack(case: Case) -> None:
     assert_acts_as(stack.H, dense.T, draw(A.codomain), eps(A.domain))
 
 
-@law(in_widest_dtype)
+@law(in_widest_dtype, once)
 def block_diagonal(case: Case) -> None:
     A = case.A
     a = case.dense
@@ -111,14 +112,14 @@ def block_diagonal(case: Case) -> None:
     assert_acts_as(blocks.H, dense.T, draw(blocks.codomain), eps(A.domain))
 
 
-@law(in_widest_dtype)
+@law(in_widest_dtype, once)
 def gram_is_the_adjoint_after_the_operator(case: Case) -> None:
     A = case.A
     a = case.dense
     assert_acts_as(A.gram, a.T @ a, draw(A.domain), eps(A.domain), frobenius(a) ** 2)
 
 
-@law(in_widest_dtype)
+@law(in_widest_dtype, once)
 def gram_is_self_adjoint(case: Case) -> None:
     A = case.A
     x, z = draw(A.domain, 1), draw(A.domain, 2)
@@ -128,7 +129,7 @@ def gram_is_self_adjoint(case: Case) -> None:
     assert_close(A.gram.H(x), A.gram(x), eps(A.domain), frobenius(case.dense) ** 2 * norm(x))
 
 
-@law(in_widest_dtype)
+@law(in_widest_dtype, once)
 def gram_is_positive(case: Case) -> None:
     A = case.A
     x = draw(A.domain)

@@ -22,7 +22,7 @@ def single(A: al.LinearOperator) -> bool:
     return len(leaves(A.domain.zeros())) == len(leaves(A.codomain.zeros())) == 1
 
 
-@law(in_widest_dtype)
+@law(in_widest_dtype, once)
 def real_matrix(case: Case) -> None:
     A = case.A
     dense = al.to_dense(A, real=True)
@@ -35,7 +35,7 @@ def real_matrix(case: Case) -> None:
         assert abs(gap) <= 16 * max(A.domain.eps, A.codomain.eps) * float(torch.linalg.matrix_norm(reference))
 
 
-@law(in_widest_dtype)
+@law(in_widest_dtype, once)
 def real_matrix_of_the_adjoint_is_the_transpose(case: Case) -> None:
     A = case.A
     dense = al.to_dense(A, real=True)

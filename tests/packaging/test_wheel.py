@@ -59,7 +59,7 @@ def empty_python(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("empty") / "venv"
     venv.create(folder, with_pip=True)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    pip = (python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check")
     run(*pip, "torch==2.13.0")
     run(*pip, "-c", ROOT / ".ci" / "constraints.txt", wheel)
     yield python

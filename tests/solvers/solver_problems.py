@@ -25,13 +25,18 @@ every_solver = pytest.mark.parametrize("solve", LEAST_SQUARES.values(), ids=LEAS
 
 def dense(m: int, n: int, dtype: torch.dtype = torch.float64) -> tuple[al.LinearOperator, Tensor]:
     matrix = torch.randn(m, n, dtype=dtype)
-    return al.linear_operator(lambda x: matrix @ x, torch.zeros(n, dtype=dtype)), matrix
+    return of_matrix(matrix), matrix
+
+
+def of_matrix(matrix: Tensor) -> al.LinearOperator:
+    """Return the operator of a matrix; eager, since solvers only call it."""
+    return al.linear_operator(lambda x: matrix @ x, matrix.new_zeros(matrix.shape[1]), engine="eager")
 
 
 def positive(n: int, dtype: torch.dtype = torch.float64) -> tuple[al.LinearOperator, Tensor]:
     root = torch.randn(n, n, dtype=dtype)
     matrix = root @ root.mH / n + torch.eye(n)
-    return al.linear_operator(lambda x: matrix @ x, torch.zeros(n, dtype=dtype)), matrix
+    return of_matrix(matrix), matrix
 
 
 def close(found: Tensor, expected: Tensor, matrix: Tensor, tol: float = 1e-12, power: int = 2) -> bool:

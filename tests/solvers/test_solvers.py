@@ -152,7 +152,9 @@ def batch(n: int = 6) -> tuple[al.LinearOperator, Tensor]:
     """Return an operator of four problems of very different condition."""
     matrices = torch.stack([torch.eye(n) + s * torch.randn(n, n) for s in (0, 1e-3, 0.1, 0.4)]).double()
     domain = torch.zeros(4, n, dtype=torch.float64)
-    return al.linear_operator(lambda x: (matrices @ x[..., None])[..., 0], domain, batch_dims=1), matrices
+    return al.linear_operator(
+        lambda x: (matrices @ x[..., None])[..., 0], domain, batch_dims=1, engine="eager"
+    ), matrices
 
 
 @every_solver

@@ -450,12 +450,14 @@ HARD = {
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 class TestWhatAutogradCanDo:
     @pytest.mark.parametrize("case", HARD)
+    @pytest.mark.slow
     def test_has_an_adjoint_and_a_reason(self, case):
         f, domain = HARD[case]
         operator = al.linear_operator(f, domain)
         assert operator.engine == "traced" or "reason: " in operator.explain()
         assert al.check_adjoint(operator).passed
 
+    @pytest.mark.slow
     def test_a_hessian_by_two_gradients(self):
         w = torch.randn(3, dtype=DOUBLE)
 
@@ -518,6 +520,7 @@ class TestLeavesAndObjects:
     @ENGINES
     @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("scale", [1e2, 1e4, 1e6, 1e7])
+    @pytest.mark.slow
     def test_a_large_leaf_hides_no_small_one(self, scale, dtype, engine):
         domain = al.TensorSpec((50,), dtype)
         with pytest.raises(NotLinearError, match="is not"):
@@ -577,6 +580,7 @@ class TestFoundByFuzzing:
             torch.testing.assert_close(side(rows[1]), side(rows[1].clone()), rtol=0, atol=0)
         assert al.check_adjoint(operator).passed
 
+    @pytest.mark.slow
     def test_a_few_random_numbers_are_not_the_same_by_chance(self, engine):
         for seed in range(40):
             torch.manual_seed(seed)

@@ -79,9 +79,14 @@ def mistakes(dims: int, variant: str) -> Iterator[tuple[str, Adjoint]]:
         yield "output_padding", adjoint(w, False)
 
 
+# What has options combined stands for each of them, but in two dimensions.
+COMBINED = ("plain", "groups and stride", "stride and dilation", "channels and stride")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("dims", "variant"), [(2, name) for name in VARIANTS] + [(n, name) for n in (1, 3) for name in COMBINED]
+)
 def test_mistakes_of_convolutions_are_named(dims: int, variant: str) -> None:
     A, _, _ = make(dims, variant)
     for said, wrong in mistakes(dims, variant):

@@ -340,6 +340,7 @@ for family in (tensors, mri, matrices, transforms, convolutions):
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.slow
 def test_each_kind_is_named(name: str) -> None:
     forward, x, right, wrong, said = KINDS[name]
     A = al.linear_operator(forward, x)

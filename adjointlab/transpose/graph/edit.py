@@ -10,15 +10,27 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.graph.ops import arguments
 
 
 def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Add a call to a graph, with the fake value that it returns."""
-    node = graph.call_function(target, args, kwargs)
     values, options = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
     with next(v for v in tree_leaves(values) if isinstance(v, Tensor)).fake_mode:  # type: ignore[attr-defined]
-        node.meta["val"] = target(*values, **options)
+        value = target(*values, **options)
+    return known(graph.call_function(target, args, kwargs), value)
+
+
+def known(node: fx.Node, value: Any) -> fx.Node:
+    """Return a new node, of which the fake value is known."""
+    node.meta["val"] = value
     return node
+
+
+def zeros(graph: fx.Graph, like: Tensor) -> fx.Node:
+    """Add zeros of the shape, dtype and device of a value."""
+    options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+    return known(graph.call_function(torch.ops.aten.zeros.default, (list(like.shape),), options), like)
 
 
 def part(graph: Graph, outputs: Sequence[fx.Node | None]) -> Graph:
@@ -28,9 +40,9 @@ def part(graph: Graph, outputs: Sequence[fx.Node | None]) -> Graph:
     copied.output(tuple(None if node is None else copies[node] for node in outputs))
     clean(copied)
     for node in copied.nodes:  # ops that compute several gradients, and are told which
-        names = [argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())]
-        if "output_mask" in names:
-            position, used = names.index("output_mask"), {user.args[1] for user in node.users}
+        given = arguments(node)
+        if "output_mask" in given:
+            position, used = list(given).index("output_mask"), {user.args[1] for user in node.users}
             node.update_arg(position, [i in used and wanted for i, wanted in enumerate(node.args[position])])
     return Graph(copied, graph.state, graph.specialized)
 
@@ -40,13 +52,16 @@ def copied(graph: Graph) -> Graph:
     return part(graph, graph.outputs)
 
 
-def zeros(graph: fx.Graph, like: Tensor) -> fx.Node:
-    """Add zeros of the shape, dtype and device of a value."""
-    node = graph.call_function(
-        torch.ops.aten.zeros.default, (list(like.shape),), {"dtype": like.dtype, "device": like.device}
-    )
-    node.meta["val"] = like
-    return node
+def rewritten(graph: Graph, rule: Callable[[fx.Graph, fx.Node], fx.Node | None]) -> Graph:
+    """Return a graph that has what a rule adds in place of each node for which it does not return None."""
+    graph = copied(graph)
+    for node in list(graph.body.nodes):
+        with graph.body.inserting_before(node):
+            value = rule(graph.body, node)
+        if value is not None:
+            node.replace_all_uses_with(value)
+    clean(graph.body)
+    return graph
 
 
 def reached(roots: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
@@ -58,6 +73,11 @@ def reached(roots: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx
             found.add(node)
             pending.extend(following(node))
     return found
+
+
+def dependents(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that depend on some, these included."""
+    return reached(nodes, lambda node: node.users)
 
 
 def clean(graph: fx.Graph) -> None:

@@ -37,7 +37,7 @@ class Graph:
     @property
     def outputs(self) -> list[fx.Node]:
         """Return the output values, as nodes; None for what is not computed."""
-        return list(next(iter(reversed(self.body.nodes))).args[0])
+        return list(self.body.output_node().args[0])  # type: ignore[arg-type]
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
 aten = torch.ops.aten
 
@@ -13,6 +14,12 @@ def op_name(target: Any) -> str:
     """Return the short name of an op, such as ``convolution_backward``."""
     packet = getattr(target, "overloadpacket", None)
     return str(packet).removeprefix("aten.") if packet is not None else getattr(target, "__name__", str(target))
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a call by name, in the order of the op's schema; none for what is no op."""
+    names = [argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())]
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def is_mutable(target: Any) -> bool:

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 VECTOR = 16  # channels that the CPU's direct kernels compute at once
-_ONEDNN = torch.backends.mkldnn.is_available()
 Ints = tuple[int, ...]
-Run = Callable[
-    [Tensor, Tensor, Tensor | None], Tensor
-]  # of the input, of what is prepacked from the weight, and the bias
+Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of the input, what is prepacked from the weight, and the bias
 
 
 class ConvSpec(NamedTuple):
@@ -54,18 +51,16 @@ class ConvSpec(NamedTuple):
         return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
 
     @property
-    def suits_onednn(self) -> bool:
-        """Whether oneDNN's kernels can be called by name."""
-        return self.dtype == torch.float32 and self.device.type == "cpu" and _ONEDNN
+    def sides(self) -> tuple[Ints, Ints]:
+        """Sizes of the image that the kernel moves over, and of the one whose entries are a stride apart in it."""
+        sizes = self.input_shape[1:], self.output_shape[1:]
+        return sizes[::-1] if self.transposed else sizes
 
     @property
     def macs(self) -> int:
         """Number of multiplications of the direct sum."""
-        spatial = self.input_shape[1:] if self.transposed else self.output_shape[1:]
-        return (
-            self.batch * self.input_shape[0] * self.output_shape[0] // self.groups
-            * math.prod(spatial) * math.prod(self.kernel)
-        )  # fmt: skip
+        channels = self.input_shape[0] * self.output_shape[0] // self.groups
+        return self.batch * channels * math.prod(self.sides[1]) * math.prod(self.kernel)
 
 
 def sized(spec: ConvSpec) -> ConvSpec:
@@ -73,27 +68,21 @@ def sized(spec: ConvSpec) -> ConvSpec:
 
     And with the padding of its plain convolution, and the number of its phases.
     """
-    sizes = []
-    for i, (n, out, p, s) in enumerate(
-        zip(spec.input_shape[1:], spec.output_shape[1:], spec.padding, spec.stride, strict=True)
-    ):
-        if spec.transposed:  # the first p entries of the full result wrap around behind the wanted ones
-            need = max(out + p, (n - 1) * s + 1, spec.extent[i])
-        else:  # indices −p … n + p − 1 are read: those below zero wrap around to where the input is zero
-            need = max(n + p, (out - 1) * s + 1, spec.extent[i])
-        sizes.append(fast_length(need))
+    # The image has p more entries at its beginning, which wrap around to behind its end.
+    needs = [
+        max(n + p, (m - 1) * s + 1, e)
+        for n, m, p, s, e in zip(*spec.sides, spec.padding, spec.stride, spec.extent, strict=True)
+    ]
     around = spec.padding
     if spec.transposed:
         around = tuple(e - 1 - p for e, p in zip(spec.extent, spec.padding, strict=True))
-    spec = spec._replace(fft_size=tuple(sizes), around=around)
+    spec = spec._replace(fft_size=tuple(map(fast_length, needs)), around=around)
     return spec._replace(phases=_phases(spec))
 
 
 def _phases(spec: ConvSpec) -> Ints:
-    """Return how many neighbouring outputs along each dimension are channels: as many as fill a vector, at least cost.
-
-    The outputs between inputs of a transposed convolution with a stride always are.
-    """
+    """Return how many neighbouring outputs along each dimension are channels: they fill a vector, at least cost."""
+    # The outputs between inputs of a transposed convolution with a stride always are.
     least = spec.stride if spec.transposed else (1,) * len(spec.stride)
     options = [
         [s << i for i in range(VECTOR.bit_length()) if i == 0 or 2 * (s << i) <= n]
@@ -130,10 +119,7 @@ def window(spec: ConvSpec) -> list[int]:
 
 def fast_length(n: int) -> int:
     """Return the smallest even length of at least n that suits a transform of real numbers."""
-    n += n % 2
-    while not smooth(n):
-        n += 2
-    return n
+    return next(length for length in itertools.count(n + n % 2, 2) if smooth(length))
 
 
 def smooth(n: int) -> bool:
@@ -142,11 +128,6 @@ def smooth(n: int) -> bool:
         while n % prime == 0:
             n //= prime
     return n == 1
-
-
-def flipped_spec(spec: ConvSpec) -> ConvSpec:
-    """Return the plain convolution that a transposed one of stride 1 is with the flipped kernel."""
-    return sized(spec._replace(padding=spec.around, transposed=False))
 
 
 def spectra_meet(first: ConvSpec, second: ConvSpec) -> bool:

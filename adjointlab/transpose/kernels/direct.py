@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adjointlab.transpose.kernels.convolution import ConvSpec, Run, flipped_spec
+from adjointlab.transpose.kernels.convolution import ConvSpec, Run, sized
 
 
 def native(spec: ConvSpec) -> Run:
@@ -18,15 +18,17 @@ def native(spec: ConvSpec) -> Run:
     return run
 
 
+def by_groups(weight: Tensor, spec: ConvSpec) -> Tensor:
+    """Return a weight in the shape ``(groups, C_out / groups, C_in / groups, *kernel)``."""
+    weight = weight.reshape(spec.groups, weight.shape[0] // spec.groups, weight.shape[1], *spec.kernel)
+    return weight.transpose(1, 2) if spec.transposed else weight
+
+
 def flip(weight: Tensor, spec: ConvSpec) -> Tensor:
-    """Return the kernel whose plain convolution is the transposed one: reversed, channels swapped within groups."""
-    c_in, per_group = weight.shape[:2]
-    if c_in * per_group > 1:
-        weight = weight.reshape(spec.groups, c_in // spec.groups, per_group, *spec.kernel).transpose(1, 2)
-        weight = weight.reshape(spec.groups * per_group, c_in // spec.groups, *spec.kernel)
-    return weight.flip(spec.dims).contiguous()
+    """Return the kernel whose plain convolution is the one of the spec, a transposed one of stride 1, say."""
+    return by_groups(weight, spec).flatten(0, 1).flip(spec.dims).contiguous() if spec.transposed else weight
 
 
 def flipped(spec: ConvSpec) -> Run:
     """Return a transposed convolution of stride 1 as a plain one with the flipped kernel."""
-    return native(flipped_spec(spec))
+    return native(sized(spec._replace(padding=spec.around, transposed=False)))

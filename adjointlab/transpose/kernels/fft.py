@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adjointlab.transpose.kernels.convolution import ConvSpec, Run
+from adjointlab.transpose.kernels.direct import by_groups
 
 
 def spectrum(weight: Tensor, spec: ConvSpec) -> Tensor:
@@ -17,19 +18,13 @@ def spectrum(weight: Tensor, spec: ConvSpec) -> Tensor:
 
     Where each channel has a kernel of its own, it is of shape ``(C, *frequencies)``.
     """
-    g = spec.groups
-    if spec.transposed:
-        weight = weight.reshape(g, weight.shape[0] // g, weight.shape[1], *spec.kernel).transpose(1, 2)
-    else:
-        weight = weight.reshape(g, weight.shape[0] // g, weight.shape[1], *spec.kernel)
-    size = spec.fft_size
+    weight, size = by_groups(weight, spec), spec.fft_size
     placed = weight.new_zeros(*weight.shape[:3], *size)
     where: Any = (..., *[slice(0, e, d) for e, d in zip(spec.extent, spec.dilation, strict=True)])
     placed[where] = weight
     axes = tuple(range(3, 3 + len(size)))
     # Moved by the padding, so that the first wanted output is the first entry of the result.
-    placed = placed.roll([-p for p in spec.padding], axes)
-    transform = torch.fft.rfftn(placed, dim=axes)
+    transform = torch.fft.rfftn(placed.roll([-p for p in spec.padding], axes), dim=axes)
     result: Tensor = transform if spec.transposed else transform.conj().resolve_conj()
     return result[:, 0, 0] if result.shape[1] == result.shape[2] == 1 else result
 
@@ -59,13 +54,12 @@ def gradient(specs: tuple[ConvSpec, ConvSpec]) -> Callable[[Tensor, Tensor, Tens
 
 def _analysis(x: Tensor, spec: ConvSpec) -> Tensor:
     """Return the transform of what a spec reads."""
+    spread = x
     if spec.transposed and any(s > 1 for s in spec.stride):
         spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], spec.stride, strict=True)))
         where: Any = (..., *[slice(None, None, s) for s in spec.stride])
         spread[where] = x
-        x = spread
-    found: Tensor = torch.fft.rfftn(x, s=spec.fft_size, dim=spec.dims)
-    return found
+    return torch.fft.rfftn(spread, s=spec.fft_size, dim=spec.dims)  # type: ignore[no-any-return]
 
 
 def _product(source: Tensor, transform: Tensor) -> Tensor:
@@ -89,18 +83,15 @@ def _synthesis(product: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
     else:
         y = torch.fft.irfftn(product, s=spec.fft_size, dim=dims)
     steps = [1] * len(dims) if spec.transposed else spec.stride
-    wanted = [slice(0, (n - 1) * s + 1, s) for n, s in zip(spec.output_shape[1:], steps, strict=True)]
-    inside: Any = (..., *wanted)
-    y = y[inside]
+    wanted: Any = (..., *[slice(0, (n - 1) * s + 1, s) for n, s in zip(spec.output_shape[1:], steps, strict=True)])
+    y = y[wanted]
     return y.contiguous() if bias is None else y + bias.reshape(-1, *[1] * len(dims))
 
 
 def _spread(rows: Tensor) -> Tensor:
-    """Return rows whose entries do not lie a power of two apart in the CPU's memory.
-
-    The first transforms leave the last dimension as the slowest. Where its entries are kilobytes apart, all of a row
-    compete for the same few lines of the cache, and the last transform takes twice as long: far more than a copy.
-    """
+    """Return rows whose entries do not lie a power of two apart in the CPU's memory."""
+    # The first transforms leave the last dimension as the slowest. Where its entries are kilobytes apart, all of a row
+    # compete for the same few lines of the cache, and the last transform takes twice as long: far more than a copy.
     *inner, last = rows.shape[2:]
     step = math.prod(inner)
     if rows.stride(-1) != step or step * rows.element_size() % 1024:

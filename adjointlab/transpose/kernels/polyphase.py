@@ -18,34 +18,28 @@ aten = torch.ops.aten
 
 def phase_kernels(weight: Tensor, spec: ConvSpec) -> Tensor:
     """Return the kernels of all phases: for each of neighbouring outputs, its taps where it reads the common window."""
-    kernel = flip(weight, spec) if spec.transposed else weight
-    places = [_places(i, spec) for i in range(len(spec.kernel))]
-    spread = kernel.new_zeros(kernel.shape[0], math.prod(spec.phases), kernel.shape[1], *window(spec))
-    for phase, along in enumerate(itertools.product(*places)):
-        taps, taken = zip(*along, strict=True)
-        spread[(slice(None), phase, slice(None), *taken)] = kernel[(slice(None), slice(None), *taps)]
-    spread = spread.flatten(0, 1)
-    if len(spec.kernel) == 1:
+    dims, sizes = len(spec.kernel), window(spec)
+    spread = torch.constant_pad_nd(flip(weight, spec), [0, 1] * dims)  # a zero, for where a phase has no tap
+    for dim in range(dims):
+        spread = spread.index_select(2 + dim, torch.tensor(_taps(dim, spec), device=weight.device))
+    outputs, inputs = spread.shape[:2]
+    spread = spread.reshape(outputs, inputs, *itertools.chain(*zip(spec.phases, sizes, strict=True)))
+    spread = spread.permute(0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2))
+    spread = spread.clone(memory_format=torch.contiguous_format).reshape(-1, inputs, *sizes)
+    if dims == 1:
         spread = spread.unsqueeze(2)
-    return spread if len(spec.kernel) == 3 else channels_last(spread)  # for volumes, blocked channels are faster
+    return spread if dims == 3 else channels_last(spread)  # for volumes, blocked channels are faster
 
 
-def _places(dim: int, spec: ConvSpec) -> list[tuple[slice, slice]]:
-    """Return, for each phase along a dimension, which taps of the kernel it has and where they are in its window."""
+def _taps(dim: int, spec: ConvSpec) -> list[int]:
+    """Return which tap is at each place of the window of each phase along a dimension, the number of all for none."""
     count, k, s, p, d = (t[dim] for t in (spec.phases, spec.kernel, spec.stride, spec.around, spec.dilation))
     if count == 1:
-        return [(slice(0, k), slice(0, k))]
+        return list(range(k))
     up, down = (1, s) if spec.transposed else (s, 1)  # the output at t reads inputs at (up t + d j − p) / down
-    found = []
-    for phase in range(count):
-        taps = [j for j in range(k) if (up * phase + d * j - p) % down == 0]
-        if not taps:
-            found.append((slice(0, 0), slice(0, 0)))
-            continue
-        first, last = ((up * phase + d * j - p) // down + p // down for j in (taps[0], taps[-1]))
-        step = down // math.gcd(d, down)
-        found.append((slice(taps[0], taps[-1] + 1, step), slice(first, last + 1, d * step // down)))
-    return found
+    reads = {(phase, up * phase + d * j - p): j for phase in range(count) for j in range(k)}
+    places = [down * (place - p // down) for place in range(window(spec)[dim])]
+    return [reads.get((phase, place), k) for phase in range(count) for place in places]
 
 
 def polyphase(spec: ConvSpec) -> Run:

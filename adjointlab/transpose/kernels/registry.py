@@ -18,6 +18,7 @@ from adjointlab.transpose.kernels.polyphase import phase_kernels, polyphase
 from adjointlab.transpose.kernels.tapped import tapped, taps
 
 Prepack = Callable[[Tensor, ConvSpec], Tensor]
+_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Kernel:
     def bind_prepack(self, spec: ConvSpec) -> Callable[[Tensor], Tensor]:
         """Return the function of the weight alone whose result the bound kernel reads."""
         prepack: Any = self.prepack
-        name = f"prepack_{self.name}"
-        return _carrying(lambda weight: prepack(weight, spec), self, spec, name)  # type: ignore[no-any-return]
+        run = _carrying(lambda weight: prepack(weight, spec), self, spec, f"prepack_{self.name}")
+        return run  # type: ignore[no-any-return]
 
 
 def _carrying(run: Any, kernel: Kernel, spec: ConvSpec, name: str) -> Any:
@@ -57,23 +58,20 @@ def bound(target: Any) -> tuple[Kernel, ConvSpec] | None:
     return (kernel, target.spec) if isinstance(kernel, Kernel) and not target.__name__.startswith("prepack") else None
 
 
-# Rates in multiplications or steps of a transform a second, on two cores of a current server and on an H200.
-_FFT_RATE = {"cpu": 8e9, "cuda": 9e11}
-_FFT_OVERHEAD = {"cpu": 2e-4, "cuda": 1.6e-4}
-_PRODUCT_RATE = {"cpu": 6e8, "cuda": 1e11}
+# Costs: rates in multiplications or steps of a transform a second, on two cores of a current server and on an H200.
 _OVERHEAD = 2e-5
 
 
-def _kind(spec: ConvSpec) -> str:
-    return "cpu" if spec.device.type == "cpu" else "cuda"
+def _on_cpu(spec: ConvSpec) -> bool:
+    return spec.device.type == "cpu"
 
 
 def _direct_cost(spec: ConvSpec) -> float:
     """Direct kernels live on channels to vectorise over, transposed ones more so."""
     c_in, c_out = spec.input_shape[0] // spec.groups, spec.output_shape[0] // spec.groups
-    if _kind(spec) != "cpu":
-        return _OVERHEAD + spec.macs / min(1e13, (1e11 if spec.transposed else 3e11) * c_in * c_out)
-    if len(spec.kernel) == 3:
+    if not _on_cpu(spec):
+        rate = min(1e13, (1e11 if spec.transposed else 3e11) * c_in * c_out)
+    elif len(spec.kernel) == 3:
         reads, writes = (c_out, c_in) if spec.transposed else (c_in, c_out)
         rate = 3e9 if writes >= 4 else 4e8 if reads >= 4 or spec.transposed else 1e9
     else:
@@ -85,23 +83,23 @@ def _fft_cost(spec: ConvSpec) -> float:
     c_in, c_out, size = spec.input_shape[0], spec.output_shape[0], math.prod(spec.fft_size)
     steps = (c_in + c_out) * spec.batch * size * math.log2(max(2, size))
     products = c_in * c_out // spec.groups * spec.batch * size / 2
-    kind = _kind(spec)
-    return _FFT_OVERHEAD[kind] + steps / _FFT_RATE[kind] + products / _PRODUCT_RATE[kind]
+    overhead, step_rate, product_rate = (2e-4, 8e9, 6e8) if _on_cpu(spec) else (1.6e-4, 9e11, 1e11)
+    return overhead + steps / step_rate + products / product_rate
 
 
 def _tapped_cost(spec: ConvSpec) -> float:
     size = spec.batch * math.prod(spec.output_shape) * spec.dtype.itemsize / 4
-    rate = 1e11 if _kind(spec) != "cpu" else 1.6e10 if size < 1 << 21 else 5e9  # in the caches, or past them
+    rate = 1e11 if not _on_cpu(spec) else 1.6e10 if size < 1 << 21 else 5e9  # in the caches, or past them
     return math.prod(spec.kernel) * (1e-5 + size / rate)
+
+
+def _reaches(spec: ConvSpec) -> bool:
+    return all(e - 1 >= p for e, p in zip(spec.extent, spec.padding, strict=True))
 
 
 def _is_plain(spec: ConvSpec) -> bool:
     """Return whether a convolution is a plain one, if need be with the flipped kernel."""
     return not spec.transposed or (_reaches(spec) and set(spec.stride) == {1} and not any(spec.output_padding))
-
-
-def _reaches(spec: ConvSpec) -> bool:
-    return all(e - 1 >= p for e, p in zip(spec.extent, spec.padding, strict=True))
 
 
 def _is_wide(spec: ConvSpec) -> bool:
@@ -115,7 +113,8 @@ def _supports_tapped(spec: ConvSpec) -> bool:
 def _supports_polyphase(spec: ConvSpec) -> bool:
     # oneDNN computes garbage where results are one column wide.
     vectors = (math.prod(spec.phases) > 1 or len(spec.kernel) == 3) and spec.output_shape[-1] > spec.phases[-1]
-    return (_reaches(spec) or not spec.transposed) and spec.groups == 1 and vectors and spec.suits_onednn
+    suits_onednn = _ONEDNN and _on_cpu(spec) and spec.dtype == torch.float32
+    return (_reaches(spec) or not spec.transposed) and spec.groups == 1 and vectors and suits_onednn
 
 
 def _supports_fft(spec: ConvSpec) -> bool:
@@ -127,16 +126,13 @@ def _supports_fft(spec: ConvSpec) -> bool:
 
 NATIVE = Kernel("native", native, None, lambda _: True, _direct_cost)
 FFT = Kernel("fft", fft, spectrum, _supports_fft, _fft_cost, kept_everywhere=True)
-KERNELS = (
-    NATIVE,
-    Kernel(
-        "flipped", flipped, flip, lambda spec: spec.transposed and _is_plain(spec),
-        lambda spec: _direct_cost(spec._replace(transposed=False)),
-    ),
-    Kernel("tapped", tapped, taps, _supports_tapped, _tapped_cost),
-    Kernel("polyphase", polyphase, phase_kernels, _supports_polyphase, lambda spec: 6e-5 + phases_cost(spec)),
-    FFT,
+FLIPPED = Kernel(
+    "flipped", flipped, flip, lambda spec: spec.transposed and _is_plain(spec),
+    lambda spec: _direct_cost(spec._replace(transposed=False)),
 )  # fmt: skip
+TAPPED = Kernel("tapped", tapped, taps, _supports_tapped, _tapped_cost)
+POLYPHASE = Kernel("polyphase", polyphase, phase_kernels, _supports_polyphase, lambda spec: 6e-5 + phases_cost(spec))
+KERNELS = (NATIVE, FLIPPED, TAPPED, POLYPHASE, FFT)
 
 
 @functools.cache

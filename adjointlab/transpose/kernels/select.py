@@ -72,18 +72,22 @@ def fastest(spec: ConvSpec, clock: Clock, factor: float = _MODEL) -> Kernel:
 
     Native is run on a part of the image where the whole takes long: its rate tells enough if it is far behind.
     """
-    others = [kernel for kernel in available(spec) if kernel is not NATIVE]
+    _, *others = available(spec)
     least = min(kernel.cost(spec) for kernel in others)
-    estimate = _seconds_of_native(spec, clock)
-    if estimate is not None and estimate < least / factor:
-        return NATIVE
-    data = _random(spec)
-    near = [kernel for kernel in others if kernel.cost(spec) <= factor * least]
-    times = {kernel: _median([_runner(kernel, spec, data)], spec.device, clock)[0] for kernel in near}
+    # On an accelerator, each size of the image would need a plan of its own.
+    is_long = spec.macs >= 4 * _PROBE and spec.device.type == "cpu"
+    estimate = 0.0
+    if is_long:
+        part = _part(spec, _PROBE / spec.macs)
+        estimate = _timed(part, clock)(NATIVE)[0] * spec.macs / part.macs
+        if estimate < least / factor:
+            return NATIVE
+    seconds = _timed(spec, clock)
+    times = {kernel: seconds(kernel)[0] for kernel in others if kernel.cost(spec) <= factor * least}
     best = min(times, key=times.__getitem__)
-    if estimate is not None and estimate > max(_BUDGET, 4 * times[best]):
+    if estimate > max(_BUDGET, 4 * times[best]):
         return best
-    native, again = _median([_runner(kernel, spec, data) for kernel in (NATIVE, best)], spec.device, clock)
+    native, again = seconds(NATIVE, best)
     return best if again <= _GAIN * native else NATIVE
 
 
@@ -96,13 +100,19 @@ def faster(native: Callable[[], object], other: Callable[[], object], device: to
     return second <= _GAIN * first
 
 
+def _timed(spec: ConvSpec, clock: Clock) -> Callable[..., list[float]]:
+    """Return a function to the median seconds that kernels take on random data."""
+    data = _random(spec)
+    return lambda *kernels: _median([_runner(kernel, spec, data) for kernel in kernels], spec.device, clock)
+
+
 def _median(ways: list[Callable[[], object]], device: torch.device, clock: Clock) -> list[float]:
     """Return the median seconds of several ways, run in turns: what slows the machine for a while slows all of them."""
-    seen: list[list[float]] = [[] for _ in ways]
     for way in ways:
         way()  # pays for code, plans and memory
+    seen: list[list[float]] = [[] for _ in ways]
     disturbed = 0
-    while min(map(len, seen)) < _RUNS and (min(map(len, seen)) < 2 or sum(map(sum, seen)) < len(ways) * _BUDGET):
+    while (least := min(map(len, seen))) < _RUNS and (least < 2 or sum(map(sum, seen)) < len(ways) * _BUDGET):
         for way, taken in zip(ways, seen, strict=True):
             seconds = clock(way, device)
             if seconds is None:
@@ -116,39 +126,26 @@ def _median(ways: list[Callable[[], object]], device: torch.device, clock: Clock
     return [statistics.median(taken) for taken in seen]
 
 
-def _seconds_of_native(spec: ConvSpec, clock: Clock) -> float | None:
-    """Return the seconds expected of native, from its rate on a part of the image; None where the whole is as quick.
-
-    On an accelerator, each size of the image would need a plan of its own.
-    """
-    if spec.macs < 4 * _PROBE or spec.device.type != "cpu":
-        return None
-    part = _part(spec, _PROBE / spec.macs)
-    return _median([_runner(NATIVE, part, _random(part))], part.device, clock)[0] * spec.macs / part.macs
-
-
 def _part(spec: ConvSpec, share: float) -> ConvSpec:
     """Return the spec on a part of the batch and image, as close to ``share`` of the work as sizes allow."""
     batch = max(1, int(spec.batch * share))
     scale = (share * spec.batch / batch) ** (1 / len(spec.kernel))
-    source, target = [], []
+    source, target = [spec.input_shape[0]], [spec.output_shape[0]]
     for n, e, s, p, o in zip(
         spec.input_shape[1:], spec.extent, spec.stride, spec.padding, spec.output_padding, strict=True
     ):
         size = min(n, max(int(n * scale), e, 8 + 2 * p))  # some outputs are left, whatever the padding takes off
         source.append(size)
         target.append((size - 1) * s + e - 2 * p + o if spec.transposed else (size + 2 * p - e) // s + 1)
-    return spec._replace(
-        batch=batch, input_shape=(spec.input_shape[0], *source), output_shape=(spec.output_shape[0], *target)
-    )
+    return spec._replace(batch=batch, input_shape=tuple(source), output_shape=tuple(target))
 
 
 def _random(spec: ConvSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a random input and weight."""
     generator = torch.Generator().manual_seed(0)
     c_in, c_out = spec.input_shape[0], spec.output_shape[0]
-    first, second = (c_in, c_out // spec.groups) if spec.transposed else (c_out, c_in // spec.groups)
-    shapes = (spec.batch, *spec.input_shape), (first, second, *spec.kernel)
+    channels = (c_in, c_out // spec.groups) if spec.transposed else (c_out, c_in // spec.groups)
+    shapes = (spec.batch, *spec.input_shape), (*channels, *spec.kernel)
     try:
         x, weight = (torch.randn(shape, generator=generator, dtype=spec.dtype, device="cpu") for shape in shapes)
     except RuntimeError as error:  # an operator may be larger than memory
@@ -160,13 +157,12 @@ def _runner(kernel: Kernel, spec: ConvSpec, data: tuple[torch.Tensor, torch.Tens
     """Return a function that runs a kernel on data, with the weight prepacked where a program keeps that."""
     x, weight = data
     run = kernel.bind(spec)
-    if kernel.prepack is None:
-        return lambda: run(x, weight, None)
-    prepack = kernel.bind_prepack(spec)
-    if spec.device.type != "cpu" and not kernel.kept_everywhere:
-        return lambda: run(x, prepack(weight), None)
-    ready = prepack(weight)
-    return lambda: run(x, ready, None)
+    if kernel.prepack is not None:
+        prepack = kernel.bind_prepack(spec)
+        if spec.device.type != "cpu" and not kernel.kept_everywhere:
+            return lambda: run(x, prepack(weight), None)
+        weight = prepack(weight)
+    return lambda: run(x, weight, None)
 
 
 def undisturbed(way: Callable[[], object], device: torch.device) -> float | None:
@@ -175,15 +171,19 @@ def undisturbed(way: Callable[[], object], device: torch.device) -> float | None
     A kernel that all threads work at waits for the last of them. Beside other work it then takes up to a hundred times
     as long as by itself, and is no worse for that.
     """
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    on_cpu = device.type == "cpu"
+
+    def finish() -> None:
+        if not on_cpu:
+            torch.accelerator.synchronize(device)
+
+    finish()
     taken_away = _switches()
     start = time.perf_counter()
     way()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    finish()
     seconds = time.perf_counter() - start
-    return seconds if _switches() == taken_away or device.type != "cpu" else None
+    return seconds if _switches() == taken_away or not on_cpu else None
 
 
 def _switches() -> int:

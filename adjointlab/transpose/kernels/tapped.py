@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 def taps(weight: Tensor, spec: ConvSpec) -> Tensor:
     """Return the weights of each tap of a depthwise plain convolution, of shape ``(taps, C, 1, …)``."""
-    kernel = flip(weight, spec) if spec.transposed else weight
+    kernel = flip(weight, spec)
     return kernel.reshape(kernel.shape[0], -1).T.reshape(-1, kernel.shape[0], *[1] * len(spec.kernel)).contiguous()
 
 
@@ -24,11 +24,9 @@ def tapped(spec: ConvSpec) -> Run:
     """Return a depthwise convolution as a sum of shifted images, one pass over memory for each tap."""
     border = [p for p in reversed(spec.around) for _ in range(2)]
     reach = [(n - 1) * s + 1 for n, s in zip(spec.output_shape[1:], spec.stride, strict=True)]
-    settings = list(zip(spec.dilation, reach, spec.stride, strict=True))
-    windows: list[Any] = [
-        (..., *[slice(i * d, i * d + r, s) for i, (d, r, s) in zip(tap, settings, strict=True)])
-        for tap in itertools.product(*map(range, spec.kernel))
-    ]
+    settings = zip(spec.kernel, spec.dilation, reach, spec.stride, strict=True)
+    along = [[slice(i * d, i * d + r, s) for i in range(k)] for k, d, r, s in settings]
+    windows: list[Any] = [(..., *window) for window in itertools.product(*along)]
 
     def run(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
         x = aten.constant_pad_nd.default(x, border)

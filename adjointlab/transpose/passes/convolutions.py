@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.graph.edit import call, clean, copied
+from adjointlab.transpose.graph.edit import call, clean, known, rewritten
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.kernels import fft
 from adjointlab.transpose.kernels.convolution import ConvSpec, sized, smooth, spectra_meet
@@ -25,19 +27,17 @@ def lower(graph: Graph, choose: Chooser, transform: Callable[[ConvSpec], bool] =
 
     ``transform`` says whether a gradient in a kernel is to be a product of transforms.
     """
-    lowered = copied(graph)
-    _separate(lowered.body)
-    _backward_as_transposed(lowered)
-    _gradients_in_kernels(lowered.body, transform)
+    lowered = rewritten(graph, functools.partial(_gradient, transform=transform))
     for node in list(lowered.body.nodes):
-        if _is_convolution(node):
-            spec = _spec(node)
+        if node.target is aten.convolution.default:
+            source, last, spec = node.args[0], node, _spec_of(node)
             kernel = choose(spec)
-            first, last = node, node
             if kernel is FFT:
-                first, last, spec = _cyclic(node, spec)
+                source, last, spec = _cyclic(node, spec)
             if kernel.name != "native":
-                _replace(lowered.body, node, (first.args[0], last), kernel, spec)
+                with lowered.body.inserting_before(node):
+                    found = _computed(lowered.body, kernel, spec, (source, *node.args[1:3]), last.meta["val"])
+                last.replace_all_uses_with(found)
     clean(lowered.body)
     return lowered
 
@@ -47,27 +47,22 @@ def joined(graph: Graph) -> Graph:
 
     A and B have no bias, and of ``Ax`` and the difference nothing else is used. That saves a transform of four.
     """
-    whole = copied(graph)
-    for node in list(whole.body.nodes):
+
+    def rule(nodes: fx.Graph, node: Any) -> fx.Node | None:
         second = _product(node)
-        if second is None:
-            continue
-        difference: Any = node.args[0]
-        if difference.target is not aten.sub.Tensor or difference.kwargs:  # which may be a factor
-            continue
+        if second is None or node.args[0].target is not aten.sub.Tensor or node.args[0].kwargs:  # which may be a factor
+            return None
+        difference, b = node.args[:2]
         inner, y = difference.args
         first = _product(inner)
         if first is None or not isinstance(y, fx.Node) or len(difference.users) != 1 or len(inner.users) != 1:
-            continue
+            return None
         if inner.meta["val"].shape != y.meta["val"].shape or not spectra_meet(first, second):
-            continue
-        with whole.body.inserting_before(node):
-            run = fft.gradient((first, second))
-            join = whole.body.call_function(run, (inner.args[0], y, inner.args[1], node.args[1]))
-        join.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(join)
-    clean(whole.body)
-    return whole
+            return None
+        run = fft.gradient((first, second))
+        return known(nodes.call_function(run, (inner.args[0], y, inner.args[1], b)), node.meta["val"])
+
+    return rewritten(graph, rule)
 
 
 def _product(node: Any) -> ConvSpec | None:
@@ -87,143 +82,105 @@ def multiplier(graph: Graph) -> fx.Node | None:
     return node.args[1] if alone and cyclic else None  # type: ignore[return-value]
 
 
-def _cyclic(node: fx.Node, spec: ConvSpec) -> tuple[fx.Node, fx.Node, ConvSpec]:
-    """Return the first and last node of what one product of transforms computes, and the spec of it all.
-
-    A convolution of a circularly padded image is cyclic: the transform does by itself what the padding did, on an image
-    of the size before. So is the transpose, whose result is folded back.
-    """
-    alone = spec.transposed and len(node.users) == 1 and node.args[2] is None
-    around = next(iter(node.users)) if alone else node.args[0]
-    shifts = None
-    if alone or not spec.transposed:
-        assert isinstance(around, fx.Node)
-        shifts = circular(around, inverse=spec.transposed)
+def _cyclic(node: fx.Node, spec: ConvSpec) -> tuple[Any, fx.Node, ConvSpec]:
+    """Return the source, last node and spec of a product of transforms, which does circular padding by itself."""
+    itself = node.args[0], node, spec
+    source, last, _ = itself
+    around: Any = source
+    if spec.transposed:  # whose result is folded back
+        around = next(iter(node.users)) if len(node.users) == 1 and node.args[2] is None else node
+    shifts = circular(around, inverse=spec.transposed)
     if shifts is None or any(shifts[:2]) or any(spec.padding):
-        return node, node, spec
-    first, last = (node, around) if spec.transposed else (around, node)
-    source, result = first.all_input_nodes[0].meta["val"], last.meta["val"]  # type: ignore[union-attr]
-    whole = spec._replace(
-        input_shape=tuple(source.shape[1:]), output_shape=tuple(result.shape[1:]), padding=shifts[2:],
-        fft_size=tuple((result if spec.transposed else source).shape[2:]),
-    )  # fmt: skip
-    strided = (source if spec.transposed else result).shape[2:]
-    fits = all(
-        smooth(n) and (m - 1) * s < n and e <= n
-        for n, m, s, e in zip(whole.fft_size, strided, spec.stride, spec.extent, strict=True)
-    )
-    return (first, last, whole) if fits else (node, node, spec)  # type: ignore[return-value]
+        return itself
+    if spec.transposed:
+        last = around
+    else:
+        (source,) = around.args[0]
+    shapes = [tuple(n.meta["val"].shape[1:]) for n in (source, last)]  # type: ignore[union-attr]
+    whole = spec._replace(input_shape=shapes[0], output_shape=shapes[1], padding=shifts[2:])
+    sizes = zip(*whole.sides, spec.stride, spec.extent, strict=True)
+    fits = all(smooth(n) and (m - 1) * s < n and e <= n for n, m, s, e in sizes)
+    return (source, last, whole._replace(fft_size=whole.sides[0])) if fits else itself
 
 
-def _backward_as_transposed(graph: Graph) -> None:
-    """Write each input gradient of a convolution as the transposed convolution that it is."""
-    nodes = graph.body
-    for node in list(nodes.nodes):
-        if node.target is not aten.convolution_backward.default or node.args[10] != [True, False, False]:
-            continue
-        v, x, weight, _, stride, padding, dilation, transposed, _, groups, _ = node.args
-        if x.meta["val"].dtype.is_complex:  # native complex kernels come apart into real ones: left as they are
-            continue
-        spatial, out = x.meta["val"].shape[2:], v.meta["val"].shape[2:]
-        kernel = weight.meta["val"].shape[2:]
-        stride, padding, dilation = (_full(value, len(kernel)) for value in (stride, padding, dilation))
-        settings = list(zip(spatial, out, stride, padding, dilation, kernel, strict=True))
-        rest = [0 if transposed else n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, s, p, d, k in settings]
-        if transposed and any(m - ((n - 1) * s - 2 * p + d * (k - 1) + 1) >= s for n, m, s, p, d, k in settings):
-            continue  # an output padding of a stride or more: the plain convolution would have more outputs
-        (item,) = node.users
-        with nodes.inserting_before(node):
-            call = nodes.call_function(
-                aten.convolution.default, (v, weight, None, stride, padding, dilation, not transposed, rest, groups)
-            )
-        call.meta["val"] = item.meta["val"]
-        item.replace_all_uses_with(call)
-    clean(nodes)
+def _gradient(nodes: fx.Graph, item: Any, *, transform: Callable[[ConvSpec], bool]) -> fx.Node | None:
+    """Return a gradient of a convolution as one itself, with a kernel that suits it, or have it computed alone."""
+    if item.target is not operator.getitem or item.args[0].target is not aten.convolution_backward.default:
+        return None
+    (node, index), found = item.args, None
+    if not item.meta["val"].dtype.is_complex:  # native complex kernels come apart into real ones: left as they are
+        if index == 0:
+            found = _gradient_in_input(nodes, node)
+        elif index == 1:
+            found = _gradient_in_kernel(nodes, node, transform)
+    mask = [each == index for each in range(3)]
+    if found is None and node.args[-1] != mask:
+        item.update_arg(0, call(nodes, node.target, *node.args[:-1], mask))
+    return found
 
 
-def _separate(nodes: fx.Graph) -> None:
-    """Have each gradient of a convolution computed by itself: only so does each get the kernel that suits it."""
-    for node in list(nodes.nodes):
-        if node.target is aten.convolution_backward.default and len(node.users) > 1:
-            for item in list(node.users):
-                mask = [index == item.args[1] for index in range(3)]
-                with nodes.inserting_before(item):
-                    alone = nodes.call_function(node.target, (*node.args[:-1], mask))
-                alone.meta["val"] = node.meta["val"]
-                item.update_arg(0, alone)
-            nodes.erase_node(node)
+def _gradient_in_input(nodes: fx.Graph, node: Any) -> fx.Node | None:
+    """Return the input gradient of a convolution as the transposed convolution that it is."""
+    v, x, weight, _, *settings, transposed, _, groups, _ = node.args
+    small, large, kernel = (n.meta["val"].shape[2:] for n in ((x, v, weight) if transposed else (v, x, weight)))
+    settings = [_each(value, len(kernel)) for value in settings]
+    rest = [
+        n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
+        for m, n, k, s, p, d in zip(small, large, kernel, *settings, strict=True)
+    ]
+    if transposed:
+        if any(r >= s for r, s in zip(rest, settings[0], strict=True)):
+            return None  # an output padding of a stride or more: the plain convolution would have more outputs
+        rest = [0] * len(rest)
+    return call(nodes, aten.convolution.default, v, weight, None, *settings, not transposed, rest, groups)
 
 
-def _gradients_in_kernels(nodes: fx.Graph, transform: Callable[[ConvSpec], bool]) -> None:
-    """Write gradients in a kernel as the convolutions that they are, of the input with the cotangent, where wanted.
-
-    Channels take the place of the batch, stride and dilation that of each other.
-    """
-    for node in list(nodes.nodes):
-        if node.target is not aten.convolution_backward.default or node.args[10] != [False, True, False]:
-            continue
-        v, x, weight, _, stride, padding, dilation, transposed, _, groups, _ = node.args
-        source, cotangent, kernel = (n.meta["val"].transpose(0, 1) for n in (x, v, weight))
-        if transposed or groups != 1 or source.dtype.is_complex:
-            continue
-        spec = _spec_of(source, kernel, cotangent.shape[2:], (dilation, padding, stride), False, [0], 1)
-        if not transform(spec):
-            continue
-        (item,) = node.users
-        with nodes.inserting_before(node):
-            swapped = call(nodes, aten.transpose.int, x, 0, 1), call(nodes, aten.transpose.int, v, 0, 1)
-            transformed = nodes.call_function(FFT.bind_prepack(spec), (swapped[1],))
-            product = nodes.call_function(FFT.bind(spec), (swapped[0], transformed, None))
-            transformed.meta["val"], product.meta["val"] = cotangent, kernel
-            found = call(nodes, aten.transpose.int, product, 0, 1)
-            found = call(nodes, aten.clone.default, found, memory_format=torch.contiguous_format)
-        item.replace_all_uses_with(found)
-    clean(nodes)
+def _gradient_in_kernel(nodes: fx.Graph, node: Any, transform: Callable[[ConvSpec], bool]) -> fx.Node | None:
+    """Return the gradient in a kernel as the convolution that it is, of the input with the cotangent, where wanted."""
+    # Channels take the place of the batch, stride and dilation that of each other.
+    v, x, weight, _, stride, padding, dilation, transposed, _, groups, _ = node.args
+    source, cotangent, kernel = (n.meta["val"].transpose(0, 1) for n in (x, v, weight))
+    spec = _spec(source, cotangent, kernel, dilation, padding, stride, False, [0], 1)
+    if transposed or groups != 1 or not transform(spec):
+        return None
+    swapped = [call(nodes, aten.transpose.int, n, 0, 1) for n in (x, v)]
+    found = call(nodes, aten.transpose.int, _computed(nodes, FFT, spec, (*swapped, None), kernel), 0, 1)
+    return call(nodes, aten.clone.default, found, memory_format=torch.contiguous_format)
 
 
-def _full(value: Any, length: int) -> list[int]:
-    return list(value) * length if len(value) == 1 else list(value)
+def _computed(nodes: fx.Graph, kernel: Kernel, spec: ConvSpec, operands: Any, value: Tensor) -> fx.Node:
+    """Add a call of a kernel, which reads what is prepacked from the weight."""
+    x, weight, bias = operands
+    if kernel.prepack is not None:  # to a tensor whose size is not read
+        weight = known(nodes.call_function(kernel.bind_prepack(spec), (weight,)), weight.meta["val"])
+    return known(nodes.call_function(kernel.bind(spec), (x, weight, bias)), value)
 
 
-def _spec(node: fx.Node) -> ConvSpec:
-    x, weight, _, stride, padding, dilation, transposed, output_padding, groups = node.args
-    source, kernel, result = (n.meta["val"] for n in (x, weight, node))  # type: ignore[union-attr]
-    return _spec_of(source, result, kernel.shape[2:], (stride, padding, dilation), transposed, output_padding, groups)
+def _spec_of(node: fx.Node) -> ConvSpec:
+    x, weight, _, *settings = node.args
+    return _spec(*(n.meta["val"] for n in (x, weight, node)), *settings)  # type: ignore[union-attr]
 
 
-def _spec_of(
-    source: Tensor, result: Tensor, kernel: Any, settings: Any, transposed: Any, rest: Any, groups: Any
-) -> ConvSpec:
-    """Return the spec of a convolution with the given stride, padding and dilation, one number for all or each."""
-    stride, padding, dilation, rest = (tuple(_full(value, len(kernel))) for value in (*settings, rest))
-    shapes = source.shape[0], tuple(source.shape[1:]), tuple(result.shape[1:]), tuple(kernel)
-    return sized(
-        ConvSpec(*shapes, stride, padding, dilation, bool(transposed), rest, groups, source.dtype, source.device)
-    )
+def _spec(
+    x: Tensor, weight: Tensor, y: Tensor, stride: Any, padding: Any, dilation: Any, transposed: Any, rest: Any,
+    groups: Any,
+) -> ConvSpec:  # fmt: skip
+    """Return the spec of a convolution: settings are one number for all dimensions or each."""
+    kernel = tuple(weight.shape[2:])
+    stride, padding, dilation, rest = (tuple(_each(n, len(kernel))) for n in (stride, padding, dilation, rest))
+    shapes = x.shape[0], tuple(x.shape[1:]), tuple(y.shape[1:]), kernel
+    return sized(ConvSpec(*shapes, stride, padding, dilation, bool(transposed), rest, groups, x.dtype, x.device))
 
 
-def _replace(nodes: fx.Graph, node: fx.Node, ends: tuple[Any, fx.Node], kernel: Kernel, spec: ConvSpec) -> None:
-    """Put a kernel in place of a convolution, or of all from the source to the result at its ends."""
-    (source, last), (weight, bias) = ends, node.args[1:3]
-    x = source[0] if isinstance(source, list) else source  # of a sum of pieces, the only one
-    with nodes.inserting_before(last):
-        prepacked = weight
-        if kernel.prepack is not None:
-            prepacked = nodes.call_function(kernel.bind_prepack(spec), (weight,))
-            prepacked.meta["val"] = weight.meta["val"]  # type: ignore[union-attr]  # a tensor: its size is not read
-        call = nodes.call_function(kernel.bind(spec), (x, prepacked, bias))
-    call.meta["val"] = last.meta["val"]
-    last.replace_all_uses_with(call)
+def _each(value: Any, dims: int) -> list[int]:
+    return list(value) * (dims // len(value))
 
 
 def kernels_of(graph: Graph) -> tuple[str, ...]:
     """Return a line on each convolution of a graph: its kernel, and what it computes."""
-    found = [bound(n.target) or (NATIVE, _spec(n)) for n in graph.body.nodes if bound(n.target) or _is_convolution(n)]
-    return tuple(dict.fromkeys(_describe(*each) for each in found))
-
-
-def _is_convolution(node: fx.Node) -> bool:
-    return node.target is aten.convolution.default
+    native = aten.convolution.default
+    found = [(NATIVE, _spec_of(n)) if n.target is native else bound(n.target) for n in graph.body.nodes]
+    return tuple(dict.fromkeys(_describe(*each) for each in found if each is not None))
 
 
 def _describe(kernel: Kernel, spec: ConvSpec) -> str:

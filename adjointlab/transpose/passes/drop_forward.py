@@ -16,38 +16,34 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.graph.edit import clean, part, reached, zeros
+from adjointlab.transpose.graph.edit import call, clean, dependents, part, reached, zeros
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import LIKE, STEPS, op_name
 
 aten = torch.ops.aten
 
-# Positions of operands that the op reads for shape, dtype and device only, whatever its other arguments.
-_SHAPE_ONLY: dict[Any, tuple[int, ...]] = {
-    **dict.fromkeys(LIKE, (0,)),
-    **dict.fromkeys(
-        (
-            aten.reflection_pad1d_backward, aten.reflection_pad2d_backward, aten.reflection_pad3d_backward,
-            aten.replication_pad1d_backward, aten.replication_pad2d_backward, aten.replication_pad3d_backward,
-            aten.avg_pool2d_backward, aten.avg_pool3d_backward,
-            aten._adaptive_avg_pool2d_backward, aten._adaptive_avg_pool3d_backward,
-        ),
-        (1,),
-    ),
+# Operations that read their second operand for shape, dtype and device only, whatever their other arguments.
+_SHAPE_OF_SECOND = {
+    aten.reflection_pad1d_backward, aten.reflection_pad2d_backward, aten.reflection_pad3d_backward,
+    aten.replication_pad1d_backward, aten.replication_pad2d_backward, aten.replication_pad3d_backward,
+    aten.avg_pool2d_backward, aten.avg_pool3d_backward,
+    aten._adaptive_avg_pool2d_backward, aten._adaptive_avg_pool3d_backward,
 }  # fmt: skip
 
 
-def _shape_only(node: fx.Node) -> tuple[int, ...]:
+def _shape_only(node: Any) -> tuple[int, ...]:
     """Return the positions of operands whose values ``node`` does not read."""
-    packet = getattr(node.target, "overloadpacket", None)
-    args = node.args
-    if packet is aten.convolution_backward and args[10] == [True, False, False]:
-        return (1,)
-    if packet in (aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward) and not args[6][1]:  # type: ignore[index]
-        return (1,)
-    if _is_batch_norm(node):
-        return (1,) if _has_statistics(node) else (1, 5, 6)
-    return _SHAPE_ONLY.get(packet, ())
+    packet, args = getattr(node.target, "overloadpacket", None), node.args
+    if packet in LIKE:
+        return (0,)
+    if (saved := _saved_statistics(node)) is not None:
+        return (1,) if saved else (1, 5, 6)
+    is_linear = (
+        packet in _SHAPE_OF_SECOND
+        or (packet is aten.convolution_backward and args[10] == [True, False, False])
+        or (packet in {aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward} and not args[6][1])
+    )
+    return (1,) if is_linear else ()
 
 
 @dataclass(frozen=True)
@@ -67,42 +63,30 @@ def drop_forward(whole: Graph, n_primals: int) -> Adjoint:
     vjp, of_state = part(whole, outputs[:n_primals]), None
     if any(node is not None for node in outputs[n_primals:]):
         of_state = part(whole, outputs[n_primals:])
-    before = ops(vjp)
-    graph = vjp.body
+    graph, before = vjp.body, ops(vjp)
     primals = vjp.inputs[:n_primals]
     for node in list(graph.nodes):
         _take_running_statistics(graph, node)
-    tainted = _descendants(primals)
-    demanded = reached([node for node in vjp.outputs if isinstance(node, fx.Node)], _values_read)
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node not in demanded:
-            continue
-        for position in _shape_only(node):
-            operand = node.args[position]
-            if operand in tainted:
-                node.update_arg(position, _stand_in(graph, node, operand))
-    readers: tuple[str, ...] = ()
-    if any(primal in demanded for primal in primals):
-        cotangents = _descendants(vjp.inputs[n_primals:])
-        reads = tainted - cotangents
-        readers = tuple(
-            dict.fromkeys(
-                op_name(node.target)
-                for node in graph.nodes
-                if node in demanded and node in cotangents and not reads.isdisjoint(_values_read(node))
-            )
-        )
+    tainted, cotangents = dependents(primals), dependents(vjp.inputs[n_primals:])
+    demanded = reached([node for node in vjp.outputs if node is not None], _values_read)
+    reads = set[fx.Node]() if demanded.isdisjoint(primals) else tainted - cotangents
+    readers = dict.fromkeys(
+        op_name(node.target)
+        for node in graph.nodes
+        if node in demanded and node in cotangents and not reads.isdisjoint(_values_read(node))
+    )
+    for node in graph.nodes:
+        for position in _shape_only(node) if node in demanded else ():
+            if node.args[position] in tainted:
+                node.update_arg(position, _stand_in(graph, node, node.args[position]))
     # A linear map has one Jacobian. Where its graph reads the primal all the same, it is evaluated at zero.
     for primal in primals:
-        value = primal.meta["val"]
-        if primal in demanded:
-            with graph.inserting_after(primal):
-                zero = zeros(graph, value)
-            primal.replace_all_uses_with(zero)
+        with graph.inserting_after(primal):
+            primal.replace_all_uses_with(zeros(graph, primal.meta["val"]))
     clean(graph)
     for primal in primals:
         graph.erase_node(primal)
-    return Adjoint(vjp, of_state, readers, before, ops(vjp))
+    return Adjoint(vjp, of_state, tuple(readers), before, ops(vjp))
 
 
 # Their derivatives choose between numbers, by "where".
@@ -125,10 +109,6 @@ def ops(graph: Graph) -> Counter[str]:
     )
 
 
-def _descendants(roots: list[fx.Node]) -> set[fx.Node]:
-    return reached(roots, lambda node: node.users)
-
-
 def _values_read(node: fx.Node) -> list[fx.Node]:
     """Return the operands whose values a node reads, not only their shapes."""
     skipped, read = _shape_only(node), list[fx.Node]()
@@ -138,39 +118,31 @@ def _values_read(node: fx.Node) -> list[fx.Node]:
 
 
 def _take_running_statistics(graph: fx.Graph, node: fx.Node) -> None:
-    """Have a batch norm in evaluation read the running statistics themselves, not what the forward saved of them.
-
-    Kernels for the CPU save nothing and read nothing; those for CUDA do both.
-    """
-    if _is_batch_norm(node) and _has_statistics(node):
+    """Have a batch norm in evaluation read the running statistics themselves, not what the forward saved of them."""
+    if _saved_statistics(node):
         mean, variance = node.args[3:5]
         with graph.inserting_before(node):
-            moved = graph.call_function(aten.add.Tensor, (variance, node.args[8]))
-            inverse = graph.call_function(aten.rsqrt.default, (moved,))
-        moved.meta["val"] = inverse.meta["val"] = node.args[6].meta["val"]  # type: ignore[union-attr]
+            moved = call(graph, aten.add.Tensor, variance, node.args[8])
+            inverse = call(graph, aten.rsqrt.default, moved)
         node.update_arg(5, mean)
         node.update_arg(6, inverse)
 
 
-def _is_batch_norm(node: fx.Node) -> bool:
-    """Return whether a node is the derivative in x of a batch norm in evaluation."""
+def _saved_statistics(node: fx.Node) -> int | None:
+    """Return how many statistics the derivative in x of a batch norm in evaluation reads; None for any other node."""
     packet = getattr(node.target, "overloadpacket", None)
-    return packet is aten.native_batch_norm_backward and not node.args[7] and node.args[9] == [True, False, False]
+    if packet is not aten.native_batch_norm_backward or node.args[7] or node.args[9] != [True, False, False]:
+        return None
+    saved = node.args[5]  # by kernels for CUDA: what those for the CPU save is empty, and not read
+    return saved.meta["val"].numel() if isinstance(saved, fx.Node) else 0
 
 
-def _has_statistics(node: fx.Node) -> bool:
-    """Return whether the derivative of a batch norm is given statistics: what kernels for the CPU save is empty."""
-    saved = node.args[5]
-    return isinstance(saved, fx.Node) and bool(saved.meta["val"].numel())
-
-
-def _stand_in(graph: fx.Graph, before: fx.Node, operand: fx.Node) -> fx.Node:
+def _stand_in(graph: fx.Graph, before: fx.Node, operand: Any) -> fx.Node:
     """Return a zero of the operand's shape that takes the memory of one number."""
     value = operand.meta["val"]
     with graph.inserting_before(before):
         zero = zeros(graph, value.new_empty(()))
-        shaped = graph.call_function(aten.expand.default, (zero, list(value.shape)))
-        shaped.meta["val"] = zero.meta["val"].expand(value.shape)
+        shaped = call(graph, aten.expand.default, zero, list(value.shape))
     zero.meta["stands_for"] = shaped.meta["stands_for"] = tuple(value.shape)
     return shaped
 

@@ -27,20 +27,22 @@ _MOST = 32  # pieces of one sum; more are not worth following
 
 
 class Span(NamedTuple):
-    """A range of one dimension: where it is in the source and in the result, None where that has no such dimension."""
+    """A range of one dimension of a result, and of which dimension of the source, None where that has none."""
 
-    read: int | None
-    write: int | None
+    dim: int | None
+    read: int
+    write: int
     length: int
 
 
 @dataclass(frozen=True)
 class Piece:
-    """``factor`` times a rectangle of a source, placed in a result; dimensions of both are in the order of spans."""
+    """``factor`` times a rectangle of a source, placed in a result, of whose dimensions each has a span."""
 
     source: fx.Node
     factor: complex
     spans: tuple[Span, ...]
+    index: tuple[tuple[int, int], ...] = ()  # dimensions of the source that the result lacks, and where it is in them
 
     @property
     def volume(self) -> int:
@@ -48,50 +50,36 @@ class Piece:
         return math.prod(span.length for span in self.spans)
 
     @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """Where it is in the result."""
-        return [(span.write, span.write + span.length) for span in self.spans if span.write is not None]
+    def places(self) -> tuple[tuple[slice | int, ...], tuple[slice | int, ...]]:
+        """How to index the source, and how the result: by a number where the other has no dimension."""
+        read: dict[int, slice | int] = dict(self.index)
+        read |= {dim: slice(start, start + length) for dim, start, _, length in self.spans if dim is not None}
+        write = [start if dim is None else slice(start, start + length) for dim, _, start, length in self.spans]
+        return tuple(read[dim] for dim in sorted(read)), tuple(write)
 
-    @property
-    def places(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """How to read the source, and how to write: (start, stop), or an index where the other has no dimension."""
-        read = [_place(span.read, span.length, span.write) for span in self.spans if span.read is not None]
-        write = [_place(span.write, span.length, span.read) for span in self.spans if span.write is not None]
-        return tuple(read), tuple(write)
+    def meets(self, other: Piece) -> bool:
+        """Return whether two pieces of one result have places in common."""
+        pairs = zip(self.spans, other.spans, strict=True)
+        return all(a.write < b.write + b.length and b.write < a.write + a.length for a, b in pairs)
 
-    def _span(self, dim: int) -> int:
-        """Return the position of the span of a dimension of the result."""
-        return [*(i for i, span in enumerate(self.spans) if span.write is not None), len(self.spans)][dim]
+    def moved(self, dim: int, by: int, size: int) -> Sum:
+        """Return what is left of the piece when it is moved along a dimension of the result, which gets a new size."""
+        of, read, write, length = self.spans[dim]
+        start, stop = max(0, write + by), min(size, write + by + length)
+        span = Span(of, read + start - write - by, start, stop - start)
+        return (self._with(dim, span),) if start < stop else ()
 
-    def _with(self, dim: int, **changes: Any) -> Piece:
-        i = self._span(dim)
-        return replace(self, spans=(*self.spans[:i], self.spans[i]._replace(**changes), *self.spans[i + 1 :]))
-
-    def within(self, dim: int, start: int, stop: int) -> Piece | None:
-        """Return the part within ``start:stop`` of a dimension of the result, where it is."""
-        read, _, _ = self.spans[self._span(dim)]
-        place, end = self.ranges[dim]
-        first, last = max(place, start), min(end, stop)
-        if first >= last:
-            return None
-        return self._with(dim, read=None if read is None else read + first - place, write=first, length=last - first)
-
-    def move(self, dim: int, by: int) -> Piece:
-        """Return the piece at another place."""
-        return self._with(dim, write=self.ranges[dim][0] + by)
-
-    def drop(self, dim: int) -> Piece:
+    def dropped(self, dim: int) -> Piece:
         """Return the piece in a result without a dimension, where it is at one index."""
-        return self._with(dim, write=None)
+        of, read, *_ = self.spans[dim]
+        return replace(self._with(dim), index=self.index if of is None else (*self.index, (of, read)))
 
-    def insert(self, dim: int, index: int) -> Piece:
+    def inserted(self, dim: int, index: int) -> Piece:
         """Return the piece at one index of a new dimension."""
-        i = self._span(dim)
-        return replace(self, spans=(*self.spans[:i], Span(None, index, 1), *self.spans[i:]))
+        return replace(self, spans=(*self.spans[:dim], Span(None, 0, index, 1), *self.spans[dim:]))
 
-
-def _place(start: int, length: int, other: int | None) -> Any:
-    return start if other is None else (start, start + length)
+    def _with(self, dim: int, *spans: Span) -> Piece:
+        return replace(self, spans=(*self.spans[:dim], *spans, *self.spans[dim + 1 :]))
 
 
 Sum = tuple[Piece, ...]
@@ -117,14 +105,14 @@ def fuse_slices(graph: Graph) -> Graph:
         sums[node] = found
         if len(node.users) > 1 and sum(p.volume for p in found) > 2 * node.meta["val"].numel():
             sums[node] = _whole(written(node))
-        elif node.target not in _READS or any(operand in worth for operand in node.all_input_nodes):
+        elif rule not in _READS or any(operand in worth for operand in node.all_input_nodes):
             worth.add(node)
     clean(fused.body)
     return fused
 
 
 def _whole(node: fx.Node) -> Sum:
-    return (Piece(node, 1, tuple(Span(0, 0, n) for n in node.meta["val"].shape)),)
+    return (Piece(node, 1, tuple(Span(dim, 0, 0, n) for dim, n in enumerate(node.meta["val"].shape))),)
 
 
 def _write(nodes: fx.Graph, node: fx.Node, found: Sum) -> fx.Node:
@@ -132,26 +120,16 @@ def _write(nodes: fx.Graph, node: fx.Node, found: Sum) -> fx.Node:
     value = node.meta["val"]
     pieces = sorted(found, key=lambda piece: -piece.volume)
     sources = list(dict.fromkeys(piece.source for piece in pieces))
-    alone = [not any(_meet(piece, other) for other in pieces[:i]) for i, piece in enumerate(pieces)]
+    alone = [not any(piece.meets(other) for other in pieces[:i]) for i, piece in enumerate(pieces)]
     layout = tuple(
         (sources.index(p.source), p.factor, *p.places, first) for p, first in zip(pieces, alone, strict=True)
     )
-    covered = sum(p.volume for p, first in zip(pieces, alone, strict=True) if first) == value.numel()
+    covered = sum(itertools.compress((p.volume for p in pieces), alone)) == value.numel()
     with nodes.inserting_after(node):
-        if pieces:
-            call = nodes.call_function(accumulate, (sources, layout, tuple(value.shape), covered))
-        else:
-            call = zeros(nodes, value)
-    call.meta = dict(node.meta)
-    return call
-
-
-def _meet(piece: Piece, other: Piece) -> bool:
-    return all(a < d and c < b for (a, b), (c, d) in zip(piece.ranges, other.ranges, strict=True))
-
-
-def _index(place: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple([slice(*p) if isinstance(p, tuple) else p for p in place])
+        arguments = sources, layout, tuple(value.shape), covered
+        written = nodes.call_function(accumulate, arguments) if pieces else zeros(nodes, value)
+    written.meta = dict(node.meta)
+    return written
 
 
 def accumulate(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ...], covered: bool) -> Tensor:
@@ -160,7 +138,7 @@ def accumulate(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int,
         return _as_sum(sources, layout, shape)
     result = sources[0].new_empty(shape) if covered else sources[0].new_zeros(shape)
     for number, factor, read, write, exclusive in layout:
-        part, target = sources[number][_index(read)], result[_index(write)]
+        part, target = sources[number][read], result[write]
         if not exclusive:
             target.add_(part, alpha=factor)
         elif factor == 1:
@@ -170,52 +148,47 @@ def accumulate(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int,
     return result
 
 
+def _as_sum(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ...]) -> Tensor:
+    """Return the sum of pieces as one expression: compilers make one loop of it, and many of writes in place."""
+    total: Any = None
+    for number, factor, read, write, _ in sorted(layout, key=lambda piece: piece[1] != 1):  # a product less
+        part = sources[number][read][tuple([slice(None) if isinstance(w, slice) else None for w in write])]
+        places = [(w.start, w.stop) if isinstance(w, slice) else (w, w + 1) for w in write]
+        pads = [side for (a, b), n in zip(places, shape, strict=True) for side in (n - b, a)]
+        term = torch.constant_pad_nd(part, pads[::-1])
+        if total is not None and factor == -1:
+            total = total - term
+        else:
+            term = term if factor == 1 else factor * term
+            total = term if total is None else total + term
+    return total  # type: ignore[no-any-return]
+
+
 def circular(node: fx.Node, *, inverse: bool) -> tuple[int, ...] | None:
     """Return the shifts a for which a node pads one image circularly, ``padded[i] = x[(i − a) mod n]``, or None.
 
     With ``inverse``, the node is the transpose of that.
     """
-    if node.target is not accumulate:
-        return None
     arguments: Any = node.args
-    sources, layout, *_ = arguments
-    if len(sources) > 1:
+    if node.target is not accumulate or len(arguments[0]) > 1:
         return None
-    shapes: Any = sources[0].meta["val"].shape, node.meta["val"].shape
-    image, padded = reversed(shapes) if inverse else shapes
-    pieces = {(w, r) if inverse else (r, w) for _, _, r, w, _ in layout}
-    if any(factor != 1 for _, factor, *_ in layout):
+    ((source,), layout, *_) = arguments
+    if any(factor != 1 or any(isinstance(i, int) for i in (*r, *w)) for _, factor, r, w, _ in layout):
         return None
-    if len(image) != len(padded) or any(isinstance(entry, int) for piece in pieces for part in piece for entry in part):
-        return None
-    spans = [{(r[dim], w[dim]) for r, w in pieces} for dim in range(len(image))]
-    if not math.prod(map(len, spans)) == len(pieces) == len(layout):
+    image, padded = (n.meta["val"].shape for n in ((node, source) if inverse else (source, node)))
+    pairs = [zip(w, r, strict=True) if inverse else zip(r, w, strict=True) for _, _, r, w, _ in layout]
+    pieces = [tuple((of.start, to.start, to.stop) for of, to in pair) for pair in pairs]
+    spans = [set(along) for along in zip(*pieces, strict=True)]
+    if not math.prod(map(len, spans)) == len(set(pieces)) == len(pieces):
         return None  # pieces that are not all combinations of spans, one of each dimension
     shifts = []
     for found, n, length in zip(spans, image, padded, strict=True):
-        ordered = sorted(w for _, w in found)
-        starts, stops = [a for a, _ in ordered], [b for _, b in ordered]
-        offsets = {(w[0] - r[0]) % n for r, w in found}
-        if starts != [0, *stops[:-1]] or stops[-1] != length or len(offsets) != 1:
+        starts, stops = zip(*sorted((start, stop) for _, start, stop in found), strict=True)
+        offsets = {(start - read) % n for read, start, _ in found}
+        if (*starts, length) != (0, *stops) or len(offsets) != 1:
             return None
         shifts.append(offsets.pop())
     return tuple(shifts)
-
-
-def _as_sum(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ...]) -> Tensor:
-    """Return the sum of pieces as one expression: compilers make one loop of it, and many of writes in place."""
-    total: Tensor | None = None
-    for number, factor, read, write, _ in sorted(layout, key=lambda piece: piece[1] != 1):  # a product less
-        part = sources[number][_index(read)][tuple([slice(None) if isinstance(w, tuple) else None for w in write])]
-        places = [w if isinstance(w, tuple) else (w, w + 1) for w in write]
-        pads = [side for (a, b), n in zip(places, shape, strict=True) for side in (n - b, a)]
-        term = torch.constant_pad_nd(part, pads[::-1])
-        if total is None:
-            total = term if factor == 1 else factor * term
-        else:
-            total = total - term if factor == -1 else total + (term if factor == 1 else factor * term)
-    assert total is not None
-    return total
 
 
 # -- rules: the sum of a node from those of its operands, or None where it is not one. They are given its arguments.
@@ -227,10 +200,8 @@ def _shape(node: fx.Node) -> list[int]:
     return list(node.meta["val"].shape)
 
 
-def _within(pieces: Sum, dim: int, *ranges: tuple[int, int]) -> Sum:
-    """Return the parts of pieces inside of ranges of a dimension."""
-    parts = (piece.within(dim, *each) for piece, each in itertools.product(pieces, ranges))
-    return tuple(part for part in parts if part is not None)
+def _moved(pieces: Sum, dim: int, by: int, size: int) -> Sum:
+    return tuple(left for piece in pieces for left in piece.moved(dim, by, size))
 
 
 def _window(node: fx.Node, shape: list[int], dim: int = 0, start: Any = None, stop: Any = None, step: Any = 1) -> Any:
@@ -247,29 +218,31 @@ def _taken(node: fx.Node, sums: Sums, x: fx.Node, *where: Any) -> Sum | None:
     if window is None:
         return None
     dim, start, stop = window
-    moved = [p.move(dim, -start) for p in _within(sums[x], dim, (start, stop))]
-    return tuple(p.drop(dim) if node.target in _AT_INDEX else p for p in moved)
+    pieces = _moved(sums[x], dim, -start, stop - start)
+    return tuple(p.dropped(dim) for p in pieces) if node.target in _AT_INDEX else pieces
 
 
 def _put(node: fx.Node, sums: Sums, first: fx.Node, second: Any, *where: Any) -> Sum | None:
     """Write a source to zeros of a shape (the derivative of a slice), or over what a base has there (a scatter)."""
-    window = _window(node, _shape(node), *where)
+    shape = _shape(node)
+    window = _window(node, shape, *where)
     if window is None:
         return None
     dim, start, stop = window
+    n = shape[dim]
     source, base = (second, sums[first]) if isinstance(second, fx.Node) else (first, ())
-    placed = [p.insert(dim, start) if node.target in _AT_INDEX else p.move(dim, start) for p in sums[source]]
-    return (*_within(base, dim, (0, start), (stop, _shape(node)[dim])), *placed)
+    is_index = node.target in _AT_INDEX
+    placed = tuple(p.inserted(dim, start) for p in sums[source]) if is_index else _moved(sums[source], dim, start, n)
+    after = _moved(_moved(base, dim, -stop, n - stop), dim, stop, n)
+    return (*_moved(base, dim, 0, start), *after, *placed)
 
 
 def _pad(node: fx.Node, sums: Sums, x: fx.Node, pads: list[int], value: complex = 0) -> Sum | None:
-    if value != 0:
-        return None
     pieces, shape = sums[x], _shape(node)
     for i, before in enumerate(pads[::2]):
         dim = len(shape) - 1 - i
-        pieces = _within(tuple(p.move(dim, before) for p in pieces), dim, (0, shape[dim]))
-    return pieces
+        pieces = _moved(pieces, dim, before, shape[dim])
+    return pieces if value == 0 else None
 
 
 def _cat(node: fx.Node, sums: Sums, parts: list[fx.Node], dim: int = 0) -> Sum | None:
@@ -277,21 +250,17 @@ def _cat(node: fx.Node, sums: Sums, parts: list[fx.Node], dim: int = 0) -> Sum |
     if any(p.meta["val"].ndim != value.ndim or p.meta["val"].dtype != value.dtype for p in parts):
         return None
     offsets = itertools.accumulate((_shape(part)[dim] for part in parts), initial=0)
-    return tuple(
-        p.move(dim % value.ndim, offset) for part, offset in zip(parts, offsets, strict=False) for p in sums[part]
-    )
+    placed = zip(parts, offsets, strict=False)
+    return tuple(p for part, by in placed for p in _moved(sums[part], dim % value.ndim, by, value.shape[dim]))
 
 
 def _roll(node: fx.Node, sums: Sums, x: fx.Node, shifts: list[int], dims: Sequence[int] = ()) -> Sum | None:
-    if not dims:
-        return None
     pieces, shape = sums[x], _shape(x)
-    for shift, axis in zip(shifts, dims, strict=True):
+    for shift, axis in zip(shifts, dims, strict=bool(dims)):
         dim, n = axis % len(shape), shape[axis]
         by = shift % n
-        low, high = _within(pieces, dim, (0, n - by)), _within(pieces, dim, (n - by, n))
-        pieces = (*[p.move(dim, by) for p in low], *[p.move(dim, by - n) for p in high])
-    return pieces
+        pieces = (*_moved(pieces, dim, by, n), *_moved(pieces, dim, by - n, n))
+    return pieces if dims else None
 
 
 def _add(node: fx.Node, sums: Sums, a: Any, b: Any) -> Sum | None:
@@ -307,12 +276,12 @@ def _neg(node: fx.Node, sums: Sums, x: fx.Node) -> Sum:
 
 
 def _unsqueeze(node: fx.Node, sums: Sums, x: fx.Node, dim: int) -> Sum:
-    return tuple(p.insert(dim % node.meta["val"].ndim, 0) for p in sums[x])
+    return tuple(p.inserted(dim % node.meta["val"].ndim, 0) for p in sums[x])
 
 
 def _squeeze(node: fx.Node, sums: Sums, x: fx.Node, dim: int) -> Sum:
     shape = _shape(x)
-    return tuple(p.drop(dim % len(shape)) for p in sums[x]) if shape[dim] == 1 else sums[x]
+    return tuple(p.dropped(dim % len(shape)) for p in sums[x]) if shape[dim] == 1 else sums[x]
 
 
 def _zeros(node: fx.Node, sums: Sums, *_: Any) -> Sum:
@@ -320,28 +289,23 @@ def _zeros(node: fx.Node, sums: Sums, *_: Any) -> Sum:
 
 
 _AT_INDEX = {aten.select.int, aten.select_backward.default, aten.select_scatter.default}
-_READS = {
-    aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.neg.default, aten.add.Tensor,
-    aten.sub.Tensor,
+_OPS: dict[Callable[..., Sum | None], tuple[Any, ...]] = {
+    _taken: (aten.slice.Tensor, aten.select.int),
+    _unsqueeze: (aten.unsqueeze.default,),
+    _squeeze: (aten.squeeze.dim,),
+    _neg: (aten.neg.default,),
+    _add: (aten.add.Tensor, aten.sub.Tensor),
+    _put: (
+        aten.slice_backward.default, aten.select_backward.default, aten.slice_scatter.default,
+        aten.select_scatter.default,
+    ),
+    _pad: (aten.constant_pad_nd.default,),
+    _cat: (aten.cat.default,),
+    _roll: (aten.roll.default,),
+    _zeros: (
+        aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.new_empty.default,
+        aten.empty.memory_format,
+    ),
 }  # fmt: skip
-_PUTS = (
-    aten.slice_backward.default, aten.select_backward.default, aten.slice_scatter.default, aten.select_scatter.default,
-)  # fmt: skip
-_ZEROS = (
-    aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.new_empty.default,
-    aten.empty.memory_format,
-)  # fmt: skip
-_RULES: dict[Any, Callable[..., Sum | None]] = {
-    aten.slice.Tensor: _taken,
-    aten.select.int: _taken,
-    aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.dim: _squeeze,
-    **dict.fromkeys(_PUTS, _put),
-    aten.constant_pad_nd.default: _pad,
-    aten.cat.default: _cat,
-    aten.roll.default: _roll,
-    aten.add.Tensor: _add,
-    aten.sub.Tensor: _add,
-    aten.neg.default: _neg,
-    **dict.fromkeys(_ZEROS, _zeros),
-}
+_RULES = {op: rule for rule, ops in _OPS.items() for op in ops}
+_READS = {_taken, _unsqueeze, _squeeze, _neg, _add}  # their sums alone are not worth to be written

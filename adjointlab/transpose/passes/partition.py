@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.graph.edit import reached
+from adjointlab.transpose.graph.edit import known, reached
 from adjointlab.transpose.graph.ir import Graph, compiled
-from adjointlab.transpose.graph.ops import VIEWS, op_name
+from adjointlab.transpose.graph.ops import LIKE, VIEWS, op_name
 from adjointlab.transpose.kernels.registry import Kernel, bound
 
 aten = torch.ops.aten
@@ -25,10 +25,7 @@ aten = torch.ops.aten
 _SMALL = 1 << 16  # entries of state that are compared at each call, some ten microseconds' worth
 
 # Ops that cost as much to keep as to make: they stay where they are used, as views do.
-_FACTORIES = {
-    aten.zeros, aten.ones, aten.full, aten.empty, aten.empty_strided, aten.new_zeros, aten.new_ones, aten.new_empty,
-    aten.new_full, aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.scalar_tensor,
-}  # fmt: skip
+_FACTORIES = {*LIKE, aten.zeros, aten.ones, aten.full, aten.empty, aten.empty_strided, aten.scalar_tensor}
 
 
 def _as_complex(x: Tensor) -> Tensor:
@@ -64,38 +61,29 @@ class Parts:
 
 def partition(graph: Graph) -> Parts:
     """Return the parts of a graph."""
-    placeholders = graph.placeholders
-    level = _levels(graph)
-    results = set(graph.outputs)  # never kept: the caller may write to them
-    keep = [
-        n for n in graph.body.nodes
-        if n.op == "call_function" and level[n] < 2 and n not in results and not _stays(n)
-    ]  # fmt: skip
-    roots = {n: _roots(n, placeholders) for n in keep}
-    small = {
-        n for n in keep
-        if level[n] == 0 or getattr(n.target, "is_dear", False) or (sum(placeholders[i].meta["val"].numel() for i in roots[n]) <= _SMALL
-        and all(_is_kept(n, placeholders[i].meta["val"].device) for i in roots[n]))
+    inputs, results = set(graph.inputs), set(graph.outputs)  # never kept: the caller may write to results
+    roots = _roots(graph)
+    kept = {
+        node for node in graph.body.nodes
+        if node.op == "call_function" and inputs.isdisjoint(roots[node]) and node not in results and not _stays(node)
+        and (getattr(node.target, "is_dear", False)
+             or sum(root.meta["val"].numel() for root in roots[node]) <= _SMALL)
+        and all(_is_kept(node, root.meta["val"].device) for root in roots[node])
     }  # fmt: skip
-    # Only what the rest uses is kept; tuples of tensors (of convolution_backward, say) through their items.
-    frontier = [
-        n for n in keep if n in small and isinstance(n.meta.get("val"), Tensor) and not small.issuperset(n.users)
-    ]
-    constants = [n for n in frontier if level[n] == 0]
-    apart: dict[frozenset[int], list[fx.Node]] = {}  # by what they depend on: each is recomputed for that only
-    for n in frontier:
-        if level[n] == 1:
-            apart.setdefault(roots[n], []).append(n)
-    # A constant that only a prepack uses is an input of that as well.
-    inner = [n for n in keep if level[n] == 0 and n not in constants and isinstance(n.meta.get("val"), Tensor)]
-    known = constants + [n for n in inner if any(level[user] == 1 for user in n.users)]
+    apart: dict[frozenset[fx.Node], list[fx.Node]] = {}  # by what they depend on: each is recomputed for that only
+    for node in graph.body.nodes:
+        # Only what the rest uses, a constant that a prepack does; tuples of tensors through their items.
+        is_used = any(user not in kept or (roots[user] and not roots[node]) for user in node.users)
+        if node in kept and is_used and isinstance(node.meta.get("val"), Tensor):
+            apart.setdefault(roots[node], []).append(node)
+    constants = apart.pop(frozenset(), [])
+    placeholders, pieces = graph.placeholders, [n for nodes in apart.values() for n in nodes]
     prepacks = []
     for watched, nodes in apart.items():
-        inputs = tuple(sorted(watched))
-        prepacks.append((inputs, extract(graph, [*[placeholders[i] for i in inputs], *known], nodes)))
-    ready = [*known, *[n for nodes in apart.values() for n in nodes]]
-    main = extract(graph, [*placeholders, *ready], graph.outputs)
-    return Parts(extract(graph, [], known) if known else None, tuple(prepacks), main)
+        positions = tuple(i for i, placeholder in enumerate(placeholders) if placeholder in watched)
+        prepacks.append((positions, extract(graph, [*[placeholders[i] for i in positions], *constants], nodes)))
+    main = extract(graph, [*placeholders, *constants, *pieces], graph.outputs)
+    return Parts(extract(graph, [], constants) if constants else None, tuple(prepacks), main)
 
 
 def _is_kept(node: fx.Node, device: torch.device) -> bool:
@@ -103,23 +91,17 @@ def _is_kept(node: fx.Node, device: torch.device) -> bool:
     return device.type == "cpu" or (isinstance(kernel, Kernel) and kernel.kept_everywhere)
 
 
-def _levels(graph: Graph) -> dict[fx.Node, int]:
-    """Return 0 for nodes that depend on nothing, 1 for those that depend on state only, 2 for the rest."""
-    inputs = set(graph.inputs)
-    level: dict[fx.Node, int] = {}
+def _roots(graph: Graph) -> dict[fx.Node, frozenset[fx.Node]]:
+    """Return the placeholders that each node depends on."""
+    roots: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.body.nodes:
-        if node.op == "placeholder":
-            level[node] = 2 if node in inputs else 1
-        else:
-            level[node] = max((level[operand] for operand in node.all_input_nodes), default=0)
-    return level
+        above = {node} if node.op == "placeholder" else set[fx.Node]()
+        roots[node] = frozenset(above.union(*[roots[operand] for operand in node.all_input_nodes]))
+    return roots
 
 
 def _stays(node: fx.Node) -> bool:
-    """Return whether a node is not worth keeping: a factory, or a view or pointwise op of what is not kept.
-
-    A pointwise op of the state costs about what it costs to see that the state is the same.
-    """
+    """Return whether a node costs no more than to see that the state is the same: a factory, a view, a pointwise op."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet in _FACTORIES:
         return bool(node.meta["val"].numel() > 1)
@@ -128,47 +110,34 @@ def _stays(node: fx.Node) -> bool:
     return cheap and bool(inputs) and all(n.op == "placeholder" or _stays(n) for n in inputs)
 
 
-def _roots(node: fx.Node, placeholders: list[fx.Node]) -> frozenset[int]:
-    seen = reached([node], lambda node: node.all_input_nodes)
-    return frozenset(i for i, placeholder in enumerate(placeholders) if placeholder in seen)
-
-
 def extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callable[..., Any]:
     """Return the part of the graph that computes ``outputs`` from ``inputs`` as a function."""
     part = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        copies[node] = part.placeholder(node.name)
-        copies[node].meta = node.meta
-    wanted = [n for n in outputs if isinstance(n, fx.Node)]
-    needed = reached(wanted, lambda node: [] if node in copies else node.all_input_nodes)
+    copies = {node: known(part.placeholder(node.name), node.meta["val"]) for node in inputs}
+    needed = reached([n for n in outputs if n is not None], lambda n: [] if n in copies else n.all_input_nodes)
     for node in graph.body.nodes:
         if node in needed and node not in copies:
             copies[node] = part.node_copy(node, copies.__getitem__)
             if node.args and isinstance(node.args[0], (fx.Node, list)):  # they take no number for a tensor
                 copies[node].target = _BUILTIN.get(node.target, node.target)
-    part.output(tuple(copies[n] if isinstance(n, fx.Node) else n for n in outputs))
+    part.output(tuple(copies.get(node) for node in outputs))
     _in_place(part)
     part.lint()
     return compiled(part)
 
 
 def _in_place(part: fx.Graph) -> None:
-    """Have sums and products written to the result of a convolution that nothing else reads.
-
-    Fresh memory costs more than the arithmetic: the system has to map and to clear it.
-    """
-    own: set[fx.Node] = set()  # results in memory that nothing else looks at
+    """Have sums and products written to the result of a convolution that nothing else reads: fresh memory is slow."""
+    own: set[Any] = set()  # results in memory that nothing else looks at
     for node in part.nodes:
         if node.target is torch.convolution or bound(node.target):
             own.add(node)
-        elif node.target in _IN_PLACE and len(node.args) == 2 and not node.kwargs:
-            first, second = (operand.meta.get("val") if isinstance(operand, fx.Node) else None for operand in node.args)
-            if first is not None and second is not None and node.args[0] in own and len(node.args[0].users) == 1:
-                result = node.meta["val"]
-                if first.shape == result.shape and first.dtype == second.dtype == result.dtype:
-                    node.target = _IN_PLACE[node.target]
-                    own.add(node)
+        elif node.target in _IN_PLACE and not node.kwargs and isinstance(node.args[1], fx.Node):
+            first, second, result = (n.meta["val"] for n in (*node.args, node))
+            alike = first.shape == result.shape and first.dtype == second.dtype == result.dtype
+            if node.args[0] in own and len(node.args[0].users) == 1 and alike:
+                node.target = _IN_PLACE[node.target]
+                own.add(node)
 
 
 def value_of_state(graph: Graph, node: fx.Node) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from adjointlab.numerics import same
 
 pytestmark = pytest.mark.slow
 
-every_engine = pytest.mark.parametrize("engine", ["eager", "traced", "auto"])
+every_engine = pytest.mark.parametrize("engine", ["eager", "auto"])
 GLOBAL = torch.ones(3)
 GLOBAL_NUMBER = 2.0
 

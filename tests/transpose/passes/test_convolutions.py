@@ -30,7 +30,7 @@ def test_forced_kernels_equal_plain(
 ) -> None:
     dtype = torch.float32 if forced == "polyphase" else torch.float64
     module = layer(shape[1], 1, bias=False, dtype=dtype, **settings).requires_grad_(False)
-    plain = al.linear_operator(module, shape, lowering=False)
+    plain = al.linear_operator(module, shape, engine="eager")
     lowered = operator(module, shape, prefer(forced))
     generator = torch.Generator().manual_seed(0)
     x, v = plain.domain.randn(generator), plain.codomain.randn(generator)

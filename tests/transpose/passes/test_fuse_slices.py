@@ -58,7 +58,7 @@ def _run(steps: list[tuple], x: torch.Tensor) -> torch.Tensor:
 
 
 @given(programs())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_lowered_equals_plain(steps: list[tuple]) -> None:
     def f(x: torch.Tensor) -> torch.Tensor:
         return _run(steps, x)

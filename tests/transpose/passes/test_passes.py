@@ -1,122 +1,14 @@
-"""One law for all passes: a pass takes a graph that runs, leaves it as it was, and returns an equal graph that runs."""
+"""What the law of all passes, in `lawbook/passes.py`, would say of a wrong one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-import torch
-from built import prefer
-from laws import seeded
-from operator_zoo import ZOO, Entry
-from torch import Tensor
+from lawbook.passes import assert_equal, random, run
 
-from adjointlab.modules import modules_of
 from adjointlab.space import Space
 from adjointlab.transpose.frontend.capture import capture
-from adjointlab.transpose.frontend.trace import UntraceableError, trace_forward, trace_vjp
-from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.passes.compose import linear_part, residual_and_gradient
-from adjointlab.transpose.passes.convolutions import joined, lower
-from adjointlab.transpose.passes.drop_forward import drop_forward
-from adjointlab.transpose.passes.fuse_slices import fuse_slices
+from adjointlab.transpose.frontend.trace import trace_forward
 from adjointlab.transpose.passes.normalise import normalise
-from adjointlab.transpose.passes.own_outputs import own_outputs
-from adjointlab.transpose.runtime.program import Program
-
-pytestmark = pytest.mark.slow
-
-PASSES: dict[str, Callable[[Graph], Graph]] = {
-    "normalise": normalise,
-    "own_outputs": own_outputs,
-    "fuse_slices": fuse_slices,
-    "joined": joined,
-    **{
-        f"lower to {name}": lambda graph, name=name: lower(graph, prefer(name), lambda _: True)
-        for name in ("native", "flipped", "tapped", "fft", "polyphase")
-    },
-    "lower after fuse_slices": lambda graph: lower(fuse_slices(graph), prefer("fft")),
-}
-
-
-def random(graph: Graph) -> list[Tensor]:
-    """Return the state of a graph as it is, and random inputs."""
-    draw = seeded(0)
-    inputs = [
-        torch.randn(node.meta["val"].shape, dtype=node.meta["val"].dtype, generator=draw) for node in graph.inputs
-    ]
-    return [source.read().detach() for source in graph.state] + inputs
-
-
-def run(graph: Graph, tensors: list[Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        return [t for t in graph.function(*[t.clone() for t in tensors]) if t is not None]
-
-
-def assert_equal(found: list[Tensor], expected: list[Tensor], what: str) -> None:
-    assert len(found) == len(expected), what
-    for a, b in zip(found, expected, strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype), what
-        scale = float(b.abs().max()) if b.numel() else 0.0
-        error = float((a - b).abs().max()) if b.numel() else 0.0
-        assert error <= 64 * torch.finfo(b.dtype).eps * max(scale, 1.0), f"{what}: {error:.1e}"
-
-
-def listing(graph: Graph) -> str:
-    return str(graph.body)
-
-
-@pytest.mark.parametrize("entry", [e for e in ZOO if e.traced], ids=lambda e: e.name)
-def test_every_pass_leaves_an_equal_graph(entry: Entry) -> None:
-    dtype = entry.dtypes[-1]
-    function, example = entry.build(dtype)
-    domain = Space.of(example)
-    try:
-        traced = trace_forward(capture(function, {}, domain, modules_of(function)), domain.specs)
-    except UntraceableError as error:
-        pytest.fail(f"it is said to be traced: {error}")
-    forward = own_outputs(normalise(traced))
-    whole = normalise(trace_vjp(forward), detached=False)
-    adjoint = drop_forward(whole, len(domain.specs)).graph
-    for graph in (traced, forward, adjoint):
-        tensors, before = random(graph), listing(graph)
-        expected = run(graph, tensors)
-        for name, each in PASSES.items():
-            changed = each(graph)
-            assert listing(graph) == before, f"{name} changes the graph that it is given"
-            if listing(changed) == before and name != "normalise":
-                continue  # nothing of it is for this pass
-            assert_equal(run(changed, tensors), expected, name)
-            with torch.no_grad():
-                program = Program(changed, graph)
-                assert_equal([*program.run(*tensors)], expected, f"{name}, as a program")
-    _assert_the_forward_is_dropped(whole, adjoint, domain)
-    _assert_the_gradient_is_that_of_the_parts(forward, adjoint)
-    _assert_the_linear_part_is_without_an_offset(forward)
-
-
-def _assert_the_forward_is_dropped(whole: Graph, adjoint: Graph, domain: Space) -> None:
-    tensors, n = random(whole), len(domain.specs)
-    state, primals, cotangents = (
-        tensors[: len(whole.state)], tensors[len(whole.state) :][:n], tensors[len(whole.state) + n :],
-    )  # fmt: skip
-    expected = run(whole, [*state, *[torch.zeros_like(p) for p in primals], *cotangents])[:n]
-    assert_equal(run(adjoint, [*state, *cotangents]), expected, "drop_forward")
-
-
-def _assert_the_gradient_is_that_of_the_parts(forward: Graph, adjoint: Graph) -> None:
-    graph = residual_and_gradient(forward, adjoint, weighted=False, residual=True)
-    tensors, n, m = random(graph), len(forward.state), len(forward.inputs)
-    image = run(forward, tensors[: n + m])
-    apart = [a - y for a, y in zip(image, tensors[n + m :], strict=True)]
-    assert_equal(run(graph, tensors), [*apart, *run(adjoint, [*tensors[:n], *apart])], "residual_and_gradient")
-
-
-def _assert_the_linear_part_is_without_an_offset(forward: Graph) -> None:
-    tensors, n = random(forward), len(forward.state)
-    zero = run(forward, [*tensors[:n], *[torch.zeros_like(t) for t in tensors[n:]]])
-    expected = [a - b for a, b in zip(run(forward, tensors), zero, strict=True)]
-    assert_equal(run(linear_part(forward), tensors), expected, "linear_part")
 
 
 def test_a_pass_that_is_wrong_is_seen() -> None:
