@@ -6,6 +6,7 @@ of the places instead, which says where each entry comes from; what adds up is t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -270,11 +271,63 @@ def _index_add(func: Any, into: Any, dim: int, index: Tensor, source: Sparse, al
     return _put(into, source if alpha == 1 else _scaled(source, torch.tensor(float(alpha))), target, into.shape)
 
 
-def _transposed(forward: Callable[..., Sparse]) -> Callable[..., Any]:
-    """Return the rule of the transpose of a map, which is given by its action on the identity."""
+def _mean_pool(func: Any, x: Sparse, kernel: Any, stride: Any = (), padding: Any = (0,), *settings: Any) -> Sparse:
+    """Return means over windows: sums of what is moved next to one another, with the factors that ones show."""
+    n = x.ndim - 2
+    kernel, padding = ([*v] * n if len(v) == 1 else [*v] for v in (kernel, padding))
+    stride = [*stride] * n if len(stride) == 1 else [*stride] or kernel
+    means = func(torch.ones(x.shape, dtype=x.dtype, device=x.device), kernel, stride, padding, *settings)
+    ends = [(m - 1) * s + k - size - p for m, s, k, size, p in zip(
+        means.shape[2:], stride, kernel, x.shape[2:], padding, strict=True)]  # fmt: skip
+    border = [side for pair in zip(reversed(padding), reversed(ends), strict=True) for side in pair]
 
-    def rule(func: Any, source: Sparse, *args: Any, **kwargs: Any) -> Any:
-        shape, run = forward(*args, **kwargs)
+    def windows(z: Any) -> Any:
+        z = torch.constant_pad_nd(z, border)
+        for dim, (k, s) in enumerate(zip(kernel, stride, strict=True)):
+            z = z.unfold(2 + dim, k, s)
+        return z.sum(tuple(range(2 + n, 2 + 2 * n)))
+
+    counts = windows(torch.ones(x.shape, dtype=x.dtype, device=x.device))
+    return _scaled(windows(x), torch.where(counts > 0, means / counts, 0))  # type: ignore[no-any-return]
+
+
+def _grid_sampler_3d(x: Any, grid: Tensor, mode: int, padding: int, corners: bool) -> Any:
+    """Return a volume at the places of a grid, by index: the eight entries around each, or the nearest."""
+    sizes = x.shape[4:1:-1]
+    places = []
+    for u, n in zip(grid.unbind(-1), sizes, strict=True):
+        at = (u + 1) / 2 * (n - 1) if corners else ((u + 1) * n - 1) / 2
+        if padding == 1:
+            at = at.clamp(0, n - 1)
+        elif padding == 2:
+            low, span = (0.0, 2.0 * (n - 1)) if corners else (-0.5, 2.0 * n)
+            at = (at - low).abs() % max(span, 1.0)
+            at = (torch.minimum(at, span - at) + low).clamp(0, n - 1)
+        places.append(at)
+    first = torch.arange(x.shape[0], device=grid.device).reshape(-1, 1, 1, 1, 1)
+    second = torch.arange(x.shape[1], device=grid.device).reshape(1, -1, 1, 1, 1)
+    total = None
+    for corner in itertools.product((0, 1), repeat=3) if mode == 0 else [(0, 0, 0)]:
+        index, weight, inside = [], 1.0, True
+        for at, n, up in zip(places, sizes, corner, strict=True):
+            near = at.floor() + up if mode == 0 else at.round()
+            weight = weight * (1 - (at - near).abs()) if mode == 0 else weight
+            inside = inside & (near >= 0) & (near < n)
+            index.append(near.clamp(0, n - 1).long().unsqueeze(1))
+        found = x[first, second, index[2], index[1], index[0]]
+        term = found * torch.as_tensor(weight * inside, dtype=grid.dtype).unsqueeze(1)
+        total = term if total is None else total + term
+    return total
+
+
+# -- transposes: of a map that is given by what it does to the identity ------------------------------------------------
+
+
+def _transposed(forward: Callable[..., tuple[Any, Callable[[Any], Any]]]) -> Callable[..., Any]:
+    """Return the rule of a transpose; ``forward(op, source, *args)`` returns the shape that the map takes, and the map."""
+
+    def rule(func: Any, source: Sparse, *args: Any) -> Any:
+        shape, run = forward(func, source, *args)
         k = source.prefix
         one = Sparse.identity(torch.empty(tuple(shape), dtype=source.dtype, device=source.device), k)
         local = run(one)
@@ -285,24 +338,29 @@ def _transposed(forward: Callable[..., Sparse]) -> Callable[..., Any]:
     return rule
 
 
-def _grid_sampler(source: Any, grid: Any, *modes: Any) -> Any:
-    *settings, _ = modes
-    return source.shape, lambda x: torch.grid_sampler(x, grid, *settings)
+def _forward_of(func: Any) -> Any:
+    return getattr(aten, func.overloadpacket.__name__.removesuffix("_backward")).default
 
 
-def _grid_sampler_backward(func: Any, source: Sparse, given: Any, grid: Tensor, *modes: Any) -> Any:
-    rule = _transposed(_grid_sampler)
-    return rule(func, source, given, grid, *modes), None
+def _sampled(func: Any, _: Sparse, x: Any, grid: Tensor, *settings: Any) -> Any:
+    return x.shape, lambda z: _forward_of(func)(z, grid, *settings[:3])
 
 
-def _upsampled(func: Any) -> Callable[..., Any]:
-    """Return what ``upsample_*_backward`` is the transpose of, given its arguments behind the cotangent."""
-    forward = getattr(getattr(aten, func.overloadpacket.__name__.removesuffix("_backward")), "default")
-    return lambda output_size, input_size, *rest: (input_size, lambda x: forward(x, output_size, *rest))
+def _upsampled(func: Any, _: Sparse, output_size: Any, input_size: Any, *rest: Any) -> Any:
+    return input_size, lambda z: _forward_of(func)(z, output_size, *rest)
 
 
-def _backward(arguments: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
-    return lambda func, source, *args: _transposed(arguments(func))(func, source, *args)
+def _pooled(func: Any, _: Sparse, x: Any, *settings: Any) -> Any:
+    return x.shape, lambda z: _forward_of(func)(z, *settings)
+
+
+def _adapted(func: Any, source: Sparse, x: Any) -> Any:
+    return x.shape, lambda z: _forward_of(func)(z, source.shape[2:])
+
+
+def _folded(func: Any, source: Sparse, output_size: Any, kernel: Any, *settings: Any) -> Any:
+    channels = source.shape[-2] // math.prod(kernel)
+    return (*source.shape[:-2], channels, *output_size), lambda z: aten.im2col(z, kernel, *settings)
 
 
 def _converted(func: Any, a: Sparse, *args: Any, **kwargs: Any) -> Sparse:
@@ -321,6 +379,8 @@ MOVES = (
     aten.masked_fill, aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d, aten.replication_pad1d,
     aten.replication_pad2d, aten.replication_pad3d, aten.pixel_shuffle, aten.pixel_unshuffle, aten.lift_fresh_copy,
 )  # fmt: skip
+SAMPLED = (aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward)
+POOLED = (aten.avg_pool2d_backward, aten.avg_pool3d_backward)
 UPSAMPLED = tuple(
     getattr(aten, f"upsample_{name}_backward")
     for name in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d")
@@ -335,6 +395,11 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.index_put: _index_put,
     aten.scatter_add: _scatter_add,
     aten.index_add: _index_add,
-    aten.grid_sampler_2d_backward: _grid_sampler_backward,
-    **dict.fromkeys(UPSAMPLED, _backward(_upsampled)),
+    **dict.fromkeys(SAMPLED, lambda *args: (_transposed(_sampled)(*args), None)),
+    **dict.fromkeys(UPSAMPLED, _transposed(_upsampled)),
+    **dict.fromkeys(POOLED, _transposed(_pooled)),
+    **dict.fromkeys((aten.avg_pool2d, aten.avg_pool3d), _mean_pool),
+    aten._adaptive_avg_pool2d_backward: _transposed(_adapted),
+    aten.col2im: _transposed(_folded),
+    aten.grid_sampler_3d: lambda func, *args: _grid_sampler_3d(*args),
 }
