@@ -299,7 +299,8 @@ def complaints(function: Callable[..., Any], x: Any, A: al.LinearOperator, scale
         if all(complexes):
             gap = float((M @ multiplied_by_i(x) - multiplied_by_i(y) @ M).norm())
             linear = gap <= 1e-3 * float(M.norm()) or gap <= UNITS * eps * size
-        if A.is_complex_linear != linear:
+        is_zero = float(M.norm()) <= 64 * eps * size  # but for rounding, of which neither answer is right
+        if A.is_complex_linear != linear and not is_zero:
             found.append(f"is_complex_linear is {A.is_complex_linear}, not {linear}")
     return found
 
