@@ -175,6 +175,8 @@ def _reader(source: Any, names: dict[str, Any], value: Any, arguments: Sequence[
             return number
     if not isinstance(value, Tensor):
         raise RefusedError(f"it reads a {type(value).__name__} that changes")
+    if value.layout is not torch.strided:
+        raise RefusedError(f"it reads a tensor of layout {value.layout}")
     name = source.name if isinstance(source.name, str) else source.name()
     try:
         read: Callable[[], Any] = eval(f"lambda: {name}", names)  # an expression made by torch.compile

@@ -18,6 +18,7 @@ from adjointlab import compat
 from adjointlab.modules import Source
 from adjointlab.space import TensorSpec
 from adjointlab.transpose.frontend.capture import Capture
+from adjointlab.transpose.frontend.sparse import SparseMatrices, multiplied
 from adjointlab.transpose.frontend.vjp import Tensors, first_line, vjp_by_func, vjp_by_grad
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import is_mutable, op_name
@@ -112,9 +113,9 @@ _MEMORY = {
 class _Memory(TorchFunctionMode):
     """The same for what reads a tensor's memory past the dispatcher: ``.numpy()``, ``.tolist()``."""
 
-    def __init__(self, values: _Values) -> None:
+    def __init__(self, values: _Values, matrices: SparseMatrices) -> None:
         super().__init__()
-        self.values = values
+        self.values, self.matrices = values, matrices
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -123,16 +124,21 @@ class _Memory(TorchFunctionMode):
             real = self.values.value(args[0], func.__name__)
             with compat._disable_current_modes():
                 return func(real, *args[1:], **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        product = multiplied(func, args, self.matrices)
+        return func(*args, **(kwargs or {})) if product is NotImplemented else product
 
 
 def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
-def _make(function: Callable[..., Any], arguments: Sequence[Tensor], values: _Values) -> fx.GraphModule:
+def _make(
+    function: Callable[..., Any], arguments: Sequence[Tensor], values: _Values, sources: dict[int, Source] | None = None
+) -> fx.GraphModule:
+    matrices = SparseMatrices({} if sources is None else sources)
+
     def watched(*tensors: Tensor) -> Any:
-        with _Memory(values), values:
+        with _Memory(values, matrices), values:
             return function(*tensors)
 
     try:
@@ -172,8 +178,8 @@ def trace_forward(captured: Capture, specs: Sequence[TensorSpec]) -> Graph:
     sources = {**captured.sources, **{id(t): source for t, source in zip(real, captured.state, strict=True)}}
     # Looked up now: a forward may replace what its modules hold while it is traced.
     by_memory = {_memory(source.read()): source for source in captured.sources.values()}
-    module = _make(lambda *tensors: captured.function(tensors[:n], tensors[n:]), [*known, *inputs], values)
-    state = (*captured.state, *_lift(module, n, {**by_memory, **captured.sources}))
+    module = _make(lambda *tensors: captured.function(tensors[:n], tensors[n:]), [*known, *inputs], values, sources)
+    state = (*captured.state, *_lift(module, n, {**by_memory, **sources}))
     specialized = tuple((sources.get(key) or constant(t), t.clone()) for key, t in values.read.items())
     _raise_if_random(module)
     module = _functionalised(module, len(state))
@@ -195,7 +201,7 @@ def hides(captured: Capture, specs: Sequence[TensorSpec]) -> tuple[str, ...]:
         with compat.quiet(), compat.scripts_refused(), fake, torch.enable_grad():
             leaves = [torch.empty(s.shape, dtype=s.dtype, device=s.device, requires_grad=True) for s in specs]
             values = _Values()
-            with _Memory(values), mode:
+            with _Memory(values, SparseMatrices({})), mode:
                 outputs = captured.function(tuple(state), tuple(leaves))
     except Exception as error:  # as for a trace: there is nothing to be known
         return (f"an operation without a derivative ({first_line(error)})",)

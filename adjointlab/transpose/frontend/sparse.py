@@ -1,0 +1,104 @@
+"""Sparse matrices while tracing: a product is written as a gather, a product with the entries, and a sum by index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adjointlab import compat
+from adjointlab.modules import Source
+
+_COMPRESSED: dict[Any, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    torch.sparse_csr: (Tensor.crow_indices, Tensor.col_indices),
+    torch.sparse_csc: (Tensor.ccol_indices, Tensor.row_indices),
+    torch.sparse_bsr: (Tensor.crow_indices, Tensor.col_indices),
+    torch.sparse_bsc: (Tensor.ccol_indices, Tensor.row_indices),
+}  # fmt: skip
+
+
+def is_sparse(value: Any) -> bool:
+    """Return whether a value is a sparse tensor."""
+    return isinstance(value, Tensor) and (value.layout is torch.sparse_coo or value.layout in _COMPRESSED)
+
+
+def places(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the row and column of each entry of a sparse matrix, in the order of its values."""
+    if matrix.layout is torch.sparse_coo:
+        row, column = matrix._indices()
+        return row.clone(), column.clone()
+    starts, others = (read(matrix).long() for read in _COMPRESSED[matrix.layout])
+    first = torch.arange(len(starts) - 1, device=starts.device).repeat_interleave(starts.diff())
+    row, column = (first, others) if matrix.layout in {torch.sparse_csr, torch.sparse_bsr} else (others, first)
+    if matrix.layout in {torch.sparse_csr, torch.sparse_csc}:
+        return row, column.clone()
+    height, width = matrix.values().shape[1:3]
+    at = torch.arange(height, device=row.device)[:, None], torch.arange(width, device=row.device)
+    rows, columns = (p[:, None, None] * n + a for p, n, a in zip((row, column), (height, width), at, strict=True))
+    both = torch.broadcast_tensors(rows, columns)
+    return both[0].reshape(-1), both[1].reshape(-1)
+
+
+def entries(matrix: Tensor) -> Tensor:
+    """Return the values of a sparse matrix as a vector that is no view of it, which tensors without values cannot be."""
+    is_coo = matrix.layout is torch.sparse_coo
+    values = matrix._values() if is_coo and not matrix.is_coalesced() else matrix.values()
+    return values.reshape(-1).clone() if matrix.requires_grad else values.data.reshape(-1)
+
+
+class SparseMatrices:
+    """The sparse matrices that a function multiplies with, in parts that a graph can have."""
+
+    def __init__(self, sources: dict[int, Source]) -> None:
+        self.sources = sources  # by the ids of tensors; those of parts are added
+        self._parts: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+    def product(self, matrix: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
+        """Return ``matrix @ x``, or that of its transpose."""
+        if id(matrix) not in self._parts:
+            with compat._disable_current_modes():  # it is real, among tensors without values
+                self._parts[id(matrix)] = matrix, *self._taken(matrix)
+        _, row, column, value = self._parts[id(matrix)]
+        row, column = (column, row) if transposed else (row, column)
+        columns = x.unsqueeze(-1) if x.ndim == 1 else x
+        terms = value.unsqueeze(-1) * columns.index_select(0, column)
+        found = terms.new_zeros((matrix.shape[transposed], columns.shape[1])).index_add(0, row, terms)
+        return found.squeeze(-1) if x.ndim == 1 else found
+
+    def _taken(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        whole = self.sources.get(id(matrix)) or Source(lambda: matrix, "a sparse constant")
+        seen: list[Any] = [matrix, places(matrix)]
+
+        def places_now() -> tuple[Tensor, Tensor]:
+            found = whole.read()
+            if found is not seen[0]:  # the places of entries of one tensor stay as they are
+                seen[:] = [found, places(found)]
+            return seen[1]  # type: ignore[no-any-return]
+
+        row, column, value = *seen[1], entries(matrix)
+        self.sources[id(row)] = Source(lambda: places_now()[0], f"rows of {whole.name}")
+        self.sources[id(column)] = Source(lambda: places_now()[1], f"columns of {whole.name}")
+        self.sources[id(value)] = Source(lambda: entries(whole.read()), f"entries of {whole.name}")
+        return row, column, value
+
+
+_LEFT = {
+    torch.mm, torch.mv, torch.matmul, torch.sparse.mm, Tensor.mm, Tensor.mv, Tensor.matmul, Tensor.__matmul__,
+}  # fmt: skip
+
+
+def multiplied(func: Any, args: tuple[Any, ...], matrices: SparseMatrices) -> Any:
+    """Return the product that a call computes if one factor is a sparse matrix, else NotImplemented."""
+    if func is Tensor.__rmatmul__:
+        func, args = Tensor.__matmul__, args[::-1]
+    if func not in _LEFT or not any(map(is_sparse, args)):
+        return NotImplemented
+    a, b = args
+    if is_sparse(a) and is_sparse(b):
+        return NotImplemented
+    if is_sparse(a):
+        return matrices.product(a, b) if b.ndim < 3 else NotImplemented
+    flat = a.reshape(-1, a.shape[-1])
+    return matrices.product(b, flat.mT, transposed=True).mT.reshape(*a.shape[:-1], b.shape[-1])
