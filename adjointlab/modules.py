@@ -32,6 +32,7 @@ class Source:
 
     read: Callable[[], Tensor]
     name: str
+    is_private: bool = False  # whether nobody else has it: it has the same values while it is the same tensor
 
 
 def modules_of(function: Any, kwargs: Any = None) -> tuple[nn.Module, ...]:

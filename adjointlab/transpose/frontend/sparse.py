@@ -78,8 +78,8 @@ class SparseMatrices:
             return seen[1]  # type: ignore[no-any-return]
 
         row, column, value = *seen[1], entries(matrix)
-        self.sources[id(row)] = Source(lambda: places_now()[0], f"rows of {whole.name}")
-        self.sources[id(column)] = Source(lambda: places_now()[1], f"columns of {whole.name}")
+        self.sources[id(row)] = Source(lambda: places_now()[0], f"rows of {whole.name}", is_private=True)
+        self.sources[id(column)] = Source(lambda: places_now()[1], f"columns of {whole.name}", is_private=True)
         self.sources[id(value)] = Source(lambda: entries(whole.read()), f"entries of {whole.name}")
         return row, column, value
 

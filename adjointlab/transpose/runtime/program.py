@@ -50,7 +50,8 @@ class Program:
         self.whole = reference.function
         parts = partition(graph)
         self._make_constants, self._main = parts.constants, parts.main
-        self._prepacks = tuple(_kept(function, watched) for watched, function in parts.prepacks)
+        private = frozenset(i for i, source in enumerate(graph.state) if source.is_private)
+        self._prepacks = tuple(_kept(function, watched, private) for watched, function in parts.prepacks)
         self._constants: Tensors | None = None
 
     def __call__(self, *tensors: Tensor) -> Tensors:
@@ -87,7 +88,7 @@ class Program:
         self._main = lambda *tensors: function(*tensors[n_state:])
 
 
-def _kept(function: Callable[..., Any], watched: tuple[int, ...]) -> Prepack:
+def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: frozenset[int]) -> Prepack:
     """Return a function of the watched ones of tensors that returns its last results while these are the same."""
     last: tuple[list[tuple[int, Tensor]], tuple[Tensor, ...]] | None = None
 
@@ -98,14 +99,15 @@ def _kept(function: Callable[..., Any], watched: tuple[int, ...]) -> Prepack:
         if last is not None:
             before, outputs = last  # both at once: another thread may be in here
             for i, tensor in before:
-                if not same(tensors[i], tensor):
+                if not (tensors[i] is tensor if i in private else same(tensors[i], tensor)):
                     break
             else:
                 return outputs
         with torch.no_grad():
             outputs = tuple(function(*[tensors[i] for i in watched], *constants))
             # The copies wait for what was made as well: a call on another stream of CUDA may be the next to use it.
-            last = [(i, tensors[i].detach().to("cpu", copy=True)) for i in watched], outputs
+            copies = [(i, t if i in private else t.detach().to("cpu", copy=True)) for i in watched for t in [tensors[i]]]
+            last = copies, outputs
         return outputs
 
     return call
