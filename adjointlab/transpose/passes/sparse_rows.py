@@ -132,6 +132,10 @@ class Sparse(Tensor):
 
 def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operation that only moves numbers, and zeros, on the numbers of the places."""
+    schema = func._schema.arguments
+    given_by_name = {**dict(zip([a.name for a in schema], args, strict=False)), **kwargs}
+    if any(str(a.type) == "number" and given_by_name.get(a.name, 0) != 0 for a in schema):
+        raise NotByIndexError(f"{func} puts numbers beside those of the input")
     given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Sparse)]
     prefix, offsets, total = given[0].prefix, {}, 0
     sizes = given[0].shape[:prefix]
