@@ -29,6 +29,7 @@ _BY_INDEX = {
     *_INTERPOLATIONS, *UPSAMPLED, aten.grid_sampler_2d_backward, aten.index, aten.gather, aten.index_put, aten.scatter_add,
     aten.index_add, aten.index_select, aten.take,
 }  # fmt: skip
+_DTYPES = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 _MOST = 1 << 26  # entries of a matrix: half a gigabyte
 
 
@@ -83,7 +84,7 @@ def _is_allowed(node: fx.Node) -> bool:
     if packet is aten.grid_sampler_2d_backward:
         return len(node.users) == 1
     value = node.meta.get("val")
-    return (packet in RULES or packet in _INTERPOLATIONS) and isinstance(value, Tensor) and value.is_floating_point()
+    return (packet in RULES or packet in _INTERPOLATIONS) and isinstance(value, Tensor) and value.dtype in _DTYPES
 
 
 def maps_by_index(graph: Graph, choose: Callable[..., bool]) -> Graph:
