@@ -20,16 +20,8 @@ from torch import Tensor, nn
 from adjointlab import compat
 from adjointlab.errors import NotLinearError, SpaceMismatchError
 from adjointlab.modules import (
-    Registered,
-    Watch,
-    attributes_kept,
-    buffers_kept,
-    followed,
-    modules_of,
-    require_own,
-    require_shapes,
-    sources_of,
-)
+    Registered, Watch, attributes_kept, buffers_kept, followed, modules_of, require_own, require_shapes, sources_of,
+)  # fmt: skip
 from adjointlab.space import Space
 from adjointlab.space.codomain import require_outputs, space_of
 from adjointlab.transpose import pipeline
