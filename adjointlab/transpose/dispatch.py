@@ -17,11 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from adjointlab import compat
+from adjointlab import compat, modules
 from adjointlab.errors import NotLinearError, SpaceMismatchError
-from adjointlab.modules import (
-    Registered, Watch, attributes_kept, buffers_kept, followed, modules_of, require_own, require_shapes, sources_of,
-)  # fmt: skip
 from adjointlab.space import Space
 from adjointlab.space.codomain import require_outputs, space_of
 from adjointlab.transpose import pipeline
@@ -76,7 +73,7 @@ class Transposition:
         self._judge = judge
         self._target = codomain  # where results live, which the results of one of several processes do not show
         self._derivations: OrderedDict[tuple[int, ...], list[Derivation]] = OrderedDict()
-        self._registered: dict[int, Registered] = {}  # parameters of a closure, by their ids
+        self._registered: dict[int, modules.Registered] = {}  # parameters of a closure, by their ids
         self.rebase(domain)
 
     def rebase(self, domain: Space) -> None:
@@ -87,8 +84,8 @@ class Transposition:
     def refresh(self) -> None:
         """Derive afresh from the function as it is now."""
         with self._alone():
-            self.modules: tuple[nn.Module, ...] = modules_of(self.callable, self.kwargs)
-            require_shapes(self.modules)
+            self.modules: tuple[nn.Module, ...] = modules.modules_of(self.callable, self.kwargs)
+            modules.require_shapes(self.modules)
             self.eager = Eager(self.callable, self.kwargs, self.domain)
             self._codomain: Space | None = None
             self.untraceable: UntraceableError | None = None
@@ -119,13 +116,15 @@ class Transposition:
 
     def follow(self, parameter: Tensor, name: str, holders: tuple[nn.Module, ...]) -> None:
         """Read a parameter that the function closes over from modules, by name, once they hold another there."""
-        self._registered[id(parameter)] = Registered(parameter, name, holders)
+        self._registered[id(parameter)] = modules.Registered(parameter, name, holders)
         for batch, known in self._derivations.items():
             self._derivations[batch] = [self._followed(derivation) for derivation in known]
 
     def _followed(self, derivation: Derivation) -> Derivation:
         return (
-            replace(derivation, state=followed(derivation.state, self._registered)) if self._registered else derivation
+            replace(derivation, state=modules.followed(derivation.state, self._registered))
+            if self._registered
+            else derivation
         )
 
     # -- what is called ----------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ class Transposition:
         leaves = source.leaves(x)
         derivation, state = self._current(leaves)
         if not derivation.programs:
-            require_own(self._registered)
+            modules.require_own(self._registered)
         found = derivation.run(name, state, leaves)
         if not derivation.programs and name != "adjoint":
             require_outputs(found, self.eager.structure, codomain)
@@ -302,9 +301,9 @@ class Transposition:
         else:
             derivation = self._traced(eager, domain, seen)
         if not derivation.programs and self._rebuilds <= _MOST_REBUILDS:  # of the user's code, the modules are watched
-            state = tuple(sources_of(self.modules).values())
+            state = tuple(modules.sources_of(self.modules).values())
             derivation = replace(
-                derivation, holds=Watch(self.modules).holds, state=state, is_doubtful=True,
+                derivation, holds=modules.Watch(self.modules).holds, state=state, is_doubtful=True,
                 metadata=tuple(metadata_of(source.read()) for source in state),
             )  # fmt: skip
         if self._judge is not None and self.options.check and is_new:
@@ -327,11 +326,11 @@ class Transposition:
             if self.options.check:
                 raise
             # Larger than memory: without a check, shapes are all that is needed.
-            with attributes_kept(self.modules), compat.FakeTensorMode(allow_non_fake_inputs=True):
+            with modules.attributes_kept(self.modules), compat.FakeTensorMode(allow_non_fake_inputs=True):
                 result = eager.called(eager.domain.leaves(eager.domain.zeros()))
             changed: list[str] = []
         else:
-            with buffers_kept(self.modules) as changed:
+            with modules.buffers_kept(self.modules) as changed:
                 result = eager.called(x, copied=False)
             del x
         self.eager.structure = eager.structure
@@ -356,7 +355,7 @@ class Transposition:
         graphs, options = None, replace(self.options, choose=self._chooser)
         if self.untraceable is None:
             try:
-                with attributes_kept(self.modules):
+                with modules.attributes_kept(self.modules):
                     watched = (self.modules, eager.once) if options.check else (self.modules,)
                     captured = capture(self.callable, self.kwargs, domain, *watched)
                     graphs = pipeline.graphs_of(captured, domain, options)
