@@ -195,10 +195,20 @@ def same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     if a.layout is not torch.strided:
-        return a is b or bool((a.to_dense() == b.to_dense()).all())
+        return a is b or (a.layout is b.layout and all(map(same, _parts(a), _parts(b))))
     if a.numel() >= _MANY and _is_words(a) and _is_words(b):
         return np.array_equal(_words(a), _words(b))  # three times as fast as torch.equal
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _parts(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors that a sparse one is made of."""
+    matrix = matrix.detach()
+    if matrix.layout is torch.sparse_coo:
+        return matrix._indices(), matrix._values()
+    if matrix.layout in {torch.sparse_csr, torch.sparse_bsr}:
+        return matrix.crow_indices(), matrix.col_indices(), matrix.values()
+    return matrix.ccol_indices(), matrix.row_indices(), matrix.values()
 
 
 def _is_words(tensor: Tensor) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from adjointlab import compat, modules
 from adjointlab.errors import NotLinearError, SpaceMismatchError
+from adjointlab.numerics import same
 from adjointlab.space import Space
 from adjointlab.space.codomain import require_outputs, space_of
 from adjointlab.transpose import pipeline
@@ -29,7 +30,7 @@ from adjointlab.transpose.kernels.select import remembered
 from adjointlab.transpose.pipeline import Options
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
-from adjointlab.transpose.runtime.program import canonical
+from adjointlab.transpose.runtime.program import canonical, is_captured
 from adjointlab.transpose.selfcheck import Pair, Sketch
 from adjointlab.tree import SINGLE
 
@@ -46,10 +47,6 @@ def _changed(error: NotLinearError) -> NotLinearError:
     return NotLinearError(
         f"expected the map that was checked, but it has changed, and is not linear any more; undo the change: {error}"
     )
-
-
-def _versions(tensors: Tensors) -> tuple[Any, ...]:
-    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 class Transposition:
@@ -102,8 +99,8 @@ class Transposition:
     def _restart(self) -> None:
         self._chooser = remembered(self.options.chooser)
         self._listings: set[Any] = set()  # of programs that were checked: at another size they are the same
-        # The values of the state that derivations were judged with, where that matters.
-        self._judged: WeakKeyDictionary[Derivation, tuple[Any, ...]] = WeakKeyDictionary()
+        # Copies of the state that derivations were judged with, where that matters.
+        self._judged: WeakKeyDictionary[Derivation, Tensors] = WeakKeyDictionary()
         self._compiled: dict[str, Callable[..., Tensors]] | None = None
         derivation = self._derived(self.domain.batch_shape)
         self._derivations = OrderedDict({self.domain.batch_shape: [derivation]})
@@ -121,11 +118,9 @@ class Transposition:
             self._derivations[batch] = [self._followed(derivation) for derivation in known]
 
     def _followed(self, derivation: Derivation) -> Derivation:
-        return (
-            replace(derivation, state=modules.followed(derivation.state, self._registered))
-            if self._registered
-            else derivation
-        )
+        if not self._registered:
+            return derivation
+        return replace(derivation, state=modules.followed(derivation.state, self._registered))
 
     # -- what is called ----------------------------------------------------------------------------------------------
 
@@ -235,7 +230,7 @@ class Transposition:
             state = derivation.state_now()
             if state is not None:
                 self._served += 1
-                if not self._is_judged(derivation, state):
+                if compat.plain() and not self._is_judged(derivation, state):
                     self._judge_again(derivation, state, batch)
                 if frozen is not None:
                     frozen[batch] = derivation.frozen(state), state
@@ -248,19 +243,31 @@ class Transposition:
 
     def _judge_again(self, derivation: Derivation, state: Tensors, batch: tuple[int, ...]) -> None:
         """Raise if a map that is linear for some values of its state only is not so for those it has now."""
-        if self._judge is None or not self.options.check or not compat.plain():
-            return
+        assert self._judge is not None
         try:
             with self._alone():
                 self._judge(self, derivation, self.domain.with_batch(batch))
+                self._remember(derivation, state)
         except NotLinearError as error:
             raise _changed(error) from error
-        self._judged[derivation] = _versions(state)
 
     def _is_judged(self, derivation: Derivation, state: Tensors | None) -> bool:
-        if state is None:
-            return False
-        return not derivation.is_doubtful or self._judged.get(derivation) == _versions(state)
+        """Return whether a derivation is up to date, and was judged with the values that its state has now.
+
+        Versions would not tell: changes through ``.data`` leave none.
+        """
+        if state is None or not self._is_watched(derivation) or any(map(is_captured, state)):
+            return state is not None
+        judged = self._judged.get(derivation)
+        return judged is not None and all(map(same, state, judged))
+
+    def _is_watched(self, derivation: Derivation) -> bool:
+        return derivation.is_doubtful and self._judge is not None and self.options.check
+
+    def _remember(self, derivation: Derivation, state: Tensors) -> None:
+        """Keep the values that a derivation was judged with: those of one state serve all sizes."""
+        equal = (kept for kept in self._judged.values() if len(kept) == len(state) and all(map(same, state, kept)))
+        self._judged[derivation] = next(equal, ()) or tuple(t.detach().clone().cpu() for t in state)
 
     def _refreshed(self, batch: tuple[int, ...]) -> tuple[Derivation, Tensors]:
         known = self._derivations.get(batch, [])
@@ -309,8 +316,8 @@ class Transposition:
         if self._judge is not None and self.options.check and is_new:
             self._judge(self, derivation, domain)
         derivation = self._followed(derivation)
-        if derivation.is_doubtful:
-            self._judged[derivation] = _versions(tuple(source.read() for source in derivation.state))
+        if self._is_watched(derivation):
+            self._remember(derivation, tuple(source.read() for source in derivation.state))
         return derivation
 
     def _ran(self, eager: Eager) -> Sketch | None:
