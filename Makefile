@@ -50,7 +50,7 @@ demo: $(STAMP) ## Run the demonstration
 test: $(STAMP) ## Run all tests and doctests, in parallel
 	$(ONE_THREAD) $(BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-quick: $(STAMP) ## Run a part of the tests in a minute: every fifth operator, one dtype, nothing slow
+quick: $(STAMP) ## Run a part of the tests in a minute or two: every fifth operator, one dtype, nothing slow
 	$(ONE_THREAD) $(BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal --quick $(ARGS)
 
 # Two files of one process each; what is found is printed at once, with the number that makes it again.

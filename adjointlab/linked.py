@@ -104,5 +104,3 @@ class _Linked(torch.autograd.Function):
 
 
 _linked: Any = _Linked.apply
-
-__all__ = ["Linked"]

@@ -223,7 +223,7 @@ class Registered:
     holders: tuple[nn.Module, ...]
 
     def now(self) -> Tensor:
-        """Return what replaces the parameter, the parameter itself where nothing does."""
+        """Return the tensor that replaces the parameter, the parameter itself where none does."""
         held = [holder._parameters[self.name] for holder in self.holders]
         return next((other for other in held if other is not None and other is not self.parameter), self.parameter)
 

@@ -95,7 +95,7 @@ def rounding_noise(
     alone, which are other numbers of the same size. One that is not linear differs by more, but s is so close to one
     that this is a sixtieth of what the dot test sees of it. The result is the largest of three measurements.
     """
-    wide = [t.to(_WIDE[t.is_complex()]) for t in at_x]
+    images = [wide(t) for t in at_x]
     generator = torch.Generator().manual_seed(seed)
     steps = space.leaves(space.with_batch(x[0].shape[: space.batch_dims]).randn(generator))
     moved = [
@@ -104,7 +104,7 @@ def rounding_noise(
     ]
     largest = 0.0
     for s, z in moved:
-        differences = [t.to(w.dtype) - s * w for t, w in zip(function(z), wide, strict=True)]
+        differences = [t.to(w.dtype) - s * w for t, w in zip(function(z), images, strict=True)]
         largest = max(largest, norm(tuple(differences), codomain))
     return largest
 
@@ -115,6 +115,11 @@ def norm(leaves: Tensors, space: Space | None = None) -> float:
     if space is not None and space.is_sharded:
         return math.sqrt(float(space.total([length.square() for length in lengths])))
     return math.hypot(*map(float, lengths))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in double precision."""
+    return tensor.to(_WIDE[tensor.is_complex()])
 
 
 def eps_of(leaves: Sequence[Tensor]) -> float:
@@ -195,10 +200,20 @@ def same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     if a.layout is not torch.strided:
-        return a is b or bool((a.to_dense() == b.to_dense()).all())
+        return a is b or (a.layout is b.layout and all(map(same, _parts(a), _parts(b))))
     if a.numel() >= _MANY and _is_words(a) and _is_words(b):
         return np.array_equal(_words(a), _words(b))  # three times as fast as torch.equal
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _parts(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors that a sparse one is made of."""
+    matrix = matrix.detach()
+    if matrix.layout is torch.sparse_coo:
+        return matrix._indices(), matrix._values()
+    if matrix.layout in {torch.sparse_csr, torch.sparse_bsr}:
+        return matrix.crow_indices(), matrix.col_indices(), matrix.values()
+    return matrix.ccol_indices(), matrix.row_indices(), matrix.values()
 
 
 def _is_words(tensor: Tensor) -> bool:

@@ -24,7 +24,7 @@ class Piece(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one process keeps, sends and receives in an exchange; rows for each other process, in the window's order."""
+    """The rows that one process keeps, sends and receives in an exchange, for each other in the window's order."""
 
     kept: tuple[Piece, ...]  # of this process's window, from its own shard
     gives: tuple[tuple[Rows, ...], ...]  # of this process's shard

@@ -17,19 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from adjointlab import compat
+from adjointlab import compat, modules
 from adjointlab.errors import NotLinearError, SpaceMismatchError
-from adjointlab.modules import (
-    Registered,
-    Watch,
-    attributes_kept,
-    buffers_kept,
-    followed,
-    modules_of,
-    require_own,
-    require_shapes,
-    sources_of,
-)
+from adjointlab.numerics import same
 from adjointlab.space import Space
 from adjointlab.space.codomain import require_outputs, space_of
 from adjointlab.transpose import pipeline
@@ -40,7 +30,7 @@ from adjointlab.transpose.kernels.select import remembered
 from adjointlab.transpose.pipeline import Options
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
-from adjointlab.transpose.runtime.program import canonical
+from adjointlab.transpose.runtime.program import canonical, is_captured
 from adjointlab.transpose.selfcheck import Pair, Sketch
 from adjointlab.tree import SINGLE
 
@@ -57,10 +47,6 @@ def _changed(error: NotLinearError) -> NotLinearError:
     return NotLinearError(
         f"expected the map that was checked, but it has changed, and is not linear any more; undo the change: {error}"
     )
-
-
-def _versions(tensors: Tensors) -> tuple[Any, ...]:
-    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 class Transposition:
@@ -84,7 +70,7 @@ class Transposition:
         self._judge = judge
         self._target = codomain  # where results live, which the results of one of several processes do not show
         self._derivations: OrderedDict[tuple[int, ...], list[Derivation]] = OrderedDict()
-        self._registered: dict[int, Registered] = {}  # parameters of a closure, by their ids
+        self._registered: dict[int, modules.Registered] = {}  # parameters of a closure, by their ids
         self.rebase(domain)
 
     def rebase(self, domain: Space) -> None:
@@ -95,8 +81,8 @@ class Transposition:
     def refresh(self) -> None:
         """Derive afresh from the function as it is now."""
         with self._alone():
-            self.modules: tuple[nn.Module, ...] = modules_of(self.callable, self.kwargs)
-            require_shapes(self.modules)
+            self.modules: tuple[nn.Module, ...] = modules.modules_of(self.callable, self.kwargs)
+            modules.require_shapes(self.modules)
             self.eager = Eager(self.callable, self.kwargs, self.domain)
             self._codomain: Space | None = None
             self.untraceable: UntraceableError | None = None
@@ -113,8 +99,8 @@ class Transposition:
     def _restart(self) -> None:
         self._chooser = remembered(self.options.chooser)
         self._listings: set[Any] = set()  # of programs that were checked: at another size they are the same
-        # The values of the state that derivations were judged with, where that matters.
-        self._judged: WeakKeyDictionary[Derivation, tuple[Any, ...]] = WeakKeyDictionary()
+        # Copies of the state that derivations were judged with, where that matters.
+        self._judged: WeakKeyDictionary[Derivation, Tensors] = WeakKeyDictionary()
         self._compiled: dict[str, Callable[..., Tensors]] | None = None
         derivation = self._derived(self.domain.batch_shape)
         self._derivations = OrderedDict({self.domain.batch_shape: [derivation]})
@@ -127,14 +113,14 @@ class Transposition:
 
     def follow(self, parameter: Tensor, name: str, holders: tuple[nn.Module, ...]) -> None:
         """Read a parameter that the function closes over from modules, by name, once they hold another there."""
-        self._registered[id(parameter)] = Registered(parameter, name, holders)
+        self._registered[id(parameter)] = modules.Registered(parameter, name, holders)
         for batch, known in self._derivations.items():
             self._derivations[batch] = [self._followed(derivation) for derivation in known]
 
     def _followed(self, derivation: Derivation) -> Derivation:
-        return (
-            replace(derivation, state=followed(derivation.state, self._registered)) if self._registered else derivation
-        )
+        if not self._registered:
+            return derivation
+        return replace(derivation, state=modules.followed(derivation.state, self._registered))
 
     # -- what is called ----------------------------------------------------------------------------------------------
 
@@ -165,7 +151,7 @@ class Transposition:
         leaves = source.leaves(x)
         derivation, state = self._current(leaves)
         if not derivation.programs:
-            require_own(self._registered)
+            modules.require_own(self._registered)
         found = derivation.run(name, state, leaves)
         if not derivation.programs and name != "adjoint":
             require_outputs(found, self.eager.structure, codomain)
@@ -244,7 +230,7 @@ class Transposition:
             state = derivation.state_now()
             if state is not None:
                 self._served += 1
-                if not self._is_judged(derivation, state):
+                if compat.plain() and not self._is_judged(derivation, state):
                     self._judge_again(derivation, state, batch)
                 if frozen is not None:
                     frozen[batch] = derivation.frozen(state), state
@@ -257,19 +243,31 @@ class Transposition:
 
     def _judge_again(self, derivation: Derivation, state: Tensors, batch: tuple[int, ...]) -> None:
         """Raise if a map that is linear for some values of its state only is not so for those it has now."""
-        if self._judge is None or not self.options.check or not compat.plain():
-            return
+        assert self._judge is not None
         try:
             with self._alone():
                 self._judge(self, derivation, self.domain.with_batch(batch))
+                self._remember(derivation, state)
         except NotLinearError as error:
             raise _changed(error) from error
-        self._judged[derivation] = _versions(state)
 
     def _is_judged(self, derivation: Derivation, state: Tensors | None) -> bool:
-        if state is None:
-            return False
-        return not derivation.is_doubtful or self._judged.get(derivation) == _versions(state)
+        """Return whether a derivation is up to date, and was judged with the values that its state has now.
+
+        Versions would not tell: changes through ``.data`` leave none.
+        """
+        if state is None or not self._is_watched(derivation) or any(map(is_captured, state)):
+            return state is not None
+        judged = self._judged.get(derivation)
+        return judged is not None and all(map(same, state, judged))
+
+    def _is_watched(self, derivation: Derivation) -> bool:
+        return derivation.is_doubtful and self._judge is not None and self.options.check
+
+    def _remember(self, derivation: Derivation, state: Tensors) -> None:
+        """Keep the values that a derivation was judged with: those of one state serve all sizes."""
+        equal = (kept for kept in self._judged.values() if len(kept) == len(state) and all(map(same, state, kept)))
+        self._judged[derivation] = next(equal, ()) or tuple(t.detach().clone().cpu() for t in state)
 
     def _refreshed(self, batch: tuple[int, ...]) -> tuple[Derivation, Tensors]:
         known = self._derivations.get(batch, [])
@@ -310,16 +308,16 @@ class Transposition:
         else:
             derivation = self._traced(eager, domain, seen)
         if not derivation.programs and self._rebuilds <= _MOST_REBUILDS:  # of the user's code, the modules are watched
-            state = tuple(sources_of(self.modules).values())
+            state = tuple(modules.sources_of(self.modules).values())
             derivation = replace(
-                derivation, holds=Watch(self.modules).holds, state=state, is_doubtful=True,
+                derivation, holds=modules.Watch(self.modules).holds, state=state, is_doubtful=True,
                 metadata=tuple(metadata_of(source.read()) for source in state),
             )  # fmt: skip
         if self._judge is not None and self.options.check and is_new:
             self._judge(self, derivation, domain)
         derivation = self._followed(derivation)
-        if derivation.is_doubtful:
-            self._judged[derivation] = _versions(tuple(source.read() for source in derivation.state))
+        if self._is_watched(derivation):
+            self._remember(derivation, tuple(source.read() for source in derivation.state))
         return derivation
 
     def _ran(self, eager: Eager) -> Sketch | None:
@@ -335,11 +333,11 @@ class Transposition:
             if self.options.check:
                 raise
             # Larger than memory: without a check, shapes are all that is needed.
-            with attributes_kept(self.modules), compat.FakeTensorMode(allow_non_fake_inputs=True):
+            with modules.attributes_kept(self.modules), compat.FakeTensorMode(allow_non_fake_inputs=True):
                 result = eager.called(eager.domain.leaves(eager.domain.zeros()))
             changed: list[str] = []
         else:
-            with buffers_kept(self.modules) as changed:
+            with modules.buffers_kept(self.modules) as changed:
                 result = eager.called(x, copied=False)
             del x
         self.eager.structure = eager.structure
@@ -364,7 +362,7 @@ class Transposition:
         graphs, options = None, replace(self.options, choose=self._chooser)
         if self.untraceable is None:
             try:
-                with attributes_kept(self.modules):
+                with modules.attributes_kept(self.modules):
                     watched = (self.modules, eager.once) if options.check else (self.modules,)
                     captured = capture(self.callable, self.kwargs, domain, *watched)
                     graphs = pipeline.graphs_of(captured, domain, options)

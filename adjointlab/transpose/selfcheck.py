@@ -126,8 +126,17 @@ def disagreement(
             offset = Sketch.of(candidate.function(tuple(torch.zeros_like(t) for t in pair.x)), pair.y)
             difference = images["function"][0].minus(offset)
             said = _differ(difference, images["linear"][0], None, candidate, tol, "linear part")
-        moved = lambda: Sketch.of(user(perturbed(pair.x)), pair.y)  # noqa: E731
-        said = _differ(seen, images["function"][0], moved, candidate, tol, "forward") or said
+        said = (
+            _differ(
+                seen,
+                images["function"][0],
+                lambda: Sketch.of(user(perturbed(pair.x)), pair.y),
+                candidate,
+                tol,
+                "forward",
+            )
+            or said
+        )
         if not domain.every(not said):
             return said or f"the derived forward differs from the user's {_ELSEWHERE}"
         return _of_adjoint(candidate, list(zip(pairs, images[name], strict=True)), tol, compiled=compiled)
@@ -266,8 +275,7 @@ def autograd_gap(candidate: Candidate, eager_adjoint: Function) -> tuple[float, 
     """Return how far autograd's own adjoint is from the derived one on a random y, and whether that is rounding."""
     y, eps = Pair(candidate.domain, candidate.codomain).y, max(candidate.domain.eps, candidate.codomain.eps)
     with torch.no_grad():
-        moved = lambda: eager_adjoint(perturbed(y))  # noqa: E731
-        found = _gaps(eager_adjoint(y), candidate.adjoint(y), moved, _UNITS, eps)
+        found = _gaps(eager_adjoint(y), candidate.adjoint(y), lambda: eager_adjoint(perturbed(y)), _UNITS, eps)
     return max(gap for gap, _ in found), all(gap <= bound for gap, bound in found)
 
 
@@ -281,8 +289,7 @@ def gradient_disagreement(candidate: Candidate, user: Function, parameters: Sequ
     tensors = tuple(tensor for _, tensor in parameters)
     try:
         expected, found = (_gradients(f, pair.x, pair.y, tensors) for f in (user, candidate.function))
-        moved = lambda: _gradients(user, perturbed(pair.x), pair.y, tensors)  # noqa: E731
-        gaps = _gaps(expected, found, moved, 2 * _UNITS)
+        gaps = _gaps(expected, found, lambda: _gradients(user, perturbed(pair.x), pair.y, tensors), 2 * _UNITS)
     except RuntimeError as error:
         return f"the gradient in the parameters failed ({first_line(error)})"
     for (name, _), (gap, bound) in zip(parameters, gaps, strict=True):

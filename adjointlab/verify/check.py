@@ -307,6 +307,3 @@ def _dense(forward: CheckedMap) -> CheckedMap | None:
     images = [forward(space.leaves(real_element(space, e))) for e in basis]
     matrix = torch.stack([coordinates(codomain.unflatten(image)) for image in images])
     return CheckedMap(lambda y: real_element(space, matrix @ coordinates(y)), codomain, space, "the dense adjoint")
-
-
-__all__ = ["assert_adjoint", "check_adjoint"]

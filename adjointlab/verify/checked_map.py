@@ -171,8 +171,3 @@ def structured(space: Space) -> Iterator[tuple[str, Tensors]]:
         "constant",
         tuple(torch.full_like(t, size * (_PHASE if t.is_complex() else 1.0)) for t in space.leaves(space.zeros())),
     )
-
-
-__all__ = [
-    "BrokenError", "CheckedMap", "ExhaustedError", "Meter", "Tensors", "impulse", "listed", "structured", "vanishes",
-]  # fmt: skip

@@ -8,19 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from adjointlab.numerics import norm, rounding_noise
+from adjointlab.numerics import norm, rounding_noise, wide
 from adjointlab.verify.checked_map import CheckedMap, Meter, Tensors
 
 Change = Callable[[Tensor], Tensor]  # acts on one tensor
 Candidate = Callable[[int], Tensors | None]  # the images of a draw under a supposed adjoint; None if there are none
 _DRAWS = 2
 _SAMPLE = 4096  # entries of the first draw that are compared first
-_WIDE = {True: torch.complex128, False: torch.float64}
-
-
-def wide(t: Tensor) -> Tensor:
-    """Return a tensor in double precision."""
-    return t.to(_WIDE[t.is_complex()])
 
 
 def in_words(what: str, factor: complex) -> str:
@@ -259,6 +253,3 @@ def ranges(some: list[int]) -> str:
 
 def _number(value: complex) -> str:
     return f"{value.real:.4g}{value.imag:+.4g}j" if value.imag else f"{value.real:.4g}"
-
-
-__all__ = ["Candidate", "Change", "Comparison", "far", "in_words", "places", "ranges", "stacked", "wide"]

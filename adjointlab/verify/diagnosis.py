@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import torch
 
-from adjointlab.numerics import dot_gap, norm
+from adjointlab.numerics import dot_gap, norm, wide
 from adjointlab.operators import LinearOperator
 from adjointlab.space.algebra import conjugated
 from adjointlab.verify.checked_map import BrokenError, CheckedMap, ExhaustedError, Meter, Tensors
-from adjointlab.verify.comparison import Comparison, far, in_words, wide
+from adjointlab.verify.comparison import Comparison, far, in_words
 from adjointlab.verify.dot_test import DotTest
 from adjointlab.verify.figure import Figure, figure_of
 from adjointlab.verify.moves import moved_result, moved_y
@@ -242,6 +242,3 @@ def _by_repair(test: DotTest, generator: torch.Generator) -> str:
         if all(gap <= 2 * allowed for gap, allowed in gaps):
             return in_words(words, complex(scale))
     return ""
-
-
-__all__ = ["diagnose"]

@@ -310,6 +310,3 @@ def _product_within(bound: float, deviation: float | None) -> float:
         density = math.sqrt(2 / math.pi) * torch.exp(-u.square() / 2)
         within = torch.erf(bound / deviation / u / math.sqrt(2))
     return float(torch.trapezoid(density * within, u).clamp(0, 1))
-
-
-__all__ = ["DotTest"]

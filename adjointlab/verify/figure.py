@@ -105,6 +105,3 @@ def _grid(plane: Tensor) -> Grid:
     size = (max(1, round(share * height)), max(1, round(share * width)))
     thin = torch.nn.functional.adaptive_max_pool2d(plane[None], size)[0]
     return tuple(tuple(float(f"{value:.4g}") for value in row) for row in thin.tolist())
-
-
-__all__ = ["Figure", "figure_of"]

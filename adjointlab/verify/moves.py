@@ -164,6 +164,3 @@ def _cycles(order: list[int]) -> str:
             texts.append(" ↔ ".join(map(str, cycle)) if len(cycle) == 2 else " → ".join(map(str, [*short, start])))
         seen.update(cycle)
     return "; ".join(texts[:4]) + ("; …" if len(texts) > 4 else "")
-
-
-__all__ = ["moved_result", "moved_y"]

@@ -332,6 +332,3 @@ def _of_padding(tape: Tape, shape: tuple[int, ...]) -> Iterator[Mistake]:
     for mode, title in _PADDINGS.items():
         if mode == "constant" or all(p < n for p, n in zip(pads, inner, strict=True)):
             yield Mistake(f"wrong padding mode: the adjoint for {title} padding", partial(folded, mode=mode))
-
-
-__all__ = ["Mistake", "of_pieces", "read_tensors"]

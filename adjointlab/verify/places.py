@@ -10,8 +10,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from adjointlab.numerics import wide
 from adjointlab.verify.checked_map import Tensors, listed
-from adjointlab.verify.comparison import Comparison, places, ranges, wide
+from adjointlab.verify.comparison import Comparison, places, ranges
 from adjointlab.verify.values import is_zero, value
 
 _MOST_LOOKS = 10  # largest number of tested ranges of y along one dimension
@@ -149,6 +150,3 @@ def _kept_only(leaves: Tensors, some: Mapping[int, Sequence[int]]) -> Tensors:
         parts = [(t, k, t.index_select(dim, k)) for t, k in zip(leaves, kept, strict=True)]
         leaves = tuple(torch.zeros_like(t).index_copy(dim, k, part) for t, k, part in parts)
     return leaves
-
-
-__all__ = ["batch_mixed", "border", "ignored", "in_batch", "in_places"]

@@ -87,6 +87,3 @@ class AdjointReport:
     def to_json(self, indent: int | None = None) -> str:
         """Return :meth:`to_dict` as JSON; numbers that are not finite become ``null``."""
         return strict_json(self.to_dict(), indent)
-
-
-__all__ = ["AdjointReport"]

@@ -22,7 +22,7 @@ class Tape:
     def __init__(self, graph: Graph, state: Tensors) -> None:
         self.graph = graph
         self.known: dict[fx.Node, Any] = dict(zip(graph.placeholders, state, strict=False))
-        # What depends on y, in order, with its operand that does, if there is one only.
+        # The nodes that depend on y, in order, each with its operand that does, if there is one only.
         self.operands: dict[fx.Node, fx.Node | None] = {}
         for node in graph.body.nodes:
             some = [n for n in node.all_input_nodes if n in graph.inputs or n in self.operands]
@@ -70,6 +70,3 @@ def _call(node: fx.Node, values: dict[fx.Node, Any], changes: dict[int, Any] = _
 def packet_of(node: fx.Node) -> Any:
     """Return the operation of a node, whatever its overload."""
     return getattr(node.target, "overloadpacket", None)
-
-
-__all__ = ["Function", "Tape", "packet_of"]

@@ -176,16 +176,3 @@ def _dtype_of(error: float, eps: float) -> str:
     typical = {0.3 * torch.finfo(dtype).eps: name for dtype, name in names.items() if torch.finfo(dtype).eps > eps}
     nearest = min(typical, key=lambda size: abs(math.log(size / error)), default=0.0)
     return f" ({typical[nearest]})" if nearest / 16 < error < 16 * nearest else ""
-
-
-__all__ = [
-    "Kind",
-    "conjugate_or_part_of_y",
-    "entrywise",
-    "first",
-    "is_zero",
-    "nearly_right",
-    "one_sided",
-    "phase",
-    "value",
-]

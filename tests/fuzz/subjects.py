@@ -391,7 +391,8 @@ class Shifted(Subject):
         def shift() -> str:
             value = 0.0 if self.shift.any() else rng.choice((0.0, 1.0))
             if rng.random() < 0.5:
-                self.shift.fill_(value)
+                tensor = rng.choice((self.shift, self.shift.data))  # the second leaves no version behind
+                tensor.fill_(value)
                 return f"shift = {value} in place"
             self.shift = torch.full_like(self.shift, value)
             return f"shift = {value}, another tensor"

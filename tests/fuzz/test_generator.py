@@ -338,7 +338,8 @@ def examined(chain: Chain) -> tuple[list[str], str]:
         A = al.linear_operator(function, chain.domain, engine=chain.engine)
         return complaints(function, chain.domain, A, scale), A.engine
     except al.NotDifferentiableError as error:  # rightly, where torch's own derivative is another map
-        is_right = autograd_gap(function, chain.domain) > UNITS * 1e-7 * max(1.0, scale)
+        eps = max(torch.finfo(t.dtype).eps for t in ordered(chain.domain))
+        is_right = autograd_gap(function, chain.domain) > UNITS * eps * max(1.0, scale)
         return [] if is_right else [f"{type(error).__name__}: {error}"], "none"
     except Exception as error:
         return [f"{type(error).__name__}: {error}"], "none"

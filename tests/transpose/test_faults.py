@@ -61,8 +61,11 @@ def zero_bias():
 ENGINES = pytest.mark.parametrize("engine", ["auto", "eager"])
 CHANGES = {
     "PReLU": (lambda: nn.PReLU(init=1.0).double(), lambda m: m.weight.fill_(0.1)),
+    "PReLU, by .data": (lambda: nn.PReLU(init=1.0).double(), lambda m: m.weight.data.fill_(0.1)),
+    "PReLU, by NumPy": (lambda: nn.PReLU(init=1.0).double(), lambda m: m.weight.detach().numpy().fill(0.1)),
     "LeakyReLU": (lambda: nn.LeakyReLU(1.0), lambda m: setattr(m, "negative_slope", 0.1)),
     "gate": (Gated, lambda m: m.gate.fill_(1)),
+    "gate, by .data": (Gated, lambda m: m.gate.data.fill_(1)),
     "zero bias": (zero_bias, lambda m: m.bias.fill_(1)),
     "bias": (lambda: Switched(lambda x: 1), lambda m: setattr(m, "on", True)),
     "round": (lambda: Switched(lambda x: x.round()), lambda m: setattr(m, "on", True)),

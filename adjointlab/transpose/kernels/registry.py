@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adjointlab.transpose.kernels.convolution import ConvSpec, Run, phases_cost
+from adjointlab.transpose.kernels.convolution import VECTOR, ConvSpec, Run, phases_cost
 from adjointlab.transpose.kernels.direct import flip, flipped, native
 from adjointlab.transpose.kernels.fft import fft, spectrum
 from adjointlab.transpose.kernels.polyphase import phase_kernels, polyphase
@@ -76,6 +76,7 @@ def _direct_cost(spec: ConvSpec) -> float:
         rate = 3e9 if writes >= 4 else 4e8 if reads >= 4 or spec.transposed else 1e9
     else:
         rate = min(3e10, 4e8 * (c_in * c_out) ** 0.85) if spec.transposed else min(6e10, 1e9 * (c_in * c_out) ** 0.75)
+        rate *= min(spec.groups, VECTOR) if c_in == c_out == 1 else 1  # depthwise ones have those of other groups
     return _OVERHEAD + spec.macs / rate
 
 

@@ -108,6 +108,9 @@ def _gradient(nodes: fx.Graph, item: Any, *, transform: Callable[[ConvSpec], boo
     if item.target is not operator.getitem or item.args[0].target is not aten.convolution_backward.default:
         return None
     (node, index), found = item.args, None
+    if index == 2:  # of the bias: PyTorch would compute that in the kernel beside it
+        cotangent: Any = node.args[0]
+        return call(nodes, aten.sum.dim_IntList, cotangent, [0, *range(2, cotangent.meta["val"].ndim)])
     if not item.meta["val"].dtype.is_complex:  # native complex kernels come apart into real ones: left as they are
         if index == 0:
             found = _gradient_in_input(nodes, node)

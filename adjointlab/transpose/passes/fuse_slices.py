@@ -63,7 +63,7 @@ class Piece:
         return all(a.write < b.write + b.length and b.write < a.write + a.length for a, b in pairs)
 
     def moved(self, dim: int, by: int, size: int) -> Sum:
-        """Return what is left of the piece when it is moved along a dimension of the result, which gets a new size."""
+        """Return the piece moved along a dimension of the result, and cut to the new size of that."""
         of, read, write, length = self.spans[dim]
         start, stop = max(0, write + by), min(size, write + by + length)
         span = Span(of, read + start - write - by, start, stop - start)

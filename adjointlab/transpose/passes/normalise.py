@@ -36,7 +36,7 @@ def normalise(whole: Graph, *, detached: bool = True) -> Graph:
 
 
 def _copied(graph: fx.Graph, target: fx.Node, source: fx.Node) -> fx.Node:
-    """Return what has the values of a source and the metadata of a target."""
+    """Return a node with the values of a source and the metadata of a target."""
     value = target.meta["val"]
     if source.meta["val"].dtype != value.dtype:
         source = call(graph, aten._to_copy.default, source, dtype=value.dtype)

@@ -94,7 +94,7 @@ def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: froze
 
     def call(tensors: tuple[Tensor, ...], constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         nonlocal last
-        if _is_captured(tensors[watched[0]]):  # no value can be asked for, and what is made belongs to the CUDA graph
+        if is_captured(tensors[watched[0]]):  # no value can be asked for, and what is made belongs to the CUDA graph
             return tuple(function(*[tensors[i] for i in watched], *constants))
         if last is not None:
             before, outputs = last  # both at once: another thread may be in here
@@ -113,7 +113,7 @@ def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: froze
     return call
 
 
-def _is_captured(tensor: Tensor) -> bool:
+def is_captured(tensor: Tensor) -> bool:
     """Return whether what is computed from a tensor now is recorded for a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 

@@ -94,6 +94,10 @@ def test_where_every_run_is_disturbed_the_model_decides_for_now() -> None:
     assert by_model(near) is NATIVE
     far = square(512, 63, 2, transposed=True)
     assert by_model(far).name == "fft"
+    images = {"input_shape": (32, 128, 128), "output_shape": (32, 128, 128), "groups": 32}
+    depthwise = square(128, 5, 2, transposed=True)._replace(**images)  # whose vectors hold several channels
+    assert by_model(depthwise) is NATIVE
+    assert "tapped" in [kernel.name for kernel in available(depthwise)]
 
 
 def test_disturbed_runs_do_not_count() -> None:

@@ -171,7 +171,7 @@ def test_nothing_is_kept_of_what_a_cuda_graph_records(
 ) -> None:
     module, transforms = prepared
     with monkeypatch.context() as recording:
-        recording.setattr(program, "_is_captured", lambda _: True)
+        recording.setattr(program, "is_captured", lambda _: True)
         module.a.weight.data.mul_(2)
         assert [transforms() for _ in range(2)] == [4, 4]
     assert [transforms() for _ in range(2)] == [3, 2]
