@@ -5,13 +5,14 @@ This is the only place with a tolerance.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,9 @@ SIGMAS = 8  # how many times a measured rounding error passes
 
 _BLOCKS = 64  # of a leaf, in a sketch
 _BLOCK = 1 << 17  # entries that are converted at once
-_MANY = 1 << 14  # entries from which on it pays to compare memory rather than tensors
+_MANY = 1 << 14  # entries from which on only memory is compared, which is ten times as fast as tensors
+_memcmp = ctypes.CDLL("msvcrt" if os.name == "nt" else None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _WIDE = {True: torch.complex128, False: torch.float64}
 
 
@@ -193,16 +196,14 @@ def same(a: Tensor, b: Tensor) -> bool:
     """
     if b.is_cpu and not a.is_cpu:
         a = a.cpu()
-    if a.dtype is not b.dtype:
-        return False
-    if a.layout is torch.strided and a.numel() < _MANY and torch.equal(a, b):
-        return True  # most often, and at every call: before all that takes longer to ask
-    if a.shape != b.shape:
+    if a.dtype is not b.dtype or a.shape != b.shape or a.layout is not b.layout:
         return False
     if a.layout is not torch.strided:
-        return a is b or (a.layout is b.layout and all(map(same, _parts(a), _parts(b))))
-    if a.numel() >= _MANY and _is_words(a) and _is_words(b):
-        return np.array_equal(_words(a), _words(b))  # three times as fast as torch.equal
+        return a is b or all(map(same, _parts(a), _parts(b)))
+    if _is_memory(a) and _is_memory(b):
+        is_same = not _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes)
+        if is_same or a.numel() >= _MANY:
+            return is_same
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
@@ -216,15 +217,10 @@ def _parts(matrix: Tensor) -> tuple[Tensor, ...]:
     return matrix.ccol_indices(), matrix.row_indices(), matrix.values()
 
 
-def _is_words(tensor: Tensor) -> bool:
-    """Return whether a tensor is made of whole words of memory, and nothing else."""
-    start, size = tensor.storage_offset() * tensor.itemsize, tensor.numel() * tensor.itemsize
+def _is_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor is a block of memory, and nothing else."""
     lazy = tensor.is_conj() or tensor.is_neg() or compat.is_wrapped(tensor)
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and start % 8 == size % 8 == 0 and not lazy
-
-
-def _words(tensor: Tensor) -> Any:
-    return tensor.detach().view(-1).view(torch.int64).numpy()
+    return tensor.is_cpu and tensor.is_contiguous() and not lazy
 
 
 def _length(leaf: Tensor) -> Tensor:
