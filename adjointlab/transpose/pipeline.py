@@ -31,7 +31,7 @@ from adjointlab.transpose.frontend.trace import hides, trace_forward, trace_vjp
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.kernels.convolution import ConvSpec
 from adjointlab.transpose.kernels.registry import transformed
-from adjointlab.transpose.kernels.select import Chooser, choose, faster, suits_transform
+from adjointlab.transpose.kernels.select import Chooser, MapChooser, choose, quickest, suits_transform
 from adjointlab.transpose.passes import convolutions
 from adjointlab.transpose.passes.compose import adds_state, linear_part, residual_and_gradient
 from adjointlab.transpose.passes.convolutions import kernels_of
@@ -56,7 +56,8 @@ Compiled = Callable[[], Mapping[str, Callable[..., Tensors]]]
 class Options:
     """How an operator is to be derived.
 
-    ``choose`` is the rule for kernels, ``transform`` that for gradients in a kernel, ``options`` are for torch.compile.
+    ``choose`` is the rule for kernels, ``choose_map`` that for maps by index, ``transform`` that for gradients in a
+    kernel; ``options`` are for torch.compile.
     """
 
     requested: str = "auto"
@@ -67,6 +68,7 @@ class Options:
     tol: float | None = None
     check: bool = True
     choose: Chooser | None = None
+    choose_map: MapChooser = quickest
     transform: Callable[[ConvSpec], bool] = suits_transform
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -231,7 +233,7 @@ def _program(graph: Graph, *, options: Options, mode: str) -> Program:
     """Return a graph as a program, with fused slices and kernels of its own unless that is turned off."""
     if mode == "plain" or not options.lowering:
         return Program(graph, graph)
-    mapped = maps_by_index(graph, faster) if mode == "lowered" else graph
+    mapped = maps_by_index(graph, options.choose_map) if mode == "lowered" else graph
     return Program(convolutions.lower(fuse_slices(mapped), options.chooser, options.transform), graph)
 
 

@@ -42,7 +42,7 @@ def places(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def entries(matrix: Tensor) -> Tensor:
-    """Return the values of a sparse matrix as a vector that is no view of it, which tensors without values cannot be."""
+    """Return the values of a sparse matrix as a vector that is no view of it: fake tensors cannot be one."""
     is_coo = matrix.layout is torch.sparse_coo
     values = matrix._values() if is_coo and not matrix.is_coalesced() else matrix.values()
     return values.reshape(-1).clone() if matrix.requires_grad else values.data.reshape(-1)
@@ -53,14 +53,14 @@ class SparseMatrices:
 
     def __init__(self, sources: dict[int, Source]) -> None:
         self.sources = sources  # by the ids of tensors; those of parts are added
-        self._parts: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._parts: dict[int, tuple[Tensor, tuple[Tensor, Tensor, Tensor]]] = {}  # with the matrix: its id is its own
 
     def product(self, matrix: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
         """Return ``matrix @ x``, or that of its transpose."""
         if id(matrix) not in self._parts:
             with compat._disable_current_modes():  # it is real, among tensors without values
-                self._parts[id(matrix)] = matrix, *self._taken(matrix)
-        _, row, column, value = self._parts[id(matrix)]
+                self._parts[id(matrix)] = (matrix, self._taken(matrix))
+        row, column, value = self._parts[id(matrix)][1]
         row, column = (column, row) if transposed else (row, column)
         columns = x.unsqueeze(-1) if x.ndim == 1 else x
         terms = value.unsqueeze(-1) * columns.index_select(0, column)
@@ -77,7 +77,7 @@ class SparseMatrices:
                 seen[:] = [found, places(found)]
             return seen[1]  # type: ignore[no-any-return]
 
-        row, column, value = *seen[1], entries(matrix)
+        (row, column), value = seen[1], entries(matrix)
         self.sources[id(row)] = Source(lambda: places_now()[0], f"rows of {whole.name}", is_private=True)
         self.sources[id(column)] = Source(lambda: places_now()[1], f"columns of {whole.name}", is_private=True)
         self.sources[id(value)] = Source(lambda: entries(whole.read()), f"entries of {whole.name}")

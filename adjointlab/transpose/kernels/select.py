@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import statistics
 import time
 from collections.abc import Callable
@@ -19,12 +20,16 @@ except ImportError:  # Windows: no run is known to have been disturbed
     resource = None  # type: ignore[assignment]
 
 Chooser = Callable[[ConvSpec], Kernel]
+Run = Callable[..., torch.Tensor]
+Timed = Callable[[], object]
+MapChooser = Callable[[Timed, Callable[[], "dict[Run, Timed]"], torch.device], "Run | None"]
 Clock = Callable[[Callable[[], object], torch.device], "float | None"]  # None for a run that was disturbed
 
 _GAIN = 0.8  # of native's time: medians of one kernel, run twice, are less than a fifth apart 99 times in 100
 _MODEL = 8.0  # costs of the model were seen to be off by up to 5: kernels further apart are not compared by runs
 _RUNS = 5  # of each kernel, in turns, after one that pays for code and plans
 _BUDGET = 0.03  # seconds for all runs of a kernel; of one that takes longer, there are fewer
+_SHORT = 5e-5  # seconds of PyTorch's own way, where others are not looked at: one of their calls takes half of it
 _PROBE = 2e6  # multiplications of the part of an image that shows the rate of a kernel which is slow on the whole
 
 
@@ -91,13 +96,20 @@ def fastest(spec: ConvSpec, clock: Clock, factor: float = _MODEL) -> Kernel:
     return best if again <= _GAIN * native else NATIVE
 
 
-def faster(native: Callable[[], object], other: Callable[[], object], device: torch.device) -> bool:
-    """Return whether another way is clearly faster than PyTorch's own, as far as runs can tell."""
+def quickest(native: Timed, others: Callable[[], dict[Run, Timed]], device: torch.device) -> Run | None:
+    """Return the fastest of other ways to compute what PyTorch's own way does, None where none is clearly faster.
+
+    ``others`` are not made where native takes no longer than a call of them.
+    """
     try:
-        first, second = _median([native, other], device, undisturbed)
+        if _median([native], device, undisturbed)[0] < _SHORT:
+            return None
+        ways = others()
+        first, *times = _median([native, *ways.values()], device, undisturbed)
     except _DisturbedError:
-        return True
-    return second <= _GAIN * first
+        return None
+    best = min(zip(times, ways, strict=True), key=operator.itemgetter(0), default=None)
+    return best[1] if best is not None and best[0] <= _GAIN * first else None
 
 
 def _timed(spec: ConvSpec, clock: Clock) -> Callable[..., list[float]]:

@@ -60,17 +60,23 @@ def adds_state(forward: Graph) -> bool:
     return not all(_is_linear(node, state) for node in nodes) or not state.isdisjoint(forward.outputs)
 
 
-# Operations that are linear in each operand, so that they add nothing to what depends on the input; and in the first.
+# Operations that are linear in each operand, so that they add nothing to what depends on the input; in the first; and in
+# all but those that are indices.
 _PRODUCTS = {
     aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.index.Tensor,
     aten.index_select.default, aten.gather.default,
 }  # fmt: skip
 _OF_FIRST = {aten.div.Tensor, aten.convolution.default, aten.grid_sampler_2d.default, aten.grid_sampler_3d.default}
+_BY_INDEX = {
+    aten.index_add.default, aten.scatter_add.default, aten.index_put.default, aten.take.default, aten.embedding.default,
+}  # fmt: skip
 
 
 def _is_linear(node: fx.Node, fixed: set[fx.Node]) -> bool:
     """Return whether operands that are fixed add nothing to the others: of most operations nothing is known."""
     operands = [operand for operand in node.all_input_nodes if operand in fixed]
+    if node.target in _BY_INDEX:
+        return all(not torch.is_floating_point(n.meta["val"]) and not n.meta["val"].is_complex() for n in operands)
     return not operands or node.target in _PRODUCTS or (node.target in _OF_FIRST and operands == [node.args[1]])
 
 

@@ -180,10 +180,11 @@ def _each(value: Any, dims: int) -> list[int]:
 
 
 def kernels_of(graph: Graph) -> tuple[str, ...]:
-    """Return a line on each convolution of a graph: its kernel, and what it computes."""
+    """Return a line on each convolution and map by index of a graph: its kernel, and what it computes."""
     native = aten.convolution.default
     found = [(NATIVE, _spec_of(n)) if n.target is native else bound(n.target) for n in graph.body.nodes]
-    return tuple(dict.fromkeys(_describe(*each) for each in found if each is not None))
+    maps = [node.meta["account"] for node in graph.body.nodes if "account" in node.meta]
+    return tuple(dict.fromkeys([*(_describe(*each) for each in found if each is not None), *maps]))
 
 
 def _describe(kernel: Kernel, spec: ConvSpec) -> str:

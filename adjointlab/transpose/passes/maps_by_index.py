@@ -1,54 +1,219 @@
-"""Regions of a graph that read and add by index, each as one sparse matrix that is made from its state."""
+"""What reads and adds by index, as products with sparse matrices.
+
+A *region* is a part of a graph, connected by values that depend on the input, whose coefficients do not. It becomes
+one sparse matrix, which is made again when the state that it depends on changes. Interpolations and pools become
+products with one small matrix for each dimension.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.graph.edit import clean, copied, reached, zeros
+from adjointlab.numerics import same
+from adjointlab.transpose.graph.edit import clean, copied, dependents, known, zeros
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.passes.partition import extract, value_of_state
-from adjointlab.transpose.passes.sparse_rows import MOVES, RULES, UPSAMPLED, NotByIndexError, Sparse
+from adjointlab.transpose.graph.ops import op_name
+from adjointlab.transpose.kernels import separable, sparse_map
+from adjointlab.transpose.kernels.select import MapChooser, Run
+from adjointlab.transpose.passes.partition import extract, roots_of, value_of_state
+from adjointlab.transpose.passes.rows import NotByIndexError, TooLargeError
+from adjointlab.transpose.passes.sparse_rows import RULES, Sparse
 
 aten = torch.ops.aten
 
-_INTERPOLATIONS = {
-    aten.grid_sampler_2d, aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d,
-    aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_trilinear3d,
-    aten.im2col, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa,
-}  # fmt: skip
 # Operations for whose sake a region is made a matrix: the others cost a pass over memory by themselves.
 _BY_INDEX = {
-    *_INTERPOLATIONS, *UPSAMPLED, aten.grid_sampler_2d_backward, aten.index, aten.gather, aten.index_put, aten.scatter_add,
-    aten.index_add, aten.index_select, aten.take,
+    aten.grid_sampler_2d, aten.grid_sampler_3d, aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward,
+    aten.index, aten.gather, aten.index_put, aten.scatter_add, aten.index_add, aten.index_select, aten.take,
+    aten.embedding, aten.embedding_dense_backward, aten.im2col, aten.col2im,
 }  # fmt: skip
+_SAMPLED_BACK = {aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward}
 _DTYPES = {torch.float32, torch.float64, torch.complex64, torch.complex128}
-_MOST = 1 << 26  # entries of a matrix: half a gigabyte
 
 
 @dataclass(frozen=True)
 class Region:
     """Nodes that compute one value from one that depends on the input and others that do not."""
 
+    nodes: list[fx.Node]
     source: fx.Node
     coefficients: list[fx.Node]
     result: fx.Node
 
+    @property
+    def name(self) -> str:
+        """The names of the operations that numbers are read or added by."""
+        return ", ".join(dict.fromkeys(op_name(n.target) for n in self.nodes if _packet(n) in _BY_INDEX))
+
     def function(self, graph: Graph) -> Callable[..., Any]:
-        """Return the region as a function ``(source, *coefficients) → (result,)``."""
-        return extract(graph, [self.source, *self.coefficients], [self.result])
+        """Return the region as a function ``(source, *coefficients) → result``."""
+        run = extract(graph, [self.source, *self.coefficients], [self.result])
+        return lambda *tensors: run(*tensors)[0]
+
+
+def maps_by_index(graph: Graph, choose: MapChooser) -> Graph:
+    """Return an equal graph in which operations by index are products with sparse matrices, where these are faster."""
+    mapped = copied(graph)
+    for node in list(mapped.body.nodes):
+        if _packet(node) in {aten.new_zeros, aten.zeros_like}:
+            with mapped.body.inserting_before(node):
+                node.replace_all_uses_with(zeros(mapped.body, node.meta["val"]))
+    clean(mapped.body)
+    dependent = dependents(mapped.inputs)
+    for node in list(mapped.body.nodes):
+        if node in dependent and _packet(node) in separable.SEPARABLE and _suits(node):
+            _factored(mapped, node, choose)
+    for region in regions(mapped):
+        _mapped(mapped, region, choose)
+    clean(mapped.body)
+    return mapped
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
+
+
+def _suits(node: fx.Node) -> bool:
+    """Return whether a node's value is one tensor of a dtype that there are products for, and has entries."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype in _DTYPES and value.numel() > 0
+
+
+def _random(value: Tensor) -> Tensor:
+    return torch.randn(value.shape, dtype=value.dtype, device=value.device)
+
+
+def _factored(graph: Graph, node: fx.Node, choose: MapChooser) -> None:
+    """Replace an interpolation or a pool by products along its dimensions, where these are faster."""
+    source, target = node.args[0], node.meta["val"]
+    if node.kwargs or not isinstance(source, fx.Node) or not _suits(source) or target.device.type == "meta":
+        return
+    value = source.meta["val"]
+    shaped = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args[1:]]
+    rest = _real(shaped)
+    x = _random(value)
+
+    def ways() -> dict[Run, Callable[[], object]]:
+        parts = separable.factors(_packet(node), value, shaped)
+        found = separable.ways(parts, value.shape, target.shape) if parts else []
+        return {run: functools.partial(run, x) for run in found}
+
+    with torch.no_grad():
+        run = choose(lambda: node.target(x, *rest), ways, x.device)  # type: ignore[operator]
+    if run is not None:
+        _put(graph, node, run, source, account=f"{run.__name__} along dimensions, for {op_name(node.target)}")
+
+
+def _real(args: Sequence[Any]) -> list[Any]:
+    """Return arguments with zeros for the operand of which a transpose reads the shape only."""
+    return [torch.zeros((), dtype=a.dtype, device=a.device).expand(a.shape) if isinstance(a, Tensor) else a
+            for a in args]  # fmt: skip
+
+
+def _put(graph: Graph, node: fx.Node, run: Run, *args: fx.Node, account: str) -> None:
+    """Put a call in the place of a node."""
+    with graph.body.inserting_before(node):
+        product = known(graph.body.call_function(run, args), node.meta["val"])
+    product.meta["account"] = account
+    node.replace_all_uses_with(product)
+
+
+def _mapped(graph: Graph, region: Region, choose: MapChooser) -> None:
+    """Replace a region by a product with its matrix, where that is faster."""
+    value, target = region.source.meta["val"], region.result.meta["val"]
+    state = [source.read() for source in graph.state]
+    roots = roots_of(graph)
+    watched = {root for node in region.coefficients for root in roots[node]}
+    compared = [t for t, node, source in zip(state, graph.placeholders, graph.state, strict=False)
+                if node in watched and not source.is_private]  # fmt: skip
+    limit = max(sparse_map.most_entries(value.dtype, value.device), 2 * sum(t.numel() for t in state))
+    if value.device.type == "meta" or value.numel() + target.numel() > limit:
+        return
+    function = region.function(graph)
+    with torch.no_grad():
+        values = tuple(value_of_state(graph, node)(*state)[0] for node in region.coefficients)
+    x, prefix, said = _random(value), 0, "not clearly faster than PyTorch's own"
+    ready: list[Any] = []
+
+    def ways() -> dict[Run, Callable[[], object]]:
+        nonlocal prefix, said
+        try:
+            prefix, matrix = _made(function, region, values, limit)
+        except NotByIndexError as error:
+            said = str(error)
+            return {}
+        before = [t.clone() for t in compared]
+        ready[:] = [tuple(v.clone() for v in values), matrix]
+
+        def timed(run: Run) -> Callable[[], object]:
+            return lambda: (all(map(same, compared, before)), run(x, matrix))
+
+        return {run: timed(run) for run in sparse_map.ways(target.shape, prefix)}
+
+    with torch.no_grad():
+        run = choose(lambda: function(x, *values), ways, x.device)
+    if run is None:
+        if ready or "memory" in said:
+            region.result.meta["account"] = f"native, for {region.name}: a sparse map is {said}"
+        return
+    (rows, columns), entries = ready[1].shape, ready[1].values().numel()
+
+    def prepack_sparse_map(*values: Tensor) -> Tensor:
+        if ready:  # the first call is for the values that the choice was made with
+            before, matrix = ready
+            ready.clear()
+            if all(map(same, values, before)):
+                return matrix  # type: ignore[no-any-return]
+        return _matrix(function, region, values, prefix, limit)
+
+    prepack_sparse_map.is_dear = True  # type: ignore[attr-defined]
+    with graph.body.inserting_before(region.result):
+        kept = known(graph.body.call_function(prepack_sparse_map, tuple(region.coefficients)), target)
+    size = entries * (value.dtype.itemsize + 4) / 1e6
+    account = f"sparse map {rows:,} × {columns:,} with {entries:,} entries ({size:.1f} MB), for {region.name}"
+    _put(graph, region.result, run, region.source, kept, account=account)
+
+
+def _made(function: Any, region: Region, values: Sequence[Tensor], limit: int) -> tuple[int, Tensor]:
+    """Return how many leading dimensions a region leaves alone, and its matrix for each place of these."""
+    source, result = region.source.meta["val"].shape, region.result.meta["val"].shape
+    same_sizes = 0
+    while same_sizes < min(len(source), len(result)) - 1 and source[same_sizes] == result[same_sizes]:
+        same_sizes += 1
+    for prefix in range(same_sizes, 0, -1):
+        if source[prefix - 1] > 1 or prefix == same_sizes:  # another dimension of size one changes nothing
+            try:
+                return prefix, _matrix(function, region, values, prefix, limit)
+            except TooLargeError:
+                raise
+            except NotByIndexError:
+                continue
+    return 0, _matrix(function, region, values, 0, limit)
+
+
+def _matrix(function: Any, region: Region, values: Sequence[Tensor], prefix: int, limit: int) -> Tensor:
+    x = region.source.meta["val"]
+    columns = math.prod(x.shape[prefix:])
+    with torch.no_grad():
+        like = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        found = function(Sparse.identity(like, prefix, limit), *values)
+        if not isinstance(found, Sparse):
+            raise NotByIndexError("its result does not depend on the input")
+        rows = found.rows.compact(columns)
+    return sparse_map.csr(rows.start, rows.column, rows.value, columns)
 
 
 def regions(graph: Graph) -> list[Region]:
     """Return the largest regions of a graph that may be maps by index."""
-    dependent = reached(graph.inputs, lambda node: node.users)
+    dependent = dependents(graph.inputs)
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.body.nodes:
         if node in dependent and _is_allowed(node):
@@ -66,106 +231,17 @@ def regions(graph: Graph) -> list[Region]:
         operands = dict.fromkeys(n for node in group for n in node.all_input_nodes if n not in inside)
         sources = [n for n in operands if n in dependent]
         exits = [node for node in group if any(user not in inside for user in node.users)]
-        if len(sources) == len(exits) == 1 and not _by_index(inside).isdisjoint(_BY_INDEX):
-            found.append(Region(sources[0], [n for n in operands if n not in dependent], exits[0]))
+        if len(sources) == len(exits) == 1 and _suits(sources[0]) and not _BY_INDEX.isdisjoint(map(_packet, group)):
+            found.append(Region(group, sources[0], [n for n in operands if n not in dependent], exits[0]))
     return found
-
-
-def _by_index(nodes: set[fx.Node]) -> set[Any]:
-    return {getattr(node.target, "overloadpacket", None) for node in nodes}
 
 
 def _is_allowed(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if node.target is operator.getitem:
-        return node.args[1] == 0 and getattr(node.args[0].target, "overloadpacket", None) is aten.grid_sampler_2d_backward
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet is aten.grid_sampler_2d_backward:
+        several, i = node.args
+        return isinstance(several, fx.Node) and i == 0 and _packet(several) in _SAMPLED_BACK and _suits(node)
+    if _packet(node) in _SAMPLED_BACK:
         return len(node.users) == 1
-    value = node.meta.get("val")
-    return (packet in RULES or packet in _INTERPOLATIONS) and isinstance(value, Tensor) and value.dtype in _DTYPES
-
-
-def maps_by_index(graph: Graph, choose: Callable[..., bool]) -> Graph:
-    """Return an equal graph in which regions by index are products with sparse matrices, where that is chosen."""
-    mapped = copied(graph)
-    for node in list(mapped.body.nodes):
-        if getattr(node.target, "overloadpacket", None) in {aten.new_zeros, aten.zeros_like}:
-            with mapped.body.inserting_before(node):
-                node.replace_all_uses_with(zeros(mapped.body, node.meta["val"]))
-    clean(mapped.body)
-    for region in regions(mapped):
-        function = region.function(mapped)
-        state = [source.read() for source in mapped.state]
-        with torch.no_grad():
-            values = [value_of_state(mapped, node)(*state)[0] for node in region.coefficients]
-            made = _made(function, region, values)
-        if made is None:
-            continue
-        prefix, matrix = made
-        run, shape = _product(region, prefix), region.source.meta["val"]
-        x = torch.randn(shape.shape, dtype=shape.dtype, device=shape.device)
-        if not choose(lambda: function(x, *values), lambda: run(x, matrix), x.device):
-            continue
-
-        def prepack(*values: Tensor, function: Any = function, region: Region = region, prefix: int = prefix) -> Tensor:
-            return _matrix(function, region, values, prefix)
-
-        prepack.is_dear = True  # type: ignore[attr-defined]
-        prepack.__name__ = "prepack_sparse_map"
-        with mapped.body.inserting_before(region.result):
-            kept = mapped.body.call_function(prepack, tuple(region.coefficients))
-            product = mapped.body.call_function(run, (region.source, kept))
-        kept.meta["val"] = product.meta["val"] = region.result.meta["val"]
-        region.result.replace_all_uses_with(product)
-    clean(mapped.body)
-    return mapped
-
-
-def _made(function: Any, region: Region, values: list[Tensor]) -> tuple[int, Tensor] | None:
-    """Return how many leading dimensions a region leaves alone, and its matrix; None where it has none."""
-    source, result = region.source.meta["val"].shape, region.result.meta["val"].shape
-    same = 0
-    while same < min(len(source), len(result)) - 1 and source[same] == result[same]:
-        same += 1
-    for prefix in range(same, -1, -1):
-        if prefix and source[prefix - 1] == 1 and prefix < same:
-            continue  # another dimension of size one changes nothing
-        try:
-            return prefix, _matrix(function, region, values, prefix)
-        except NotByIndexError:
-            continue
-    return None
-
-
-def _matrix(function: Any, region: Region, values: Any, prefix: int) -> Tensor:
-    x = region.source.meta["val"]
-    with torch.no_grad():
-        like = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        (found,) = function(Sparse.identity(like, prefix), *values)
-        if not isinstance(found, Sparse):
-            raise NotByIndexError("the result does not depend on the input")
-        columns = math.prod(x.shape[prefix:])
-        rows = found.rows.compact(columns)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        index = torch.int32 if max(columns, len(rows.value)) < 1 << 31 else torch.int64
-        return torch.sparse_csr_tensor(
-            rows.start.to(index), rows.column.to(index), rows.value, (len(rows.start) - 1, columns)
-        )
-
-
-def _product(region: Region, prefix: int) -> Callable[[Tensor, Tensor], Tensor]:
-    shape = tuple(region.result.meta["val"].shape)
-    count = math.prod(shape[:prefix])
-
-    def sparse_map(x: Tensor, matrix: Tensor) -> Tensor:
-        if count == 1:
-            return (matrix @ x.reshape(-1)).reshape(shape)
-        return (matrix @ x.reshape(count, -1).T).T.reshape(shape).contiguous()
-
-    return sparse_map
-
-
-__all__ = ["MOVES", "maps_by_index"]
+    return (_packet(node) in RULES or _packet(node) in _BY_INDEX) and _suits(node)

@@ -50,24 +50,31 @@ _IN_PLACE = {torch.add: torch.Tensor.add_, torch.sub: torch.Tensor.sub_, torch.m
 
 
 @dataclass(frozen=True)
+class Prepack:
+    """What is made of some of the state: ``function(*those, *constants) → pieces``."""
+
+    watched: tuple[int, ...]  # the positions of that state
+    function: Callable[..., Any]
+    is_dear: bool
+
+
+@dataclass(frozen=True)
 class Parts:
     """A graph as functions."""
 
     constants: Callable[..., Any] | None  # () → constants
-    # The positions of the state that a piece depends on, and (*those, *constants) → pieces:
-    prepacks: tuple[tuple[tuple[int, ...], Callable[..., Any]], ...]
+    prepacks: tuple[Prepack, ...]
     main: Callable[..., Any]  # (*state, *inputs, *constants, *pieces) → outputs
 
 
 def partition(graph: Graph) -> Parts:
     """Return the parts of a graph."""
     inputs, results = set(graph.inputs), set(graph.outputs)  # never kept: the caller may write to results
-    roots = _roots(graph)
+    roots = roots_of(graph)
     kept = {
         node for node in graph.body.nodes
         if node.op == "call_function" and inputs.isdisjoint(roots[node]) and node not in results and not _stays(node)
-        and (getattr(node.target, "is_dear", False)
-             or sum(root.meta["val"].numel() for root in roots[node]) <= _SMALL)
+        and (is_dear(node) or sum(root.meta["val"].numel() for root in roots[node]) <= _SMALL)
         and all(_is_kept(node, root.meta["val"].device) for root in roots[node])
     }  # fmt: skip
     apart: dict[frozenset[fx.Node], list[fx.Node]] = {}  # by what they depend on: each is recomputed for that only
@@ -81,17 +88,23 @@ def partition(graph: Graph) -> Parts:
     prepacks = []
     for watched, nodes in apart.items():
         positions = tuple(i for i, placeholder in enumerate(placeholders) if placeholder in watched)
-        prepacks.append((positions, extract(graph, [*[placeholders[i] for i in positions], *constants], nodes)))
+        function = extract(graph, [*[placeholders[i] for i in positions], *constants], nodes)
+        prepacks.append(Prepack(positions, function, any(map(is_dear, nodes))))
     main = extract(graph, [*placeholders, *constants, *pieces], graph.outputs)
     return Parts(extract(graph, [], constants) if constants else None, tuple(prepacks), main)
 
 
+def is_dear(node: fx.Node) -> bool:
+    """Return whether a node costs far more than to compare its state, however large that is."""
+    return bool(getattr(node.target, "is_dear", False))
+
+
 def _is_kept(node: fx.Node, device: torch.device) -> bool:
     kernel = getattr(node.target, "kernel", None)
-    return device.type == "cpu" or (isinstance(kernel, Kernel) and kernel.kept_everywhere)
+    return device.type == "cpu" or is_dear(node) or (isinstance(kernel, Kernel) and kernel.kept_everywhere)
 
 
-def _roots(graph: Graph) -> dict[fx.Node, frozenset[fx.Node]]:
+def roots_of(graph: Graph) -> dict[fx.Node, frozenset[fx.Node]]:
     """Return the placeholders that each node depends on."""
     roots: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.body.nodes:

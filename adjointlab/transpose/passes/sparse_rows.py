@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,85 +16,21 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.utils._pytree import tree_leaves, tree_map
 
+from adjointlab.transpose.kernels import separable
+from adjointlab.transpose.passes.rows import NotByIndexError, Rows
+
 aten = torch.ops.aten
 
 
-class NotByIndexError(Exception):
-    """A program is no linear map by index; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A sparse matrix by rows: the entries of row i are those from ``start[i]`` to ``start[i + 1]``."""
-
-    start: Tensor
-    column: Tensor
-    value: Tensor
-
-    @property
-    def counts(self) -> Tensor:
-        """Number of entries of each row."""
-        return self.start.diff()
-
-    @property
-    def row(self) -> Tensor:
-        """The row of each entry."""
-        counts = self.counts
-        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-
-    def take(self, index: Tensor) -> Rows:
-        """Return the matrix of the rows with the given numbers, empty for −1."""
-        counts = torch.where(index < 0, 0, self.counts[index])
-        start = _starts(counts)
-        first = (self.start[index] - start[:-1]).repeat_interleave(counts)
-        entries = first + torch.arange(len(first), device=first.device)
-        return Rows(start, self.column[entries], self.value[entries])
-
-    def scaled(self, factor: Tensor) -> Rows:
-        """Return the matrix with each row times a factor."""
-        return Rows(self.start, self.column, self.value * factor.repeat_interleave(self.counts))
-
-    def put(self, target: Tensor, count: int) -> Rows:
-        """Return the matrix of ``count`` rows, to each of which those rows are added that have it as target."""
-        target = target.repeat_interleave(self.counts)
-        if bool((target[1:] >= target[:-1]).all()):
-            return Rows(_starts(torch.bincount(target, minlength=count)), self.column, self.value)
-        order = target.argsort(stable=True)
-        start = _starts(torch.bincount(target, minlength=count))
-        return Rows(start, self.column[order], self.value[order])
-
-    def applied(self, other: Rows) -> Rows:
-        """Return the product: this matrix times another."""
-        rows = other.take(self.column)
-        counts = rows.counts
-        each = Rows(rows.start, rows.column, rows.value * self.value.repeat_interleave(counts))
-        return each.put(self.row, len(self.start) - 1)
-
-    def transposed(self, columns: int) -> Rows:
-        """Return the transpose of a matrix with a number of columns."""
-        order = self.column.argsort(stable=True)
-        return Rows(_starts(torch.bincount(self.column, minlength=columns)), self.row[order], self.value[order])
-
-    def compact(self, columns: int) -> Rows:
-        """Return the matrix with one entry for each place."""
-        key, which = torch.unique(self.row * columns + self.column, return_inverse=True)
-        value = self.value.new_zeros(len(key)).index_add_(0, which, self.value)
-        rows = len(self.start) - 1
-        return Rows(_starts(torch.bincount(key // columns, minlength=rows)), key % columns, value)
-
-
-def _starts(counts: Tensor) -> Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
 class Sparse(Tensor):
-    """A tensor of a shape that is a sparse function of one, the same for each place of ``prefix`` leading dimensions."""
+    """A tensor that is a sparse function of one, the same for each place of ``prefix`` leading dimensions."""
 
     rows: Rows
     prefix: int
 
     @staticmethod
     def __new__(cls, rows: Rows, shape: Sequence[int], prefix: int) -> Sparse:
+        """Return a tensor without values."""
         found = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=rows.value.dtype, device=rows.value.device)
         found.rows, found.prefix = rows, prefix
         return found
@@ -104,10 +39,12 @@ class Sparse(Tensor):
         pass
 
     @classmethod
-    def identity(cls, like: Tensor, prefix: int = 0) -> Sparse:
+    def identity(cls, like: Tensor, prefix: int = 0, most: int = (1 << 31) - 1) -> Sparse:
+        """Return a tensor of a shape as a function of itself, of which no function may have more entries."""
         n = math.prod(like.shape[prefix:])
         at = torch.arange(n + 1, device=like.device)
-        return cls(Rows(at, at[:-1], torch.ones(n, dtype=like.dtype, device=like.device)), like.shape, prefix)
+        column = at[:-1].to(torch.int32 if max(n, most) < 1 << 31 else torch.int64)
+        return cls(Rows(at, column, torch.ones(n, dtype=like.dtype, device=like.device), most), like.shape, prefix)
 
     @property
     def core(self) -> int:
@@ -161,7 +98,7 @@ def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
     found = tree_map(Tensor.long, found) if func.overloadpacket in _OF_FLOATS else found
     rows = given[0].rows
     for each in given[1:]:
-        rows = Rows(
+        rows = rows.of(
             torch.cat([rows.start, rows.start[-1] + each.rows.start[1:]]), torch.cat([rows.column, each.rows.column]),
             torch.cat([rows.value, each.rows.value]),
         )  # fmt: skip
@@ -275,24 +212,19 @@ def _index_add(func: Any, into: Any, dim: int, index: Tensor, source: Sparse, al
     return _put(into, source if alpha == 1 else _scaled(source, torch.tensor(float(alpha))), target, into.shape)
 
 
-def _mean_pool(func: Any, x: Sparse, kernel: Any, stride: Any = (), padding: Any = (0,), *settings: Any) -> Sparse:
-    """Return means over windows: sums of what is moved next to one another, with the factors that ones show."""
-    n = x.ndim - 2
-    kernel, padding = ([*v] * n if len(v) == 1 else [*v] for v in (kernel, padding))
-    stride = [*stride] * n if len(stride) == 1 else [*stride] or kernel
-    means = func(torch.ones(x.shape, dtype=x.dtype, device=x.device), kernel, stride, padding, *settings)
-    ends = [(m - 1) * s + k - size - p for m, s, k, size, p in zip(
-        means.shape[2:], stride, kernel, x.shape[2:], padding, strict=True)]  # fmt: skip
-    border = [side for pair in zip(reversed(padding), reversed(ends), strict=True) for side in pair]
-
-    def windows(z: Any) -> Any:
-        z = torch.constant_pad_nd(z, border)
-        for dim, (k, s) in enumerate(zip(kernel, stride, strict=True)):
-            z = z.unfold(2 + dim, k, s)
-        return z.sum(tuple(range(2 + n, 2 + 2 * n)))
-
-    counts = windows(torch.ones(x.shape, dtype=x.dtype, device=x.device))
-    return _scaled(windows(x), torch.where(counts > 0, means / counts, 0))  # type: ignore[no-any-return]
+def _separable(func: Any, x: Sparse, *args: Any) -> Sparse:
+    """Return an interpolation, a mean pool or the transpose of one: a gather, factors and a sum for each dimension."""
+    shape = x.shape
+    parts = separable.factors(func.overloadpacket, torch.empty(shape, dtype=x.dtype, device=x.device), args)
+    if parts is None:
+        raise NotByIndexError(f"one dimension of {func} is large")
+    for dim, matrix in parts:
+        row, column = matrix.nonzero(as_tuple=True)
+        factor = matrix[row, column].reshape(-1, *[1] * (x.ndim - 1 - dim))
+        terms = x.index_select(dim, column) * factor
+        zeros = torch.zeros([*x.shape[:dim], len(matrix), *x.shape[dim + 1 :]], dtype=x.dtype, device=x.device)
+        x = torch.index_add(zeros, dim, row, terms)  # type: ignore[assignment]
+    return x
 
 
 def _grid_sampler_3d(x: Any, grid: Tensor, mode: int, padding: int, corners: bool) -> Any:
@@ -328,12 +260,13 @@ def _grid_sampler_3d(x: Any, grid: Tensor, mode: int, padding: int, corners: boo
 
 
 def _transposed(forward: Callable[..., tuple[Any, Callable[[Any], Any]]]) -> Callable[..., Any]:
-    """Return the rule of a transpose; ``forward(op, source, *args)`` returns the shape that the map takes, and the map."""
+    """Return the rule of a transpose; ``forward(op, source, *args)`` returns a shape that is taken, and the map."""
 
     def rule(func: Any, source: Sparse, *args: Any) -> Any:
         shape, run = forward(func, source, *args)
         k = source.prefix
-        one = Sparse.identity(torch.empty(tuple(shape), dtype=source.dtype, device=source.device), k)
+        like = torch.empty(tuple(shape), dtype=source.dtype, device=source.device)
+        one = Sparse.identity(like, k, source.rows.most)
         local = run(one)
         if local.shape != source.shape:
             raise NotByIndexError("the transpose of a map to another shape")
@@ -342,24 +275,9 @@ def _transposed(forward: Callable[..., tuple[Any, Callable[[Any], Any]]]) -> Cal
     return rule
 
 
-def _forward_of(func: Any) -> Any:
-    return getattr(aten, func.overloadpacket.__name__.removesuffix("_backward")).default
-
-
 def _sampled(func: Any, _: Sparse, x: Any, grid: Tensor, *settings: Any) -> Any:
-    return x.shape, lambda z: _forward_of(func)(z, grid, *settings[:3])
-
-
-def _upsampled(func: Any, _: Sparse, output_size: Any, input_size: Any, *rest: Any) -> Any:
-    return input_size, lambda z: _forward_of(func)(z, output_size, *rest)
-
-
-def _pooled(func: Any, _: Sparse, x: Any, *settings: Any) -> Any:
-    return x.shape, lambda z: _forward_of(func)(z, *settings)
-
-
-def _adapted(func: Any, source: Sparse, x: Any) -> Any:
-    return x.shape, lambda z: _forward_of(func)(z, source.shape[2:])
+    forward = getattr(aten, func.overloadpacket.__name__.removesuffix("_backward")).default
+    return x.shape, lambda z: forward(z, grid, *settings[:3])
 
 
 def _folded(func: Any, source: Sparse, output_size: Any, kernel: Any, *settings: Any) -> Any:
@@ -384,11 +302,6 @@ MOVES = (
     aten.replication_pad2d, aten.replication_pad3d, aten.pixel_shuffle, aten.pixel_unshuffle, aten.lift_fresh_copy,
 )  # fmt: skip
 SAMPLED = (aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward)
-POOLED = (aten.avg_pool2d_backward, aten.avg_pool3d_backward)
-UPSAMPLED = tuple(
-    getattr(aten, f"upsample_{name}_backward")
-    for name in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d")
-)
 RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(MOVES, _moved),
     **dict.fromkeys((aten.add, aten.sub), _sum),
@@ -400,10 +313,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.scatter_add: _scatter_add,
     aten.index_add: _index_add,
     **dict.fromkeys(SAMPLED, lambda *args: (_transposed(_sampled)(*args), None)),
-    **dict.fromkeys(UPSAMPLED, _transposed(_upsampled)),
-    **dict.fromkeys(POOLED, _transposed(_pooled)),
-    **dict.fromkeys((aten.avg_pool2d, aten.avg_pool3d), _mean_pool),
-    aten._adaptive_avg_pool2d_backward: _transposed(_adapted),
+    **dict.fromkeys(separable.SEPARABLE, _separable),
     aten.col2im: _transposed(_folded),
     aten.grid_sampler_3d: lambda func, *args: _grid_sampler_3d(*args),
 }

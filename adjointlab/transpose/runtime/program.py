@@ -15,6 +15,10 @@ from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.passes.partition import partition
 
 Tensors = tuple[Tensor, ...]
+_SMALL = 1 << 16  # entries that are sent to the CPU to be compared
+_WORTH = 32  # calls that pay for a sparse matrix
+_MOST_REMADE = 2  # in a row, each for fewer calls
+
 Prepack = Callable[[Tensors, Tensors], Tensors]  # of the state and inputs, and constants
 
 
@@ -51,7 +55,7 @@ class Program:
         parts = partition(graph)
         self._make_constants, self._main = parts.constants, parts.main
         private = frozenset(i for i, source in enumerate(graph.state) if source.is_private)
-        self._prepacks = tuple(_kept(function, watched, private) for watched, function in parts.prepacks)
+        self._prepacks = tuple(_kept(p.function, p.watched, private, dear=p.is_dear) for p in parts.prepacks)
         self._constants: Tensors | None = None
 
     def __call__(self, *tensors: Tensor) -> Tensors:
@@ -60,7 +64,11 @@ class Program:
 
     def run(self, *tensors: Tensor) -> Tensors:
         """Return the outputs for real tensors, without recording of gradients."""
-        return self._main(*tensors, *self.prepared(tensors))  # type: ignore[no-any-return]
+        try:
+            ready = self.prepared(tensors)
+        except Restless:
+            return tuple(self.whole(*tensors))
+        return self._main(*tensors, *ready)  # type: ignore[no-any-return]
 
     def prepared(self, tensors: Tensors) -> Tensors:
         """Compute all that depends on the state alone, which is the first of ``tensors``."""
@@ -88,12 +96,17 @@ class Program:
         self._main = lambda *tensors: function(*tensors[n_state:])
 
 
-def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: frozenset[int]) -> Prepack:
+class Restless(Exception):  # noqa: N818  # it is no error
+    """A sparse matrix would be made again for nearly each call: PyTorch's own operations are faster."""
+
+
+def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: frozenset[int], *, dear: bool) -> Prepack:
     """Return a function of the watched ones of tensors that returns its last results while these are the same."""
     last: tuple[list[tuple[int, Tensor]], tuple[Tensor, ...]] | None = None
+    served, remade = 0, 0
 
     def call(tensors: tuple[Tensor, ...], constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal last
+        nonlocal last, served, remade
         if is_captured(tensors[watched[0]]):  # no value can be asked for, and what is made belongs to the CUDA graph
             return tuple(function(*[tensors[i] for i in watched], *constants))
         if last is not None:
@@ -102,15 +115,26 @@ def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: froze
                 if not (tensors[i] is tensor if i in private else same(tensors[i], tensor)):
                     break
             else:
+                served += 1
                 return outputs
+            remade, served = (remade + 1 if served < _WORTH else 0), 0
+        if dear and remade > _MOST_REMADE:
+            last = None
+            raise Restless
         with torch.no_grad():
             outputs = tuple(function(*[tensors[i] for i in watched], *constants))
             # The copies wait for what was made as well: a call on another stream of CUDA may be the next to use it.
-            copies = [(i, t if i in private else t.detach().to("cpu", copy=True)) for i in watched for t in [tensors[i]]]
+            copies = [(i, t if i in private else _copy(t)) for i in watched for t in [tensors[i]]]
             last = copies, outputs
         return outputs
 
     return call
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a copy to compare with: small ones on the CPU, as an accelerator takes longer to compare than to send."""
+    small = tensor.numel() <= _SMALL
+    return tensor.detach().to("cpu", copy=True) if small else tensor.detach().clone()
 
 
 def is_captured(tensor: Tensor) -> bool:

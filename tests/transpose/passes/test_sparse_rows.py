@@ -12,7 +12,8 @@ from laws import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
-from adjointlab.transpose.passes.sparse_rows import NotByIndexError, Sparse
+from adjointlab.transpose.passes.rows import NotByIndexError
+from adjointlab.transpose.passes.sparse_rows import Sparse
 
 aten = torch.ops.aten
 Map = Callable[[Tensor], Tensor]

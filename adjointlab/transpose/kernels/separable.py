@@ -1,0 +1,140 @@
+"""Interpolation and pooling by means, one dimension after another: each is a small sparse matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adjointlab.transpose.kernels.sparse_map import csr_of
+
+aten = torch.ops.aten
+
+_UPSAMPLED = (
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
+    "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+)  # fmt: skip
+_POOLED = ("avg_pool2d", "avg_pool3d")
+_ADAPTED = ("_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
+_SMALL = 1 << 20  # entries of an identity that may be more than those of the image
+
+# What is interpolated or pooled, by the name of the forward operation; and the transposes of these.
+FORWARDS = {getattr(aten, name): name for name in (*_UPSAMPLED, *_POOLED, *_ADAPTED)}
+BACKWARDS = {getattr(aten, f"{name}_backward"): name for name in (*_UPSAMPLED, *_POOLED, *_ADAPTED)}
+SEPARABLE = {*FORWARDS, *BACKWARDS}
+
+
+def factors(packet: Any, x: Any, args: Sequence[Any]) -> list[tuple[int, Tensor]] | None:
+    """Return the dimensions that an operation ``packet(x, *args)`` changes, each with its matrix; None if one is large.
+
+    The matrix of a dimension is what the operation makes of an identity, the other dimensions being of size one.
+    """
+    name = FORWARDS.get(packet) or BACKWARDS[packet]
+    is_backward = packet in BACKWARDS
+    forward = getattr(aten, name).default
+    inner, outer, along = _settings(name, x, args, is_backward)
+    k, found = len(inner), []
+    for d in range(k):
+        n, m = inner[d], outer[d]
+        if n * m > max(_SMALL, math.prod(inner), math.prod(outer)):
+            return None
+        one = torch.eye(n, dtype=x.dtype, device=x.device).reshape(1, n, *[n if i == d else 1 for i in range(k)])
+        matrix = forward(one, *along(d)).reshape(n, m)
+        matrix = matrix if is_backward else matrix.mT
+        if n != m or not torch.equal(matrix, torch.eye(n, dtype=x.dtype, device=x.device)):
+            found.append((x.ndim - k + d, matrix.contiguous()))
+    return found
+
+
+def _settings(
+    name: str, x: Any, args: Sequence[Any], is_backward: bool
+) -> tuple[list[int], list[int], Callable[[int], tuple[Any, ...]]]:
+    """Return the sizes that the forward takes and returns, and its arguments for one dimension alone."""
+    if name in _UPSAMPLED:
+        outer, rest = list(args[0]), list(args[2 if is_backward else 1 :])
+        k = len(outer)
+        inner = list(args[1][-k:]) if is_backward else list(x.shape[-k:])
+        corners = [rest.pop(0)] if rest and isinstance(rest[0], bool) else []
+
+        def along(d: int) -> tuple[Any, ...]:
+            scales = [scale if i == d or scale is None else 1.0 for i, scale in enumerate(rest)]
+            return [outer[i] if i == d else 1 for i in range(k)], *corners, *scales
+
+        return inner, outer, along
+    k = int(name[-2])
+    if is_backward:
+        inner, outer, settings = list(args[0].shape[-k:]), list(x.shape[-k:]), list(args[1:])
+    elif name in _ADAPTED:
+        inner, outer, settings = list(x.shape[-k:]), list(args[0]), []
+    else:
+        inner, settings = list(x.shape[-k:]), list(args)
+        outer = list(getattr(aten, name).default(torch.empty(1, *inner, device="meta"), *args).shape[-k:])
+    if name in _ADAPTED:
+        return inner, outer, lambda d: ([outer[i] if i == d else 1 for i in range(k)],)
+    kernel, stride, padding, *others = [*settings, *[[], [0], False, True, None][len(settings) - 1 :]]
+    kernel, padding, stride = _each(kernel, k), _each(padding, k), _each(stride or kernel, k)
+    override = others[2]
+
+    def pooled(d: int) -> tuple[Any, ...]:
+        alone = [[v[i] if i == d else unit for i in range(k)] for v, unit in ((kernel, 1), (stride, 1), (padding, 0))]
+        divisor = None if override is None else override if d == 0 else 1
+        return *alone, *others[:2], divisor
+
+    return inner, outer, pooled
+
+
+def _each(value: Sequence[int], k: int) -> list[int]:
+    return [*value] * k if len(value) == 1 else [*value]
+
+
+def ways(
+    parts: Sequence[tuple[int, Tensor]], shape: Sequence[int], result: Sequence[int]
+) -> list[Callable[[Tensor], Tensor]]:
+    """Return functions that multiply a tensor of a shape by a matrix along each of some dimensions."""
+    regular = [_repeats(matrix) for _, matrix in parts]
+    grows = math.prod(result) > math.prod(shape)
+    # The dimension that is last in memory comes first or last, whichever has less to be copied in another order.
+    order = sorted(parts, key=lambda part: part[0], reverse=grows)
+    matrices = [(dim, csr_of(matrix)) for dim, matrix in order]
+
+    def sparse_products(x: Tensor) -> Tensor:
+        for dim, matrix in matrices:
+            columns = x.movedim(dim, 0)
+            product = matrix @ columns.reshape(len(columns), -1)
+            x = product.reshape(len(product), *columns.shape[1:]).movedim(0, dim)
+        return x.contiguous()
+
+    images = min(dim for dim, _ in parts)
+
+    def sparse_products_each(x: Tensor) -> Tensor:
+        found = x.new_empty(tuple(result))
+        flat, into = x.reshape(-1, *shape[images:]), found.view(-1, *result[images:])
+        for image, place in zip(flat, into, strict=True):
+            for dim, matrix in matrices:
+                columns = image.movedim(dim - images, 0)
+                product = matrix @ columns.reshape(len(columns), -1)
+                image = product.reshape(len(product), *columns.shape[1:]).movedim(0, dim - images)  # noqa: PLW2901
+            place.copy_(image)
+        return found
+
+    def repeats(x: Tensor) -> Tensor:
+        for (dim, _), (times, factor) in zip(parts, regular, strict=True):  # type: ignore[misc]
+            x = (x * factor).repeat_interleave(times, dim) if times > 1 else x
+        return x
+
+    found = [sparse_products, sparse_products_each] if math.prod(shape[:images]) > 1 else [sparse_products]
+    return [repeats, *found] if all(regular) else found
+
+
+def _repeats(matrix: Tensor) -> tuple[int, float] | None:
+    """Return how often a matrix repeats each entry of a vector, and the factor, if that is all it does."""
+    m, n = matrix.shape
+    factor, times = float(matrix[0, 0]), m // n
+    if m % n or times == 1:
+        return None
+    one = torch.eye(n, dtype=matrix.dtype, device=matrix.device).repeat_interleave(times, 0)
+    return (times, factor) if torch.equal(matrix, one * factor) else None

@@ -1,0 +1,59 @@
+"""Sparse maps: the matrix of a map as CSR with indices of 32 bits, and its product with one vector or several."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_SHARE = 64  # a matrix may take this part of the memory of its device
+
+
+def csr(start: Tensor, column: Tensor, value: Tensor, columns: int) -> Tensor:
+    """Return a CSR matrix from the first entry of each row, and the column and value of each entry."""
+    index = torch.int32 if max(columns, len(value)) < 1 << 31 else torch.int64
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        return torch.sparse_csr_tensor(start.to(index), column.to(index), value, (len(start) - 1, columns))
+
+
+def csr_of(matrix: Tensor) -> Tensor:
+    """Return a dense matrix as CSR."""
+    row, column = matrix.nonzero(as_tuple=True)
+    start = torch.searchsorted(row, torch.arange(len(matrix) + 1, device=matrix.device))
+    return csr(start, column, matrix[row, column], matrix.shape[1])
+
+
+def ways(shape: Sequence[int], prefix: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """Return functions of x and a matrix: the product for each place of ``prefix`` leading dimensions, of a shape."""
+    shape = tuple(shape)
+    count = math.prod(shape[:prefix])
+
+    def sparse_map(x: Tensor, matrix: Tensor) -> Tensor:
+        return (matrix @ x.reshape(-1)).reshape(shape)
+
+    def sparse_map_each(x: Tensor, matrix: Tensor) -> Tensor:
+        found = x.new_empty(shape)
+        for source, into in zip(x.reshape(count, -1), found.view(count, -1), strict=True):
+            torch.mv(matrix, source, out=into)
+        return found
+
+    def sparse_map_together(x: Tensor, matrix: Tensor) -> Tensor:
+        return (matrix @ x.reshape(count, -1).mT.contiguous()).mT.reshape(shape).contiguous()
+
+    return [sparse_map] if count == 1 else [sparse_map_each, sparse_map_together]
+
+
+def most_entries(dtype: torch.dtype, device: torch.device) -> int:
+    """Return how many entries a matrix may have: it takes a 64th of the memory of its device."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        memory = 16 << 30
+    return memory // _SHARE // (dtype.itemsize + 4)
