@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from adjointlab.errors import AdjointMismatchError, NotDifferentiableError, NotLinearError, SpaceMismatchError
     from adjointlab.least_squares import LeastSquares, least_squares_gradient
     from adjointlab.linearity import LinearityReport, check_linearity
+    from adjointlab.matrix import matrix
     from adjointlab.operators import LinearOperator
     from adjointlab.pair import from_pair
     from adjointlab.space import Space, TensorSpec
@@ -29,6 +30,7 @@ _HOME = {
         "derive": ("linear_adjoint", "linear_operator"),
         "errors": ("AdjointMismatchError", "NotDifferentiableError", "NotLinearError", "SpaceMismatchError"),
         "least_squares": ("LeastSquares", "least_squares_gradient"),
+        "matrix": ("matrix",),
         "linearity": ("LinearityReport", "check_linearity"),
         "operators": ("LinearOperator",),
         "pair": ("from_pair",),
@@ -70,5 +72,6 @@ __all__ = [
     "AdjointMismatchError", "AdjointReport", "AffineOperator", "LeastSquares", "LinearOperator", "LinearityReport",
     "NotDifferentiableError", "NotLinearError", "Space", "SpaceMismatchError", "TensorSpec", "affine_operator",
     "assert_adjoint", "block_diag", "check_adjoint", "check_linearity", "diagonal", "from_pair", "hstack", "identity",
-    "least_squares_gradient", "linear_adjoint", "linear_operator", "operator_norm", "solvers", "to_dense", "vstack",
+    "least_squares_gradient", "linear_adjoint", "linear_operator", "matrix", "operator_norm", "solvers", "to_dense",
+    "vstack",
 ]  # fmt: skip

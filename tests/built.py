@@ -16,6 +16,7 @@ from adjointlab.linearity import like_parameters
 from adjointlab.transpose import Options, Transposition
 from adjointlab.transpose.kernels.convolution import ConvSpec, sized
 from adjointlab.transpose.kernels.registry import KERNELS, NATIVE, Kernel
+from adjointlab.transpose.kernels.select import Run, Timed
 
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
@@ -35,6 +36,16 @@ def broken(kernel: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Kerne
         return lambda *tensors: change(run(*tensors))
 
     return replace(right, make=make)
+
+
+def first_way(native: Timed, ways: Callable[[], dict[Run, Timed]], device: torch.device) -> Run | None:
+    """Choose a sparse map wherever there is one."""
+    return next(iter(ways()), None)
+
+
+def last_way(native: Timed, ways: Callable[[], dict[Run, Timed]], device: torch.device) -> Run | None:
+    """Choose the last of several products with a sparse map."""
+    return next(reversed(ways()), None)
 
 
 def source(function: Any, domain: Any, choose: Any = None, *, kwargs: Any = None, **options: Any) -> Transposition:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from built import prefer
+from built import first_way, last_way, prefer
 from laws import Case, in_widest_dtype, law, once, seeded
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from adjointlab.transpose.passes.compose import linear_part, residual_and_gradie
 from adjointlab.transpose.passes.convolutions import joined, lower
 from adjointlab.transpose.passes.drop_forward import drop_forward
 from adjointlab.transpose.passes.fuse_slices import fuse_slices
+from adjointlab.transpose.passes.maps_by_index import maps_by_index
 from adjointlab.transpose.passes.normalise import normalise
 from adjointlab.transpose.passes.own_outputs import own_outputs
 from adjointlab.transpose.runtime.program import Program
@@ -28,6 +29,8 @@ PASSES: dict[str, Callable[[Graph], Graph]] = {
         f"lower to {name}": lambda graph, name=name: lower(graph, prefer(name), lambda _: True)
         for name in ("native", "flipped", "tapped", "fft", "polyphase")
     },
+    "maps_by_index": lambda graph: maps_by_index(graph, first_way),
+    "maps_by_index, the last way": lambda graph: maps_by_index(graph, last_way),
     "lower after fuse_slices": lambda graph: lower(fuse_slices(graph), prefer("fft")),
 }
 

@@ -28,6 +28,7 @@ Clock = Callable[[Callable[[], object], torch.device], "float | None"]  # None f
 _GAIN = 0.8  # of native's time: medians of one kernel, run twice, are less than a fifth apart 99 times in 100
 _MODEL = 8.0  # costs of the model were seen to be off by up to 5: kernels further apart are not compared by runs
 _RUNS = 5  # of each kernel, in turns, after one that pays for code and plans
+_FAR = 4.0  # times as fast as native another way must seem beside other work
 _BUDGET = 0.03  # seconds for all runs of a kernel; of one that takes longer, there are fewer
 _SHORT = 5e-5  # seconds of PyTorch's own way, where others are not looked at: one of their calls takes half of it
 _PROBE = 2e6  # multiplications of the part of an image that shows the rate of a kernel which is slow on the whole
@@ -101,15 +102,27 @@ def quickest(native: Timed, others: Callable[[], dict[Run, Timed]], device: torc
 
     ``others`` are not made where native takes no longer than a call of them.
     """
-    try:
-        if _median([native], device, undisturbed)[0] < _SHORT:
-            return None
-        ways = others()
-        first, *times = _median([native, *ways.values()], device, undisturbed)
-    except _DisturbedError:
+    if _least([native], device)[0] < _SHORT:
         return None
+    ways, gain = others(), _GAIN
+    runs = [native, *ways.values()]
+    try:
+        first, *times = _median(runs, device, undisturbed)
+    except _DisturbedError:
+        (first, *times), gain = _least(runs, device), 1 / _FAR
     best = min(zip(times, ways, strict=True), key=operator.itemgetter(0), default=None)
-    return best[1] if best is not None and best[0] <= _GAIN * first else None
+    return best[1] if best is not None and best[0] <= gain * first else None
+
+
+def _least(ways: list[Callable[[], object]], device: torch.device) -> list[float]:
+    """Return the least seconds of a few runs of several ways: other work makes a run longer, never shorter."""
+    for way in ways:
+        way()
+    seen: list[list[float]] = [[] for _ in ways]
+    while len(seen[0]) < _RUNS and sum(map(sum, seen)) < len(ways) * _BUDGET:
+        for way, taken in zip(ways, seen, strict=True):
+            taken.append(_seconds(way, device))
+    return [min(taken) for taken in seen]
 
 
 def _timed(spec: ConvSpec, clock: Clock) -> Callable[..., list[float]]:
@@ -123,7 +136,7 @@ def _median(ways: list[Callable[[], object]], device: torch.device, clock: Clock
     for way in ways:
         way()  # pays for code, plans and memory
     seen: list[list[float]] = [[] for _ in ways]
-    disturbed = 0
+    disturbed, began = 0, time.perf_counter()
     while (least := min(map(len, seen))) < _RUNS and (least < 2 or sum(map(sum, seen)) < len(ways) * _BUDGET):
         for way, taken in zip(ways, seen, strict=True):
             seconds = clock(way, device)
@@ -131,7 +144,8 @@ def _median(ways: list[Callable[[], object]], device: torch.device, clock: Clock
                 disturbed += 1
             else:
                 taken.append(seconds)
-        if disturbed > 4 * _RUNS * len(ways):
+        waited = time.perf_counter() - began > 10 * len(ways) * _BUDGET and least < 1
+        if disturbed > 4 * _RUNS * len(ways) or waited:
             raise _DisturbedError("other work takes processors away in nearly every run")
         if disturbed == 0 and max(map(max, seen)) > 10 * _BUDGET:
             break  # one run of that length tells
@@ -183,6 +197,13 @@ def undisturbed(way: Callable[[], object], device: torch.device) -> float | None
     A kernel that all threads work at waits for the last of them. Beside other work it then takes up to a hundred times
     as long as by itself, and is no worse for that.
     """
+    taken_away = _switches()
+    seconds = _seconds(way, device)
+    return seconds if _switches() == taken_away or device.type != "cpu" else None
+
+
+def _seconds(way: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a run, from when what was begun before is done."""
     on_cpu = device.type == "cpu"
 
     def finish() -> None:
@@ -190,12 +211,10 @@ def undisturbed(way: Callable[[], object], device: torch.device) -> float | None
             torch.accelerator.synchronize(device)
 
     finish()
-    taken_away = _switches()
     start = time.perf_counter()
     way()
     finish()
-    seconds = time.perf_counter() - start
-    return seconds if _switches() == taken_away or not on_cpu else None
+    return time.perf_counter() - start
 
 
 def _switches() -> int:

@@ -31,7 +31,8 @@ SEPARABLE = {*FORWARDS, *BACKWARDS}
 def factors(packet: Any, x: Any, args: Sequence[Any]) -> list[tuple[int, Tensor]] | None:
     """Return the dimensions that an operation ``packet(x, *args)`` changes, each with its matrix; None if one is large.
 
-    The matrix of a dimension is what the operation makes of an identity, the other dimensions being of size one.
+    The matrix of a dimension is what the operation makes of an identity, the other dimensions being of size two: it
+    leaves these alone. PyTorch's antialiased interpolation of what is one column wide is wrong.
     """
     name = FORWARDS.get(packet) or BACKWARDS[packet]
     is_backward = packet in BACKWARDS
@@ -40,10 +41,11 @@ def factors(packet: Any, x: Any, args: Sequence[Any]) -> list[tuple[int, Tensor]
     k, found = len(inner), []
     for d in range(k):
         n, m = inner[d], outer[d]
-        if n * m > max(_SMALL, math.prod(inner), math.prod(outer)):
+        if n * m << (k - 1) > max(_SMALL, math.prod(inner), math.prod(outer)):
             return None
         one = torch.eye(n, dtype=x.dtype, device=x.device).reshape(1, n, *[n if i == d else 1 for i in range(k)])
-        matrix = forward(one, *along(d)).reshape(n, m)
+        spread = one.expand(1, n, *[n if i == d else 2 for i in range(k)]).contiguous()
+        matrix = forward(spread, *along(d)).movedim(2 + d, 2).reshape(n, m, -1)[..., 0]
         matrix = matrix if is_backward else matrix.mT
         if n != m or not torch.equal(matrix, torch.eye(n, dtype=x.dtype, device=x.device)):
             found.append((x.ndim - k + d, matrix.contiguous()))
@@ -62,7 +64,7 @@ def _settings(
 
         def along(d: int) -> tuple[Any, ...]:
             scales = [scale if i == d or scale is None else 1.0 for i, scale in enumerate(rest)]
-            return [outer[i] if i == d else 1 for i in range(k)], *corners, *scales
+            return [outer[i] if i == d else 2 for i in range(k)], *corners, *scales
 
         return inner, outer, along
     k = int(name[-2])
@@ -74,15 +76,18 @@ def _settings(
         inner, settings = list(x.shape[-k:]), list(args)
         outer = list(getattr(aten, name).default(torch.empty(1, *inner, device="meta"), *args).shape[-k:])
     if name in _ADAPTED:
-        return inner, outer, lambda d: ([outer[i] if i == d else 1 for i in range(k)],)
-    kernel, stride, padding, *others = [*settings, *[[], [0], False, True, None][len(settings) - 1 :]]
+        return inner, outer, lambda d: ([outer[i] if i == d else 2 for i in range(k)],)
+    every: list[Any] = [*settings, *[[], [0], False, True, None][len(settings) - 1 :]]
+    kernel, stride, padding, *others = every
     kernel, padding, stride = _each(kernel, k), _each(padding, k), _each(stride or kernel, k)
     override = others[2]
 
     def pooled(d: int) -> tuple[Any, ...]:
-        alone = [[v[i] if i == d else unit for i in range(k)] for v, unit in ((kernel, 1), (stride, 1), (padding, 0))]
+        def alone(sizes: list[int], unit: int) -> list[int]:
+            return [size if i == d else unit for i, size in enumerate(sizes)]
+
         divisor = None if override is None else override if d == 0 else 1
-        return *alone, *others[:2], divisor
+        return alone(kernel, 1), alone(stride, 1), alone(padding, 0), *others[:2], divisor
 
     return inner, outer, pooled
 
@@ -126,8 +131,8 @@ def ways(
             x = (x * factor).repeat_interleave(times, dim) if times > 1 else x
         return x
 
-    found = [sparse_products, sparse_products_each] if math.prod(shape[:images]) > 1 else [sparse_products]
-    return [repeats, *found] if all(regular) else found
+    found: list[Callable[[Tensor], Tensor]] = [repeats] if all(regular) else []
+    return [*found, sparse_products, *([sparse_products_each] if math.prod(shape[:images]) > 1 else [])]
 
 
 def _repeats(matrix: Tensor) -> tuple[int, float] | None:

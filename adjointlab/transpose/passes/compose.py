@@ -60,8 +60,8 @@ def adds_state(forward: Graph) -> bool:
     return not all(_is_linear(node, state) for node in nodes) or not state.isdisjoint(forward.outputs)
 
 
-# Operations that are linear in each operand, so that they add nothing to what depends on the input; in the first; and in
-# all but those that are indices.
+# Operations that add nothing to what depends on the input: they are linear in each operand; in the first; in all but
+# those that are indices.
 _PRODUCTS = {
     aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.index.Tensor,
     aten.index_select.default, aten.gather.default,

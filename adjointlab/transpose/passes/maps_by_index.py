@@ -83,12 +83,13 @@ def _packet(node: fx.Node) -> Any:
 
 def _suits(node: fx.Node) -> bool:
     """Return whether a node's value is one tensor of a dtype that there are products for, and has entries."""
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     return isinstance(value, Tensor) and value.dtype in _DTYPES and value.numel() > 0
 
 
 def _random(value: Tensor) -> Tensor:
-    return torch.randn(value.shape, dtype=value.dtype, device=value.device)
+    generator = torch.Generator(value.device).manual_seed(0)
+    return torch.randn(value.shape, dtype=value.dtype, device=value.device, generator=generator)
 
 
 def _factored(graph: Graph, node: fx.Node, choose: MapChooser) -> None:
@@ -241,7 +242,7 @@ def _is_allowed(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         several, i = node.args
-        return isinstance(several, fx.Node) and i == 0 and _packet(several) in _SAMPLED_BACK and _suits(node)
+        return bool(i == 0 and _packet(several) in _SAMPLED_BACK and _suits(node))  # type: ignore[arg-type]
     if _packet(node) in _SAMPLED_BACK:
         return len(node.users) == 1
-    return (_packet(node) in RULES or _packet(node) in _BY_INDEX) and _suits(node)
+    return bool(_packet(node) in RULES or _packet(node) in _BY_INDEX) and _suits(node)

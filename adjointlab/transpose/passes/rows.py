@@ -24,10 +24,11 @@ class Rows:
     column: Tensor
     value: Tensor
     most: int = 1 << 62  # entries that it may have
+    is_single: bool = False  # whether it is known that each row has one entry
 
-    def of(self, start: Tensor, column: Tensor, value: Tensor) -> Rows:
+    def of(self, start: Tensor, column: Tensor, value: Tensor, *, is_single: bool = False) -> Rows:
         """Return another matrix with the same limit."""
-        return Rows(start, column, value, self.most)
+        return Rows(start, column, value, self.most, is_single)
 
     @property
     def counts(self) -> Tensor:
@@ -40,19 +41,12 @@ class Rows:
         counts = self.counts
         return torch.arange(len(counts), device=counts.device, dtype=self.column.dtype).repeat_interleave(counts)
 
-    @property
-    def is_single(self) -> bool:
-        """Whether each row has one entry."""
-        return len(self.column) == len(self.start) - 1 and bool((self.counts == 1).all())
-
     def take(self, index: Tensor) -> Rows:
         """Return the matrix of the rows with the given numbers, empty for −1."""
-        if self.is_single:
-            is_row = index >= 0
-            found = index if bool(is_row.all()) else index[is_row]
-            start = _starts(is_row) if found is not index else torch.arange(len(index) + 1, device=index.device)
-            self._check(len(found))
-            return self.of(start, self.column.index_select(0, found), self.value.index_select(0, found))
+        if self.is_single and bool((index >= 0).all()):
+            self._check(len(index))
+            start = torch.arange(len(index) + 1, device=index.device)
+            return self.of(start, self.column[index], self.value[index], is_single=True)
         counts = self.counts[index].masked_fill_(index < 0, 0)
         start = _starts(counts)
         self._check(int(start[-1]))
@@ -66,7 +60,7 @@ class Rows:
 
     def scaled(self, factor: Tensor) -> Rows:
         """Return the matrix with each row times a factor."""
-        return self.of(self.start, self.column, self.value * self._for_each(factor))
+        return self.of(self.start, self.column, self.value * self._for_each(factor), is_single=self.is_single)
 
     def _for_each(self, rows: Tensor) -> Tensor:
         return rows if self.is_single else rows.repeat_interleave(self.counts)
@@ -93,22 +87,21 @@ class Rows:
 
     def compact(self, columns: int) -> Rows:
         """Return the matrix with one entry for each place, in the order of columns, and none that is zero."""
-        rows = len(self.start) - 1
-        key = self.row * columns if rows * columns < 1 << 31 else self.row.long() * columns
-        key = key.add_(self.column)
-        value = self.value
+        start, column, value = self.start, self.column, self.value
+        key = self.row if (len(start) - 1) * columns < 1 << 31 else self.row.long()
+        key = key.mul_(columns).add_(column)
         if not bool((key[1:] >= key[:-1]).all()):
-            order = key.argsort(stable=True)
-            key, value = key[order], value[order]
-        is_first = torch.cat([key.new_ones(min(1, len(key)), dtype=torch.bool), key[1:] != key[:-1]])
+            order = key.argsort(stable=True)  # inside of rows, which are in order
+            key, column, value = key[order], column[order], value[order]
+        is_first = torch.ones(len(key), dtype=torch.bool, device=key.device)
+        torch.ne(key[1:], key[:-1], out=is_first[1:])
         if not bool(is_first.all()):
-            at = is_first.cumsum(0, dtype=self.column.dtype).sub_(1)
-            key = key[is_first]
-            value = value.new_zeros(len(key)).index_add_(0, at, value)
+            place = is_first.cumsum(0, dtype=torch.int32 if len(key) < 1 << 31 else torch.int64).sub_(1)
+            value = value.new_zeros(int(place[-1]) + 1).index_add_(0, place, value)
+            start, column = _starts(is_first)[start], column[is_first]
         if not bool((is_used := value != 0).all()):
-            key, value = key[is_used], value[is_used]
-        start = _starts(torch.bincount(key // columns, minlength=rows))
-        return self.of(start, (key % columns).to(self.column.dtype), value)
+            start, column, value = _starts(is_used)[start], column[is_used], value[is_used]
+        return self.of(start, column, value)
 
 
 def _starts(counts: Tensor) -> Tensor:

@@ -44,18 +44,19 @@ class Sparse(Tensor):
         n = math.prod(like.shape[prefix:])
         at = torch.arange(n + 1, device=like.device)
         column = at[:-1].to(torch.int32 if max(n, most) < 1 << 31 else torch.int64)
-        return cls(Rows(at, column, torch.ones(n, dtype=like.dtype, device=like.device), most), like.shape, prefix)
+        ones = torch.ones(n, dtype=like.dtype, device=like.device)
+        return cls(Rows(at, column, ones, most, is_single=True), like.shape, prefix)
 
     @property
     def core(self) -> int:
         """Number of entries behind the prefix."""
         return math.prod(self.shape[self.prefix :])
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"Sparse({tuple(self.shape)}, {len(self.rows.value)} entries)"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         rule = RULES.get(func.overloadpacket)
         if rule is not None:
