@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from adjointlab.errors import AdjointMismatchError, NotDifferentiableError, NotLinearError, SpaceMismatchError
     from adjointlab.least_squares import LeastSquares, least_squares_gradient
     from adjointlab.linearity import LinearityReport, check_linearity
-    from adjointlab.matrix import matrix
+    from adjointlab.matrices import matrix
     from adjointlab.operators import LinearOperator
     from adjointlab.pair import from_pair
     from adjointlab.space import Space, TensorSpec
@@ -30,7 +30,7 @@ _HOME = {
         "derive": ("linear_adjoint", "linear_operator"),
         "errors": ("AdjointMismatchError", "NotDifferentiableError", "NotLinearError", "SpaceMismatchError"),
         "least_squares": ("LeastSquares", "least_squares_gradient"),
-        "matrix": ("matrix",),
+        "matrices": ("matrix",),
         "linearity": ("LinearityReport", "check_linearity"),
         "operators": ("LinearOperator",),
         "pair": ("from_pair",),

@@ -348,14 +348,15 @@ def sparse(layout: str):
         dense = torch.randn(3, 4, dtype=dtype) * (torch.rand(3, 4) > 0.4)
         with warnings.catch_warnings():  # torch calls its CSR support a beta
             warnings.simplefilter("ignore")
-            matrix = dense.to_sparse() if layout == "coo" else dense.to_sparse_csr()
+            matrix = dense.to_sparse() if layout == "coo" else getattr(dense, f"to_sparse_{layout}")()
         return lambda x: matrix @ x, torch.zeros(4, 2, dtype=dtype)
 
     return make
 
 
-add("sparse-coo", sparse("coo"), traced=False, proved=False)
-add("sparse-csr", sparse("csr"), traced=False, proved=False)
+add("sparse-coo", sparse("coo"))
+add("sparse-csr", sparse("csr"))
+add("sparse-csc", sparse("csc"))
 
 # --------------------------------------------------------------------------------------- modules, parametrized weights
 

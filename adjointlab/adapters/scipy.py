@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator as SciPyOperator
 from scipy.sparse.linalg import aslinearoperator
 
-from adjointlab.adapters.bridge import array_dtype, from_arrays, on_arrays, torch_dtype
+from adjointlab.adapters.bridge import array_dtype, from_arrays, numpy_dtype, on_arrays, torch_dtype
+from adjointlab.matrices import matrix
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space, TensorSpec
 from adjointlab.space.coordinates import real_size
@@ -59,13 +61,14 @@ def from_scipy(operator: Any, *, device: torch.device | str | None = None) -> Li
     operator : scipy.sparse.linalg.LinearOperator, sparse array or array
         An argument of ``scipy.sparse.linalg.aslinearoperator`` that has an adjoint (``rmatvec``).
     device : torch.device or str, optional
-        The device of the vectors; the CPU if not given. SciPy computes on the CPU.
+        The device of the vectors; the CPU if not given. Matrices become tensors there; SciPy's operators compute on the
+        CPU.
 
     Returns
     -------
     LinearOperator
-        An operator whose forward and adjoint are SciPy's ``matvec`` and ``rmatvec``, each the derivative of the other.
-        Integers become floating-point numbers.
+        That of :func:`adjointlab.matrix` for a matrix. Otherwise one whose forward and adjoint are SciPy's ``matvec``
+        and ``rmatvec``, each the derivative of the other. Integers become floating-point numbers.
 
     Examples
     --------
@@ -74,6 +77,9 @@ def from_scipy(operator: Any, *, device: torch.device | str | None = None) -> Li
     >>> A(torch.ones(2, dtype=torch.float64))
     tensor([3., 1.], dtype=torch.float64)
     """
+    if issparse(operator) or isinstance(operator, np.ndarray):
+        entries = operator.astype(numpy_dtype(torch_dtype(operator.dtype)), copy=False)
+        return matrix(entries, device=device)
     wrapped = aslinearoperator(operator)
     rows, columns = wrapped.shape
     where = torch.device("cpu" if device is None else device)

@@ -77,7 +77,8 @@ class SparseMatrices:
                 seen[:] = [found, places(found)]
             return seen[1]  # type: ignore[no-any-return]
 
-        (row, column), value = seen[1], entries(matrix)
+        # Tracing takes leaves only: others it asks for their gradients, and is warned.
+        (row, column), value = seen[1], entries(matrix).detach().requires_grad_(matrix.requires_grad)
         self.sources[id(row)] = Source(lambda: places_now()[0], f"rows of {whole.name}", is_private=True)
         self.sources[id(column)] = Source(lambda: places_now()[1], f"columns of {whole.name}", is_private=True)
         self.sources[id(value)] = Source(lambda: entries(whole.read()), f"entries of {whole.name}")

@@ -18,7 +18,9 @@ def csr(start: Tensor, column: Tensor, value: Tensor, columns: int) -> Tensor:
     index = torch.int32 if max(columns, len(value)) < 1 << 31 else torch.int64
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(start.to(index), column.to(index), value, (len(start) - 1, columns))
+        return torch.sparse_csr_tensor(
+            start.to(index), column.to(index), value, (len(start) - 1, columns), check_invariants=False
+        )
 
 
 def csr_of(matrix: Tensor) -> Tensor:
@@ -48,12 +50,12 @@ def ways(shape: Sequence[int], prefix: int) -> list[Callable[[Tensor, Tensor], T
     return [sparse_map] if count == 1 else [sparse_map_each, sparse_map_together]
 
 
-def most_entries(dtype: torch.dtype, device: torch.device) -> int:
-    """Return how many entries a matrix may have: it takes a 64th of the memory of its device."""
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
+def most_entries(like: Tensor) -> int:
+    """Return how many entries like those of a tensor a matrix may have: it takes a 64th of the memory of its device."""
+    if like.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(like.device).total_memory
     elif hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         memory = 16 << 30
-    return memory // _SHARE // (dtype.itemsize + 4)
+    return memory // _SHARE // (like.dtype.itemsize + 4)

@@ -95,9 +95,11 @@ def _random(value: Tensor) -> Tensor:
 def _factored(graph: Graph, node: fx.Node, choose: MapChooser) -> None:
     """Replace an interpolation or a pool by products along its dimensions, where these are faster."""
     source, target = node.args[0], node.meta["val"]
-    if node.kwargs or not isinstance(source, fx.Node) or not _suits(source) or target.device.type == "meta":
+    if node.kwargs or not isinstance(source, fx.Node) or not _suits(source):
         return
     value = source.meta["val"]
+    if target.device.type == "meta" or value.numel() + target.numel() > sparse_map.most_entries(value):
+        return
     shaped = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args[1:]]
     rest = _real(shaped)
     x = _random(value)
@@ -135,7 +137,7 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser) -> None:
     watched = {root for node in region.coefficients for root in roots[node]}
     compared = [t for t, node, source in zip(state, graph.placeholders, graph.state, strict=False)
                 if node in watched and not source.is_private]  # fmt: skip
-    limit = max(sparse_map.most_entries(value.dtype, value.device), 2 * sum(t.numel() for t in state))
+    limit = max(sparse_map.most_entries(value), 2 * sum(t.numel() for t in state))
     if value.device.type == "meta" or value.numel() + target.numel() > limit:
         return
     function = region.function(graph)

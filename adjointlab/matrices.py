@@ -47,7 +47,14 @@ class _Product(nn.Module):
         return found.reshape(*batch, *self.shape)
 
 
-def matrix(M: Any, domain: Any = None, codomain: Any = None, *, batch_dims: int = 0) -> LinearOperator:
+def matrix(
+    M: Any,
+    domain: Any = None,
+    codomain: Any = None,
+    *,
+    batch_dims: int = 0,
+    device: torch.device | str | None = None,
+) -> LinearOperator:
     """Return ``x ↦ Mx``, the elements of both spaces being read as vectors; its adjoint is ``y ↦ Mᴴy``.
 
     Sparse matrices are multiplied as such, forwards and backwards. Parameters stay parameters, of which gradients are
@@ -64,11 +71,14 @@ def matrix(M: Any, domain: Any = None, codomain: Any = None, *, batch_dims: int 
         What ``Mx`` is, with as many entries as M has rows. Vectors if not given.
     batch_dims : int
         Number of leading dimensions of the domain that may have any size: M multiplies what is at each place of them.
+    device : torch.device or str, optional
+        Where M is to be; where it is if not given. What comes from NumPy and SciPy is on the CPU.
 
     Returns
     -------
     LinearOperator
-        From the domain to the codomain, on the device of M.
+        From the domain to the codomain, on the device of the matrix. M is read at each call: it may change, or be
+        learned. Memory of NumPy and SciPy is shared where their dtypes and layouts are those of tensors.
 
     Raises
     ------
@@ -84,7 +94,7 @@ def matrix(M: Any, domain: Any = None, codomain: Any = None, *, batch_dims: int 
     tensor([[1., 2.],
             [0., 3.]])
     """
-    held = _tensor(M)
+    held = _tensor(M) if device is None else _tensor(M).to(device)
     rows, columns = held.shape
     vectors = (*[1] * batch_dims, columns)
     given = Space.of(vectors if domain is None else domain, dtype=held.dtype, device=held.device, batch_dims=batch_dims)
@@ -127,7 +137,7 @@ def _tensor(M: Any) -> Tensor:
     found = M if isinstance(M, Tensor) else torch.as_tensor(np.asarray(M))
     if found.layout in {torch.sparse_bsr, torch.sparse_bsc}:  # of which torch multiplies with some only
         at = torch.stack(places(found))
-        found = torch.sparse_coo_tensor(at, found.values().reshape(-1), found.shape).coalesce()
+        found = torch.sparse_coo_tensor(at, found.values().reshape(-1), found.shape, check_invariants=False).coalesce()
     if found.ndim != 2 or 0 in found.shape:
         raise SpaceMismatchError(f"expected a matrix: rows and columns of numbers, got the shape {tuple(found.shape)}")
     if not (found.dtype.is_floating_point or found.dtype.is_complex):
