@@ -59,7 +59,9 @@ class Region:
         return lambda *tensors: run(*tensors)[0]
 
 
-def maps_by_index(graph: Graph, choose: MapChooser) -> Graph:
+def maps_by_index(
+    graph: Graph, choose: MapChooser, most_entries: Callable[[Tensor], int] = sparse_map.most_entries
+) -> Graph:
     """Return an equal graph in which operations by index are products with sparse matrices, where these are faster."""
     mapped = copied(graph)
     for node in list(mapped.body.nodes):
@@ -70,9 +72,9 @@ def maps_by_index(graph: Graph, choose: MapChooser) -> Graph:
     dependent = dependents(mapped.inputs)
     for node in list(mapped.body.nodes):
         if node in dependent and _packet(node) in separable.SEPARABLE and _suits(node):
-            _factored(mapped, node, choose)
+            _factored(mapped, node, choose, most_entries)
     for region in regions(mapped):
-        _mapped(mapped, region, choose)
+        _mapped(mapped, region, choose, most_entries)
     clean(mapped.body)
     return mapped
 
@@ -92,13 +94,13 @@ def _random(value: Tensor) -> Tensor:
     return torch.randn(value.shape, dtype=value.dtype, device=value.device, generator=generator)
 
 
-def _factored(graph: Graph, node: fx.Node, choose: MapChooser) -> None:
+def _factored(graph: Graph, node: fx.Node, choose: MapChooser, most_entries: Callable[[Tensor], int]) -> None:
     """Replace an interpolation or a pool by products along its dimensions, where these are faster."""
     source, target = node.args[0], node.meta["val"]
     if node.kwargs or not isinstance(source, fx.Node) or not _suits(source):
         return
     value = source.meta["val"]
-    if target.device.type == "meta" or value.numel() + target.numel() > sparse_map.most_entries(value):
+    if target.device.type == "meta" or value.numel() + target.numel() > most_entries(value):
         return
     shaped = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args[1:]]
     rest = _real(shaped)
@@ -129,7 +131,7 @@ def _put(graph: Graph, node: fx.Node, run: Run, *args: fx.Node, account: str) ->
     node.replace_all_uses_with(product)
 
 
-def _mapped(graph: Graph, region: Region, choose: MapChooser) -> None:
+def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Callable[[Tensor], int]) -> None:
     """Replace a region by a product with its matrix, where that is faster."""
     value, target = region.source.meta["val"], region.result.meta["val"]
     state = [source.read() for source in graph.state]
@@ -137,8 +139,13 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser) -> None:
     watched = {root for node in region.coefficients for root in roots[node]}
     compared = [t for t, node, source in zip(state, graph.placeholders, graph.state, strict=False)
                 if node in watched and not source.is_private]  # fmt: skip
-    limit = max(sparse_map.most_entries(value), 2 * sum(t.numel() for t in state))
-    if value.device.type == "meta" or value.numel() + target.numel() > limit:
+    limit = max(most_entries(value), 2 * sum(t.numel() for t in state))
+    if value.device.type == "meta":
+        return
+    if value.numel() + target.numel() > limit:
+        region.result.meta["account"] = (
+            f"native, for {region.name}: its input and result have more than {limit:,} entries"
+        )
         return
     function = region.function(graph)
     with torch.no_grad():
