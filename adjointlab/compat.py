@@ -52,6 +52,11 @@ def is_wrapped(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def outside_of_transforms(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Suspend transforms of ``torch.func``, for operations on a tensor that is no part of them."""
+    return contextlib.nullcontext() if is_wrapped(tensor) else torch._C._DisableFuncTorch()
+
+
 def differentiated(tensors: Sequence[Tensor]) -> bool:
     """Return whether derivatives through a function of ``tensors`` may be asked for."""
     if torch.is_grad_enabled():
@@ -250,5 +255,5 @@ def quiet() -> Iterator[None]:
 __all__ = [
     "FakeTensor", "FakeTensorMode", "RefusedError", "_disable_current_modes", "captured", "differentiated",
     "get_proxy_mode", "is_forward_mode", "is_nested_forward_mode", "is_transformed", "is_wrapped",
-    "make_fx", "plain", "quiet", "scripts_refused", "sources_forgotten",
+    "make_fx", "outside_of_transforms", "plain", "quiet", "scripts_refused", "sources_forgotten",
 ]  # fmt: skip

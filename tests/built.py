@@ -10,8 +10,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import adjointlab as al
-from adjointlab.affine import AffineOperator
-from adjointlab.derive import from_source, require_linear
+from adjointlab.affine import AffineOperator, _rebuild_linear
+from adjointlab.derive import _rebuild as rebuilt
+from adjointlab.derive import from_source, options_of, require_linear
 from adjointlab.linearity import like_parameters
 from adjointlab.transpose import Options, Transposition
 from adjointlab.transpose.kernels.convolution import ConvSpec, sized
@@ -55,12 +56,14 @@ def source(function: Any, domain: Any, choose: Any = None, *, kwargs: Any = None
 
 def operator(function: Any, domain: Any, choose: Any, **options: Any) -> al.LinearOperator:
     """Return the linear operator, or the linear part, of a function, with a rule for kernels."""
-    return from_source(source(function, domain, choose, **options), ())
+    made = source(function, domain, choose, **options)
+    return from_source(made, lambda: (rebuilt, (function, made.domain, options_of(made))))
 
 
 def affine(function: Any, domain: Any, choose: Any, **options: Any) -> AffineOperator:
     made = source(function, domain, choose, affine=True, **options)
-    return AffineOperator(from_source(made, ()), made)
+    arguments = (function, made.domain, options_of(made))
+    return AffineOperator(from_source(made, lambda: (_rebuild_linear, arguments)), made)
 
 
 def square(n: int, k: int, dims: int, *, transposed: bool, dtype: torch.dtype = torch.float32) -> ConvSpec:

@@ -24,6 +24,7 @@ class Subject(nn.Module):
     fixed: tuple[str, ...] = ()
     """Buffers that stay as they are."""
     is_picklable = True
+    is_copyable = True
     is_costly = False
     """Whether an operator of it takes long to make."""
 
@@ -437,7 +438,7 @@ class Branching(Subject):
 
 
 class Sparse(Subject):
-    """A sparse matrix in a buffer."""
+    """A sparse matrix in a buffer, in one of three layouts."""
 
     shape = (4, 2)
     dtypes = (torch.float64,)
@@ -445,12 +446,14 @@ class Sparse(Subject):
 
     def __init__(self, rng: random.Random, dtype: torch.dtype) -> None:
         super().__init__()
+        self.layout = rng.choice((torch.sparse_coo, torch.sparse_csr, torch.sparse_csc))
+        self.is_copyable = self.layout is torch.sparse_coo  # torch copies no others
         self.register_buffer("matrix", self.drawn(dtype))
         self.scale = 1.0
 
-    @staticmethod
-    def drawn(dtype: torch.dtype) -> Tensor:
-        return (torch.randn(3, 4, dtype=dtype) * (torch.rand(3, 4) > 0.4)).to_sparse()
+    def drawn(self, dtype: torch.dtype) -> Tensor:
+        dense = torch.randn(3, 4, dtype=dtype) * (torch.rand(3, 4) > 0.4)
+        return dense.to_sparse(layout=self.layout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * (self.matrix @ x)
@@ -461,7 +464,8 @@ class Sparse(Subject):
             return "another matrix"
 
         def in_place() -> str:
-            self.matrix.mul_(-0.5)
+            values = self.matrix._values() if self.layout is torch.sparse_coo else self.matrix.values()
+            values[rng.randrange(len(values)) :] *= -0.5
             return "matrix in place"
 
         def scale() -> str:
@@ -469,6 +473,42 @@ class Sparse(Subject):
             return f"scale = {self.scale!r}"
 
         return [replaced, in_place, scale]
+
+
+class Gathered(Subject):
+    """A gather with weights, and a sample on a grid."""
+
+    shape = (1, 1, 4, 5)
+    dtypes = (torch.float64, torch.float32)
+
+    def __init__(self, rng: random.Random, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(6, 3, dtype=dtype))
+        self.register_buffer("grid", torch.rand(1, 3, 4, 2, dtype=dtype) * 2.4 - 1.2)
+        self.places = torch.randint(0, 12, (6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sampled = nn.functional.grid_sample(x, self.grid, align_corners=False)
+        return (sampled.reshape(-1)[self.places] * self.weights).sum(-1)
+
+    def changes(self, rng):
+        def places() -> str:
+            self.places[rng.randrange(len(self.places)), rng.randrange(3)] = rng.randrange(12)
+            return "a place"
+
+        def replaced() -> str:
+            self.places = torch.randint(0, 12, (rng.choice((6, 1)), 3))
+            return "other places"
+
+        def grid() -> str:
+            self.grid.data[..., rng.randrange(2)].mul_(-0.9)
+            return "grid through .data"
+
+        def weights() -> str:
+            self.weights.detach().numpy()[rng.randrange(6)] = rng.random()
+            return "weights through NumPy"
+
+        return [places, replaced, grid, weights]
 
 
 class Product(torch.autograd.Function):
@@ -622,5 +662,5 @@ class Closure:
 
 SUBJECTS: list[Any] = [
     Convolutions, Masked, Attributes, Layers, Coils, Affine, Batched, BatchedAffine, Dropped, Normed, Shifted,
-    Branching, Sparse, Own, Global, Circular, Parametrized, Closure,
+    Branching, Sparse, Gathered, Own, Global, Circular, Parametrized, Closure,
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import subjects
 import torch
+from built import affine, first_way, last_way, operator
 from progress import shown
 from subjects import SUBJECTS
 from torch import Tensor, nn
@@ -32,6 +33,11 @@ IS_SHORT = LENGTH < 40
 MANY = 70  # calls after which an operator has been worth its making
 UNITS = 1e5  # of rounding, relative to the largest norm involved: what is stale differs by orders of magnitude more
 MOST_REPORTED = 20
+
+
+# What torch says once of a process that makes sparse tensors.
+pytestmark = [pytest.mark.filterwarnings(f"ignore:Sparse {what}") for what in ("CS[CR] tensor", "invariant checks")]
+ON_MAPS = (subjects.Gathered, subjects.Sparse)
 
 
 class WrongError(AssertionError):
@@ -81,10 +87,12 @@ class Walk:
         self.witness: tuple[Any, ...] | None = None
         domain, options = self.subject.example(self.dtype), {"batch_dims": self.kind.batch_dims, "engine": self.engine}
         # Which kernel is fast is measured, and takes long.
-        options["lowering"] = self.rng.random() < 0.5 and not IS_SHORT
+        options["lowering"] = self.rng.random() < 0.5 and (not IS_SHORT or self.kind in ON_MAPS)
+        if self.kind in ON_MAPS and options["lowering"] and number % 3:  # small ones have none of themselves
+            options["choose_map"] = (first_way, last_way)[number % 2]
         function = self.subject.function if isinstance(self.subject, subjects.Closure) else self.subject
-        make = al.affine_operator if self.kind.affine else al.linear_operator
-        self.operator: Any = make(function, domain, **options)
+        make = affine if self.kind.affine else operator
+        self.operator: Any = make(function, domain, None, requested=options.pop("engine"), **options)
         self.derived()
 
     def __str__(self) -> str:
@@ -378,7 +386,7 @@ class Walk:
     def change_copy(self) -> str | None:
         if self.kind.shares or not self.subject.is_linear():
             return None
-        by_pickle = self.kind.is_picklable and self.rng.random() < 0.3
+        by_pickle = self.kind.is_picklable and (self.rng.random() < 0.3 or not self.subject.is_copyable)
         before = self.operator
         x, y = self.pair()
         self.witness = before, x, y, before(x), before.H(y)

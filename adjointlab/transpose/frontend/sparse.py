@@ -25,7 +25,15 @@ def is_sparse(value: Any) -> bool:
 
 
 def places(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the row and column of each entry of a sparse matrix, in the order of its values."""
+    """Return the row and column of each entry of a sparse matrix, in the order of its values.
+
+    They are kept, and so are ordinary tensors in whatever mode they are made.
+    """
+    with torch.inference_mode(False), torch.no_grad(), compat.outside_of_transforms(matrix):
+        return _places(matrix)
+
+
+def _places(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if matrix.layout is torch.sparse_coo:
         row, column = matrix._indices()
         return row.clone(), column.clone()
@@ -44,7 +52,8 @@ def places(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def entries(matrix: Tensor) -> Tensor:
     """Return the values of a sparse matrix as a vector that is no view of it: fake tensors cannot be one."""
     is_coo = matrix.layout is torch.sparse_coo
-    values = matrix._values() if is_coo and not matrix.is_coalesced() else matrix.values()
+    with compat.outside_of_transforms(matrix):  # which know no columns (CSC)
+        values = matrix._values() if is_coo and not matrix.is_coalesced() else matrix.values()
     return values.reshape(-1).clone() if matrix.requires_grad else values.data.reshape(-1)
 
 
