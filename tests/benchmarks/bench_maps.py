@@ -61,6 +61,11 @@ class Setup:
         make, sizes, tiny = ROWS[kind]
         self.map = make(*(tiny if quick else sizes))
         self.operator, self.second = (al.linear_operator(self.map.forward, self.map.x) for _ in range(2))
+        chosen = [
+            [line for line in A.explain().splitlines() if line.startswith("kernel:")]
+            for A in (self.operator, self.second)
+        ]
+        self.alike = chosen[0] == chosen[1]
 
 
 @functools.lru_cache(maxsize=1)
@@ -79,9 +84,10 @@ def _on_the_cpu(device: torch.device) -> None:
 def test_map(kind: str, which: str, quick: bool, compare: Any) -> None:
     s = _setup(kind, quick=quick)
     ways, skipped = ways_of(s, which)
+    facts = {"section": "maps", "map": which, "kind": kind, "case": s.map.case, "alike": s.alike}
     with s.second.frozen():
         assert_equal(ways, "eager")
-        compare(ways, skipped=skipped, section="maps", map=which, kind=kind, case=s.map.case)
+        compare(ways, skipped=skipped, **facts)
 
 
 def ways_of(s: Setup, which: str) -> tuple[Ways, Skipped]:
@@ -137,7 +143,10 @@ def test_tomography(quick: bool, compare: Comparison) -> None:
     m = maps.radon(*((16, 20) if quick else (256, 180)))
     y = m.forward(disc(m.x.shape[-1]))
     y = y + 1e-2 * y.std() * m.v
-    A, M, data = al.linear_operator(m.forward, m.x), m.matrix, y.reshape(-1).numpy()
+    M, data = m.matrix, y.reshape(-1).numpy()
+    start = time.perf_counter()
+    A = al.linear_operator(m.forward, m.x)
+    build = time.perf_counter() - start
     ways: Ways = {
         "adjointlab": lambda: al.solvers.cgls(A, y, maxiter=STEPS, tol=0).x,
         "SciPy lsqr": lambda: torch.from_numpy(lsqr(M, data, atol=0, btol=0, conlim=0, iter_lim=STEPS)[0]),
@@ -145,7 +154,7 @@ def test_tomography(quick: bool, compare: Comparison) -> None:
     residuals = {
         name: float((m.forward(way().reshape_as(m.x).float()) - y).norm() / y.norm()) for name, way in ways.items()
     }
-    compare(ways, share=2.0, section="tomography", case=m.case, residuals=residuals)
+    compare(ways, share=2.0, section="tomography", case=m.case, residuals=residuals, build=build)
     assert residuals["adjointlab"] <= 1.01 * residuals["SciPy lsqr"]
 
 
@@ -179,7 +188,7 @@ def radon_beside_deepinv() -> dict[str, Any]:
     sinogram = s.map.v[:, 0].mT[None, None].contiguous()
     ways["deepinv"] = lambda: physics.A_adjoint(sinogram)
     versions = f"torch {torch.__version__.split('+')[0]} and deepinv {metadata.version('deepinv')}"
-    facts = {"section": "maps", "map": "adjoint", "kind": "beside deepinv", "case": f"{s.map.case}, {versions}"}
+    facts = {"section": "beside deepinv", "case": f"{s.map.case}, {versions}"}
     with s.second.frozen():
         return facts | {"seconds": Comparison(Clock(), torch.device("cpu"))(ways, **facts)}
 
