@@ -206,7 +206,7 @@ def _with_libraries(s: Setup, ways: Ways, *, adjoint: bool) -> tuple[Ways, Skipp
         ("JAX", "jax", _jax), ("PyLops", "pylops", _pylops), ("SciPy", "scipy.signal", _scipy),
         ("deepinv", "deepinv", _deepinv),
     ):  # fmt: skip
-        library = _library(module, s.device.type)
+        library = imported(module, s.device.type)
         if library is None:
             skipped[name] = "not installed"
         elif name in {"PyLops", "SciPy"} and s.device.type != "cpu":
@@ -223,7 +223,7 @@ def _with_libraries(s: Setup, ways: Ways, *, adjoint: bool) -> tuple[Ways, Skipp
 
 
 @functools.cache
-def _library(name: str, device: str) -> ModuleType | None:
+def imported(name: str, device: str) -> ModuleType | None:
     if device == "cpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or it takes most of the memory for itself

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from targets import Row, latest, select
+from targets import Row, fastest_equal, latest, select
 
 COLOURS = {
     "eager vjp": "#7f7f7f", "convolution_backward": "#a05a2c", "conv_transpose": "#d1495b", "conv": "#d1495b",
@@ -34,6 +34,8 @@ def draw(rows: list[Row], folder: Path, page: str) -> dict[str, str]:
             found = latest(select(rows, "sweep", ndim=ndim, batch=1, channels="1→1"))
             if found:
                 drawn[f"sweep{ndim}"] = _save(_costs(found, ndim), folder, f"{page}-sweep-{ndim}d")
+        if found := select(rows, "maps", map="adjoint"):
+            drawn["maps"] = _save(_maps(found), folder, f"{page}-maps")
     return drawn
 
 
@@ -105,4 +107,30 @@ def _costs(found: list[Row], ndim: int) -> Any:
         plt.Line2D([], [], color="#444444", linewidth=1.1, linestyle="--", label="native"),
     ]
     panels[1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def _maps(found: list[Row]) -> Any:
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8.5, 0.42 * len(found) + 1.4))
+    ways = {  # the way, its colour and size, those in front last
+        "autograd": (lambda r: r["seconds"]["eager"], "#7f7f7f", 46),
+        "A.H(v)": (lambda r: r["seconds"]["adjointlab"], "#edae49", 46),
+        "A.H(v), frozen": (lambda r: r["seconds"]["frozen"], "#d1495b", 46),
+        "fastest equal way": (lambda r: fastest_equal(r)[1], "#00798c", 22),
+    }
+    for i, r in enumerate(found):
+        values = [1e3 * seconds(r) for seconds, _, _ in ways.values()]
+        axes.plot([min(values), max(values)], [i, i], color="#d9d9d9", linewidth=2, zorder=1)
+    for label, (seconds, colour, size) in ways.items():
+        axes.scatter([1e3 * seconds(r) for r in found], range(len(found)), s=size, color=colour, label=label, zorder=3,
+                     edgecolor="white", linewidth=0.7)  # fmt: skip
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_yticks(range(len(found)), [r["case"] for r in found])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("milliseconds of the adjoint: to the right is slower")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from targets import Row, fastest, latest, ratio, select, targets, to_hand, whole_to_parts
+from targets import Row, fastest, fastest_equal, latest, ratio, select, targets, to_hand, whole_to_parts
 
 SECTIONS = {
     "rows",
@@ -26,6 +26,9 @@ SECTIONS = {
     "import",
     "build",
     "solvers",
+    "maps",
+    "kept",
+    "tomography",
 }
 ABOUT = """\
 # Benchmarks
@@ -147,6 +150,7 @@ def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
         yield table(("case", "through A, ms", "through the module, in multiples"), body)
     yield from _sweep(rows, drawn)
     yield from _graphs(rows)
+    yield from _maps(rows, drawn)
     yield from _costs(rows)
     yield from _solvers(rows)
 
@@ -252,6 +256,67 @@ def _graphs(rows: list[Row]) -> Iterable[str]:
             "compiled / copy",
         )
         yield table(head, body)
+
+
+def _maps(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
+    if found := select(rows, "maps"):
+        yield "## Maps by index\n"
+        yield (
+            "Milliseconds. `frozen` is the same call within `A.frozen()`, as in solvers: what the operator depends on "
+            "is not compared again with what it was. The fastest equal way is that of autograd or the eager forward, "
+            "a product with the ready matrix (torch's CSR, indices of 32 bits), `index_add`, small products along each "
+            "dimension and others by hand, SciPy's product with the same matrix, which takes one thread, and JAX's "
+            "`jit(linear_transpose)` of gathers. An asterisk: the operators of both columns chose different kernels, "
+            "which happens where other work disturbs what they measure when they are built.\n"
+        )
+        if "maps" in drawn:
+            yield f"![The adjoint of maps by index]({drawn['maps']})\n"
+        for which, label, eager in (("adjoint", "A.H(v)", "autograd"), ("forward", "A(x)", "eager forward")):
+            body = [_map(r) for r in found if r["map"] == which]
+            head = (
+                "map", eager, f"`{label}`", "frozen", "fastest equal way", "", "SciPy", "JAX", f"{eager} / `{label}`",
+                "frozen / fastest",
+            )  # fmt: skip
+            yield table(head, body, "lrrrrlrrrr")
+    if found := select(rows, "beside deepinv"):
+        yield (
+            "Beside deepinv, in the second environment: the adjoint of its `Tomography` interpolates as many values, "
+            "at other places.\n"
+        )
+        ways = ("deepinv", "eager", "adjointlab", "frozen")
+        body = [(r["case"], *(_ms(r["seconds"][w]) for w in ways)) for r in found]
+        yield table(("map", "deepinv, ms", "autograd, ms", "`A.H(v)`, ms", "frozen, ms"), body)
+    if found := select(rows, "kept"):
+        yield (
+            "To build an operator and call it both ways once, after others in the same process, and what it keeps: its "
+            "matrix and that of its adjoint, where they were chosen.\n"
+        )
+        body = [
+            (
+                r["case"],
+                f"{r['seconds']['adjointlab']:.2f}",
+                *(f"{r['kept'][n]:.1f}" if r["kept"][n] else "native" for n in ("A", "A.H")),
+            )
+            for r in found
+        ]
+        yield table(("map", "seconds", "matrix of A, MB", "of A.H, MB"), body)
+    if found := select(rows, "tomography"):
+        yield "Tomography of a disc with 1 % of noise, 50 steps of each, no early stop; `lsqr` has the ready matrix.\n"
+        body = [
+            (r["case"], "`cgls`" if name == "adjointlab" else name, f"{t:.3f}", f"{t / r['seconds']['adjointlab']:.2f}",
+             f"{r['residuals'][name]:.6f}", f"{r['build']:.1f}" if name == "adjointlab" else "–")
+            for r in found
+            for name, t in r["seconds"].items()
+        ]  # fmt: skip
+        yield table(("", "", "seconds", "in multiples of ours", "residual", "to build, seconds"), body, "llrrrr")
+
+
+def _map(r: Row) -> tuple[str, ...]:
+    seconds, (name, best) = r["seconds"], fastest_equal(r)
+    cells = [_ms(seconds[way]) for way in ("eager", "adjointlab", "frozen")]
+    peers = [_ms(seconds[way]) if way in seconds else "–" for way in ("SciPy", "JAX")]
+    ratios = [f"{ratio(r, 'eager', 'adjointlab'):.2f}", f"{seconds['frozen'] / best:.2f}"]
+    return (r["case"] + ("" if r["alike"] else " \\*"), *cells, _ms(best), name, *peers, *ratios)
 
 
 def _costs(rows: list[Row]) -> Iterable[str]:

@@ -56,11 +56,18 @@ def fastest(row: Row) -> tuple[str, float]:
     return name, others[name]
 
 
+def fastest_equal(row: Row, without: Iterable[str] = ()) -> tuple[str, float]:
+    """Return the fastest way to compute a map by index other than ours, and its seconds."""
+    left_out = {"frozen", *without}
+    return fastest(row | {"seconds": {name: t for name, t in row["seconds"].items() if name not in left_out}})
+
+
 def targets(rows: list[Row]) -> list[tuple[str, list[Target]]]:
     """Return the targets by theme, as far as there are measurements to decide them."""
     return [
         ("Kernels", [*_rows(rows), *_sweep(rows), *_gradient(rows)]),
         ("Graphs", [*_bare(rows), *_differences(rows)]),
+        ("Maps by index", [*_maps(rows), *_tomography(rows), *_kept(rows)]),
         ("Costs", [*_overhead(rows), *_memory(rows), *_start(rows)]),
         ("Solvers", _solvers(rows)),
     ]
@@ -171,6 +178,39 @@ def to_hand(row: Row, engine: str) -> float:
     end = ", compiled" if engine == "compiled" else ""
     seconds = row["seconds"]
     return float(seconds[engine] / min(seconds["by hand" + end], seconds["by pads" + end]))
+
+
+def _maps(rows: list[Row]) -> list[Target]:
+    result = []
+    for name, label, native in (("adjoint", "`A.H(v)`", "autograd"), ("forward", "`A(x)`", "the eager forward")):
+        if not (found := select(rows, "maps", map=name)):
+            continue
+        for peers, without in (("", ()), (" by torch", ("SciPy", "JAX"))):
+            measured, case = _worst(found, lambda r, w=without: r["seconds"]["frozen"] / fastest_equal(r, w)[1])  # type: ignore[misc]
+            above = sum(r["seconds"]["frozen"] > 1.25 * fastest_equal(r, without)[1] for r in found)
+            way = next(fastest_equal(r, without)[0] for r in found if r["case"] == case)
+            text = f"{label} within `frozen()` against the fastest equal way{peers}, worst map"
+            result.append(Target(text, 1.25, measured, f"{case}, {way}; {above} of {len(found)} maps above"))
+        measured, case = _worst(found, lambda r: ratio(r, "adjointlab", "eager"))
+        above = sum(ratio(r, "adjointlab", "eager") > SLOWER for r in found)
+        text = f"{label} against {native}, worst map"
+        result.append(Target(text, SLOWER, measured, f"{case}; {above} of {len(found)} maps above"))
+    for kind, limit in (("Radon", 8), ("CSR", 25), ("COO", 25)):
+        for row in select(rows, "maps", map="adjoint", kind=kind):
+            text = "`A.H(v)`, faster than autograd"
+            result.append(Target(text, limit, ratio(row, "eager", "adjointlab"), row["case"], least=True))
+    return result
+
+
+def _tomography(rows: list[Row]) -> list[Target]:
+    text = "50 steps of `cgls` against `lsqr` on the ready matrix"
+    return [Target(text, 1, ratio(r, "adjointlab", "SciPy lsqr"), r["case"]) for r in select(rows, "tomography")]
+
+
+def _kept(rows: list[Row]) -> list[Target]:
+    text = "an operator of 10 M entries, built and called both ways"
+    found = select(rows, "kept", kind="10 M entries")
+    return [Target(text, 2, r["seconds"]["adjointlab"], r["case"], "s") for r in found]
 
 
 def _overhead(rows: list[Row]) -> list[Target]:
