@@ -132,9 +132,9 @@ def _single(space: Space, name: str) -> TensorSpec:
 
 def _tensor(M: Any) -> Tensor:
     """Return a matrix as a tensor that shares its memory where that is possible."""
-    if hasattr(M, "tocsr") and hasattr(M, "nnz"):  # SciPy's, of any format; block rows stay such
+    if hasattr(M, "tocsr") and hasattr(M, "nnz"):  # SciPy's, of any format
         return _of_scipy(M)
-    found = M if isinstance(M, Tensor) else torch.as_tensor(np.asarray(M))
+    found = M if isinstance(M, Tensor) else _of_array(np.asarray(M))
     if found.layout in {torch.sparse_bsr, torch.sparse_bsc}:  # of which torch multiplies with some only
         at = torch.stack(places(found))
         found = torch.sparse_coo_tensor(at, found.values().reshape(-1), found.shape, check_invariants=False).coalesce()
@@ -145,10 +145,28 @@ def _tensor(M: Any) -> Tensor:
     return found
 
 
+def _of_array(array: Any) -> Tensor:
+    """Return an array as a tensor; those are copied that tensors cannot share: other byte orders, read-only memory."""
+    kind = array.dtype
+    if kind.kind not in "fcbiu" or kind.itemsize > (16 if kind.kind == "c" else 8):
+        raise SpaceMismatchError(
+            f"expected a matrix of numbers that tensors have, got {kind}: convert it, e.g. to float64"
+        )
+    if not kind.isnative or not array.flags.writeable or any(step < 0 for step in array.strides):
+        array = array.astype(kind.newbyteorder("="))
+    return torch.from_numpy(array)
+
+
 def _of_scipy(M: Any) -> Tensor:
+    if len(M.shape) != 2 or 0 in M.shape:
+        raise SpaceMismatchError(f"expected a matrix: rows and columns of numbers, got the shape {tuple(M.shape)}")
     rows = M.tocsr()
-    data = rows.data if rows.data.dtype.kind in "fc" else rows.data.astype(np.result_type(rows.data.dtype, np.float32))
-    start, column, value = (torch.as_tensor(part) for part in (rows.indptr, rows.indices, data))
+    if not rows.has_canonical_format:  # several entries of one place, or in another order
+        rows = rows.copy()
+        rows.sum_duplicates()
+    start, column, value = map(_of_array, (rows.indptr, rows.indices, rows.data))
+    if not (value.dtype.is_floating_point or value.dtype.is_complex):
+        value = value.to(torch.get_default_dtype())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(start, column, value, rows.shape, check_invariants=True)
+        return torch.sparse_csr_tensor(start, column, value, rows.shape, check_invariants=False)

@@ -121,16 +121,86 @@ def _get(container: Any, key: Any) -> Any:
     return container[key]
 
 
-class Watch:
-    """Whether modules hold what they held, apart from the values of tensors."""
+def sources_named(function: Any) -> dict[int, Source]:
+    """Return where a function finds the tensors that it names: in its closure and globals, and one step further."""
+    found: dict[int, Source] = {}
+    for name, read in _named(function).items():
+        value = read()
+        if isinstance(value, Tensor):
+            found.setdefault(id(value), Source(read, name))
+        for key, item in _inner(value).items():
+            if isinstance(item, Tensor):
+                found.setdefault(id(item), Source(functools.partial(_within, read, key), f"{name}[{key!r}]"))
+    return found
 
-    def __init__(self, modules: tuple[nn.Module, ...]) -> None:
+
+def _named(function: Any) -> dict[str, Callable[[], Any]]:
+    """Return what a function, and the functions that it names, find by name: how to read it."""
+    found: dict[str, Callable[[], Any]] = {}
+    pending, seen = [function], set[int]()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, functools.partial):
+            pending.append(value.func)
+            found[f"arguments {len(seen)}"] = functools.partial(_arguments, value)
+        elif isinstance(value, types.MethodType):
+            pending.append(value.__func__)
+            found[f"self {len(seen)}"] = functools.partial(getattr, value, "__self__")
+        elif isinstance(value, types.FunctionType):
+            cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
+            readers: dict[str, Callable[[], Any]] = {
+                name: functools.partial(getattr, cell, "cell_contents")
+                for name, cell in cells.items() if _is_filled(cell)
+            }  # fmt: skip
+            for name in _names(value.__code__) & value.__globals__.keys():
+                readers[name] = functools.partial(_get, value.__globals__, name)
+            for name, read in readers.items():
+                pending.append(read())
+                if not isinstance(read(), (nn.Module, type, types.ModuleType)):
+                    found[f"{value.__qualname__}: {name}" if name in found else name] = read
+    return found
+
+
+def _within(read: Callable[[], Any], key: Any) -> Any:
+    return _inner(read())[key]
+
+
+def _arguments(value: functools.partial[Any]) -> list[Any]:
+    return [*value.args, *value.keywords.values()]
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def _inner(value: Any) -> dict[Any, Any]:
+    """Return what a list, a dictionary or a plain object holds."""
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    if isinstance(value, (Tensor, nn.Module, type, types.ModuleType, types.FunctionType)):
+        return {}
+    return value if isinstance(value, dict) else getattr(value, "__dict__", {})
+
+
+class Watch:
+    """Whether modules, and what a function names, hold what they held, apart from the values of tensors."""
+
+    def __init__(self, modules: tuple[nn.Module, ...], function: Any = None) -> None:
         self._parts = [part for module in modules for part in module.modules()]
-        self._before = [_held(part) for part in self._parts]
+        self._named = _named(function)
+        self._before = self._now()
 
     def holds(self) -> bool:
         """Return whether they do."""
-        return all(now == before for now, before in zip(map(_held, self._parts), self._before, strict=True))
+        return self._now() == self._before
+
+    def _now(self) -> list[Any]:
+        named = [read() for read in self._named.values()]
+        return [*map(_held, self._parts), *map(_plain, named), *[_plain(dict(_inner(value))) for value in named]]
 
 
 def _held(part: nn.Module) -> dict[str, Any]:

@@ -108,6 +108,17 @@ def test_the_memory_of_scipy_is_shared() -> None:
 
 
 @pytest.mark.cpu
+def test_arrays_that_tensors_cannot_share() -> None:
+    dense = np.arange(6.0).reshape(2, 3)
+    fixed = dense.copy()
+    fixed.setflags(write=False)
+    twice = ss.csr_array((np.ones(4), np.array([2, 0, 0, 1]), np.array([0, 3, 4])), shape=(2, 3))
+    for held in (dense[::-1], dense.astype(">f8"), fixed, dense[:, ::2], ss.coo_array(dense), twice):
+        expected = torch.from_numpy(np.array(held.toarray() if ss.issparse(held) else held, dtype=float))
+        assert_close(al.to_dense(al.matrix(held)), expected, 1e-15)
+
+
+@pytest.mark.cpu
 def test_integers_become_numbers() -> None:
     assert al.matrix([[1, 2], [3, 4]]).domain == al.Space.of((2,), dtype=torch.get_default_dtype())
     assert al.matrix(ss.csr_array(np.eye(3, dtype=np.int64))).domain.specs[0].dtype.is_floating_point
@@ -119,6 +130,9 @@ def test_integers_become_numbers() -> None:
     [
         (lambda: al.matrix(torch.zeros(3)), "expected a matrix"),
         (lambda: al.matrix(torch.zeros(2, 0)), "expected a matrix"),
+        (lambda: al.matrix(ss.coo_array(np.ones(3))), "expected a matrix"),
+        (lambda: al.matrix(np.eye(2, dtype=np.longdouble)), "numbers that tensors have"),
+        (lambda: al.matrix(np.eye(2).astype(object)), "numbers that tensors have"),
         (lambda: al.matrix(torch.eye(4), domain=(5,)), "a domain with 4 entries"),
         (lambda: al.matrix(torch.eye(4), codomain=(5,)), "a codomain with 4 entries"),
         (lambda: al.matrix(torch.eye(4), domain=al.TensorSpec((4,), torch.float64)), "the precision and device"),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adjointlab import compat
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.modules import Source, Watch, attributes_kept, sources_of
+from adjointlab.modules import Source, Watch, attributes_kept, sources_named, sources_of
 from adjointlab.space import Space
 from adjointlab.transpose.frontend.vjp import first_line
 from adjointlab.tree import Structure, tree_flatten
@@ -92,7 +92,8 @@ def capture(
 
     with attributes_kept(modules):
         is_stateful = is_stateful or (_changes(modules, call) and _changes(modules, call))
-    return Capture(run, (), sources_of(modules), Watch(modules).holds, reason, is_stateful)
+    sources = {**sources_named(function), **sources_of(modules)}
+    return Capture(run, (), sources, Watch(modules, function).holds, reason, is_stateful)
 
 
 def _changes(modules: tuple[nn.Module, ...], call: Callable[[], Any]) -> bool:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from adjointlab import compat
 from adjointlab.modules import Source
+from adjointlab.numerics import same
 
+_SAMPLE = 1 << 14  # places that are looked at; of fewer, all
 _COMPRESSED: dict[Any, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     torch.sparse_csr: (Tensor.crow_indices, Tensor.col_indices),
     torch.sparse_csc: (Tensor.ccol_indices, Tensor.row_indices),
@@ -51,10 +53,65 @@ def _places(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def entries(matrix: Tensor) -> Tensor:
     """Return the values of a sparse matrix as a vector that is no view of it: fake tensors cannot be one."""
-    is_coo = matrix.layout is torch.sparse_coo
+    matrix = _settled(matrix)
     with compat.outside_of_transforms(matrix):  # which know no columns (CSC)
-        values = matrix._values() if is_coo and not matrix.is_coalesced() else matrix.values()
+        is_loose = matrix.layout is torch.sparse_coo and not matrix.is_coalesced()
+        values = matrix._values() if is_loose else matrix.values()
     return values.reshape(-1).clone() if matrix.requires_grad else values.data.reshape(-1)
+
+
+def _settled(matrix: Tensor) -> Tensor:
+    """Return the matrix itself, coalesced if its values have a gradient: others have none."""
+    if not is_sparse(matrix):
+        raise TypeError("a sparse matrix has become a dense one")  # and is no more where it was
+    is_loose = matrix.layout is torch.sparse_coo and matrix.requires_grad and not matrix.is_coalesced()
+    return matrix.coalesce() if is_loose else matrix
+
+
+class _Places:
+    """The places of the entries of a matrix, the same tensors as long as they are the same.
+
+    To compare all of them takes as long as two products. Where neither the matrix nor the version of one of its parts
+    is another one, a sample is compared instead, for what NumPy or ``.data`` may have changed.
+    """
+
+    def __init__(self, whole: Source) -> None:
+        self._whole = whole
+        self._readers = set[int]()  # since places were last compared: one look serves rows and columns
+        self._key: Any = None
+        self._before: list[Tensor] = []
+        self._found: tuple[Tensor, Tensor] = ()  # type: ignore[assignment]
+
+    def read(self, axis: int) -> Tensor:
+        """Return the rows (0) or the columns (1) as they are now."""
+        if axis in self._readers or not self._found:
+            self._readers.clear()
+            self._look()
+        self._readers.add(axis)
+        return self._found[axis]
+
+    def _look(self) -> None:
+        given = self._whole.read()
+        with torch.inference_mode(False), torch.no_grad(), compat.outside_of_transforms(given):
+            matrix = _settled(given)
+            now = self._parts(matrix)
+            key = [(id(given), *[(p.data_ptr(), p.shape, -1 if p.is_inference() else p._version) for p in now])]
+            if key == self._key and all(map(same, map(_sample, now), map(_sample, self._before))):
+                return
+            self._key = key
+            if len(now) != len(self._before) or not all(map(same, now, self._before)):
+                self._before, self._found = [part.clone() for part in now], places(matrix)
+
+    @staticmethod
+    def _parts(matrix: Tensor) -> list[Tensor]:
+        if matrix.layout is torch.sparse_coo:
+            return [matrix._indices()]
+        return [read(matrix) for read in _COMPRESSED[matrix.layout]]
+
+
+def _sample(part: Tensor) -> Tensor:
+    flat = part.reshape(-1)
+    return flat[:: max(1, len(flat) // _SAMPLE)]
 
 
 class SparseMatrices:
@@ -77,19 +134,15 @@ class SparseMatrices:
         return found.squeeze(-1) if x.ndim == 1 else found
 
     def _taken(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        whole = self.sources.get(id(matrix)) or Source(lambda: matrix, "a sparse constant")
-        seen: list[Any] = [matrix, places(matrix)]
-
-        def places_now() -> tuple[Tensor, Tensor]:
-            found = whole.read()
-            if found is not seen[0]:  # the places of entries of one tensor stay as they are
-                seen[:] = [found, places(found)]
-            return seen[1]  # type: ignore[no-any-return]
-
+        whole = self.sources.get(id(matrix))
+        if whole is None:
+            raise compat.RefusedError("it multiplies by a sparse tensor that no module or name holds")
+        held = _Places(whole)
+        row, column = held.read(0), held.read(1)
         # Tracing takes leaves only: others it asks for their gradients, and is warned.
-        (row, column), value = seen[1], entries(matrix).detach().requires_grad_(matrix.requires_grad)
-        self.sources[id(row)] = Source(lambda: places_now()[0], f"rows of {whole.name}", is_private=True)
-        self.sources[id(column)] = Source(lambda: places_now()[1], f"columns of {whole.name}", is_private=True)
+        value = entries(matrix).detach().requires_grad_(matrix.requires_grad)
+        self.sources[id(row)] = Source(lambda: held.read(0), f"rows of {whole.name}", is_private=True)
+        self.sources[id(column)] = Source(lambda: held.read(1), f"columns of {whole.name}", is_private=True)
         self.sources[id(value)] = Source(lambda: entries(whole.read()), f"entries of {whole.name}")
         return row, column, value
 

@@ -201,7 +201,7 @@ def hides(captured: Capture, specs: Sequence[TensorSpec]) -> tuple[str, ...]:
         with compat.quiet(), compat.scripts_refused(), fake, torch.enable_grad():
             leaves = [torch.empty(s.shape, dtype=s.dtype, device=s.device, requires_grad=True) for s in specs]
             values = _Values()
-            with _Memory(values, SparseMatrices({})), mode:
+            with _Memory(values, SparseMatrices(dict(captured.sources))), mode:
                 outputs = captured.function(tuple(state), tuple(leaves))
     except Exception as error:  # as for a trace: there is nothing to be known
         return (f"an operation without a derivative ({first_line(error)})",)

@@ -10,17 +10,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+# PyTorch says once of a process that such matrices are a beta. It says so here: filters belong to all threads.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor(
+        torch.tensor([0, 1], device="cpu"), torch.tensor([0], device="cpu"), torch.ones(1, device="cpu"), (1, 1),
+        check_invariants=False,
+    )  # fmt: skip
+
 _SHARE = 64  # a matrix may take this part of the memory of its device
 
 
 def csr(start: Tensor, column: Tensor, value: Tensor, columns: int) -> Tensor:
     """Return a CSR matrix from the first entry of each row, and the column and value of each entry."""
     index = torch.int32 if max(columns, len(value)) < 1 << 31 else torch.int64
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(
-            start.to(index), column.to(index), value, (len(start) - 1, columns), check_invariants=False
-        )
+    shape = (len(start) - 1, columns)
+    return torch.sparse_csr_tensor(start.to(index), column.to(index), value, shape, check_invariants=False)
 
 
 def csr_of(matrix: Tensor) -> Tensor:
@@ -30,10 +35,10 @@ def csr_of(matrix: Tensor) -> Tensor:
     return csr(start, column, matrix[row, column], matrix.shape[1])
 
 
-def ways(shape: Sequence[int], prefix: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """Return functions of x and a matrix: the product for each place of ``prefix`` leading dimensions, of a shape."""
+def ways(shape: Sequence[int], batch_dims: int, *, trails: bool = False) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """Return functions of x and a matrix: the product for each place of leading or trailing dimensions, of a shape."""
     shape = tuple(shape)
-    count = math.prod(shape[:prefix])
+    count = math.prod(shape[len(shape) - batch_dims :] if trails else shape[:batch_dims])
 
     def sparse_map(x: Tensor, matrix: Tensor) -> Tensor:
         return (matrix @ x.reshape(-1)).reshape(shape)
@@ -45,9 +50,17 @@ def ways(shape: Sequence[int], prefix: int) -> list[Callable[[Tensor, Tensor], T
         return found
 
     def sparse_map_together(x: Tensor, matrix: Tensor) -> Tensor:
-        return (matrix @ x.reshape(count, -1).mT.contiguous()).mT.reshape(shape).contiguous()
+        return (matrix @ x.reshape(count, -1).mT.contiguous()).mT.reshape(shape)
 
-    return [sparse_map] if count == 1 else [sparse_map_each, sparse_map_together]
+    def sparse_map_transposed(x: Tensor, matrix: Tensor) -> Tensor:
+        return (matrix @ x.reshape(count, -1).mT).mT.reshape(shape)
+
+    def sparse_map_columns(x: Tensor, matrix: Tensor) -> Tensor:
+        return (matrix @ x.reshape(-1, count)).reshape(shape)
+
+    if trails and count > 1:
+        return [sparse_map_columns]
+    return [sparse_map] if count == 1 else [sparse_map_each, sparse_map_together, sparse_map_transposed]
 
 
 def most_entries(like: Tensor) -> int:

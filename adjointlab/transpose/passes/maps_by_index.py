@@ -8,11 +8,11 @@ products with one small matrix for each dimension.
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +23,7 @@ from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import op_name
 from adjointlab.transpose.kernels import separable, sparse_map
 from adjointlab.transpose.kernels.select import MapChooser, Run
-from adjointlab.transpose.passes.partition import extract, roots_of, value_of_state
+from adjointlab.transpose.passes.partition import HasNoPiecesError, extract, roots_of, value_of_state
 from adjointlab.transpose.passes.rows import NotByIndexError, TooLargeError
 from adjointlab.transpose.passes.sparse_rows import RULES, Sparse
 
@@ -36,7 +36,15 @@ _BY_INDEX = {
     aten.embedding, aten.embedding_dense_backward, aten.im2col, aten.col2im,
 }  # fmt: skip
 _SAMPLED_BACK = {aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward}
+_LONG = 4096  # terms of a sum, which a product adds one by one
 _DTYPES = {torch.float32, torch.float64, torch.complex64, torch.complex128}
+
+
+class Batch(NamedTuple):
+    """The leading or trailing dimensions for each place of which a region does the same."""
+
+    dims: int
+    trails: bool
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Region:
     source: fx.Node
     coefficients: list[fx.Node]
     result: fx.Node
+    is_naive: bool = True  # whether long sums are to stay PyTorch's: those of sparse matrices are no better
 
     @property
     def name(self) -> str:
@@ -147,16 +156,18 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
             f"native, for {region.name}: its input and result have more than {limit:,} entries"
         )
         return
+    private = {n for n, source in zip(graph.placeholders, graph.state, strict=False) if source.is_private}
+    region = replace(region, is_naive=watched.isdisjoint(private))
     function = region.function(graph)
     with torch.no_grad():
         values = tuple(value_of_state(graph, node)(*state)[0] for node in region.coefficients)
-    x, prefix, said = _random(value), 0, "not clearly faster than PyTorch's own"
+    x, batch, said = _random(value), Batch(0, trails=False), "not clearly faster than PyTorch's own"
     ready: list[Any] = []
 
     def ways() -> dict[Run, Callable[[], object]]:
-        nonlocal prefix, said
+        nonlocal batch, said
         try:
-            prefix, matrix = _made(function, region, values, limit)
+            batch, matrix = _made(function, region, values, limit)
         except NotByIndexError as error:
             said = str(error)
             return {}
@@ -166,7 +177,7 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
         def timed(run: Run) -> Callable[[], object]:
             return lambda: (all(map(same, compared, before)), run(x, matrix))
 
-        return {run: timed(run) for run in sparse_map.ways(target.shape, prefix)}
+        return {run: timed(run) for run in sparse_map.ways(target.shape, batch.dims, trails=batch.trails)}
 
     with torch.no_grad():
         run = choose(lambda: function(x, *values), ways, x.device)
@@ -182,7 +193,10 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
             ready.clear()
             if all(map(same, values, before)):
                 return matrix  # type: ignore[no-any-return]
-        return _matrix(function, region, values, prefix, limit)
+        try:
+            return _matrix(function, region, values, batch, limit)
+        except NotByIndexError as error:  # what was the same along the batch, say, is not any more
+            raise HasNoPiecesError(str(error)) from error
 
     prepack_sparse_map.is_dear = True  # type: ignore[attr-defined]
     with graph.body.inserting_before(region.result):
@@ -192,58 +206,96 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
     _put(graph, region.result, run, region.source, kept, account=account)
 
 
-def _made(function: Any, region: Region, values: Sequence[Tensor], limit: int) -> tuple[int, Tensor]:
-    """Return how many leading dimensions a region leaves alone, and its matrix for each place of these."""
+def _made(function: Any, region: Region, values: Sequence[Tensor], limit: int) -> tuple[Batch, Tensor]:
+    """Return which dimensions a region leaves alone, and its matrix for each place of these."""
     source, result = region.source.meta["val"].shape, region.result.meta["val"].shape
-    same_sizes = 0
-    while same_sizes < min(len(source), len(result)) - 1 and source[same_sizes] == result[same_sizes]:
-        same_sizes += 1
-    for prefix in range(same_sizes, 0, -1):
-        if source[prefix - 1] > 1 or prefix == same_sizes:  # another dimension of size one changes nothing
-            try:
-                return prefix, _matrix(function, region, values, prefix, limit)
-            except TooLargeError:
-                raise
-            except NotByIndexError:
-                continue
-    return 0, _matrix(function, region, values, 0, limit)
+    for batch in [*_shared(source, result, trails=False), *_shared(source, result, trails=True)]:
+        try:
+            return batch, _matrix(function, region, values, batch, limit)
+        except TooLargeError:
+            raise
+        except NotByIndexError:
+            continue
+    batch = Batch(0, trails=False)
+    return batch, _matrix(function, region, values, batch, limit)
 
 
-def _matrix(function: Any, region: Region, values: Sequence[Tensor], prefix: int, limit: int) -> Tensor:
+def _shared(source: Sequence[int], result: Sequence[int], *, trails: bool) -> list[Batch]:
+    """Return the batches that a region may have, the largest first; dimensions of size one change nothing."""
+    pairs = list(zip(reversed(source), reversed(result), strict=False) if trails else zip(source, result, strict=False))
+    if len(source) == len(result):
+        pairs.pop()  # it is not all batch
+    same_sizes = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return [Batch(k, trails=trails) for k in range(same_sizes, 0, -1) if pairs[k - 1][0] > 1]
+
+
+def _matrix(function: Any, region: Region, values: Sequence[Tensor], batch: Batch, limit: int) -> Tensor:
     x = region.source.meta["val"]
-    columns = math.prod(x.shape[prefix:])
     with torch.no_grad():
         like = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        found = function(Sparse.identity(like, prefix, limit), *values)
-        if not isinstance(found, Sparse):
-            raise NotByIndexError("its result does not depend on the input")
-        rows = found.rows.compact(columns)
-    return sparse_map.csr(rows.start, rows.column, rows.value, columns)
+        one = Sparse.identity(like, batch.dims, limit, trails=batch.trails)
+        try:
+            found = function(one, *values)
+        # Torch's own of an operation with arguments that it does not take from such a tensor.
+        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            raise NotByIndexError(f"not composed ({type(error).__name__}: {error})") from error
+        if not isinstance(found, Sparse) or found.trails is not one.trails:
+            raise NotByIndexError("not a function of the input for each place of the batch")
+        rows = found.rows.compact(one.core)
+        if region.is_naive and bool((rows.counts > _LONG).any()):
+            raise NotByIndexError(f"less accurate: sums of more than {_LONG:,} terms")
+    return sparse_map.csr(rows.start, rows.column, rows.value, one.core)
 
 
 def regions(graph: Graph) -> list[Region]:
-    """Return the largest regions of a graph that may be maps by index."""
+    """Return the largest regions of a graph that may be maps by index.
+
+    Where parts of several inputs are added, these are regions of their own.
+    """
     dependent = dependents(graph.inputs)
+    nodes = [node for node in graph.body.nodes if node in dependent and _is_allowed(node)]
+    found: list[Region | None] = []
+    for group in _connected(nodes):
+        whole = _region(group, dependent)
+        parts = [group] if whole is not None else _connected([n for n in group if not _adds(n, dependent)])
+        found += [whole] if whole is not None else [_region(part, dependent) for part in parts]
+    return [region for region in found if region is not None]
+
+
+def _connected(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """Return groups of nodes that read one another, in their order, each of numbers of one dtype."""
     groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.body.nodes:
-        if node in dependent and _is_allowed(node):
-            group = [node]
-            for operand in node.all_input_nodes:
-                if operand in groups and groups[operand] is not group:
-                    group = [*groups[operand], *group]
-                    for each in group:
-                        groups[each] = group
-            for each in group:
-                groups[each] = group
-    found = []
-    for group in {id(group): group for group in groups.values()}.values():
-        inside = set(group)
-        operands = dict.fromkeys(n for node in group for n in node.all_input_nodes if n not in inside)
-        sources = [n for n in operands if n in dependent]
-        exits = [node for node in group if any(user not in inside for user in node.users)]
-        if len(sources) == len(exits) == 1 and _suits(sources[0]) and not _BY_INDEX.isdisjoint(map(_packet, group)):
-            found.append(Region(group, sources[0], [n for n in operands if n not in dependent], exits[0]))
-    return found
+    for node in nodes:
+        group = [node]
+        for operand in node.all_input_nodes:
+            if operand in groups and groups[operand] is not group and _dtype(operand) is _dtype(node):
+                group = [*groups[operand], *group]
+                for each in group:
+                    groups[each] = group
+        for each in group:
+            groups[each] = group
+    order = {node: i for i, node in enumerate(nodes)}
+    return [sorted(group, key=order.__getitem__) for group in {id(group): group for group in groups.values()}.values()]
+
+
+def _region(group: list[fx.Node], dependent: set[fx.Node]) -> Region | None:
+    inside = set(group)
+    operands = dict.fromkeys(n for node in group for n in node.all_input_nodes if n not in inside)
+    sources = [n for n in operands if n in dependent]
+    exits = [node for node in group if any(user not in inside for user in node.users)]
+    if len(sources) != 1 or len(exits) != 1 or _BY_INDEX.isdisjoint(map(_packet, group)):
+        return None
+    fits = _suits(sources[0]) and _dtype(sources[0]) is _dtype(exits[0])
+    return Region(group, sources[0], [n for n in operands if n not in dependent], exits[0]) if fits else None
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    value = node.meta["val"]
+    return (value[0] if isinstance(value, (list, tuple)) else value).dtype  # type: ignore[no-any-return]
+
+
+def _adds(node: fx.Node, dependent: set[fx.Node]) -> bool:
+    return _packet(node) in {aten.add, aten.sub} and dependent.issuperset(node.args[:2])
 
 
 def _is_allowed(node: fx.Node) -> bool:

@@ -49,6 +49,10 @@ _BUILTIN: dict[Any, Callable[..., Any]] = {
 _IN_PLACE = {torch.add: torch.Tensor.add_, torch.sub: torch.Tensor.sub_, torch.mul: torch.Tensor.mul_}
 
 
+class HasNoPiecesError(Exception):
+    """Prepacked state cannot be made of the state as it is now: PyTorch's own operations have to serve."""
+
+
 @dataclass(frozen=True)
 class Prepack:
     """What is made of some of the state: ``function(*those, *constants) → pieces``."""

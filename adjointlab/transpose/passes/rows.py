@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_BLOCK = 1 << 17  # entries that are sorted at once
 
 
 class NotByIndexError(Exception):
@@ -44,17 +48,18 @@ class Rows:
     def take(self, index: Tensor) -> Rows:
         """Return the matrix of the rows with the given numbers, empty for −1."""
         if self.is_single and bool((index >= 0).all()):
-            self._check(len(index))
+            self.check(len(index))
             start = torch.arange(len(index) + 1, device=index.device)
             return self.of(start, self.column[index], self.value[index], is_single=True)
         counts = self.counts[index].masked_fill_(index < 0, 0)
-        start = _starts(counts)
-        self._check(int(start[-1]))
+        start = starts(counts)
+        self.check(int(start[-1]))
         first = (self.start[index] - start[:-1]).to(self.column.dtype).repeat_interleave(counts)
         entries = first.add_(torch.arange(len(first), device=first.device, dtype=first.dtype))
         return self.of(start, self.column.index_select(0, entries), self.value.index_select(0, entries))
 
-    def _check(self, entries: int) -> None:
+    def check(self, entries: int) -> None:
+        """Raise if there are more entries than there may be."""
         if entries > self.most:
             raise TooLargeError(f"too large for memory: more than {self.most:,} entries")
 
@@ -68,7 +73,7 @@ class Rows:
     def put(self, target: Tensor, count: int) -> Rows:
         """Return the matrix of ``count`` rows, to each of which those rows are added that have it as target."""
         target = self._for_each(target.to(self.column.dtype))
-        start = _starts(torch.bincount(target, minlength=count))
+        start = starts(torch.bincount(target, minlength=count))
         if bool((target[1:] >= target[:-1]).all()):
             return self.of(start, self.column, self.value)
         order = target.argsort(stable=True)
@@ -76,33 +81,69 @@ class Rows:
 
     def applied(self, other: Rows) -> Rows:
         """Return the product: this matrix times another."""
+        if other.is_single:
+            self.check(len(self.column))
+            return other.of(self.start, other.column[self.column], self.value * other.value[self.column])
         rows = other.take(self.column)
-        each = other.of(rows.start, rows.column, rows.value * rows._for_each(self.value))
-        return each.put(self.row, len(self.start) - 1)
+        return other.of(rows.start[self.start], rows.column, rows.value * rows._for_each(self.value))
+
+    def merged(self, count: int) -> Rows:
+        """Return the matrix in which each ``count`` rows that follow one another are added."""
+        return self.of(self.start[::count].contiguous(), self.column, self.value)
 
     def transposed(self, columns: int) -> Rows:
         """Return the transpose of a matrix with a number of columns."""
         order = self.column.argsort(stable=True)
-        return self.of(_starts(torch.bincount(self.column, minlength=columns)), self.row[order], self.value[order])
+        return self.of(starts(torch.bincount(self.column, minlength=columns)), self.row[order], self.value[order])
 
     def compact(self, columns: int) -> Rows:
-        """Return the matrix with one entry for each place, in the order of columns, and none that is zero."""
-        start, column, value = self.start, self.column, self.value
-        key = self.row if (len(start) - 1) * columns < 1 << 31 else self.row.long()
-        key = key.mul_(columns).add_(column)
-        if not bool((key[1:] >= key[:-1]).all()):
-            order = key.argsort(stable=True)  # inside of rows, which are in order
-            key, column, value = key[order], column[order], value[order]
-        is_first = torch.ones(len(key), dtype=torch.bool, device=key.device)
-        torch.ne(key[1:], key[:-1], out=is_first[1:])
-        if not bool(is_first.all()):
-            place = is_first.cumsum(0, dtype=torch.int32 if len(key) < 1 << 31 else torch.int64).sub_(1)
-            value = value.new_zeros(int(place[-1]) + 1).index_add_(0, place, value)
-            start, column = _starts(is_first)[start], column[is_first]
-        if not bool((is_used := value != 0).all()):
-            start, column, value = _starts(is_used)[start], column[is_used], value[is_used]
-        return self.of(start, column, value)
+        """Return the matrix with one entry for each place, in the order of columns.
+
+        It is sorted by blocks of rows, which fit into the caches. Entries of one place are added in double precision.
+        """
+        counts, columns_found, values_found, lengths = self.counts, [], [], []
+        for first, last in _blocks(self.start):
+            part = slice(int(self.start[first]), int(self.start[last]))
+            column, value, each = self.column[part], self.value[part], counts[first:last]
+            small = (last - first) * columns < 1 << 31
+            row = torch.arange(last - first, device=column.device, dtype=torch.int32 if small else torch.int64)
+            key = row.repeat_interleave(each).mul_(columns).add_(column)
+            if not bool((key[1:] >= key[:-1]).all()):
+                order = key.argsort(stable=True)  # inside of rows, which are in order
+                key, column, value = key[order], column[order], value[order]
+            is_first = torch.ones(len(key), dtype=torch.bool, device=key.device)
+            torch.ne(key[1:], key[:-1], out=is_first[1:])
+            if not bool(is_first.all()):
+                place = is_first.cumsum(0).sub_(1)
+                wide = value.to(torch.complex128 if value.is_complex() else torch.float64)
+                value = wide.new_zeros(int(place[-1]) + 1).index_add_(0, place, wide).to(value.dtype)
+                column, each = column[is_first], starts(is_first)[self.start[first : last + 1] - part.start].diff()
+            columns_found.append(column)
+            values_found.append(value)
+            lengths.append(each)
+        return self.of(starts(torch.cat(lengths)), torch.cat(columns_found), torch.cat(values_found))
 
 
-def _starts(counts: Tensor) -> Tensor:
+def _blocks(start: Tensor) -> list[tuple[int, int]]:
+    """Return ranges of rows, each with so many entries as a cache has room for, or one row."""
+    marks = torch.arange(0, int(start[-1]), _BLOCK, device=start.device)
+    edges = sorted({0, len(start) - 1, *torch.searchsorted(start, marks).tolist()})
+    return list(itertools.pairwise(edges))
+
+
+def starts(counts: Tensor) -> Tensor:
+    """Return where the entries of each row begin, and the last ones end."""
     return torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0, dtype=torch.int64)])
+
+
+def diagonal(blocks: Sequence[Rows], times: int, columns: int) -> Rows:
+    """Return a matrix with blocks on its diagonal, each of them several times, with a number of columns."""
+    first, start, column, value, at = 0, [], [], [], 0
+    for block in blocks:
+        for _ in range(times):
+            start.append(block.start[:-1] + first)
+            column.append(block.column + at)
+            value.append(block.value)
+            first, at = first + len(block.column), at + columns
+    ends = blocks[0].start.new_tensor([first])
+    return blocks[0].of(torch.cat([*start, ends]), torch.cat(column), torch.cat(value))

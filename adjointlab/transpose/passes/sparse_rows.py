@@ -6,7 +6,6 @@ of the places instead, which says where each entry comes from; what adds up is t
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,40 +16,59 @@ from torch._decomp import decomposition_table
 from torch.utils._pytree import tree_leaves, tree_map
 
 from adjointlab.transpose.kernels import separable
-from adjointlab.transpose.passes.rows import NotByIndexError, Rows
+from adjointlab.transpose.passes import grids
+from adjointlab.transpose.passes.rows import NotByIndexError, Rows, diagonal, starts
 
 aten = torch.ops.aten
 
 
 class Sparse(Tensor):
-    """A tensor that is a sparse function of one, the same for each place of ``prefix`` leading dimensions."""
+    """A tensor that is a sparse function of one, the same for each place of ``batch`` dimensions.
+
+    These lead in the tensor's shape or, where it ``trails``, come last.
+    """
 
     rows: Rows
-    prefix: int
+    batch: tuple[int, ...]
+    trails: bool
 
     @staticmethod
-    def __new__(cls, rows: Rows, shape: Sequence[int], prefix: int) -> Sparse:
+    def __new__(cls, rows: Rows, shape: Sequence[int], batch: Sequence[int], *, trails: bool = False) -> Sparse:
         """Return a tensor without values."""
         found = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=rows.value.dtype, device=rows.value.device)
-        found.rows, found.prefix = rows, prefix
+        found.rows, found.batch, found.trails = rows, tuple(batch), trails
         return found
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
     @classmethod
-    def identity(cls, like: Tensor, prefix: int = 0, most: int = (1 << 31) - 1) -> Sparse:
-        """Return a tensor of a shape as a function of itself, of which no function may have more entries."""
-        n = math.prod(like.shape[prefix:])
+    def identity(cls, like: Tensor, free: int = 0, most: int = (1 << 31) - 1, *, trails: bool = False) -> Sparse:
+        """Return a tensor as a function of itself, the first or last ``free`` dimensions being the batch.
+
+        No function of it may have more entries than ``most``.
+        """
+        batch = like.shape[like.ndim - free :] if trails else like.shape[:free]
+        n = like.numel() // math.prod(batch)
         at = torch.arange(n + 1, device=like.device)
         column = at[:-1].to(torch.int32 if max(n, most) < 1 << 31 else torch.int64)
         ones = torch.ones(n, dtype=like.dtype, device=like.device)
-        return cls(Rows(at, column, ones, most, is_single=True), like.shape, prefix)
+        return cls(Rows(at, column, ones, most, is_single=True), like.shape, batch, trails=trails)
 
     @property
     def core(self) -> int:
-        """Number of entries behind the prefix."""
-        return math.prod(self.shape[self.prefix :])
+        """Number of entries at each place of the batch."""
+        return self.numel() // math.prod(self.batch)
+
+    @property
+    def free(self) -> range:
+        """The dimensions of the batch."""
+        k = len(self.batch)
+        return range(self.ndim - k, self.ndim) if self.trails else range(k)
+
+    def like(self, rows: Rows, shape: Sequence[int]) -> Sparse:
+        """Return another function, with the batch where it is here."""
+        return Sparse(rows, shape, self.batch, trails=self.trails)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Sparse({tuple(self.shape)}, {len(self.rows.value)} entries)"
@@ -68,68 +86,98 @@ class Sparse(Tensor):
         raise NotByIndexError(f"{func} is no operation by index")
 
 
+def _apart(tensor: Tensor, batch: Sequence[int], *, trails: bool) -> Tensor:
+    """Return a tensor with one row for each place of the batch."""
+    count = math.prod(batch)
+    return tensor.reshape(-1, count).mT if trails else tensor.reshape(count, -1)
+
+
+def _fits(shape: Sequence[int], batch: tuple[int, ...], *, trails: bool) -> bool:
+    return tuple(shape[len(shape) - len(batch) :] if trails else shape[: len(batch)]) == batch
+
+
+def _numbers(shape: Sequence[int], batch: tuple[int, ...], total: int, device: Any, *, trails: bool) -> Tensor:
+    """Return numbers of places, from one: those of the next place of the batch are larger by ``total``."""
+    count = math.prod(batch)
+    core = math.prod(shape) // count
+    dtype = torch.int32 if total * count < (1 << 31) - 1 else torch.int64
+    at = torch.arange(count, device=device, dtype=dtype).mul_(total)[:, None]
+    at = at + torch.arange(1, 1 + core, device=device, dtype=dtype)
+    return (at.mT if trails else at).reshape(tuple(shape))
+
+
+def _common(places: Tensor, like: Sparse, total: int) -> tuple[Tensor, bool]:
+    """Return the numbers at the first place of the batch, the same, but for that, at each; and whether it trails."""
+    for trails in (like.trails, not like.trails):
+        if _fits(places.shape, like.batch, trails=trails):
+            whole = _apart(places, like.batch, trails=trails)
+            first = whole[0]
+            at = torch.arange(len(whole), device=whole.device, dtype=whole.dtype)[:, None] * total
+            if len(whole) == 1 or torch.equal(whole, torch.where(first > 0, first + at, 0)):
+                return first, trails
+    raise NotByIndexError("an operation does otherwise at another place of the batch")
+
+
+_PLACES = {"index", "indices", "mask", "condition"}  # arguments that say where, and are no numbers that are moved
+
+
 def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operation that only moves numbers, and zeros, on the numbers of the places."""
     schema = func._schema.arguments
-    given_by_name = {**dict(zip([a.name for a in schema], args, strict=False)), **kwargs}
-    if any(str(a.type) == "number" and given_by_name.get(a.name, 0) != 0 for a in schema):
+    by_name = {**dict(zip([a.name for a in schema], args, strict=False)), **kwargs}
+    if any(str(a.type) == "number" and by_name.get(a.name, 0) != 0 for a in schema):
         raise NotByIndexError(f"{func} puts numbers beside those of the input")
     given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Sparse)]
-    prefix, offsets, total = given[0].prefix, {}, 0
-    sizes = given[0].shape[:prefix]
+    like, offsets, total = given[0], dict[int, int](), 0
     for each in given:
-        if each.prefix != prefix or each.shape[:prefix] != sizes:
-            raise NotByIndexError("parts have other leading dimensions")
-        offsets[id(each)] = total
+        if (each.batch, each.trails) != (like.batch, like.trails):
+            raise NotByIndexError("parts have their batch at other places")
+        offsets.setdefault(id(each), total)
         total += each.core
+    is_wide = func.overloadpacket in _OF_FLOATS or total * math.prod(like.batch) >= (1 << 31) - 1
 
     def numbered(a: Any) -> Any:
         if isinstance(a, Sparse):
-            core = torch.arange(1 + offsets[id(a)], 1 + offsets[id(a)] + a.core, device=a.device)
-            at = torch.arange(math.prod(sizes), device=a.device).mul_(total)
-            at = (at[:, None] + core).reshape(a.shape)
+            at = _numbers(a.shape, a.batch, total, a.device, trails=a.trails) + offsets[id(a)]
             return at.double() if func.overloadpacket in _OF_FLOATS else at  # exact up to 2⁵³
-        if isinstance(a, Tensor) and a.is_floating_point():
+        if isinstance(a, Tensor):
             if a.count_nonzero():
                 raise NotByIndexError(f"{func} puts numbers beside those of the input")
-            return a.long()
+            return torch.zeros(a.shape, dtype=torch.int64 if is_wide else torch.int32, device=a.device)
         return a
 
-    found = func(*tree_map(numbered, args), **tree_map(numbered, kwargs))
-    found = tree_map(Tensor.long, found) if func.overloadpacket in _OF_FLOATS else found
-    rows = given[0].rows
+    def moved(places: Tensor) -> Sparse:
+        first, trails = _common(places.long() if func.overloadpacket in _OF_FLOATS else places, like, total)
+        return Sparse(rows.take(first - 1), places.shape, like.batch, trails=trails)
+
+    rows = like.rows
     for each in given[1:]:
         rows = rows.of(
             torch.cat([rows.start, rows.start[-1] + each.rows.start[1:]]), torch.cat([rows.column, each.rows.column]),
             torch.cat([rows.value, each.rows.value]),
         )  # fmt: skip
-    return tree_map(lambda places: Sparse(rows.take(_first(places, sizes, total) - 1), places.shape, prefix), found)
+    names = {name: a if name in _PLACES else tree_map(numbered, a) for name, a in by_name.items()}
+    positional = [names.pop(a.name) for a in schema[: len(args)]]
+    return tree_map(moved, func(*positional, **names))
 
 
 _OF_FLOATS = {aten.im2col}  # which have no integer kernels
 
 
-def _first(places: Tensor, sizes: Sequence[int], total: int) -> Tensor:
-    """Return the numbers of the first place of the leading dimensions, if they are the same, but for that, at each."""
-    if places.shape[: len(sizes)] != tuple(sizes):
-        raise NotByIndexError("an operation changes the leading dimensions")
-    whole = places.reshape(math.prod(sizes), -1)
-    first = whole[0]
-    if len(whole) > 1:
-        at = torch.arange(len(whole), device=whole.device)[:, None] * total
-        if not torch.equal(whole, torch.where(first > 0, first + at, 0)):
-            raise NotByIndexError("an operation does otherwise at another place of the leading dimensions")
-    return first
-
-
-def _put(into: Any, source: Sparse, target: Tensor, shape: Sequence[int]) -> Sparse:
-    """Return a tensor of a shape to which each entry of a source is added at its target; ``into`` was there before."""
-    prefix, sizes = source.prefix, source.shape[: source.prefix]
-    n = math.prod(shape[prefix:])
-    first = _first(target.reshape(source.shape) + 1, sizes, n) - 1 if prefix else target.reshape(-1)
-    if tuple(shape[:prefix]) != tuple(sizes):
-        raise NotByIndexError("an operation changes the leading dimensions")
-    found = Sparse(source.rows.put(first, n), shape, prefix)
+def _put(into: Any, source: Any, shape: Sequence[int], place: Callable[[Tensor], Tensor]) -> Sparse:
+    """Return a tensor of a shape to which each entry of a source is added, where ``place`` finds it among numbers."""
+    if not isinstance(source, Sparse):
+        raise NotByIndexError("other numbers than those of the input are added by index")
+    n = math.prod(shape) // math.prod(source.batch)
+    for trails in (source.trails, not source.trails):
+        if _fits(shape, source.batch, trails=trails):
+            target = place(_numbers(shape, source.batch, n, source.device, trails=trails))
+            first, where = _common(target.expand(source.shape), source, n)
+            if where is source.trails:
+                break
+    else:
+        raise NotByIndexError("an operation changes the batch")
+    found = Sparse(source.rows.put(first - 1, n), shape, source.batch, trails=trails)
     if isinstance(into, Sparse):
         return _added(into, found)
     if isinstance(into, Tensor) and into.count_nonzero():
@@ -137,15 +185,27 @@ def _put(into: Any, source: Sparse, target: Tensor, shape: Sequence[int]) -> Spa
     return found
 
 
-def _numbers(shape: Sequence[int], device: Any) -> Tensor:
-    return torch.arange(math.prod(shape), device=device).reshape(tuple(shape))
+def _summed(a: Sparse, dims: Sequence[int], *, keepdim: bool) -> Sparse:
+    """Return sums along dimensions: these are moved next to the batch, so that what is added is next to one another."""
+    if not set(dims).isdisjoint(a.free):
+        raise NotByIndexError("a sum over the batch")
+    kept = [d for d in range(a.ndim) if d not in dims and d not in a.free]
+    order = [*kept, *dims, *a.free] if a.trails else [*a.free, *kept, *dims]
+    moved = a if order == [*range(a.ndim)] else _moved(aten.permute.default, a, order)
+    count = math.prod(a.shape[d] for d in dims)
+    shape = [1 if d in dims else n for d, n in enumerate(a.shape)]
+    return a.like(moved.rows.merged(count), shape if keepdim else [n for d, n in enumerate(a.shape) if d not in dims])
+
+
+def _reduced(func: Any, a: Sparse, dim: Any = None, keepdim: bool = False, **_: Any) -> Sparse:
+    dims = sorted({d % a.ndim for d in (dim if dim else range(a.ndim))})
+    found = _summed(a, dims, keepdim=keepdim)
+    return _times(found, found.numel() / a.numel()) if func.overloadpacket is aten.mean else found
 
 
 def _added(a: Sparse, b: Sparse) -> Sparse:
-    both = _moved(aten.stack.default, [a, b], a.prefix)  # next to one another
-    n = a.core
-    rows = both.rows.put(torch.arange(n, device=a.device).repeat(2), n)
-    return Sparse(rows, a.shape, a.prefix)
+    beside = a.free[0] if a.trails and a.batch else a.ndim
+    return _summed(_moved(aten.stack.default, [a, b], beside), [beside], keepdim=False)
 
 
 def _expanded(a: Sparse, shape: Sequence[int]) -> Sparse:
@@ -153,22 +213,28 @@ def _expanded(a: Sparse, shape: Sequence[int]) -> Sparse:
 
 
 def _sum(func: Any, a: Any, b: Any, alpha: float = 1) -> Any:
-    sign = -alpha if func.overloadpacket is aten.sub else alpha
     if not (isinstance(a, Sparse) and isinstance(b, Sparse)):
         raise NotByIndexError("a number is added to those of the input")
     shape = torch.broadcast_shapes(a.shape, b.shape)
-    a, b = _expanded(a, shape), _expanded(b, shape)
-    return _added(a, b if sign == 1 else _scaled(b, torch.tensor(float(sign))))
+    sign = -alpha if func.overloadpacket is aten.sub else alpha
+    return _added(_expanded(a, shape), _times(_expanded(b, shape), sign))
+
+
+def _times(a: Sparse, factor: Any) -> Sparse:
+    return a if factor == 1 else _scaled(a, torch.tensor(factor, dtype=a.dtype, device=a.device))
 
 
 def _scaled(a: Sparse, factor: Tensor) -> Sparse:
-    shape = torch.broadcast_shapes(a.shape, factor.shape)
-    a, k = _expanded(a, shape), a.prefix
-    whole = factor.expand(shape).reshape(math.prod(shape[:k]), -1)
-    core = whole[0]
-    if len(whole) > 1 and not torch.equal(whole, core.expand_as(whole)):
-        raise NotByIndexError("factors differ along the leading dimensions")
-    return Sparse(a.rows.scaled(core.to(a.dtype)), shape, k)
+    a = _expanded(a, torch.broadcast_shapes(a.shape, factor.shape))
+    factor = factor.reshape(*[1] * (a.ndim - factor.ndim), *factor.shape)
+    if any(factor.shape[d] > 1 for d in a.free):
+        whole = _apart(factor.expand(a.shape), a.batch, trails=a.trails)
+        if not torch.equal(whole, whole[:1].expand_as(whole)):
+            raise NotByIndexError("factors differ along the batch")
+        core = whole[0]
+    else:
+        core = factor.expand([1 if d in a.free else n for d, n in enumerate(a.shape)]).reshape(-1)
+    return a.like(a.rows.scaled(core.contiguous()), a.shape)
 
 
 def _product(func: Any, a: Any, b: Any, **options: Any) -> Any:
@@ -178,45 +244,34 @@ def _product(func: Any, a: Any, b: Any, **options: Any) -> Any:
         a, b = b, a
     if options:
         raise NotByIndexError("division that rounds")
-    factor = b if isinstance(b, Tensor) else torch.tensor(b, dtype=a.dtype, device=a.device)
+    factor = torch.as_tensor(b, device=a.device).to(a.dtype)
     return _scaled(a, 1 / factor if func.overloadpacket is aten.div else factor)
-
-
-def _reduced(func: Any, a: Sparse, dim: Any = None, keepdim: bool = False, **_: Any) -> Sparse:
-    places = _numbers(a.shape, a.device)
-    dims = [d % a.ndim for d in (dim if dim else range(a.ndim))]
-    if any(d < a.prefix for d in dims):
-        raise NotByIndexError("a sum over leading dimensions")
-    kept = [1 if d in dims else n for d, n in enumerate(a.shape)]
-    target = _numbers(kept, a.device).expand(a.shape)
-    found = _put(None, a, target, kept)
-    if func.overloadpacket is aten.mean:
-        found = _scaled(found, torch.tensor(math.prod(kept) / places.numel(), dtype=torch.float64))
-    return found if keepdim else _moved(aten.view.default, found, [n for d, n in enumerate(a.shape) if d not in dims])
 
 
 def _index_put(func: Any, into: Any, indices: Any, source: Any, accumulate: bool = False, *_: Any) -> Any:
     if not accumulate:
         return _moved(func, into, indices, source)
-    target = aten.index(_numbers(into.shape, into.device), indices)
-    return _put(into, _expanded(source, target.shape), target, into.shape)
+    if not isinstance(source, Sparse):
+        raise NotByIndexError("other numbers than those of the input are added by index")
+    shape = aten.index(torch.zeros((), dtype=torch.bool, device=source.device).expand(into.shape), indices).shape
+    return _put(into, _expanded(source, shape), into.shape, lambda numbers: aten.index(numbers, indices))
 
 
-def _scatter_add(func: Any, into: Any, dim: int, index: Tensor, source: Sparse) -> Sparse:
-    for d, n in enumerate(index.shape):
+def _scatter_add(func: Any, into: Any, dim: int, index: Tensor, source: Any) -> Sparse:
+    for d, n in enumerate(index.shape if isinstance(source, Sparse) else ()):
         source = _moved(aten.slice.Tensor, source, d, 0, n)
-    return _put(into, source, torch.gather(_numbers(into.shape, into.device), dim, index), into.shape)
+    return _put(into, source, into.shape, lambda numbers: torch.gather(numbers, dim, index))
 
 
-def _index_add(func: Any, into: Any, dim: int, index: Tensor, source: Sparse, alpha: float = 1) -> Sparse:
-    target = torch.index_select(_numbers(into.shape, into.device), dim, index)
-    return _put(into, source if alpha == 1 else _scaled(source, torch.tensor(float(alpha))), target, into.shape)
+def _index_add(func: Any, into: Any, dim: int, index: Tensor, source: Any, alpha: float = 1) -> Sparse:
+    if isinstance(source, Sparse):
+        source = _times(source, alpha)
+    return _put(into, source, into.shape, lambda numbers: torch.index_select(numbers, dim, index))
 
 
 def _separable(func: Any, x: Sparse, *args: Any) -> Sparse:
     """Return an interpolation, a mean pool or the transpose of one: a gather, factors and a sum for each dimension."""
-    shape = x.shape
-    parts = separable.factors(func.overloadpacket, torch.empty(shape, dtype=x.dtype, device=x.device), args)
+    parts = separable.factors(func.overloadpacket, torch.empty(x.shape, dtype=x.dtype, device=x.device), args)
     if parts is None:
         raise NotByIndexError(f"one dimension of {func} is large")
     for dim, matrix in parts:
@@ -228,62 +283,54 @@ def _separable(func: Any, x: Sparse, *args: Any) -> Sparse:
     return x
 
 
-def _grid_sampler_3d(x: Any, grid: Tensor, mode: int, padding: int, corners: bool) -> Any:
-    """Return a volume at the places of a grid, by index: the eight entries around each, or the nearest."""
-    sizes = x.shape[4:1:-1]
-    places = []
-    for u, n in zip(grid.unbind(-1), sizes, strict=True):
-        at = (u + 1) / 2 * (n - 1) if corners else ((u + 1) * n - 1) / 2
-        if padding == 1:
-            at = at.clamp(0, n - 1)
-        elif padding == 2:
-            low, span = (0.0, 2.0 * (n - 1)) if corners else (-0.5, 2.0 * n)
-            at = (at - low).abs() % max(span, 1.0)
-            at = (torch.minimum(at, span - at) + low).clamp(0, n - 1)
-        places.append(at)
-    first = torch.arange(x.shape[0], device=grid.device).reshape(-1, 1, 1, 1, 1)
-    second = torch.arange(x.shape[1], device=grid.device).reshape(1, -1, 1, 1, 1)
-    total = None
-    for corner in itertools.product((0, 1), repeat=3) if mode == 0 else [(0, 0, 0)]:
-        index, weight, inside = [], 1.0, True
-        for at, n, up in zip(places, sizes, corner, strict=True):
-            near = at.floor() + up if mode == 0 else at.round()
-            weight = weight * (1 - (at - near).abs()) if mode == 0 else weight
-            inside = inside & (near >= 0) & (near < n)
-            index.append(near.clamp(0, n - 1).long().unsqueeze(1))
-        found = x[first, second, index[2], index[1], index[0]]
-        term = found * torch.as_tensor(weight * inside, dtype=grid.dtype).unsqueeze(1)
-        total = term if total is None else total + term
-    return total
+# -- samples on grids, and windows -------------------------------------------------------------------------------------
 
 
-# -- transposes: of a map that is given by what it does to the identity ------------------------------------------------
+def _samples(x: Any, batch: tuple[int, ...], grid: Tensor, settings: Sequence[Any], like: Rows) -> list[Rows]:
+    """Return the matrices of samples of images, one for each grid; images of a batch have one in common."""
+    index, weight = grids.samples(grid, x.shape[2:], *settings)
+    if batch and not all(torch.equal(t, t[:1].expand_as(t)) for t in (index, weight)):
+        raise NotByIndexError("grids differ along the batch")
+    found = []
+    for places, weights in list(zip(index, weight, strict=True))[: 1 if batch else None]:
+        inside = places >= 0
+        start = starts(inside.sum(1))
+        like.check(len(index) * int(start[-1]))
+        found.append(like.of(start, places[inside].to(like.column.dtype), weights[inside]))
+    return found
 
 
-def _transposed(forward: Callable[..., tuple[Any, Callable[[Any], Any]]]) -> Callable[..., Any]:
-    """Return the rule of a transpose; ``forward(op, source, *args)`` returns a shape that is taken, and the map."""
-
-    def rule(func: Any, source: Sparse, *args: Any) -> Any:
-        shape, run = forward(func, source, *args)
-        k = source.prefix
-        like = torch.empty(tuple(shape), dtype=source.dtype, device=source.device)
-        one = Sparse.identity(like, k, source.rows.most)
-        local = run(one)
-        if local.shape != source.shape:
-            raise NotByIndexError("the transpose of a map to another shape")
-        return Sparse(local.rows.transposed(one.core).applied(source.rows), shape, k)
-
-    return rule
+def _sampled(func: Any, x: Sparse, grid: Tensor, *settings: Any) -> Sparse:
+    parts = _samples(x, _images(x), grid, settings, x.rows)
+    shape = (*x.shape[:2], *grid.shape[1:-1])
+    return x.like(diagonal(parts, x.shape[1] if len(x.batch) < 2 else 1, math.prod(x.shape[2:])).applied(x.rows), shape)
 
 
-def _sampled(func: Any, _: Sparse, x: Any, grid: Tensor, *settings: Any) -> Any:
-    forward = getattr(aten, func.overloadpacket.__name__.removesuffix("_backward")).default
-    return x.shape, lambda z: forward(z, grid, *settings[:3])
+def _sampled_back(func: Any, v: Sparse, x: Any, grid: Tensor, *settings: Any) -> tuple[Sparse, None]:
+    parts = _samples(x, _images(v), grid, settings[:3], v.rows)
+    n = math.prod(x.shape[2:])
+    parts = [part.transposed(n) for part in parts]
+    whole = diagonal(parts, v.shape[1] if len(v.batch) < 2 else 1, math.prod(grid.shape[1:-1]))
+    return v.like(whole.applied(v.rows), x.shape), None
+
+
+def _images(x: Sparse) -> tuple[int, ...]:
+    if x.trails or len(x.batch) > 2:
+        raise NotByIndexError("samples of parts of an image")
+    return x.batch
 
 
 def _folded(func: Any, source: Sparse, output_size: Any, kernel: Any, *settings: Any) -> Any:
+    """Return sums of windows: the transpose of what takes them apart."""
     channels = source.shape[-2] // math.prod(kernel)
-    return (*source.shape[:-2], channels, *output_size), lambda z: aten.im2col(z, kernel, *settings)
+    shape = (*source.shape[:-2], channels, *output_size)
+    if source.trails:
+        raise NotByIndexError("windows of parts of an image")
+    one = Sparse.identity(
+        torch.empty(shape, dtype=source.dtype, device=source.device), len(source.batch), source.rows.most
+    )
+    local = aten.im2col(one, kernel, *settings)
+    return source.like(local.rows.transposed(one.core).applied(source.rows), shape)
 
 
 def _converted(func: Any, a: Sparse, *args: Any, **kwargs: Any) -> Sparse:
@@ -302,19 +349,18 @@ MOVES = (
     aten.masked_fill, aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d, aten.replication_pad1d,
     aten.replication_pad2d, aten.replication_pad3d, aten.pixel_shuffle, aten.pixel_unshuffle, aten.lift_fresh_copy,
 )  # fmt: skip
-SAMPLED = (aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward)
 RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(MOVES, _moved),
     **dict.fromkeys((aten.add, aten.sub), _sum),
     **dict.fromkeys((aten.mul, aten.div), _product),
     **dict.fromkeys((aten.sum, aten.mean), _reduced),
-    aten.neg: lambda func, a: _scaled(a, torch.tensor(-1.0)),
+    aten.neg: lambda func, a: _times(a, -1),
     **dict.fromkeys((aten.to, aten._to_copy), _converted),
     aten.index_put: _index_put,
     aten.scatter_add: _scatter_add,
     aten.index_add: _index_add,
-    **dict.fromkeys(SAMPLED, lambda *args: (_transposed(_sampled)(*args), None)),
+    **dict.fromkeys((aten.grid_sampler_2d, aten.grid_sampler_3d), _sampled),
+    **dict.fromkeys((aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward), _sampled_back),
     **dict.fromkeys(separable.SEPARABLE, _separable),
-    aten.col2im: _transposed(_folded),
-    aten.grid_sampler_3d: lambda func, *args: _grid_sampler_3d(*args),
+    aten.col2im: _folded,
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from adjointlab import compat
 from adjointlab.numerics import same
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.passes.partition import partition
+from adjointlab.transpose.passes.partition import HasNoPiecesError, partition
 
 Tensors = tuple[Tensor, ...]
 _SMALL = 1 << 16  # entries that are sent to the CPU to be compared
@@ -66,7 +66,7 @@ class Program:
         """Return the outputs for real tensors, without recording of gradients."""
         try:
             ready = self.prepared(tensors)
-        except Restless:
+        except HasNoPiecesError:
             return tuple(self.whole(*tensors))
         return self._main(*tensors, *ready)  # type: ignore[no-any-return]
 
@@ -83,7 +83,10 @@ class Program:
     def frozen(self, state: Tensors) -> Program:
         """Return the program for a state that does not change: nothing of it is compared at a call."""
         found = copy.copy(self)
-        found._constants, found._prepacks = self.prepared(state), ()
+        try:
+            found._constants, found._prepacks = self.prepared(state), ()
+        except HasNoPiecesError:
+            found._constants, found._prepacks, found._main = (), (), self.whole
         return found
 
     def compile(self, options: dict[str, Any]) -> None:
@@ -96,37 +99,47 @@ class Program:
         self._main = lambda *tensors: function(*tensors[n_state:])
 
 
-class Restless(Exception):  # noqa: N818  # it is no error
-    """A sparse matrix would be made again for nearly each call: PyTorch's own operations are faster."""
-
-
 def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: frozenset[int], *, dear: bool) -> Prepack:
-    """Return a function of the watched ones of tensors that returns its last results while these are the same."""
-    last: tuple[list[tuple[int, Tensor]], tuple[Tensor, ...]] | None = None
+    """Return a function of the watched ones of tensors that returns its last results while these are the same.
+
+    Dear results are not made of a state that changes at nearly every call: then ``HasNoPiecesError`` is raised, until
+    it has been the same for a while.
+    """
+    last: tuple[list[tuple[int, Tensor]], tuple[Tensor, ...] | None] | None = None
     served, remade = 0, 0
 
     def call(tensors: tuple[Tensor, ...], constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         nonlocal last, served, remade
         if is_captured(tensors[watched[0]]):  # no value can be asked for, and what is made belongs to the CUDA graph
+            if dear:
+                raise HasNoPiecesError("a CUDA graph is recorded")
             return tuple(function(*[tensors[i] for i in watched], *constants))
         if last is not None:
             before, outputs = last  # both at once: another thread may be in here
-            for i, tensor in before:
-                if not (tensors[i] is tensor if i in private else same(tensors[i], tensor)):
-                    break
-            else:
+            if is_same(before, tensors):
                 served += 1
-                return outputs
-            remade, served = (remade + 1 if served < _WORTH else 0), 0
-        if dear and remade > _MOST_REMADE:
-            last = None
-            raise Restless
-        with torch.no_grad():
-            outputs = tuple(function(*[tensors[i] for i in watched], *constants))
-            # The copies wait for what was made as well: a call on another stream of CUDA may be the next to use it.
-            copies = [(i, t if i in private else _copy(t)) for i in watched for t in [tensors[i]]]
-            last = copies, outputs
+                if outputs is not None:
+                    return outputs
+                if served < _WORTH:
+                    raise HasNoPiecesError("what they are made of has changed again and again")
+            else:
+                remade, served = (remade + 1 if served < _WORTH else 0), 0
+        # Before anything is made: another thread may change the state meanwhile.
+        copies = [(i, t if i in private else _copy(t)) for i in watched for t in [tensors[i]]]
+        if dear and remade > _MOST_REMADE and served < _WORTH:
+            last = copies, None
+            raise HasNoPiecesError("what they are made of changes again and again")
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                outputs = tuple(function(*[tensors[i] for i in watched], *constants))
+            except HasNoPiecesError:
+                last = copies, None
+                raise
+        last = (copies, outputs) if is_same(copies, tensors) else None
         return outputs
+
+    def is_same(before: list[tuple[int, Tensor]], tensors: tuple[Tensor, ...]) -> bool:
+        return all(tensors[i] is tensor if i in private else same(tensors[i], tensor) for i, tensor in before)
 
     return call
 

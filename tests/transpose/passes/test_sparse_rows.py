@@ -76,7 +76,7 @@ for mode, dims in (("nearest", 2), ("bilinear", 2), ("bicubic", 2), ("linear", 1
 
 def matrix(found: Sparse, x: Tensor) -> Tensor:
     rows = found.rows
-    dense = x.new_zeros(len(rows.start) - 1, math.prod(x.shape[found.prefix :]))
+    dense = x.new_zeros(len(rows.start) - 1, x.numel() // math.prod(found.batch))
     return dense.index_put((rows.row, rows.column), rows.value, accumulate=True)
 
 
@@ -98,7 +98,7 @@ def test_entries_of_one_place_are_added(name: str) -> None:
     compact, x = found.rows.compact(columns), torch.randn(shape, dtype=torch.float64)
     keys = compact.row * columns + compact.column
     assert bool((keys.diff() > 0).all())
-    assert_close(matrix(Sparse(compact, found.shape, prefix), x), matrix(found, x), 1e-15)
+    assert_close(matrix(found.like(compact, found.shape), x), matrix(found, x), 1e-15)
 
 
 REFUSED: dict[str, tuple[Map, tuple[int, ...], int]] = {
