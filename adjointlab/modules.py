@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.numerics import same
 
+_MOST_NAMED = 64  # entries of a container that a function names, of which each is looked at
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device, torch.Size)
 _TENSORS = ("_parameters", "_buffers")
 _DEPTH = 4  # of containers and objects that are opened: what lies deeper is not a part of a function
@@ -200,7 +202,7 @@ class Watch:
 
     def _now(self) -> list[Any]:
         named = [read() for read in self._named.values()]
-        return [*map(_held, self._parts), *map(_plain, named), *[_plain(dict(_inner(value))) for value in named]]
+        return [*map(_held, self._parts), *map(_brief, named)]
 
 
 def _held(part: nn.Module) -> dict[str, Any]:
@@ -213,6 +215,16 @@ def _held(part: nn.Module) -> dict[str, Any]:
         else:
             held[key] = _plain(item)
     return held
+
+
+def _brief(value: Any) -> Any:
+    """Return the same for what a function names; of large containers, which one it is: nobody waits for the rest."""
+    if isinstance(value, (list, tuple, dict)):
+        items = list(itertools.islice(value.values() if isinstance(value, dict) else value, _MOST_NAMED + 1))
+        if len(items) > _MOST_NAMED:
+            return _Same(value)
+        return [type(value), list(value) if isinstance(value, dict) else None, *map(_plain, items)]
+    return [_plain(value), *([] if isinstance(value, _PLAIN) else [_brief(_inner(value))])]
 
 
 def _plain(value: Any) -> Any:

@@ -60,7 +60,8 @@ class Explanation:
             self.is_stateful
             and "a call of the forward changes Python state that it reads, which is taken not to matter",
             self.partly
-            and "watched: tensors, and what modules hold (training, attributes, submodules); call A.refresh() after "
+            and "watched: tensors, what modules hold (training, attributes, submodules), and what the function names; "
+            "call A.refresh() after "
             f"any other change of Python state, since PyTorch's front end refuses the function ({self.partly})",
             self.program and f"ops: {before} in the vector-Jacobian product, {after} in the adjoint",
             self.program and removed and f"removed: {removed}",

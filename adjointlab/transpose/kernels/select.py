@@ -102,23 +102,25 @@ def quickest(native: Timed, others: Callable[[], dict[Run, Timed]], device: torc
 
     ``others`` are not made where native takes no longer than a call of them.
     """
-    if _least([native], device)[0] < _SHORT:
+    (first,) = _least([native], device)
+    if first < _SHORT:
         return None
-    ways, gain = others(), _GAIN
-    runs = [native, *ways.values()]
-    try:
-        first, *times = _median(runs, device, undisturbed)
-    except _DisturbedError:
-        (first, *times), gain = _least(runs, device), 1 / _FAR
-    best = min(zip(times, ways, strict=True), key=operator.itemgetter(0), default=None)
-    return best[1] if best is not None and best[0] <= gain * first else None
+    ways = others()
+    if not ways:
+        return None
+    times, gain = _least([*ways.values()], device), 1 / _FAR
+    if first < _BUDGET or min(times) > gain * first:  # a longer run tells, if others are far from it
+        try:
+            (first, *times), gain = _median([native, *ways.values()], device, undisturbed), _GAIN
+        except _DisturbedError:
+            first, *times = _least([native, *ways.values()], device)
+    seconds, best = min(zip(times, ways, strict=True), key=operator.itemgetter(0))
+    return best if seconds <= gain * first else None
 
 
 def _least(ways: list[Callable[[], object]], device: torch.device) -> list[float]:
     """Return the least seconds of a few runs of several ways: other work makes a run longer, never shorter."""
-    for way in ways:
-        way()
-    seen: list[list[float]] = [[] for _ in ways]
+    seen = [[_seconds(way, device)] for way in ways]
     while len(seen[0]) < _RUNS and sum(map(sum, seen)) < len(ways) * _BUDGET:
         for way, taken in zip(ways, seen, strict=True):
             taken.append(_seconds(way, device))

@@ -146,8 +146,6 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
     state = [source.read() for source in graph.state]
     roots = roots_of(graph)
     watched = {root for node in region.coefficients for root in roots[node]}
-    compared = [t for t, node, source in zip(state, graph.placeholders, graph.state, strict=False)
-                if node in watched and not source.is_private]  # fmt: skip
     limit = max(most_entries(value), 2 * sum(t.numel() for t in state))
     if value.device.type == "meta":
         return
@@ -171,11 +169,11 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
         except NotByIndexError as error:
             said = str(error)
             return {}
-        before = [t.clone() for t in compared]
-        ready[:] = [tuple(v.clone() for v in values), matrix]
+        before = tuple(v if node in private else v.clone() for v, node in zip(values, region.coefficients, strict=True))
+        ready.append((before, matrix))
 
-        def timed(run: Run) -> Callable[[], object]:
-            return lambda: (all(map(same, compared, before)), run(x, matrix))
+        def timed(run: Run) -> Callable[[], object]:  # to compare what may have changed takes its time at each call
+            return lambda: (all(a is b or same(a, b) for a, b in zip(values, before, strict=True)), run(x, matrix))
 
         return {run: timed(run) for run in sparse_map.ways(target.shape, batch.dims, trails=batch.trails)}
 
@@ -185,13 +183,15 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
         if ready or "memory" in said:
             region.result.meta["account"] = f"native, for {region.name}: a sparse map is {said}"
         return
-    (rows, columns), entries = ready[1].shape, ready[1].values().numel()
+    ((_, matrix),) = ready
+    (rows, columns), entries = matrix.shape, matrix.values().numel()
+    del matrix
 
     def prepack_sparse_map(*values: Tensor) -> Tensor:
-        if ready:  # the first call is for the values that the choice was made with
-            before, matrix = ready
-            ready.clear()
-            if all(map(same, values, before)):
+        made = ready[:]  # the first call is for the values that the choice was made with
+        ready.clear()
+        for before, matrix in made:
+            if all(a is b or same(a, b) for a, b in zip(values, before, strict=True)):
                 return matrix  # type: ignore[no-any-return]
         try:
             return _matrix(function, region, values, batch, limit)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from built import BY_NAME, square
 
 from adjointlab.transpose.kernels import select
 from adjointlab.transpose.kernels.registry import NATIVE, available
-from adjointlab.transpose.kernels.select import by_model, choose, fastest, suits_transform, undisturbed
+from adjointlab.transpose.kernels.select import by_model, choose, fastest, quickest, suits_transform, undisturbed
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.cpu
@@ -143,3 +145,35 @@ def test_gradients_in_a_kernel_are_transforms_where_that_is_clearly_faster(
 def test_costs_grow_with_the_work(name: str) -> None:
     costs = [BY_NAME[name].cost(square(n, 9, 2, transposed=False)) for n in (32, 64, 128, 256)]
     assert costs == sorted(costs)
+
+
+# -------------------------------------------------------------------------------------------------- ways beside native
+
+
+def lasting(seconds: float) -> Callable[[], object]:
+    return lambda: time.sleep(seconds)
+
+
+@pytest.mark.parametrize(
+    ("native", "others", "best"),
+    [
+        (0.0, {"at once": 0.0}, None),  # none is made
+        (0.004, {}, None),
+        (0.004, {"slower": 0.008}, None),
+        (0.004, {"slower": 0.008, "faster": 0.001}, "faster"),
+        (0.05, {"far": 0.001}, "far"),
+    ],
+)
+def test_ways_are_taken_where_they_are_clearly_faster(
+    native: float, others: dict[str, float], best: str | None
+) -> None:
+    named = {name: lambda x: x for name in others}
+    made: list[int] = []
+
+    def ways() -> dict[Callable[..., Any], Callable[[], object]]:
+        made.append(1)
+        return {named[name]: lasting(seconds) for name, seconds in others.items()}
+
+    found = quickest(lasting(native) if native else lambda: None, ways, CPU)
+    assert found is (None if best is None else named[best])
+    assert bool(made) is bool(native)
