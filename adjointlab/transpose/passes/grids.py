@@ -12,6 +12,7 @@ from adjointlab.transpose.passes.rows import NotByIndexError
 
 _BILINEAR, _NEAREST, _BICUBIC = range(3)
 _ZEROS, _BORDER, _REFLECTION = range(3)
+_FAR = 1e6  # sizes of the image
 _CUBIC = -0.75  # Keys' parameter, as PyTorch has it
 
 
@@ -20,8 +21,10 @@ def samples(grid: Tensor, sizes: Sequence[int], mode: int, padding: int, corners
 
     The arithmetic is PyTorch's own, operation by operation, so that the nearest entries are the same ones.
     """
-    if not bool(grid.isfinite().all()):
-        raise NotByIndexError("a grid with infinities")
+    if not bool((grid.abs() < _FAR).all()):  # NaN is not
+        raise NotByIndexError(
+            "a grid with infinities, or so far outside that rounding decides where it is reflected to"
+        )
     taps = []
     for u, n in zip(grid.flatten(1, -2).unbind(-1), reversed(sizes), strict=True):
         at = ((u + 1) / 2) * (n - 1) if corners else ((u + 1) * n - 1) / 2

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from built import first_way, last_way, operator
+from built import affine, first_way, last_way, operator
 from laws import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adjointlab as al
+from adjointlab.transpose.passes.compose import residual_and_gradient
 from adjointlab.transpose.passes.convolutions import kernels_of
 from adjointlab.transpose.passes.maps_by_index import maps_by_index
 
@@ -197,6 +198,129 @@ def test_not_a_number_stays_where_it_was() -> None:
             x.view(-1)[0] = torch.nan
             with torch.no_grad():
                 assert torch.equal(B(x).isnan(), f(x).isnan())
+
+
+FLAT = al.TensorSpec((9,), torch.float64)
+PLACES = torch.tensor([4, 0, -1, 4])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[PLACES] / torch.tensor([3, 2, 1, 7]),
+        lambda x: torch.add(x[PLACES], x[PLACES.flip(0)], alpha=0.1),
+        lambda x: x[PLACES] * torch.ones(4, dtype=torch.float32),
+        lambda x: x[PLACES].sum(dtype=torch.float64),
+        lambda x: torch.where(torch.tensor([True, False, True, True]), x[PLACES], torch.zeros(4, dtype=torch.int64)),
+        lambda x: torch.cat([x, torch.zeros(3, dtype=torch.float64)])[PLACES],
+        lambda x: x[PLACES] - x[PLACES.flip(0)],
+        lambda x: x[PLACES].expand(3, 4).mean((0, 1)),
+        lambda x: x[PLACES] * 1j,
+        lambda x: (x[PLACES] * 1j)[PLACES % 4],
+        lambda x: x.float()[PLACES].double(),
+        lambda x: F.embedding(PLACES % 3, x.reshape(3, 3)),
+    ],
+)
+def test_arithmetic_is_that_of_pytorch(function: Callable[[Tensor], Tensor]) -> None:
+    A = mapped(function, FLAT)
+    x = A.domain.randn()
+    eps = 1e-7 if "float()" in repr(function) else 1e-15
+    assert A.engine == "traced"
+    assert_close(A(x), function(x), max(eps, A.codomain.eps if A.codomain.specs[0].dtype is torch.float32 else eps))
+    al.assert_adjoint(A)
+
+
+def test_numbers_beside_the_input_that_were_zero() -> None:
+    for dtype in (torch.int64, torch.float64):
+        beside, mask = torch.zeros(9, dtype=dtype), torch.arange(9) % 2 == 0
+        A = operator_of(lambda x, b=beside, m=mask: torch.where(m, x, b)[PLACES])
+        x = A.domain.randn()
+        beside.fill_(41)
+        assert_close(A(x), torch.where(mask, x, beside)[PLACES], 1e-15)
+
+
+def operator_of(function: Callable[[Tensor], Tensor]) -> al.AffineOperator:
+    return affine(function, FLAT, None, choose_map=first_way)
+
+
+@pytest.mark.parametrize(
+    ("function", "state"),
+    [
+        (lambda x, w: x[:, :, [3, 0, 1]] * w, torch.ones(2, 3, 1)),
+        (
+            lambda x, w: F.grid_sample(x.unsqueeze(2), w.expand(2, 1, 4, 2), align_corners=False),
+            torch.zeros(2, 1, 1, 2),
+        ),
+        (lambda x, w: x[:, :, [3, 0, 1]] * w, torch.zeros(2, 3, 1)),
+    ],
+)
+def test_what_was_the_same_along_the_batch_may_differ(function: Callable[..., Tensor], state: Tensor) -> None:
+    state = state.double()
+    apply = lambda x: function(x, state)  # noqa: E731
+    A = mapped(apply, al.TensorSpec((2, 3, 4), torch.float64))
+    assert_same(A, apply)
+    state.copy_(torch.rand(state.shape, generator=torch.Generator().manual_seed(0)) - 0.5)
+    for _ in range(3):
+        assert_same(A, apply)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_grids_with_extreme_numbers(dims: int, mode: str, padding: str, number: float) -> None:
+    if mode == "bicubic" and dims == 3:
+        pytest.skip("PyTorch has none")
+    draw = torch.Generator().manual_seed(0)
+    grid = torch.rand(1, *(3, 4, 5)[:dims], dims, dtype=torch.float64, generator=draw) * 2 - 1
+    sample = lambda x: F.grid_sample(x, grid, mode, padding, align_corners=False)  # noqa: E731
+    A = mapped(sample, al.TensorSpec((1, 2, *(5, 4, 6)[:dims]), torch.float64))
+    x = A.domain.randn()
+    grid.view(-1)[3] = number
+    with torch.no_grad():
+        assert torch.allclose(A(x), sample(x), rtol=1e-13, equal_nan=True)
+
+
+def test_a_state_that_changes_while_its_map_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adjointlab.transpose.passes import maps_by_index as maps
+
+    rays, made = Rays(), maps._matrix
+    A = mapped(rays, (7, 7))
+
+    def slowly(*arguments: Any) -> Tensor:
+        matrix = made(*arguments)
+        with torch.no_grad():
+            rays.weights.fill_(0.5)  # as another thread might
+        return matrix
+
+    monkeypatch.setattr(maps, "_matrix", slowly)
+    x = A.domain.randn()
+    with torch.no_grad():
+        rays.weights.fill_(3)
+        A(x)
+        assert_close(A(x), rays(x), 1e-15)
+
+
+def test_solvers_of_a_map_that_changes_at_every_step() -> None:
+    rays = Rays()
+    A = mapped(rays, (7, 7))
+    for _ in range(6):
+        with torch.no_grad():
+            rays.weights.normal_()
+        y = A.codomain.randn()
+        found = al.solvers.cgls(A, y, maxiter=20, tol=1e-12).x
+        assert_close(rays(found), y, 1e-9)
+
+
+def test_gradients_of_least_squares_have_both_maps() -> None:
+    rays = Rays()
+    A = mapped(rays, (7, 7))
+    x, y = A.domain.randn(), A.codomain.randn()
+    objective = al.LeastSquares(A, y)
+    assert_close(objective.gradient(x), A.H(A(x) - y), 1e-15)
+    forward, adjoint = (A.source.nominal.graphs[name] for name in ("function", "adjoint"))
+    graph = maps_by_index(residual_and_gradient(forward, adjoint, weighted=False, residual=False), first_way)
+    assert sum("sparse map" in line for line in kernels_of(graph)) == 2
 
 
 @pytest.mark.parametrize("layout", ["COO", "CSR", "CSC", "BSR"])
