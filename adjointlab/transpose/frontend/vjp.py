@@ -32,6 +32,9 @@ def vjp_by_func(function: Function, primals: Tensors, cotangents: Tensors) -> Te
 
 def vjp_by_grad(function: Function, primals: Tensors, cotangents: Tensors) -> Tensors:
     """Return ``J(primals)ᴴ cotangents`` by ``torch.autograd.grad``."""
+    if torch.is_inference_mode_enabled():  # nothing would be recorded, and all gradients be zero
+        with torch.inference_mode(False), torch.no_grad():
+            return vjp_by_grad(function, tuple(p.clone() for p in primals), tuple(c.clone() for c in cotangents))
     with torch.enable_grad():
         inputs = tuple(p.detach().requires_grad_() for p in primals)
         # A view of the leaf is handed over, since autograd forbids writing to a leaf in place.

@@ -82,6 +82,7 @@ def maps_by_index(
     for node in list(mapped.body.nodes):
         if node in dependent and _packet(node) in separable.SEPARABLE and _suits(node):
             _factored(mapped, node, choose, most_entries)
+    clean(mapped.body)  # what was replaced is no part of a region
     for region in regions(mapped):
         _mapped(mapped, region, choose, most_entries)
     clean(mapped.body)

@@ -158,6 +158,17 @@ def test_in_inference_mode_nothing_is_kept_that_has_no_gradient() -> None:
     assert_close(x.grad, drawn(1).to_dense().sum(0), 1e-15)
 
 
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+def test_adjoints_in_inference_mode(engine: str) -> None:
+    matrix = drawn(0)
+    A = al.linear_operator(lambda x: matrix @ x, al.TensorSpec((5,), torch.float64), engine=engine)
+    y = A.codomain.randn()
+    with torch.inference_mode():
+        found, inside = A.H(y), A.H(y.clone())
+    assert_close(found, matrix.to_dense().mT @ y, 1e-15)
+    assert_close(inside, found, 1e-15)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_transforms(layout: str) -> None:
     matrix = drawn(0, layout)

@@ -200,6 +200,14 @@ def test_not_a_number_stays_where_it_was() -> None:
                 assert torch.equal(B(x).isnan(), f(x).isnan())
 
 
+def test_pools_before_samples() -> None:
+    grid = torch.rand(1, 3, 4, 2, dtype=torch.float64) * 2 - 1
+    sample = lambda x: F.grid_sample(F.avg_pool2d(x, 2), grid, align_corners=False)  # noqa: E731
+    A = mapped(sample, al.TensorSpec((1, 1, 8, 8), torch.float64))
+    assert_same(A, sample)
+    assert {"avg_pool2d" in line for line in lines(A)} == {True, False}
+
+
 FLAT = al.TensorSpec((9,), torch.float64)
 PLACES = torch.tensor([4, 0, -1, 4])
 
