@@ -106,12 +106,15 @@ def ways(
     order = sorted(parts, key=lambda part: part[0], reverse=grows)
     matrices = [(dim, csr_of(matrix)) for dim, matrix in order]
 
-    def sparse_products(x: Tensor) -> Tensor:
+    def product(x: Tensor, first: int = 0) -> Tensor:
         for dim, matrix in matrices:
-            columns = x.movedim(dim, 0)
-            product = matrix @ columns.reshape(len(columns), -1)
-            x = product.reshape(len(product), *columns.shape[1:]).movedim(0, dim)
-        return x.contiguous()
+            columns = x.movedim(dim - first, 0)
+            found = matrix @ columns.reshape(len(columns), -1)
+            x = found.reshape(len(found), *columns.shape[1:]).movedim(0, dim - first)
+        return x
+
+    def sparse_products(x: Tensor) -> Tensor:
+        return product(x).contiguous()
 
     images = min(dim for dim, _ in parts)
 
@@ -119,11 +122,7 @@ def ways(
         found = x.new_empty(tuple(result))
         flat, into = x.reshape(-1, *shape[images:]), found.view(-1, *result[images:])
         for image, place in zip(flat, into, strict=True):
-            for dim, matrix in matrices:
-                columns = image.movedim(dim - images, 0)
-                product = matrix @ columns.reshape(len(columns), -1)
-                image = product.reshape(len(product), *columns.shape[1:]).movedim(0, dim - images)  # noqa: PLW2901
-            place.copy_(image)
+            place.copy_(product(image, images))
         return found
 
     def repeats(x: Tensor) -> Tensor:

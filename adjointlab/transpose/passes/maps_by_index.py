@@ -147,7 +147,8 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
     state = [source.read() for source in graph.state]
     roots = roots_of(graph)
     watched = {root for node in region.coefficients for root in roots[node]}
-    limit = max(most_entries(value), 2 * sum(t.numel() for t in state))
+    own = sum(t.numel() for t, node in zip(state, graph.placeholders, strict=False) if node in watched)
+    limit = max(most_entries(value), 2 * own)
     if value.device.type == "meta":
         return
     if value.numel() + target.numel() > limit:
@@ -174,7 +175,7 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
         ready.append((before, matrix))
 
         def timed(run: Run) -> Callable[[], object]:  # to compare what may have changed takes its time at each call
-            return lambda: (all(a is b or same(a, b) for a, b in zip(values, before, strict=True)), run(x, matrix))
+            return lambda: (_are_same(values, before), run(x, matrix))
 
         return {run: timed(run) for run in sparse_map.ways(target.shape, batch.dims, trails=batch.trails)}
 
@@ -184,27 +185,39 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
         if ready or "memory" in said:
             region.result.meta["account"] = f"native, for {region.name}: a sparse map is {said}"
         return
-    ((_, matrix),) = ready
+    account = f"{_described(ready[0][1])}, for {region.name}"
+    prepack = _prepack(lambda *values: _matrix(function, region, values, batch, limit), ready)
+    with graph.body.inserting_before(region.result):
+        kept = known(graph.body.call_function(prepack, tuple(region.coefficients)), target)
+    _put(graph, region.result, run, region.source, kept, account=account)
+
+
+def _described(matrix: Tensor) -> str:
     (rows, columns), entries = matrix.shape, matrix.values().numel()
-    del matrix
+    size = entries * (matrix.dtype.itemsize + 4) / 1e6
+    return f"sparse map {rows:,} × {columns:,} with {entries:,} entries ({size:.1f} MB)"
+
+
+def _prepack(make: Callable[..., Tensor], ready: list[Any]) -> Callable[..., Tensor]:
+    """Return the function of coefficients to their matrix: at first, of those that the choice was made with."""
 
     def prepack_sparse_map(*values: Tensor) -> Tensor:
-        made = ready[:]  # the first call is for the values that the choice was made with
+        made = ready[:]
         ready.clear()
         for before, matrix in made:
-            if all(a is b or same(a, b) for a, b in zip(values, before, strict=True)):
+            if _are_same(values, before):
                 return matrix  # type: ignore[no-any-return]
         try:
-            return _matrix(function, region, values, batch, limit)
+            return make(*values)
         except NotByIndexError as error:  # what was the same along the batch, say, is not any more
             raise HasNoPiecesError(str(error)) from error
 
     prepack_sparse_map.is_dear = True  # type: ignore[attr-defined]
-    with graph.body.inserting_before(region.result):
-        kept = known(graph.body.call_function(prepack_sparse_map, tuple(region.coefficients)), target)
-    size = entries * (value.dtype.itemsize + 4) / 1e6
-    account = f"sparse map {rows:,} × {columns:,} with {entries:,} entries ({size:.1f} MB), for {region.name}"
-    _put(graph, region.result, run, region.source, kept, account=account)
+    return prepack_sparse_map
+
+
+def _are_same(values: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
+    return all(a is b or same(a, b) for a, b in zip(values, before, strict=True))
 
 
 def _made(function: Any, region: Region, values: Sequence[Tensor], limit: int) -> tuple[Batch, Tensor]:

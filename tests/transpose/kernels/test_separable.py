@@ -59,9 +59,6 @@ def _assert_products(function: Any, x: Tensor) -> None:
             assert_close(found, expected.detach(), eps)
 
 
-sizes = st.lists(st.integers(2, 9), min_size=1, max_size=3)
-
-
 @given(st.data(), st.sampled_from(list(MODES)), st.booleans(), st.booleans(), st.booleans())
 def test_interpolation(data: Any, mode: str, corners: bool, by_size: bool, antialias: bool) -> None:
     dims = data.draw(st.sampled_from(MODES[mode]))
