@@ -137,7 +137,7 @@ def sources_named(function: Any) -> dict[int, Source]:
 
 
 def _named(function: Any) -> dict[str, Callable[[], Any]]:
-    """Return what a function, and the functions that it names, find by name: how to read it."""
+    """Return a reader for each object that a function, or a function that it names, finds by name."""
     found: dict[str, Callable[[], Any]] = {}
     pending, seen = [function], set[int]()
     while pending:
@@ -180,7 +180,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _inner(value: Any) -> dict[Any, Any]:
-    """Return what a list, a dictionary or a plain object holds."""
+    """Return the entries of a list, a dictionary or a plain object, by their keys."""
     if isinstance(value, (list, tuple)):
         return dict(enumerate(value))
     if isinstance(value, (Tensor, nn.Module, type, types.ModuleType, types.FunctionType)):
@@ -218,7 +218,7 @@ def _held(part: nn.Module) -> dict[str, Any]:
 
 
 def _brief(value: Any) -> Any:
-    """Return the same for what a function names; of large containers, which one it is: nobody waits for the rest."""
+    """Return the same for an object that a function names; a large container is told by its identity alone."""
     if isinstance(value, (list, tuple, dict)):
         items = list(itertools.islice(value.values() if isinstance(value, dict) else value, _MOST_NAMED + 1))
         if len(items) > _MOST_NAMED:

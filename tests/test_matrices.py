@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adjointlab as al
 
-# What torch says once of a process that makes sparse tensors.
+# Torch warns once in a process that makes sparse tensors.
 pytestmark = [pytest.mark.filterwarnings(f"ignore:Sparse {what}") for what in ("CS[CR] tensor", "invariant checks")]
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)

@@ -35,7 +35,7 @@ UNITS = 1e5  # of rounding, relative to the largest norm involved: what is stale
 MOST_REPORTED = 20
 
 
-# What torch says once of a process that makes sparse tensors.
+# Torch warns once in a process that makes sparse tensors.
 pytestmark = [pytest.mark.filterwarnings(f"ignore:Sparse {what}") for what in ("CS[CR] tensor", "invariant checks")]
 ON_MAPS = (subjects.Gathered, subjects.Sparse)
 

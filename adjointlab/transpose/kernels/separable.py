@@ -22,7 +22,7 @@ _POOLED = ("avg_pool2d", "avg_pool3d")
 _ADAPTED = ("_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
 _SMALL = 1 << 20  # entries of an identity that may be more than those of the image
 
-# What is interpolated or pooled, by the name of the forward operation; and the transposes of these.
+# Operations that interpolate or pool, with the name of the forward one; and their transposes.
 FORWARDS = {getattr(aten, name): name for name in (*_UPSAMPLED, *_POOLED, *_ADAPTED)}
 BACKWARDS = {getattr(aten, f"{name}_backward"): name for name in (*_UPSAMPLED, *_POOLED, *_ADAPTED)}
 SEPARABLE = {*FORWARDS, *BACKWARDS}

@@ -1,4 +1,4 @@
-"""What reads and adds by index, as products with sparse matrices.
+"""Operations that read or add by index, as products with sparse matrices.
 
 A *region* is a part of a graph, connected by values that depend on the input, whose coefficients do not. It becomes
 one sparse matrix, which is made again when the state that it depends on changes. Interpolations and pools become

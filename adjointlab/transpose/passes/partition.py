@@ -55,7 +55,7 @@ class HasNoPiecesError(Exception):
 
 @dataclass(frozen=True)
 class Prepack:
-    """What is made of some of the state: ``function(*those, *constants) → pieces``."""
+    """Pieces that are made of a part of the state: ``function(*that part, *constants) → pieces``."""
 
     watched: tuple[int, ...]  # the positions of that state
     function: Callable[..., Any]
