@@ -11,7 +11,7 @@ from torch import fx
 
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import op_name
-from adjointlab.transpose.passes.fuse_slices import accumulate
+from adjointlab.transpose.passes.fuse_slices import accumulate, windows
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _expression(node: fx.Node, names: dict[fx.Node, str]) -> str:
     name, arguments = op_name(node.target), [_show(a, names) for a in node.args]
     if name == "getitem":
         return f"{arguments[0]}[{arguments[1]}]"
-    if node.target is accumulate:
+    if node.target in {accumulate, windows}:
         arguments[1:] = [f"{len(node.args[1])} pieces"]  # type: ignore[arg-type]
     options = [f"{option}={given}" for option, given in node.kwargs.items()]
     value: Any = node.meta.get("val")

@@ -18,12 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from adjointlab.compat import plain
 from adjointlab.transpose.graph.edit import clean, copied, zeros
 from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.graph.ops import VIEWS
 
 aten = torch.ops.aten
 
-_MOST = 32  # pieces of one sum; more are not worth following
+_MOST = 256  # pieces of one sum; more are not worth following
+_VIEW = 4  # pieces that are windows of one source, from which on a view of it is faster than copies
 
 
 class Span(NamedTuple):
@@ -61,6 +64,11 @@ class Piece:
         """Return whether two pieces of one result have places in common."""
         pairs = zip(self.spans, other.spans, strict=True)
         return all(a.write < b.write + b.length and b.write < a.write + a.length for a, b in pairs)
+
+    @property
+    def starts(self) -> dict[int, int]:
+        """Where the rectangle begins in the source, by its dimensions."""
+        return {span.dim: span.read for span in self.spans if span.dim is not None} | dict(self.index)
 
     def moved(self, dim: int, by: int, size: int) -> Sum:
         """Return the piece moved along a dimension of the result, and cut to the new size of that."""
@@ -125,11 +133,48 @@ def _write(nodes: fx.Graph, node: fx.Node, found: Sum) -> fx.Node:
         (sources.index(p.source), p.factor, *p.places, first) for p, first in zip(pieces, alone, strict=True)
     )
     covered = sum(itertools.compress((p.volume for p in pieces), alone)) == value.numel()
+    arguments: tuple[Any, ...] = sources, layout, tuple(value.shape), covered
+    places = _windows(found, value.shape) if covered and all(alone) else None
+    is_kept = any(user.op == "output" or getattr(user.target, "overloadpacket", None) in VIEWS for user in node.users)
     with nodes.inserting_after(node):
-        arguments = sources, layout, tuple(value.shape), covered
-        written = nodes.call_function(accumulate, arguments) if pieces else zeros(nodes, value)
+        if places is not None and not is_kept:  # a result has memory of its own
+            written = nodes.call_function(windows, (*arguments, *places))
+        else:
+            written = nodes.call_function(accumulate, arguments) if pieces else zeros(nodes, value)
     written.meta = dict(node.meta)
     return written
+
+
+def _windows(found: Sum, shape: Sequence[int]) -> tuple[Any, ...] | None:
+    """Return where equal pieces of one source begin, and how far each dimension of the result moves in the source.
+
+    That is None unless each piece is at one index of the same dimension, and as far from the one before as all are.
+    """
+    for dim in range(len(shape)) if len(found) >= _VIEW else ():
+        pieces = sorted(found, key=lambda piece: piece.spans[dim].write)
+        origin = pieces[0].starts
+        step = {d: at - origin.get(d, at) for d, at in pieces[1].starts.items()}
+        alike = (1, pieces[0].source, 1, math.prod(shape) // shape[dim])
+        if len(pieces) != shape[dim] or min(step.values(), default=0) < 0:
+            continue
+        if any((p.factor, p.source, p.spans[dim].length, p.volume) != alike for p in pieces):
+            continue
+        if all(p.starts == {d: at + i * step.get(d, 0) for d, at in origin.items()} for i, p in enumerate(pieces)):
+            moves = [{} if span.dim is None else {span.dim: 1} for span in pieces[0].spans]
+            return origin, [*moves[:dim], step, *moves[dim + 1 :]]
+    return None
+
+
+def windows(
+    sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ...], covered: bool,
+    origin: dict[int, int], moves: list[dict[int, int]],
+) -> Tensor:  # fmt: skip
+    """Return the sum of pieces that are windows of one source as a view of that."""
+    if not plain():
+        return accumulate(sources, layout, shape, covered)
+    strides, at = sources[0].stride(), sources[0].storage_offset()
+    along = [sum(strides[d] * by for d, by in move.items()) for move in moves]
+    return sources[0].as_strided(shape, along, at + sum(strides[d] * start for d, start in origin.items()))
 
 
 def accumulate(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ...], covered: bool) -> Tensor:
@@ -275,6 +320,16 @@ def _neg(node: fx.Node, sums: Sums, x: fx.Node) -> Sum:
     return tuple(replace(p, factor=-p.factor) for p in sums[x])
 
 
+def _reduced(node: fx.Node, sums: Sums, x: fx.Node, dims: Sequence[int] = (), keepdim: bool = False) -> Sum | None:
+    """Add up pieces that each have one index along the dimensions of a sum; PyTorch adds half precision in single."""
+    pieces, n, dtype = sums[x], len(_shape(x)), x.meta["val"].dtype
+    for dim in sorted((d % n for d in dims), reverse=True):
+        if any(p.spans[dim].length > 1 for p in pieces):
+            return None
+        pieces = tuple(p.dropped(dim).inserted(dim, 0) if keepdim else p.dropped(dim) for p in pieces)
+    return pieces if dims and node.meta["val"].dtype == dtype and dtype.itemsize >= 4 else None
+
+
 def _unsqueeze(node: fx.Node, sums: Sums, x: fx.Node, dim: int) -> Sum:
     return tuple(p.inserted(dim % node.meta["val"].ndim, 0) for p in sums[x])
 
@@ -302,6 +357,7 @@ _OPS: dict[Callable[..., Sum | None], tuple[Any, ...]] = {
     _pad: (aten.constant_pad_nd.default,),
     _cat: (aten.cat.default,),
     _roll: (aten.roll.default,),
+    _reduced: (aten.sum.dim_IntList,),
     _zeros: (
         aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.new_empty.default,
         aten.empty.memory_format,

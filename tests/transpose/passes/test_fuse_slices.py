@@ -83,3 +83,49 @@ def test_finite_differences_are_one_pass() -> None:
     program = al.linear_operator(gradient, (8, 8)).explain().split("adjoint program:")[1]
     assert program.count(" = ") == 1
     assert "accumulate" in program
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("step", [-1, 0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.complex128])
+def test_windows_of_one_source_are_a_view(axis: int, step: int, dtype: torch.dtype) -> None:
+    offsets = [12 + step * i for i in range(5)]
+
+    def windows(x: torch.Tensor) -> torch.Tensor:
+        return 2 * torch.stack([x[1:, at : at + 6] for at in offsets], axis)
+
+    A = al.linear_operator(windows, al.TensorSpec((4, 31), dtype))
+    # Small integers, whose sums are exact.
+    x, y = ((3 * t).real.round().to(dtype) for t in (A.domain.randn(seeded(0)), A.codomain.randn(seeded(1))))
+    assert torch.equal(A(x), windows(x))
+    expected = torch.zeros_like(x)
+    for i, at in enumerate(offsets):
+        expected[1:, at : at + 6] += (2 * y).select(axis, i)
+    assert al.check_adjoint(A).passed
+    assert torch.equal(A.H(y), expected)
+    assert torch.equal(torch.vmap(A)(torch.stack([x, 3 * x])), torch.stack([windows(x), 3 * windows(x)]))
+
+
+def test_bands_shifted_and_added_are_one_pass() -> None:
+    def dispersed(cube: torch.Tensor) -> torch.Tensor:
+        shifted = cube.new_zeros(40, 8, 8 + 39)
+        for i, band in enumerate(cube):
+            shifted[i, :, i : i + 8] = band
+        return shifted.sum(0)
+
+    A = al.linear_operator(lambda cube: dispersed(3 * cube), (40, 8, 8))
+    program = A.explain().split("adjoint program:")[1]
+    assert "windows([" in program
+    assert program.count(" = ") == 4  # two views of v, windows of it, the product
+    v = A.codomain.randn(seeded(0))
+    assert torch.equal(A.H(v), 3 * v.unfold(1, 8, 1).movedim(1, 0))
+
+
+def test_a_result_is_no_window_of_its_input() -> None:
+    A = al.linear_operator(lambda x: torch.stack([x[i : i + 4] for i in range(6)]), (9,))
+    x = torch.arange(9.0)
+    A(x).zero_()
+    assert torch.equal(x, torch.arange(9.0))
+    H = al.linear_operator(lambda x: torch.stack([x[i : i + 4] for i in range(6)]).reshape(2, 3, 4)[1].mT, (9,))
+    H(x).zero_()
+    assert torch.equal(x, torch.arange(9.0))
