@@ -137,7 +137,7 @@ def _run_once(function: Any, arguments: Sequence[Tensor]) -> tuple[Sequence[Any]
     def backend(module: Any, _: Any) -> Callable[..., Any]:
         context = torch._guards.TracingContext.get()
         guards = context.guards_context.dynamo_guards
-        guards.inner = type(guards.inner)(g for g in guards.inner if g.create_fn_name() not in _OF_THE_CALL)
+        guards.inner = type(guards.inner)(g for g in guards.inner if g.inner_create_fn().__name__ not in _OF_THE_CALL)
         # To check the guards and to time that, which flushes the caches of the processor, is left out.
         dynamo.symbolic_convert.InstructionTranslator.current_tx().output.skip_guards_check = True
         seen.update(module=module, mode=context.fake_mode, guards=[guard.name for guard in guards.inner])

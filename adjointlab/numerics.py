@@ -264,7 +264,9 @@ def _set_full_precision() -> Callable[[], None]:
     """Set torch to full precision, and return the function that sets it back."""
     backends: Any = torch.backends  # whose types leave some of these out
     cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
-    newer = (cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul)
+    parts = [(cudnn, "conv"), (cudnn, "rnn"), (cuda, "matmul"), (mkldnn, "conv"), (mkldnn, "matmul")]
+    # Since torch 2.9: before that, the older settings are all there is.
+    newer = [found for part, name in parts if hasattr(found := getattr(part, name, None), "fp32_precision")]
     before = [setting.fp32_precision for setting in newer]
     # torch has older settings besides, and wants both to say the same.
     convolutions = _readable(lambda: cudnn.allow_tf32)
