@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._decomp import decomposition_table
+from torch._functorch.utils import enable_single_level_autograd_function as single_level_functions
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # -- where the code at hand runs --------------------------------------------------------------------------------------
 
@@ -64,6 +68,26 @@ def differentiated(tensors: Sequence[Tensor]) -> bool:
             if tensor.requires_grad:
                 return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# -- operations -------------------------------------------------------------------------------------------------------
+
+
+def decomposition(op: Any) -> Callable[..., Any] | None:
+    """Return an operation as a function that calls others, None where it is not made of others."""
+    found: Callable[..., Any] | None = decomposition_table.get(op)
+    return found or (op.decompose if op._can_decompose() else None)
+
+
+def below_autograd(op: Any, keys: Any, *args: Any) -> Tensor:
+    """Return what an operation computes below autograd, for which the caller provides the derivative."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)  # type: ignore[no-any-return]
+
+
+def turns_gradients_off(function: Any, args: Sequence[Any]) -> bool:
+    """Return whether a call, as modes see it, is the beginning of ``torch.no_grad()``."""
+    return function is torch._C._set_grad_enabled and not args[0]
 
 
 # -- torch.compile's front end ----------------------------------------------------------------------------------------
@@ -253,7 +277,8 @@ def quiet() -> Iterator[None]:
 
 
 __all__ = [
-    "FakeTensor", "FakeTensorMode", "RefusedError", "_disable_current_modes", "captured", "differentiated",
-    "get_proxy_mode", "is_forward_mode", "is_nested_forward_mode", "is_transformed", "is_wrapped",
-    "make_fx", "outside_of_transforms", "plain", "quiet", "scripts_refused", "sources_forgotten",
+    "FakeTensor", "FakeTensorMode", "RefusedError", "SingleLevelFunction", "TorchDispatchMode",
+    "_disable_current_modes", "below_autograd", "captured", "decomposition", "differentiated", "get_proxy_mode",
+    "is_forward_mode", "is_nested_forward_mode", "is_transformed", "is_wrapped", "make_fx", "outside_of_transforms",
+    "plain", "pytree", "quiet", "scripts_refused", "single_level_functions", "sources_forgotten", "turns_gradients_off",
 ]  # fmt: skip

@@ -266,7 +266,8 @@ def _set_full_precision() -> Callable[[], None]:
     cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
     parts = [(cudnn, "conv"), (cudnn, "rnn"), (cuda, "matmul"), (mkldnn, "conv"), (mkldnn, "matmul")]
     # Since torch 2.9: before that, the older settings are all there is.
-    newer = [found for part, name in parts if hasattr(found := getattr(part, name, None), "fp32_precision")]
+    settings: list[Any] = [getattr(part, name, None) for part, name in parts]
+    newer = [setting for setting in settings if hasattr(setting, "fp32_precision")]
     before = [setting.fp32_precision for setting in newer]
     # torch has older settings besides, and wants both to say the same.
     convolutions = _readable(lambda: cudnn.allow_tf32)

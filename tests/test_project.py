@@ -88,3 +88,32 @@ def test_a_bug_report_asks_for_the_explanation_and_the_versions():
     report = text(".github/ISSUE_TEMPLATE/bug_report.md")
     for asked in ("print(A.explain())", "torch.__version__", "adjointlab.__version__"):
         assert asked in report
+
+
+PRIVATE = re.compile(
+    r"\btorch(?!\.ops\b)(\.\w+)*\._(?!_)\w+|\bfrom torch(\.\w+)* import _\w+|_python_dispatch|_make_subclass"
+)
+
+
+def private_names(source):
+    """Return the names that are private to torch in the code of a file; its comments do not count."""
+    code = re.sub(r'"""(?s:.*?)"""|#.*', "", source)
+    return [match[0] for match in PRIVATE.finditer(code)]
+
+
+def test_private_names_of_torch_are_in_one_file():
+    found = {
+        str(path.relative_to(ROOT)): names
+        for path in (ROOT / "adjointlab").rglob("*.py")
+        if (names := private_names(path.read_text(encoding="utf-8")))
+    }
+    assert found.keys() == {"adjointlab/compat.py"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from torch.utils import _pytree as pytree", "from torch._decomp import table", "torch._C.f()", "x = torch.a._b"],
+)
+def test_private_names_are_found(line):
+    assert private_names(line)
+    assert not private_names("torch.ops.aten.add(torch.nn.Module.__init__)  # torch._C")

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction
 from torch.distributed.device_mesh import DeviceMesh
 
-from adjointlab.compat import differentiated, plain
+from adjointlab import compat
+from adjointlab.compat import SingleLevelFunction, differentiated, plain
 from adjointlab.distributed.failure import explain_failure
 from adjointlab.distributed.windows import Rows, exchange_plan
 
@@ -40,14 +39,14 @@ def _link(name: str, adjoint: str) -> None:
     """Make op ``adjoint`` the derivative of op ``name``."""
     op, back = _op(name), _op(adjoint)
 
-    # The derivative of an op belongs to one level of functorch's transforms, which _SingleLevelFunction provides.
-    class Linked(_SingleLevelFunction):
+    # The derivative of an op belongs to one level of functorch's transforms, which SingleLevelFunction provides.
+    class Linked(SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, keys: Any, recorded: bool, x: Tensor, *rest: Any) -> Tensor:
             ctx.rest = rest
             # The forward of a Function does not record. But lower levels of torch.func must, if parameters live there.
-            with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(recorded):
-                return op.redispatch(keys & torch._C._after_autograd_keyset, x, *rest)  # type: ignore[no-any-return]
+            with torch.set_grad_enabled(recorded):
+                return compat.below_autograd(op, keys, x, *rest)
 
         @staticmethod
         def backward(ctx: Any, v: Tensor) -> Any:
@@ -56,7 +55,7 @@ def _link(name: str, adjoint: str) -> None:
     apply: Any = Linked.apply  # type: ignore[attr-defined]
 
     def kernel(keys: Any, x: Tensor, *rest: Any) -> Any:
-        with enable_single_level_autograd_function():
+        with compat.single_level_functions():
             return apply(keys, torch.is_grad_enabled(), x, *rest)
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)

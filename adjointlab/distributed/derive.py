@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from adjointlab import compat
 from adjointlab.derive import from_source, options_of, require_linear
 from adjointlab.distributed.failure import raise_on_all_ranks
 from adjointlab.distributed.sharding import Sharding
@@ -94,13 +93,13 @@ def _rebuild(f: Callable[..., Any], domain: Space, codomain: Space, options: dic
     return linear_operator(f, domain, codomain, check=False, **kept)
 
 
-class _NoDTensors(TorchDispatchMode):
+class _NoDTensors(compat.TorchDispatchMode):
     """Refuses DTensors in a forward: torch's convolution of a sharded DTensor is wrong, and no test can detect it."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any(isinstance(leaf, DTensor) for leaf in tree_leaves((args, kwargs))):
+        if any(isinstance(leaf, DTensor) for leaf in compat.pytree.tree_leaves((args, kwargs))):
             raise SpaceMismatchError(
                 f"expected a forward of plain tensors, but it calls {func} on a DTensor, whose convolutions are "
                 "silently wrong along sharded dimensions, and whose to_local() has no adjoint without grad_placements: "

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from adjointlab.compat import pytree
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.space.spec import TensorSpec, describe, is_dtensor, is_shape, refuse_dtensor
 from adjointlab.tree import SINGLE, Structure, has_tensor, tree_flatten

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from adjointlab import compat
 from adjointlab.modules import Source
@@ -34,7 +33,7 @@ class ReadsInputError(UntraceableError):
     """The function turned a value of its input into a Python number, so that its graph is not the function."""
 
 
-class _Values(TorchDispatchMode):
+class _Values(compat.TorchDispatchMode):
     """Answer reads of values (``.item()``, ``bool(t)``, ``mask.nonzero()``) from real tensors; refuse the input's.
 
     What is read that way is part of the graph from then on: ``read`` keeps the tensors, so that the graph can be found
@@ -231,7 +230,7 @@ class _Hiding(TorchFunctionMode):
     ) -> Any:
         if func in _HIDING:
             self.met.append(_HIDING[func])
-        elif func is torch._C._set_grad_enabled and not args[0]:
+        elif compat.turns_gradients_off(func, args):
             self.met.append("torch.no_grad()")
         return func(*args, **(kwargs or {}))
 

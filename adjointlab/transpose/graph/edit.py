@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
+from adjointlab.compat import pytree
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import arguments
 
@@ -16,7 +16,7 @@ from adjointlab.transpose.graph.ops import arguments
 def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Add a call to a graph, with the fake value that it returns."""
     values, options = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-    with next(v for v in tree_leaves(values) if isinstance(v, Tensor)).fake_mode:  # type: ignore[attr-defined]
+    with next(v for v in pytree.tree_leaves(values) if isinstance(v, Tensor)).fake_mode:  # type: ignore[attr-defined]
         value = target(*values, **options)
     return known(graph.call_function(target, args, kwargs), value)
 

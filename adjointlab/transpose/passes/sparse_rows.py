@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
-from torch.utils._pytree import tree_leaves, tree_map
 
+from adjointlab import compat
+from adjointlab.compat import pytree
 from adjointlab.transpose.kernels import separable
 from adjointlab.transpose.passes import grids
 from adjointlab.transpose.passes.rows import NotByIndexError, Rows, diagonal, starts
@@ -79,10 +79,9 @@ class Sparse(Tensor):
         rule = RULES.get(func.overloadpacket)
         if rule is not None:
             return rule(func, *args, **kwargs)
-        if func in decomposition_table:
-            return decomposition_table[func](*args, **kwargs)
-        if func._can_decompose():
-            return func.decompose(*args, **kwargs)
+        decomposition = compat.decomposition(func)
+        if decomposition is not None:
+            return decomposition(*args, **kwargs)
         raise NotByIndexError(f"{func} is no operation by index")
 
 
@@ -127,7 +126,7 @@ def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
     by_name = {**dict(zip([a.name for a in schema], args, strict=False)), **kwargs}
     if any(str(a.type) == "number" and by_name.get(a.name, 0) != 0 for a in schema):
         raise NotByIndexError(f"{func} puts numbers beside those of the input")
-    given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Sparse)]
+    given = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Sparse)]
     like, offsets, total = given[0], dict[int, int](), 0
     for each in given:
         if (each.batch, each.trails) != (like.batch, like.trails):
@@ -156,9 +155,9 @@ def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
             torch.cat([rows.start, rows.start[-1] + each.rows.start[1:]]), torch.cat([rows.column, each.rows.column]),
             torch.cat([rows.value, each.rows.value]),
         )  # fmt: skip
-    names = {name: a if name in _PLACES else tree_map(numbered, a) for name, a in by_name.items()}
+    names = {name: a if name in _PLACES else pytree.tree_map(numbered, a) for name, a in by_name.items()}
     positional = [names.pop(a.name) for a in schema[: len(args)]]
-    return tree_map(moved, func(*positional, **names))
+    return pytree.tree_map(moved, func(*positional, **names))
 
 
 _OF_FLOATS = {aten.im2col}  # which have no integer kernels
