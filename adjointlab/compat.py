@@ -177,7 +177,9 @@ def _run_once(function: Any, arguments: Sequence[Tensor]) -> tuple[Sequence[Any]
     compile_: Any = torch.compile
     dynamo: Any = torch._dynamo  # imported by its first use
     # Hooks on the parts of a module are guarded too, which torch.compile leaves out unless it is told.
-    with quiet(), torch.enable_grad(), dynamo.config.patch(skip_nnmodule_hook_guards=False):
+    # Numbers stay numbers: a float that was another one in an earlier capture is a tensor by default in torch 2.6.
+    options = {"skip_nnmodule_hook_guards": False, "specialize_float": True}
+    with quiet(), torch.enable_grad(), dynamo.config.patch(options):
         results = compile_(function, backend=backend, fullgraph=True, dynamic=False)(*arguments)
     if "outputs" not in seen:
         raise RefusedError("torch.compile is turned off, or has nothing to compile")

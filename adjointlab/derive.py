@@ -12,6 +12,7 @@ from adjointlab.linearity import assess, like_parameters
 from adjointlab.operators import LinearOperator, Map, Recipe
 from adjointlab.space import Space
 from adjointlab.transpose import Derivation, Options, Transposition
+from adjointlab.transpose.selfcheck import Sketch
 
 
 def linear_operator(
@@ -119,9 +120,9 @@ def _rebuild(function: Callable[..., Any], domain: Space, options: dict[str, Any
     return linear_operator(function, domain, **options)
 
 
-def require_linear(source: Transposition, derivation: Derivation, domain: Space) -> None:
+def require_linear(source: Transposition, derivation: Derivation, domain: Space, called: Sketch | None) -> None:
     """Raise unless a map is linear and autograd can differentiate it; the message says how to repair it."""
-    report, offset_allowed = assess(source, derivation, domain=domain), source.options.affine
+    report, offset_allowed = assess(source, derivation, domain=domain, brief=True, called=called), source.options.affine
     kind = "an affine" if offset_allowed else "a linear"
     name = type(source.callable).__name__ if isinstance(source.callable, nn.Module) else "the function"
     seen = report.counterexample

@@ -28,7 +28,7 @@ from adjointlab.transpose.frontend.capture import Tensors, capture
 from adjointlab.transpose.frontend.trace import UntraceableError
 from adjointlab.transpose.kernels.select import remembered
 from adjointlab.transpose.pipeline import Options
-from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
+from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import canonical, is_captured
 from adjointlab.transpose.selfcheck import Pair, Sketch
@@ -63,7 +63,7 @@ class Transposition:
         options: Options | None = None,
         *,
         codomain: Space | None = None,
-        judge: Callable[[Transposition, Derivation, Space], None] | None = None,
+        judge: Callable[[Transposition, Derivation, Space, Sketch | None], None] | None = None,
     ) -> None:
         self.callable, self.kwargs = function, dict(kwargs or {})
         self.options = options or Options()
@@ -169,8 +169,11 @@ class Transposition:
         if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves) or not compat.plain():
             return None  # for the parts to refuse, one after the other
         derivation, state = self._current(given[0])
-        if not derivation.programs or derivation.of_storage or compat.differentiated((*leaves, *state)):
+        if derivation.of_storage or compat.differentiated((*leaves, *state)):
             return None
+        if derivation.user is not None:
+            parts = derivation.user.residual_and_gradient(*given)
+            return None if parts is None else (codomain.unflatten(parts[0]), self.domain.unflatten(parts[1]))
         program = derivation.gradient(weight is not None, residual)
         if program is None:
             return None
@@ -244,9 +247,11 @@ class Transposition:
     def _judge_again(self, derivation: Derivation, state: Tensors, batch: tuple[int, ...]) -> None:
         """Raise if a map that is linear for some values of its state only is not so for those it has now."""
         assert self._judge is not None
+        if derivation.user is not None:
+            derivation.user.keep(None)  # of another state
         try:
             with self._alone():
-                self._judge(self, derivation, self.domain.with_batch(batch))
+                self._judge(self, derivation, self.domain.with_batch(batch), None)
                 self._remember(derivation, state)
         except NotLinearError as error:
             raise _changed(error) from error
@@ -308,13 +313,11 @@ class Transposition:
         else:
             derivation = self._traced(eager, domain, seen)
         if not derivation.programs and self._rebuilds <= _MOST_REBUILDS:  # of the user's code, the modules are watched
-            state = tuple(modules.sources_of(self.modules).values())
-            derivation = replace(
-                derivation, holds=modules.Watch(self.modules).holds, state=state, is_doubtful=True,
-                metadata=tuple(metadata_of(source.read()) for source in state),
-            )  # fmt: skip
+            is_plain = self.options.requested == "eager" or not self.options.check or self._judge is None
+            size = 0 if is_plain else sum(s.dtype.itemsize * s.size for s in (*domain.specs, *self.codomain.specs))
+            derivation = derivation.watched(self.modules, self.callable, size)
         if self._judge is not None and self.options.check and is_new:
-            self._judge(self, derivation, domain)
+            self._judge(self, derivation, domain, seen)
         derivation = self._followed(derivation)
         if self._is_watched(derivation):
             self._remember(derivation, tuple(source.read() for source in derivation.state))
@@ -366,6 +369,7 @@ class Transposition:
                     watched = (self.modules, eager.once) if options.check else (self.modules,)
                     captured = capture(self.callable, self.kwargs, domain, *watched)
                     graphs = pipeline.graphs_of(captured, domain, options)
+                graphs = graphs.stateful(captured.is_stateful())
             except UntraceableError as error:
                 self.untraceable = error
         if not domain.every(graphs is not None):

@@ -101,6 +101,10 @@ class Graphs:
     holds: Callable[[], bool]
     explanation: Explanation  # what is known before they are programs
 
+    def stateful(self, is_stateful: bool) -> Graphs:
+        """Return the same of a function of which calls change what the next ones do, or not."""
+        return replace(self, explanation=replace(self.explanation, is_stateful=is_stateful))
+
     def mapping(self) -> dict[str, Graph]:
         """Return the graphs of what can be called, by name."""
         return {"function": self.forward, "linear": self.linear, "adjoint": self.adjoint.graph}
@@ -124,7 +128,7 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     explanation = Explanation(
         "traced", options.requested, readers=choices_named(adjoint.readers, forward), ops_before=adjoint.ops_before,
         cut=cut_off(forward),
-        hidden=hides(captured, domain.specs), partly=captured.partly, is_stateful=captured.is_stateful,
+        hidden=hides(captured, domain.specs), partly=captured.partly,
     )  # fmt: skip
     return Graphs(forward, linear, adjoint, of_state, captured.holds, explanation)
 
@@ -183,10 +187,15 @@ def eager_derivation(eager: Eager, options: Options, reason: str, known: Explana
         known or Explanation("eager", options.requested), engine="eager", reason=reason, ops_before=Counter(),
         ops_after=Counter(), kernels=(), partly="", program="",
     )  # fmt: skip
-    linear = eager.linear if options.affine else eager.flat
-    back = Linked(eager.adjoint, lambda x: forth(x))  # noqa: PLW0108  # the two refer to each other
-    forth = Linked(linear, back)
-    return Derivation(explanation, {"function": Linked(eager.flat, back), "linear": forth, "adjoint": back})
+
+    def of(eager: Eager) -> Derivation:
+        linear = eager.linear if options.affine else eager.flat
+        back = Linked(eager.adjoint, lambda x: forth(x))  # noqa: PLW0108  # the two refer to each other
+        forth = Linked(linear, back)
+        functions = {"function": Linked(eager.flat, back), "linear": forth, "adjoint": back}
+        return Derivation(explanation, functions, user=eager, again=of)
+
+    return of(eager)
 
 
 def assemble(

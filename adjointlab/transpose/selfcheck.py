@@ -205,7 +205,7 @@ def _near(scale: float, spec: TensorSpec) -> float:
     return 2.0 ** max(-most, min(most, round(math.log2(max(scale, 1e-300)))))
 
 
-def _dot(candidate: Candidate, pair: Pair, image: Sketch, at_y: Tensors, tol: float | None) -> str:
+def _dot(candidate: Candidate, pair: Pair, image: Sketch, at_y: Tensors, tol: float | None = None) -> str:
     """Return how ``Re⟨Ax, y⟩ = Re⟨x, Aᴴy⟩`` fails."""
     domain, codomain, x, y = candidate.domain, candidate.codomain, pair.x, pair.y
     products = [sketch(s, t) for s, t in zip(x, at_y, strict=True)]
@@ -221,7 +221,7 @@ def _dot(candidate: Candidate, pair: Pair, image: Sketch, at_y: Tensors, tol: fl
     lengths, gap, eps = (norm(x, domain), norm(y, codomain)), abs(left - right), max(domain.eps, codomain.eps)
     norms = (*(lengths if pair.x_scales is None else (1.0, 1.0)), of_ax, of_by)
     # Long sums and chains of them lose more than one rounding, which is worth a measurement only where it is much.
-    bound = dot_bound(domain, codomain, norms, units=max(DOT_UNITS, min(_UNITS, _FINE / eps)))
+    bound = dot_bound(domain, codomain, norms, units=_units(domain, codomain))
     if not gap <= bound:
         again = relative_gap(at_y, candidate.adjoint(y))
         if not domain.every(again <= allowance(_UNITS, eps)):
@@ -237,6 +237,19 @@ def _dot(candidate: Candidate, pair: Pair, image: Sketch, at_y: Tensors, tol: fl
     if gap <= max(bound, (tol or 0.0) * size):
         return ""
     return f"the derived adjoint fails the dot test by {gap / size:.1e}, where rounding explains {bound / size:.1e}"
+
+
+def dot_holds(x: Tensors, y: Tensors, image: Sketch, at_y: Tensors, domain: Space, codomain: Space) -> bool:
+    """Return whether ``Re⟨Ax, y⟩ = Re⟨x, Aᴴy⟩`` to the rounding of a chain of operations, without a measurement."""
+    left = math.fsum(float(p.real.sum()) for p in image.products)
+    right = math.fsum(float(sketch(s, t).real.sum()) for s, t in zip(x, at_y, strict=True))
+    norms = norm(x, domain), norm(y, codomain), math.hypot(*image.norms), norm(at_y, domain)
+    return abs(left - right) <= dot_bound(domain, codomain, norms, units=_units(domain, codomain))
+
+
+def _units(domain: Space, codomain: Space) -> float:
+    """Return how many roundings a chain may lose: more than a few where they are small."""
+    return max(DOT_UNITS, min(_UNITS, _FINE / max(domain.eps, codomain.eps)))
 
 
 def _sum(space: Space, numbers: Sequence[float]) -> float:

@@ -37,7 +37,7 @@ class Capture:
     sources: dict[int, Source]  # where tensors that show later are read from, by their ids
     holds: Callable[[], bool]  # whether all that it depends on, besides values of the state, is as it was
     partly: str = ""  # why PyTorch's front end refused it, so that Python state is watched in part only
-    is_stateful: bool = False  # whether each call was seen to change what the next one depends on
+    is_stateful: Callable[[], bool] = lambda: False  # whether each call changes what the next one depends on
 
 
 def flatten_outputs(output: Any) -> tuple[Tensors, Structure | None]:
@@ -78,7 +78,7 @@ def capture(
             captured = _by_compiler(function, kwargs, domain)
             is_stateful = not captured.holds() and _changes(modules, call)
         if captured.holds():
-            return replace(captured, is_stateful=is_stateful)
+            return replace(captured, is_stateful=lambda: is_stateful)
         reason, is_stateful = "a call changes what the next one does", True
     except compat.RefusedError as error:
         reason, is_stateful = str(error), False
@@ -90,10 +90,12 @@ def capture(
         x = domain.unflatten([leaf.view_as(leaf) for leaf in leaves])
         return flatten_outputs(function(*x, **kwargs) if type(x) is tuple else function(x, **kwargs))[0]
 
-    with attributes_kept(modules):
-        is_stateful = is_stateful or (_changes(modules, call) and _changes(modules, call))
+    def changes() -> bool:  # for what can be traced only: code that cannot may take long
+        with attributes_kept(modules):
+            return is_stateful or (_changes(modules, call) and _changes(modules, call))
+
     sources = {**sources_named(function), **sources_of(modules)}
-    return Capture(run, (), sources, Watch(modules, function).holds, reason, is_stateful)
+    return Capture(run, (), sources, Watch(modules, function).holds, reason, changes)
 
 
 def _changes(modules: tuple[nn.Module, ...], call: Callable[[], Any]) -> bool:

@@ -18,7 +18,7 @@ from adjointlab.modules import Source
 from adjointlab.space import TensorSpec
 from adjointlab.transpose.frontend.capture import Capture
 from adjointlab.transpose.frontend.sparse import SparseMatrices, multiplied
-from adjointlab.transpose.frontend.vjp import Tensors, first_line, vjp_by_func, vjp_by_grad
+from adjointlab.transpose.frontend.vjp import Tensors, first_line, nodes_of, vjp_by_func, vjp_by_grad
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import is_mutable, op_name
 
@@ -204,17 +204,12 @@ def hides(captured: Capture, specs: Sequence[TensorSpec]) -> tuple[str, ...]:
                 outputs = captured.function(tuple(state), tuple(leaves))
     except Exception as error:  # as for a trace: there is nothing to be known
         return (f"an operation without a derivative ({first_line(error)})",)
-    found, seen, pending = dict.fromkeys(mode.met), set[Any](), [out.grad_fn for out in outputs]
-    if any(node is None for node in pending):
+    found = dict.fromkeys(mode.met)
+    if any(out.grad_fn is None for out in outputs):
         found["an output that autograd does not see"] = None
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_of(outputs):
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             found[f"a custom backward ({type(node).__name__.removesuffix('Backward')})"] = None
-        pending.extend(following for following, _ in node.next_functions)
     return tuple(found)
 
 

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,35 +20,97 @@ from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]
 VJP = Callable[[Function, Tensors, Tensors], Tensors]
-_REFUSALS = (RuntimeError, NotImplementedError, AssertionError)  # the last by torch.cond, scan and map
+REFUSALS = (RuntimeError, NotImplementedError, AssertionError)  # the last by torch.cond, scan and map
 
 
-def vjp_by_func(function: Function, primals: Tensors, cotangents: Tensors) -> Tensors:
-    """Return ``J(primals)ᴴ cotangents`` by ``torch.func.vjp``."""
+@dataclass(frozen=True)
+class Linearized:
+    """A function at a point: its result there, and the pull-back ``v ↦ Jᴴ v``, which may be called again and again."""
+
+    outputs: Tensors
+    pull_back: Function
+    inputs: Tensors = ()  # the point, as autograd knows it
+    kept: float = math.inf  # bytes that the pull-back keeps alive, infinite where that is not known
+    is_alone: bool = False  # whether it is known that no other tensor plays a part that requires gradients
+
+
+def linearized_by_func(function: Function, primals: Tensors, *, once: bool = False) -> Linearized:
+    """Return a function at a point by ``torch.func.vjp``."""
     result: tuple[Any, ...] = torch.func.vjp(lambda *leaves: function(leaves), *primals)
     outputs, pull_back = result
-    if len(cotangents) != len(outputs):
-        raise RuntimeError(f"the forward returned {len(outputs)} tensors where it had returned {len(cotangents)}")
-    return tuple(pull_back(tuple(cotangents)))
+
+    def back(cotangents: Tensors) -> Tensors:
+        if len(cotangents) != len(outputs):
+            raise RuntimeError(f"the forward returned {len(outputs)} tensors where it had returned {len(cotangents)}")
+        return tuple(pull_back(tuple(cotangents)))
+
+    return Linearized(outputs, back)
 
 
-def vjp_by_grad(function: Function, primals: Tensors, cotangents: Tensors) -> Tensors:
-    """Return ``J(primals)ᴴ cotangents`` by ``torch.autograd.grad``."""
+def linearized_by_grad(function: Function, primals: Tensors, *, once: bool = False) -> Linearized:
+    """Return a function at a point by ``torch.autograd.grad``; ``once`` frees what the pull-back has used."""
     if torch.is_inference_mode_enabled():  # nothing would be recorded, and all gradients be zero
         with torch.inference_mode(False), torch.no_grad():
-            return vjp_by_grad(function, tuple(p.clone() for p in primals), tuple(c.clone() for c in cotangents))
+            found = linearized_by_grad(function, tuple(p.clone() for p in primals), once=once)
+
+        def outside(cotangents: Tensors) -> Tensors:
+            with torch.inference_mode(False), torch.no_grad():
+                return found.pull_back(tuple(c.clone() for c in cotangents))
+
+        return replace(found, pull_back=outside)
     with torch.enable_grad():
         inputs = tuple(p.detach().requires_grad_() for p in primals)
         # A view of the leaf is handed over, since autograd forbids writing to a leaf in place.
         outputs = function(tuple(leaf.view_as(leaf) for leaf in inputs))
-    pairs = zip(outputs, _like(cotangents, outputs), strict=True)
-    attached = [(out, ct) for out, ct in pairs if out.requires_grad]
-    if not attached:
-        return tuple(torch.zeros_like(p) for p in primals)
-    tracked, given = zip(*attached, strict=True)
-    create = torch.is_grad_enabled()
-    gradients = torch.autograd.grad(tracked, inputs, given, create_graph=create, allow_unused=True)
-    return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, primals, strict=True))
+
+    def back(cotangents: Tensors) -> Tensors:
+        pairs = zip(outputs, _like(cotangents, outputs), strict=True)
+        attached = [(out, ct) for out, ct in pairs if out.requires_grad]
+        if not attached:
+            return tuple(torch.zeros_like(p) for p in primals)
+        tracked, given = zip(*attached, strict=True)
+        create = torch.is_grad_enabled()
+        gradients = torch.autograd.grad(
+            tracked, inputs, given, create_graph=create, retain_graph=create or not once, allow_unused=True
+        )
+        return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, primals, strict=True))
+
+    return Linearized(outputs, back, inputs)
+
+
+def measured(function: Function, primals: Tensors) -> Linearized:
+    """Return the same, with what it keeps, and whether other tensors play a part."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = linearized_by_grad(function, primals)
+    leaves = {id(node.variable) for node in nodes_of(found.outputs) if hasattr(node, "variable")}
+    return replace(found, kept=sum(seen.values()), is_alone=leaves.issubset(map(id, found.inputs)))
+
+
+def nodes_of(outputs: Sequence[Tensor]) -> list[Any]:
+    """Return the nodes of autograd's graph of some tensors."""
+    seen, pending = dict[Any, None](), [output.grad_fn for output in outputs]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen[node] = None
+            pending.extend(following for following, _ in node.next_functions)
+    return list(seen)
+
+
+def vjp_by_func(function: Function, primals: Tensors, cotangents: Tensors) -> Tensors:
+    """Return ``J(primals)ᴴ cotangents`` by ``torch.func.vjp``."""
+    return linearized_by_func(function, primals).pull_back(cotangents)
+
+
+def vjp_by_grad(function: Function, primals: Tensors, cotangents: Tensors) -> Tensors:
+    """Return ``J(primals)ᴴ cotangents`` by ``torch.autograd.grad``."""
+    return linearized_by_grad(function, primals, once=True).pull_back(cotangents)
 
 
 def _like(cotangents: Tensors, outputs: Tensors) -> Tensors:
@@ -59,25 +123,37 @@ def _like(cotangents: Tensors, outputs: Tensors) -> Tensors:
     return tuple(cotangents)
 
 
-def choose_vjp(function: Function, primals: Tensors, cotangents: Tensors) -> tuple[VJP, str, Tensors]:
-    """Return the VJP that works for ``function``, why ``torch.func.vjp`` does not where that is so, and its result."""
+@dataclass(frozen=True)
+class Choice:
+    """The way to linearise a function, and why that is not ``torch.func.vjp`` where it is so."""
+
+    linearize: Callable[..., Linearized]
+    why: str
+
+
+def choose(function: Function, primals: Tensors, cotangents: Tensors) -> tuple[Choice, Linearized, Tensors]:
+    """Return the way that works for a function, the function as it found it, and what that pulls cotangents back to."""
     try:
-        result = vjp_by_func(function, primals, cotangents)
+        found = linearized_by_func(function, primals)
+        result = found.pull_back(cotangents)
         if not compat.plain() or any(t.any() for t in result):
-            return vjp_by_func, "", result
+            return Choice(linearized_by_func, ""), found, result
         # Of what runs in another thread, torch.func sees nothing.
-        result = vjp_by_grad(function, primals, cotangents)
-        seen = any(t.any() for t in result)
-        return (vjp_by_grad, "torch.func.vjp does not see it", result) if seen else (vjp_by_func, "", result)
-    except _REFUSALS as refusal:
+        other = linearized_by_grad(function, primals)
+        seen = other.pull_back(cotangents)
+        if any(t.any() for t in seen):
+            return Choice(linearized_by_grad, "torch.func.vjp does not see it"), other, seen
+        return Choice(linearized_by_func, ""), found, result
+    except REFUSALS as refusal:
         try:
-            result = vjp_by_grad(function, primals, cotangents)
-        except _REFUSALS as error:
+            found = linearized_by_grad(function, primals)
+            result = found.pull_back(cotangents)
+        except REFUSALS as error:
             raise NotDifferentiableError(
                 f"expected a map that autograd can differentiate, but it says: {first_line(error).rstrip('.')}; "
                 "write that part with other ops, or as an autograd.Function"
             ) from refusal
-        return vjp_by_grad, f"torch.func.vjp refuses it ({first_line(refusal)})", result
+        return Choice(linearized_by_grad, f"torch.func.vjp refuses it ({first_line(refusal)})"), found, result
 
 
 def first_line(error: BaseException) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adjointlab import compat
-from adjointlab.modules import Source
+from adjointlab.modules import Source, Watch, sources_named, sources_of
 from adjointlab.transpose.explanation import Explanation
 from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import Program, Tensors, at_start, canonical
 
 Linked = Callable[..., Tensors]
@@ -39,6 +41,8 @@ class Derivation:
     multiplier: Callable[[Tensors], Tensor | None] = lambda _: None
     of_storage: bool = False  # whether programs read memory from where a tensor starts, and not by indices
     is_doubtful: bool = False  # whether the map may be linear only for the values that its state has
+    user: Eager | None = None  # the user's function, where there are no programs
+    again: Callable[[Eager], Derivation] | None = None  # the same for another form of it
     checked: bool = False  # whether the functions were compared with the user's forward, and with each other
 
     def state_now(self) -> Tensors | None:
@@ -68,8 +72,24 @@ class Derivation:
 
     def frozen(self, state: Tensors) -> Derivation:
         """Return the functions for a state that does not change."""
+        if self.user is not None and self.again is not None:
+            return self.again(self.user.keeping(math.inf))
         programs = {name: (program.frozen(state), linked) for name, (program, linked) in self.programs.items()}
         return replace(self, programs=programs)
+
+    def watched(self, parts: tuple[nn.Module, ...], function: Callable[..., Any], most: int) -> Derivation:
+        """Return the user's functions with what is watched of modules and, if any, of what the function names.
+
+        While all of that is as it was, a pull-back is kept that takes no more bytes than ``most``, if any.
+        """
+        found, named = self, dict[int, Source]()
+        if most and self.user is not None and self.again is not None:
+            found, named = self.again(self.user.keeping(most)), sources_named(function)
+        state = tuple({**named, **sources_of(parts)}.values())
+        return replace(
+            found, holds=Watch(parts, function if most else None).holds, state=state, is_doubtful=True,
+            metadata=tuple(metadata_of(source.read()) for source in state),
+        )  # fmt: skip
 
     def function(self, name: str) -> Callable[[Tensors], Tensors]:
         """Return a function of leaves alone, which reads the state at every call."""

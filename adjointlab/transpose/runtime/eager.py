@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from adjointlab import compat
-from adjointlab.errors import SpaceMismatchError
+from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
 from adjointlab.modules import attributes_kept, modules_of
 from adjointlab.space import Space
 from adjointlab.transpose.frontend import vjp
@@ -22,7 +23,15 @@ class Eager:
         self.callable, self.kwargs, self.domain = function, kwargs, domain
         self.modules = modules_of(function, kwargs)
         self.structure: Any = None  # of what the function returned last
-        self._vjp: tuple[vjp.VJP, str] | None = None
+        self.most = 0.0  # bytes that a pull-back may take which is kept from call to call
+        self._choice: vjp.Choice | None = None
+        self._kept: vjp.Linearized | None = None
+
+    def keeping(self, most: float) -> Eager:
+        """Return the same function, which keeps its pull-back if that takes no more than so many bytes."""
+        found = Eager(self.callable, self.kwargs, self.domain)
+        found.structure, found.most, found._choice = self.structure, most, self._choice
+        return found
 
     def on(self, domain: Space) -> Eager:
         """Return the same function on another size of the free dimensions."""
@@ -35,7 +44,7 @@ class Eager:
     @property
     def path(self) -> str:
         """Why the adjoint is not by ``torch.func.vjp``, where that is so."""
-        return self._vjp[1] if self._vjp else ""
+        return self._choice.why if self._choice else ""
 
     def flat(self, leaves: Tensors, *, copied: bool = True) -> Tensors:
         """Return the leaves of ``f(x)``, calling the user's function itself, which may write to its input."""
@@ -47,15 +56,19 @@ class Eager:
     def called(self, leaves: Tensors, *, copied: bool = True, times: int = 1) -> Tensors:
         """Return the leaves of ``f(x)``, leaving what modules hold as it was: one may calibrate itself at first.
 
-        Of several calls in a row, the last is returned. An error that the function raises on an element of its claimed
-        domain is a mismatch.
+        Of several calls in a row, the last is returned.
         """
+        with attributes_kept(self.modules), self.explained():
+            for _ in range(times - 1):
+                self.tried(leaves)
+            return self.tried(leaves, copied=copied)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raise what the function raises on elements of its domain as a mismatch, with what to do."""
         try:
-            with attributes_kept(self.modules):
-                for _ in range(times - 1):
-                    self.tried(leaves)
-                return self.tried(leaves, copied=copied)
-        except SpaceMismatchError:
+            yield
+        except (SpaceMismatchError, NotDifferentiableError):
             raise
         except Exception as error:  # a third-party forward may raise anything
             raise SpaceMismatchError(
@@ -87,16 +100,54 @@ class Eager:
         zeros = tuple(torch.zeros_like(leaf) for leaf in leaves)
         return tuple(a - b for a, b in zip(self.flat(leaves), self.flat(zeros), strict=True))
 
+    def linearized(self, leaves: Tensors, cotangents: Tensors) -> tuple[vjp.Linearized, Tensors]:
+        """Return ``f`` at x, and what its pull-back makes of cotangents."""
+        if self._choice is None and self.most:
+            with contextlib.suppress(*vjp.REFUSALS):
+                found = vjp.measured(self.flat, leaves)
+                return found, found.pull_back(cotangents)
+        if self._choice is None:
+            self._choice, found, result = vjp.choose(self.flat, leaves, tuple(c.detach() for c in cotangents))
+            return found, result
+        found = self._choice.linearize(self.flat, leaves)
+        return found, found.pull_back(cotangents)
+
+    def residual_and_gradient(
+        self, x: Tensors, y: Tensors, weight: Tensors | None = None
+    ) -> tuple[Tensors, Tensors] | None:
+        """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` by one call and its pull-back; None where these see more."""
+        try:
+            found = vjp.measured(self.flat, x)
+        except vjp.REFUSALS:
+            return None
+        if torch.is_grad_enabled() and not found.is_alone:
+            return None
+        with torch.no_grad():
+            residual = tuple(a.detach() - b for a, b in zip(found.outputs, y, strict=True))
+            weighted = residual if weight is None else tuple(w * r for w, r in zip(weight, residual, strict=True))
+            return residual, found.pull_back(weighted)
+
+    def keep(self, found: vjp.Linearized | None) -> None:
+        """Use a pull-back for all cotangents from now on, if it keeps no more than it may."""
+        self._kept = found if found is not None and found.kept <= self.most else None
+
     def adjoint(self, cotangents: Tensors) -> Tensors:
         """Return ``f'(1)ᴴ v`` by the plain eager vector-Jacobian product: at zero, a function may do otherwise."""
-        if compat.plain():  # torch's own derivative of as_strided reads from the start of the memory
+        is_plain = compat.plain()
+        if is_plain:  # torch's own derivative of as_strided reads from the start of the memory
             cotangents = tuple(c.clone() if c.storage_offset() else c for c in cotangents)
+        may_keep, kept = self.most and is_plain and not compat.differentiated(cotangents), self._kept
+        if may_keep and kept is not None and (kept.is_alone or not torch.is_grad_enabled()):
+            return kept.pull_back(cotangents)
         k = self.domain.batch_dims
         batch = cotangents[0].shape[:k]
         primals = tuple(torch.ones((*batch, *s.shape[k:]), dtype=s.dtype, device=s.device) for s in self.domain.specs)
-        if self._vjp is None:
-            found, why, result = vjp.choose_vjp(self.flat, primals, tuple(c.detach() for c in cotangents))
-            self._vjp = found, why
-            if compat.plain() and not torch.is_grad_enabled():
+        if may_keep:
+            found, result = self.linearized(primals, cotangents)
+            self.keep(found)
+            return result
+        if self._choice is None:
+            self._choice, _, result = vjp.choose(self.flat, primals, tuple(c.detach() for c in cotangents))
+            if is_plain and not torch.is_grad_enabled():
                 return result
-        return self._vjp[0](self.flat, primals, cotangents)
+        return self._choice.linearize(self.flat, primals, once=True).pull_back(cotangents)
