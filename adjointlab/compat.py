@@ -142,7 +142,13 @@ def captured(function: Any, arguments: Sequence[Tensor], scope: dict[str, Any]) 
     dynamo.eval_frame.reset_code(function.__code__)
     scope.update(added)
 
+    with torch.no_grad():
+        is_of_mode = not check(where)
+
     def holds(_alive: Any = (alive, function)) -> bool:
+        if is_of_mode:  # torch 2.6 guards the mode of gradients with all else
+            with torch.enable_grad():
+                return bool(check(where))
         return bool(check(where))
 
     numbers = [origins[id(result)] for result in results]

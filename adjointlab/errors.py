@@ -1,5 +1,7 @@
 """The errors of adjointlab. Each message states the expectation, the value received, and the remedy."""
 
+from __future__ import annotations
+
 
 class SpaceMismatchError(ValueError):
     """A value is not an element of the expected space, or two spaces do not match.
@@ -14,6 +16,13 @@ class NotLinearError(ValueError):
 
     The message states the evidence (an offset, randomness, state, ops that read the input) and the remedy.
     """
+
+    def of_change(self) -> NotLinearError:
+        """Return the error of a map that was linear when it was checked."""
+        return NotLinearError(
+            "expected the map that was checked, but it has changed, and is not linear any more; undo the change: "
+            f"{self}"
+        )
 
 
 class NotDifferentiableError(RuntimeError):

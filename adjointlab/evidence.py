@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -159,33 +160,38 @@ class Numbers:
             return False
         near, zero, before = Pair(self.domain, self.codomain), self.zero, torch.get_rng_state()
         x, y = near.x, near.y
-        away = replace(near, x_seed=near.x_seed + 6)
-        # On the other side of zero, as seen from x: a function may decide by signs, of its entries or of a sum.
-        far = -safe_scale(x)
-        z = tuple(s + t / 2 for s, t in zip(x, away.x, strict=True))
         is_complex = all(space.specs[0].is_complex for space in (self.domain, self.codomain))
         w = y if is_complex else replace(near, y_seed=near.y_seed + 6).y
         # One call after the other, so that what one leaves behind shows in the next.
         with attributes_kept(user.modules), user.explained():
             at_x = Sketch.of(user.tried(x), y) if seen is None else seen
+            z = self._elsewhere(x, at_x)
             at_zero = user.tried(zero)
             self.offset = self.norm(at_zero)
             try:
-                found, at_y = user.linearized(tuple(far * t for t in z), y)
+                found, at_y = user.linearized(z, y)
                 if is_complex:  # a map commutes with i where its adjoint does
                     self.commutes = commutes_with_i(lambda v: at_y if v is y else found.pull_back(v), y, self.domain)
                 at_w = at_y if is_complex else found.pull_back(w)
             except (NotDifferentiableError, *REFUSALS):
                 return False
-        at_z = tuple((t.detach() - u) / far for t, u in zip(found.outputs, at_zero, strict=True))
-        holds = dot_holds(x, y, at_x.minus(Sketch.of(at_zero, y)), at_y, *self.spaces) and dot_holds(
-            z, w, Sketch.of(at_z, w), at_w, *self.spaces
-        )
+        at_z = Sketch.of(_minus(found.outputs, at_zero), w)
+        holds = dot_holds(x, y, at_x.minus(Sketch.of(at_zero, y)), at_y, *self.spaces)
+        holds = holds and dot_holds(z, w, at_z, at_w, *self.spaces)
         if not holds or not torch.equal(before, torch.get_rng_state()):
             self.commutes = None
             return False
         user.keep(found)
         return True
+
+    def _elsewhere(self, x: Tensors, at_x: Sketch) -> Tensors:
+        """Return numbers of all sizes, of the sign that the sum of x does not have: a function may decide by both."""
+        (t,), (spec,), (size,) = x, self.codomain.specs, at_x.norms
+        far = safe_scale((t, torch.tensor(size, dtype=torch.float64).to(spec.dtype)))
+        at_random = 2 * torch.rand(t.shape, generator=torch.Generator().manual_seed(26), device="cpu") - 1
+        sizes = torch.exp2(math.log2(far) * at_random).to(t.device, t.real.dtype)
+        sign = torch.sgn(t.sum())
+        return (t.abs() * sizes * -torch.where(sign == 0, 1, sign),)
 
     @full_precision
     def is_complex_linear(self) -> bool:

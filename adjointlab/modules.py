@@ -84,6 +84,13 @@ def _is_filled(cell: types.CellType) -> bool:
         return False
 
 
+def sources_inside(modules: tuple[nn.Module, ...]) -> list[Any]:
+    """Return the derivations of the operators that modules are or contain."""
+    parts = (part for module in modules for part in module.modules())
+    found = (getattr(part, "source", None) for part in parts if type(part).__module__.startswith("adjointlab."))
+    return list({id(source): source for source in found if source is not None}.values())
+
+
 def require_shapes(modules: tuple[nn.Module, ...]) -> None:
     """Raise on a lazy module, whose parameters have no shapes yet."""
     for module in modules:

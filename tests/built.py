@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -19,6 +20,7 @@ from adjointlab.transpose.kernels.convolution import ConvSpec, sized
 from adjointlab.transpose.kernels.registry import KERNELS, NATIVE, Kernel
 from adjointlab.transpose.kernels.select import Run, Timed
 
+TORCH = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
 
@@ -72,6 +74,11 @@ def square(n: int, k: int, dims: int, *, transposed: bool, dtype: torch.dtype = 
     one, zero = (1,) * dims, (0,) * dims
     settings = one, (k // 2,) * dims, one, transposed, zero, 1, dtype, torch.get_default_device()
     return sized(ConvSpec(1, shape, shape, (k,) * dims, *settings))
+
+
+def needs_torch(version: str, what: str) -> pytest.MarkDecorator:
+    """Skip a test of what PyTorch itself does only since a version, and say what that is."""
+    return pytest.mark.skipif(tuple(map(int, version.split("."))) > TORCH, reason=f"before torch {version}, {what}")
 
 
 def ops_of(function: Callable[..., Any], *arguments: Any) -> list[str]:

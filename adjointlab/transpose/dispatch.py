@@ -43,12 +43,6 @@ _BUILDING = threading.RLock()  # tracing replaces functions of torch for a while
 _is_compiling = torch.compiler.is_compiling
 
 
-def _changed(error: NotLinearError) -> NotLinearError:
-    return NotLinearError(
-        f"expected the map that was checked, but it has changed, and is not linear any more; undo the change: {error}"
-    )
-
-
 class Transposition:
     """``f`` between two spaces and ``v ↦ f'ᴴ v``, by the engine asked for or, where it cannot serve, by eager.
 
@@ -254,7 +248,7 @@ class Transposition:
                 self._judge(self, derivation, self.domain.with_batch(batch), None)
                 self._remember(derivation, state)
         except NotLinearError as error:
-            raise _changed(error) from error
+            raise error.of_change() from error
 
     def _is_judged(self, derivation: Derivation, state: Tensors | None) -> bool:
         """Return whether a derivation is up to date, and was judged with the values that its state has now.
@@ -285,12 +279,16 @@ class Transposition:
         try:
             derivation = self._derived(batch)
         except NotLinearError as error:  # of a function that has changed; where that is refused, it is at every call
-            raise _changed(error) from error
+            raise error.of_change() from error
         self._derivations[batch] = [derivation, *known][:_MOST_STATES]
         while len(self._derivations) > _MOST_SIZES:
             oldest = next(size for size in self._derivations if size not in {batch, self.domain.batch_shape})
             del self._derivations[oldest]
         return derivation, tuple(source.read() for source in derivation.state)
+
+    def is_current(self) -> bool:
+        """Return whether all that was derived is up to date."""
+        return all(known[0].state_now() is not None for known in self._derivations.values())
 
     # -- how it is made ----------------------------------------------------------------------------------------------
 
@@ -302,6 +300,10 @@ class Transposition:
         domain = self.domain.with_batch(batch)
         eager = self.eager.on(domain)
         self.untraceable = None
+        inner = modules.sources_inside(self.modules)  # of operators that it calls, whose guards are no part of its code
+        for source in inner:
+            for size in list(source._derivations):
+                source._at(size)
         # Another size of a function that has not changed was judged already.
         is_new = self._codomain is None or not all(
             self._is_judged(known[0], known[0].state_now()) for known in self._derivations.values()
@@ -319,6 +321,9 @@ class Transposition:
         if self._judge is not None and self.options.check and is_new:
             self._judge(self, derivation, domain, seen)
         derivation = self._followed(derivation)
+        if inner:
+            holds = derivation.holds
+            derivation = replace(derivation, holds=lambda: holds() and all(source.is_current() for source in inner))
         if self._is_watched(derivation):
             self._remember(derivation, tuple(source.read() for source in derivation.state))
         return derivation
@@ -389,16 +394,5 @@ class Transposition:
     def _compiled_functions(self) -> dict[str, Callable[..., Tensors]]:
         """Return the eager functions of leaves through ``torch.compile``, for all sizes at once."""
         if self._compiled is None:
-            eager, options = self.eager, {"dynamic": True, **self.options.options}
-
-            def function(*leaves: Tensor) -> Tensors:
-                return eager.flat(leaves)
-
-            def linear(*leaves: Tensor) -> Tensors:
-                return eager.linear(leaves) if self.options.affine else eager.flat(leaves)
-
-            def adjoint(*cotangents: Tensor) -> Tensors:
-                return eager.adjoint(cotangents)
-
-            self._compiled = {f.__name__: torch.compile(f, **options) for f in (function, linear, adjoint)}
+            self._compiled = self.eager.compiled(self.options.options, affine=self.options.affine)
         return self._compiled

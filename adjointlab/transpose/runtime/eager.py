@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adjointlab import compat
 from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
@@ -100,9 +101,23 @@ class Eager:
         zeros = tuple(torch.zeros_like(leaf) for leaf in leaves)
         return tuple(a - b for a, b in zip(self.flat(leaves), self.flat(zeros), strict=True))
 
+    def compiled(self, options: dict[str, Any], *, affine: bool) -> dict[str, Callable[..., Tensors]]:
+        """Return the functions of leaves through ``torch.compile``, for all sizes at once."""
+
+        def function(*leaves: Tensor) -> Tensors:
+            return self.flat(leaves)
+
+        def linear(*leaves: Tensor) -> Tensors:
+            return self.linear(leaves) if affine else self.flat(leaves)
+
+        def adjoint(*cotangents: Tensor) -> Tensors:
+            return self.adjoint(cotangents)
+
+        return {f.__name__: torch.compile(f, **{"dynamic": True, **options}) for f in (function, linear, adjoint)}
+
     def linearized(self, leaves: Tensors, cotangents: Tensors) -> tuple[vjp.Linearized, Tensors]:
         """Return ``f`` at x, and what its pull-back makes of cotangents."""
-        if self._choice is None and self.most:
+        if self.most:
             with contextlib.suppress(*vjp.REFUSALS):
                 found = vjp.measured(self.flat, leaves)
                 return found, found.pull_back(cotangents)

@@ -163,7 +163,8 @@ def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable
     what they guard.
     """
     lazy: Any = torch.compile(function, **options)
-    if options.get("backend", "inductor") != "inductor" or not options["fullgraph"]:
+    is_own = options.get("backend", "inductor") == "inductor" and options["fullgraph"]
+    if not is_own or not hasattr(lazy, "aot_compile"):  # before torch 2.11, there is no ahead of time
         return lazy  # type: ignore[no-any-return]
     compiled: Any = None
 

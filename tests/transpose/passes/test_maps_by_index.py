@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from built import affine, first_way, last_way, operator
+from built import affine, first_way, last_way, needs_torch, operator
 from laws import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -275,6 +275,7 @@ def test_what_was_the_same_along_the_batch_may_differ(function: Callable[..., Te
 @pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
 @pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf, 1e30])
+@needs_torch("2.10", "grid_sample reads outside of the image at such numbers, which ends the process")
 def test_grids_with_extreme_numbers(dims: int, mode: str, padding: str, number: float) -> None:
     if mode == "bicubic" and dims == 3:
         pytest.skip("PyTorch has none")
