@@ -23,13 +23,19 @@ INTEROP_BIN := $(INTEROP)/bin
 INTEROP_STAMP := $(INTEROP)/.stamp
 INTEROP_CONSTRAINTS := .ci/constraints-interop.txt
 
+# The third: the oldest.
+OLDEST := .venv-oldest
+OLDEST_BIN := $(OLDEST)/bin
+OLDEST_STAMP := $(OLDEST)/.stamp
+OLDEST_CONSTRAINTS := .ci/constraints-oldest.txt
+
 BENCH := .benchmarks
 BENCH_STAMP := $(VENV)/.stamp-bench
 
 # One thread per process: test workers run side by side, and threads that compete for cores are slower than none.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help env demo quick test fuzz interop bench power notebooks docs browse lint format types layers check wheel clean
+.PHONY: help env demo quick test fuzz oldest interop bench power notebooks docs browse lint format types layers check wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +63,16 @@ quick: $(STAMP) ## Run a part of the tests in a minute or two: every fifth opera
 fuzz: $(STAMP) ## Try operators and changes at random, for an hour or two; FUZZ_STEPS=2000 FUZZ_OPERATORS=500 for less
 	$(ONE_THREAD) FUZZ_STEPS=$${FUZZ_STEPS:-20000} FUZZ_OPERATORS=$${FUZZ_OPERATORS:-5000} \
 		$(BIN)/python -W error -m pytest -s tests/fuzz $(ARGS)
+
+# The oldest torch that we support.
+$(OLDEST_STAMP): pyproject.toml $(OLDEST_CONSTRAINTS)
+	test -x $(OLDEST_BIN)/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST_BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.6.0
+	$(OLDEST_BIN)/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST_CONSTRAINTS) -e '.[dev,demo]'
+	@touch $@
+
+oldest: $(OLDEST_STAMP) ## Run all tests on the oldest supported torch, in .venv-oldest
+	$(ONE_THREAD) $(OLDEST_BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal -m "not packaging" $(ARGS)
 
 # torch and torchvision first and alone, spelt like this: see $(STAMP).
 $(INTEROP_STAMP): pyproject.toml $(INTEROP_CONSTRAINTS)
@@ -127,5 +143,5 @@ wheel: $(STAMP) ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 
 clean: ## Remove everything that was made, .venv included
-	rm -rf $(VENV) $(INTEROP) dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks .coverage htmlcov
+	rm -rf $(VENV) $(OLDEST) $(INTEROP) dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks .coverage htmlcov
 	find adjointlab examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -70,6 +70,18 @@ def differentiated(tensors: Sequence[Tensor]) -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def without_subclass(value: Any) -> Any:
+    """Return a tensor of a subclass that only adds methods as a plain one, anything else as it is."""
+    kind = type(value)
+    if kind is Tensor or not isinstance(value, Tensor) or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return value
+    own: Any = Tensor.__torch_function__
+    if getattr(kind.__torch_function__, "__func__", None) is not own.__func__:
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(Tensor)
+
+
 # -- operations -------------------------------------------------------------------------------------------------------
 
 
@@ -248,15 +260,15 @@ def sources_forgotten() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def scripts_refused() -> Iterator[None]:
-    """Raise where TorchScript is called with tensors without values: it would read them, and end the process."""
+def scripts_run(run: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """Run TorchScript by a function of ours in a trace: its interpreter would read values, and end the process."""
     kinds = (torch._C.ScriptFunction, torch._C.ScriptMethod)
     originals = [vars(kind)["__call__"] for kind in kinds]
 
     def guarded(original: Any) -> Any:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if torch._C._len_torch_dispatch_stack() and torch._guards.detect_fake_mode() is not None:
-                raise RefusedError("it calls TorchScript, which takes no tensors without values")
+                return run(self, args, kwargs)
             return original.__get__(self)(*args, **kwargs)
 
         return call
@@ -268,6 +280,23 @@ def scripts_refused() -> Iterator[None]:
     finally:
         for kind, original in zip(kinds, originals, strict=True):
             kind.__call__ = original  # type: ignore[method-assign]
+
+
+def inlined(graph: Any) -> Any:
+    """Return a graph of TorchScript in which calls of functions are replaced by what these do."""
+    found = graph.copy()
+    torch._C._jit_pass_inline(found)
+    return found
+
+
+def scripted_operation(schema: str, inputs: Sequence[Any]) -> Any:
+    """Return the result of an operation as TorchScript writes it: by its schema, and arguments in their order."""
+    known = torch._C.parse_schema(schema)
+    space, name = known.name.split("::")
+    packet = getattr(getattr(torch.ops, space), name)
+    named = {a.name: value for a, value in zip(known.arguments, inputs, strict=True) if a.kwarg_only}
+    given = inputs[: len(inputs) - len(named)]
+    return getattr(packet, known.overload_name or "default")(*given, **named)
 
 
 @contextlib.contextmanager
@@ -287,6 +316,8 @@ def quiet() -> Iterator[None]:
 __all__ = [
     "FakeTensor", "FakeTensorMode", "RefusedError", "SingleLevelFunction", "TorchDispatchMode",
     "_disable_current_modes", "below_autograd", "captured", "decomposition", "differentiated", "get_proxy_mode",
+    "inlined",
     "is_forward_mode", "is_nested_forward_mode", "is_transformed", "is_wrapped", "make_fx", "outside_of_transforms",
-    "plain", "pytree", "quiet", "scripts_refused", "single_level_functions", "sources_forgotten", "turns_gradients_off",
+    "plain", "pytree", "quiet", "scripted_operation", "scripts_run", "single_level_functions", "sources_forgotten",
+    "turns_gradients_off", "without_subclass",
 ]  # fmt: skip

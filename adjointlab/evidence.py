@@ -185,13 +185,16 @@ class Numbers:
         return True
 
     def _elsewhere(self, x: Tensors, at_x: Sketch) -> Tensors:
-        """Return numbers of all sizes, of the sign that the sum of x does not have: a function may decide by both."""
+        """Return numbers of all sizes and of other signs than x, as has their sum: a function may decide by each."""
         (t,), (spec,), (size,) = x, self.codomain.specs, at_x.norms
-        far = safe_scale((t, torch.tensor(size, dtype=torch.float64).to(spec.dtype)))
+        most = safe_scale((t, torch.tensor(size, dtype=torch.float64).to(spec.dtype)))
         at_random = 2 * torch.rand(t.shape, generator=torch.Generator().manual_seed(26), device="cpu") - 1
-        sizes = torch.exp2(math.log2(far) * at_random).to(t.device, t.real.dtype)
-        sign = torch.sgn(t.sum())
-        return (t.abs() * sizes * -torch.where(sign == 0, 1, sign),)
+        sizes = torch.exp2(math.log2(most) * at_random).to(t.device, t.real.dtype)
+        along = (t * t.sum().conj()).real
+        with_sum, against = ((sizes * along.abs())[part].sum() for part in (along > 0, along <= 0))
+        if bool(with_sum <= against):
+            sizes = torch.where(along > 0, (sizes * 2 * against / with_sum).clamp(max=most), sizes)
+        return (-t * sizes,)
 
     @full_precision
     def is_complex_linear(self) -> bool:

@@ -223,9 +223,12 @@ class Transposition:
         frozen = self._frozen
         if frozen is not None and batch in frozen:
             return frozen[batch]
-        for derivation in self._derivations.get(batch, ()):
+        known = self._derivations.get(batch, [])
+        for derivation in known:
             state = derivation.state_now()
             if state is not None:
+                if derivation is not known[0]:  # the first is what torch.compile takes
+                    self._derivations[batch] = [derivation, *(other for other in known if other is not derivation)]
                 self._served += 1
                 if compat.plain() and not self._is_judged(derivation, state):
                     self._judge_again(derivation, state, batch)
@@ -286,9 +289,9 @@ class Transposition:
             del self._derivations[oldest]
         return derivation, tuple(source.read() for source in derivation.state)
 
-    def is_current(self) -> bool:
-        """Return whether all that was derived is up to date."""
-        return all(known[0].state_now() is not None for known in self._derivations.values())
+    def current(self) -> list[Derivation]:
+        """Return what is derived for each size, up to date."""
+        return [self._at(batch)[0] for batch in list(self._derivations)]
 
     # -- how it is made ----------------------------------------------------------------------------------------------
 
@@ -300,10 +303,8 @@ class Transposition:
         domain = self.domain.with_batch(batch)
         eager = self.eager.on(domain)
         self.untraceable = None
-        inner = modules.sources_inside(self.modules)  # of operators that it calls, whose guards are no part of its code
-        for source in inner:
-            for size in list(source._derivations):
-                source._at(size)
+        # Of operators that it calls, whose guards are no part of its code.
+        inner = [derivation for source in modules.sources_inside(self.modules) for derivation in source.current()]
         # Another size of a function that has not changed was judged already.
         is_new = self._codomain is None or not all(
             self._is_judged(known[0], known[0].state_now()) for known in self._derivations.values()
@@ -323,7 +324,9 @@ class Transposition:
         derivation = self._followed(derivation)
         if inner:
             holds = derivation.holds
-            derivation = replace(derivation, holds=lambda: holds() and all(source.is_current() for source in inner))
+            derivation = replace(
+                derivation, holds=lambda: holds() and all(each.state_now() is not None for each in inner)
+            )
         if self._is_watched(derivation):
             self._remember(derivation, tuple(source.read() for source in derivation.state))
         return derivation

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from adjointlab import compat
 from adjointlab.modules import Source
 from adjointlab.space import TensorSpec
+from adjointlab.transpose.frontend import torchscript
 from adjointlab.transpose.frontend.capture import Capture
 from adjointlab.transpose.frontend.sparse import SparseMatrices, multiplied
 from adjointlab.transpose.frontend.vjp import Tensors, first_line, nodes_of, vjp_by_func, vjp_by_grad
@@ -44,6 +45,7 @@ class _Values(compat.TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.state = state  # the real tensors that the first inputs of the graph stand for
         self.read: dict[int, Tensor] = {}
+        self.seeded: list[torch.Generator] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -54,9 +56,28 @@ class _Values(compat.TorchDispatchMode):
         if func is aten.masked_select.default:
             x, mask = torch.broadcast_tensors(*args)
             return aten.index.Tensor(x, self._positions([mask]))
-        if torch.Tag.data_dependent_output not in func.tags and func not in _READERS:
+        if _is_of_values(func, args, kwargs):
+            self._require_seeded((*args, *kwargs.values()))
+            try:
+                return self._real(func, args, kwargs)
+            except ReadsInputError:  # a fake one may do: there may be a number of entries that is known
+                return func(*args, **kwargs)
+        if torch.Tag.data_dependent_output not in getattr(func, "tags", ()) and func not in _READERS:
             return func(*args, **kwargs)
-        real = [self.value(arg, op_name(func)) if isinstance(arg, Tensor) else arg for arg in args]
+        return self._real(func, args, kwargs)
+
+    def _require_seeded(self, args: Sequence[Any]) -> None:
+        """Raise unless generators are as they were seeded, or were so when the trace met them first."""
+        for generator in args:
+            if isinstance(generator, torch.Generator) and generator not in self.seeded:
+                fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+                if not torch.equal(fresh.get_state(), generator.get_state()):
+                    raise UntraceableError("random: it draws from a generator that no call seeds")
+                self.seeded.append(generator)
+
+    def _real(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = op_name(func)
+        real = compat.pytree.tree_map(lambda arg: self.value(arg, name) if isinstance(arg, Tensor) else arg, args)
         with compat._disable_current_modes():
             return func(*real, **kwargs)
 
@@ -102,6 +123,20 @@ class _Values(compat.TorchDispatchMode):
         return values[node]
 
 
+def _is_of_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether an operation has results that only values tell: entries that are counted, or drawn by a seed."""
+    if torch.Tag.dynamic_output_shape in getattr(func, "tags", ()) and func not in _READERS | _INDEXED:
+        return True
+    return any(isinstance(arg, torch.Generator) for arg in (*args, *kwargs.values())) and not is_mutable(func)
+
+
+@torch.ops.higher_order.cond.py_impl(_Values)
+def _branch(mode: _Values, flag: Any, first: Callable[..., Any], second: Callable[..., Any], operands: Any) -> Any:
+    with mode:
+        chosen = first if bool(mode.value(flag, "cond")) else second
+        return chosen(*operands)
+
+
 _READERS = {aten.is_nonzero.default, aten.nonzero.default}
 _INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 _MEMORY = {
@@ -119,6 +154,7 @@ class _Memory(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        args = compat.pytree.tree_map(compat.without_subclass, args)
         if func in _MEMORY:
             real = self.values.value(args[0], func.__name__)
             with compat._disable_current_modes():
@@ -141,7 +177,7 @@ def _make(
             return function(*tensors)
 
     try:
-        with compat.quiet(), compat.scripts_refused():
+        with compat.quiet(), compat.scripts_run(torchscript.run):
             module = compat.make_fx(
                 watched, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
             )(*arguments)
@@ -197,7 +233,7 @@ def hides(captured: Capture, specs: Sequence[TensorSpec]) -> tuple[str, ...]:
     for tensor, like in zip(state, real, strict=True):
         tensor.requires_grad_(like.requires_grad)
     try:
-        with compat.quiet(), compat.scripts_refused(), fake, torch.enable_grad():
+        with compat.quiet(), compat.scripts_run(torchscript.run), fake, torch.enable_grad():
             leaves = [torch.empty(s.shape, dtype=s.dtype, device=s.device, requires_grad=True) for s in specs]
             values = _Values()
             with _Memory(values, SparseMatrices(dict(captured.sources))), mode:

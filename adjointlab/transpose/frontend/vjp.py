@@ -34,6 +34,25 @@ class Linearized:
     is_alone: bool = False  # whether it is known that no other tensor plays a part that requires gradients
 
 
+def _outside_of_inference(linearized: Callable[..., Linearized]) -> Callable[..., Linearized]:
+    """Leave inference mode for a while, in which nothing is recorded, and all gradients would be zero."""
+
+    def outside(function: Function, primals: Tensors, *, once: bool = False) -> Linearized:
+        if not torch.is_inference_mode_enabled():
+            return linearized(function, primals, once=once)
+        with torch.inference_mode(False), torch.no_grad():
+            found = linearized(function, tuple(p.clone() for p in primals), once=once)
+
+        def pull_back(cotangents: Tensors) -> Tensors:
+            with torch.inference_mode(False), torch.no_grad():
+                return found.pull_back(tuple(c.clone() for c in cotangents))
+
+        return replace(found, pull_back=pull_back)
+
+    return outside
+
+
+@_outside_of_inference
 def linearized_by_func(function: Function, primals: Tensors, *, once: bool = False) -> Linearized:
     """Return a function at a point by ``torch.func.vjp``."""
     result: tuple[Any, ...] = torch.func.vjp(lambda *leaves: function(leaves), *primals)
@@ -47,17 +66,9 @@ def linearized_by_func(function: Function, primals: Tensors, *, once: bool = Fal
     return Linearized(outputs, back)
 
 
+@_outside_of_inference
 def linearized_by_grad(function: Function, primals: Tensors, *, once: bool = False) -> Linearized:
     """Return a function at a point by ``torch.autograd.grad``; ``once`` frees what the pull-back has used."""
-    if torch.is_inference_mode_enabled():  # nothing would be recorded, and all gradients be zero
-        with torch.inference_mode(False), torch.no_grad():
-            found = linearized_by_grad(function, tuple(p.clone() for p in primals), once=once)
-
-        def outside(cotangents: Tensors) -> Tensors:
-            with torch.inference_mode(False), torch.no_grad():
-                return found.pull_back(tuple(c.clone() for c in cotangents))
-
-        return replace(found, pull_back=outside)
     with torch.enable_grad():
         inputs = tuple(p.detach().requires_grad_() for p in primals)
         # A view of the leaf is handed over, since autograd forbids writing to a leaf in place.

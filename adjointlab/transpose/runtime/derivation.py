@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,6 +76,10 @@ class Derivation:
             return self.again(self.user.keeping(math.inf))
         programs = {name: (program.frozen(state), linked) for name, (program, linked) in self.programs.items()}
         return replace(self, programs=programs)
+
+    def with_inner(self, others: Sequence[Derivation]) -> Derivation:
+        """Return the same, out of date where others are that it is made of."""
+        return replace(self, holds=lambda: self.holds() and all(other.state_now() is not None for other in others))
 
     def watched(self, parts: tuple[nn.Module, ...], function: Callable[..., Any], most: int) -> Derivation:
         """Return the user's functions with what is watched of modules and, if any, of what the function names.

@@ -116,7 +116,70 @@ def test_default_dtype_does_not_matter() -> None:
     assert A.H(y).dtype == torch.float64
 
 
-def test_a_generator_of_its_own_is_no_constant_to_lift() -> None:
-    A = al.linear_operator(lambda x: x * torch.randn(3, generator=seeded(0)), torch.zeros(3))
-    assert A.engine == "eager"
-    assert "Generator" in A.explain()
+def test_numbers_from_a_generator_that_the_call_seeds_are_constants() -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        generator = seeded(0)
+        return x * torch.randn(3, generator=generator) + x.flip(0) * torch.rand(3, generator=generator)
+
+    A, x = al.linear_operator(twice, torch.zeros(3)), torch.ones(3)
+    assert A.engine == "traced"
+    assert torch.equal(A(x), twice(x))
+
+
+def test_numbers_from_a_generator_that_no_call_seeds_are_random() -> None:
+    generator = seeded(0)
+    for check in (True, False):
+        function = lambda x: x * torch.randn(3, generator=generator)  # noqa: E731
+        if check:
+            with pytest.raises(al.NotLinearError, match="random"):
+                al.linear_operator(function, torch.zeros(3))
+        else:
+            assert al.linear_operator(function, torch.zeros(3), check=False).engine == "eager"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, index: x[torch.unique(index)],
+        lambda x, index: x.repeat_interleave(index),
+        lambda x, index: torch.bincount(index, minlength=3)[:3] * x,
+        lambda x, index: torch.linalg.lstsq(index[:, None].float(), torch.eye(3)).solution @ x,
+    ],
+)
+def test_results_that_only_values_of_constants_tell_follow_these(function) -> None:
+    index = torch.tensor([2, 0, 1])
+    A, x = al.linear_operator(lambda x: function(x, index), (3,)), torch.randn(3, generator=seeded(0))
+    assert A.engine == "traced"
+    assert torch.equal(A(x), function(x, index))
+    index.copy_(torch.tensor([1, 2, 2]))
+    if function(x, index).shape == A.codomain.specs[0].shape:
+        assert torch.equal(A(x), function(x, index))
+    else:
+        with pytest.raises(al.SpaceMismatchError, match="expected"):
+            A(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which PyTorch itself looks at
+def test_a_branch_on_a_constant_follows_it() -> None:
+    flag = torch.tensor(True)
+    A = al.linear_operator(lambda x: torch.cond(flag, lambda z: 2 * z, lambda z: 3 * z, (x,)), (3,))
+    assert A.engine == "traced"
+    assert torch.equal(A.H(torch.ones(3)), 2 * torch.ones(3))
+    flag.fill_(False)
+    assert torch.equal(A.H(torch.ones(3)), 3 * torch.ones(3))
+
+
+class Named(torch.Tensor):
+    """A subclass that adds a method."""
+
+    def twice(self) -> torch.Tensor:
+        return 2 * self
+
+
+def test_a_subclass_that_adds_methods_is_a_constant_like_others() -> None:
+    w = torch.tensor([1.0, 2.0, 3.0]).as_subclass(Named)
+    A = al.linear_operator(lambda x: w.twice() * x, (3,))
+    assert A.engine == "traced"
+    assert torch.equal(A(torch.ones(3)), torch.tensor([2.0, 4.0, 6.0]))
+    w.mul_(2)
+    assert torch.equal(A(torch.ones(3)), torch.tensor([4.0, 8.0, 12.0]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from built import needs_torch
 from laws import assert_close, draw, inner, matrix
 from operator_zoo import BY_NAME
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import adjointlab as al
 
 pytestmark = pytest.mark.slow
+old_compiler = needs_torch("2.10", "torch.compile refuses torch.func.vjp inside of a backward")
 
 every_engine = pytest.mark.parametrize("engine", ["eager", "traced"])
 every_side = pytest.mark.parametrize("side", ["A", "H"])
@@ -302,6 +304,7 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
+@old_compiler
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own imports
 @pytest.mark.parametrize("name", ["convolution", "exponential"])
@@ -322,6 +325,7 @@ def test_compiled_unrolled_loop(name: str) -> None:
     assert_close(found, expected, A.domain.eps)
 
 
+@old_compiler
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("frozen", [True, False])
@@ -358,6 +362,7 @@ def test_compiled_code_with_transforms_inside(transform: str, frozen: bool) -> N
     assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x), A.domain.eps)
 
 
+@old_compiler
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_code_sees_updates() -> None:
@@ -370,6 +375,7 @@ def test_compiled_code_sees_updates() -> None:
     assert_close(compiled(y), A.H(y), A.domain.eps)
 
 
+@old_compiler
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_code_takes_gradients_in_the_argument() -> None:

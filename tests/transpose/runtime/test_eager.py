@@ -178,6 +178,7 @@ def test_a_complex_map_is_told_to_be_complex_linear() -> None:
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor, conjugate: bool) -> torch.Tensor:
             ctx.conjugate = conjugate
+            calls["forward"] += 1  # which no front end traces
             numbers = x.detach().numpy()
             return torch.from_numpy(2j * (numbers.conj() if conjugate else numbers))
 
@@ -217,6 +218,14 @@ NOT_LINEAR = {
     "rounds": (np.round, lambda x: 1.0),
     "sign of the sum": (lambda x: np.sign(x.sum()) * x, lambda x: np.sign(x.sum())),
     "normalised": (lambda x: x / (np.linalg.norm(x) + 1e-30), lambda x: 1 / (np.linalg.norm(x) + 1e-30)),
+    "rectifies where the sum is positive": (
+        lambda x: np.maximum(x, 0) if x.sum() > 0 else x,
+        lambda x: (x > 0) * 1.0 if x.sum() > 0 else 1.0,
+    ),
+    "rectifies where the sum is negative": (
+        lambda x: np.maximum(x, 0) if x.sum() < 0 else x,
+        lambda x: (x > 0) * 1.0 if x.sum() < 0 else 1.0,
+    ),
     "rectifies": (lambda x: np.maximum(x, 0), lambda x: (x > 0) * 1.0),
     "square": (lambda x: x**2, lambda x: 2 * x),
     "random": (lambda x: x * (generator.random(12) > 0.5), lambda x: 1.0),
