@@ -100,6 +100,7 @@ def affine_operator(
     autotune: bool = False,
     derivative: str = "autograd",
     tol: float | None = None,
+    budget: float = 20.0,
 ) -> AffineOperator:
     """Return ``f(x) = Ax + b`` with the derived adjoint of A: for a convolution with a bias, say.
 
@@ -107,7 +108,7 @@ def affine_operator(
     ----------
     module_or_function : nn.Module or callable
         An affine map; a linear one has the offset zero.
-    domain, batch_dims, kwargs, engine, check, lowering, autotune, derivative, tol
+    domain, batch_dims, kwargs, engine, check, lowering, autotune, derivative, tol, budget
         As in :func:`adjointlab.linear_operator`.
 
     Returns
@@ -132,7 +133,7 @@ def affine_operator(
     >>> torch.allclose(f(x), f.linear(x) + f.offset)
     True
     """
-    options = Options(engine, True, lowering, autotune, derivative, tol, check)
+    options = Options(engine, True, lowering, autotune, derivative, tol, check, budget)
     source = transposition(module_or_function, domain, batch_dims, kwargs, options)
     return AffineOperator(from_source(source, lambda: (_rebuild_linear, _arguments(source))), source)
 

@@ -27,6 +27,7 @@ def linear_operator(
     autotune: bool = False,
     derivative: str = "autograd",
     tol: float | None = None,
+    budget: float = 20.0,
 ) -> LinearOperator:
     r"""Return the linear operator A of a module or function, with its derived adjoint: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``.
 
@@ -57,6 +58,9 @@ def linear_operator(
         custom backwards and ``.detach()`` alike.
     tol : float, optional
         The relative accuracy to judge by, for maps that compute in lower precision inside.
+    budget : float
+        Seconds that a build by tracing may be expected to take; of a forward with more operations than that (100 of
+        them take a second), the adjoint is autograd's, and ``explain()`` says so. It is for ``engine="auto"`` alone.
 
     Returns
     -------
@@ -81,7 +85,7 @@ def linear_operator(
     >>> A.H(A(x) - y).shape
     torch.Size([1, 1, 8, 8])
     """
-    options = Options(engine, False, lowering, autotune, derivative, tol, check)
+    options = Options(engine, False, lowering, autotune, derivative, tol, check, budget)
     source = transposition(module_or_function, domain, batch_dims, kwargs, options)
     return from_source(source, lambda: (_rebuild, (module_or_function, source.domain, options_of(source))))
 
@@ -104,7 +108,7 @@ def options_of(source: Transposition) -> dict[str, Any]:
     return {
         "batch_dims": source.domain.batch_dims, "kwargs": source.kwargs, "engine": options.requested,
         "lowering": options.lowering, "autotune": options.autotune, "derivative": options.derivative,
-        "tol": options.tol, "check": options.check,
+        "tol": options.tol, "check": options.check, "budget": options.budget,
     }  # fmt: skip
 
 

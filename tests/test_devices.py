@@ -70,3 +70,20 @@ def test_kernels_are_measured_where_the_domain_is(device: torch.device) -> None:
     A = al.linear_operator(module, (1, 1, 64, 64), autotune=True)
     assert A.engine == "traced", A.explain()
     assert A.H.domain.specs[0].device.type == device.type
+
+
+def there_is(kind: str) -> bool:
+    return bool(getattr(torch, kind).is_available())
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_a_smoke_test_on_other_devices(kind: str) -> None:
+    if not there_is(kind):
+        pytest.skip(f"there is no {kind} here")
+    A = al.linear_operator(blur(torch.device(kind)), (1, 1, 12, 10), check=kind != "mps")
+    x, y = A.domain.randn(), A.codomain.randn()
+    c = blur(torch.device("cpu"))
+    c.load_state_dict({name: t.cpu() for name, t in A.module.state_dict().items()})
+    B = al.linear_operator(c, (1, 1, 12, 10))
+    torch.testing.assert_close(A(x).cpu(), B(x.cpu()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(A.H(y).cpu(), B.H(y.cpu()), rtol=1e-4, atol=1e-4)

@@ -24,6 +24,7 @@ from adjointlab.space import Space
 from adjointlab.space.codomain import require_outputs, space_of
 from adjointlab.transpose import pipeline
 from adjointlab.transpose.explanation import Explanation
+from adjointlab.transpose.frontend.budget import counted, excess
 from adjointlab.transpose.frontend.capture import Tensors, capture
 from adjointlab.transpose.frontend.trace import UntraceableError
 from adjointlab.transpose.kernels.select import remembered
@@ -187,8 +188,8 @@ class Transposition:
     @property
     def explanation(self) -> Explanation:
         """How the nominal size is served."""
-        explanation = self.nominal.explanation
-        return replace(explanation, path=self.eager.path) if explanation.engine == "eager" else explanation
+        explanation, user = self.nominal.explanation, self.nominal.user
+        return explanation if user is None else replace(explanation, path=user.path, is_kept=user.is_kept)
 
     @property
     def nominal(self) -> Derivation:
@@ -348,9 +349,11 @@ class Transposition:
                 result = eager.called(eager.domain.leaves(eager.domain.zeros()))
             changed: list[str] = []
         else:
-            with modules.buffers_kept(self.modules) as changed:
+            with modules.buffers_kept(self.modules) as changed, counted(self.callable, self.modules) as operations:
                 result = eager.called(x, copied=False)
             del x
+            if self.options.requested == "auto" and (said := excess(operations(), self.options.budget)):
+                self.untraceable = UntraceableError(said)
         self.eager.structure = eager.structure
         if not self.domain.every(not changed):
             self.untraceable = UntraceableError(
@@ -362,11 +365,7 @@ class Transposition:
             require_outputs(result, eager.structure, self.codomain)
         if not self.options.check:
             return None
-        return Sketch.of(result, self._pair(eager.domain).y)
-
-    def _pair(self, domain: Space) -> Pair:
-        codomain = self.codomain
-        return Pair(domain, codomain.with_batch(domain.batch_shape))
+        return Sketch.of(result, Pair(eager.domain, self.codomain.with_batch(eager.domain.batch_shape)).y)
 
     def _traced(self, eager: Eager, domain: Space, seen: Sketch | None) -> Derivation:
         """Derive from the graph of a function; where it has none, its eager functions serve."""
@@ -386,7 +385,7 @@ class Transposition:
             return self._eager(f"the function cannot be traced: {self.untraceable}")
         compiled = self._compiled_functions if options.requested == "compiled" and domain.batch_dims else None
         listing = tuple((n.op, n.target) for g in graphs.mapping().values() for n in g.body.nodes)
-        pair = self._pair(domain)
+        pair = Pair(domain, self.codomain.with_batch(domain.batch_shape))
         if seen is None and options.check and listing not in self._listings:
             seen = Sketch.of(eager.called(pair.x), pair.y)
         derivation = pipeline.derive(graphs, eager, (pair.domain, pair.codomain), options, seen, compiled)

@@ -31,6 +31,7 @@ class Explanation:
     partly: str = ""  # why Python state is watched in part only
     autograd_gap: float | None = None  # how far autograd's adjoint is from this one, of its norm, where compared
     is_stateful: bool = False  # whether a call was seen to change Python state that the forward reads
+    is_kept: bool = False  # whether a pull-back of autograd serves several calls
     program: str = ""  # the adjoint
 
     @property
@@ -63,6 +64,9 @@ class Explanation:
             and "watched: tensors, what modules hold (training, attributes, submodules), and what the function names; "
             "call A.refresh() after "
             f"any other change of Python state, since PyTorch's front end refuses the function ({self.partly})",
+            self.is_kept
+            and "pull-back: kept while tensors, what modules hold (training, attributes, submodules), and what the function "
+            "names are as they were; call A.refresh() after any other change of Python state",
             self.program and f"ops: {before} in the vector-Jacobian product, {after} in the adjoint",
             self.program and removed and f"removed: {removed}",
             *(f"kernel: {kernel}" for kernel in self.kernels),

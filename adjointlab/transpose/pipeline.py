@@ -14,6 +14,7 @@ The eighth step, the way of every call, is ``dispatch``.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -56,8 +57,8 @@ Compiled = Callable[[], Mapping[str, Callable[..., Tensors]]]
 class Options:
     """How an operator is to be derived.
 
-    ``choose`` is the rule for kernels, ``choose_map`` that for maps by index, ``transform`` that for gradients in a
-    kernel; ``options`` are for torch.compile.
+    ``budget`` is in seconds; ``choose`` is the rule for kernels, ``choose_map`` that for maps by index, ``transform``
+    that for gradients in a kernel; ``options`` are for torch.compile.
     """
 
     requested: str = "auto"
@@ -67,6 +68,7 @@ class Options:
     derivative: str = "autograd"
     tol: float | None = None
     check: bool = True
+    budget: float = 20.0
     choose: Chooser | None = None
     choose_map: MapChooser = quickest
     transform: Callable[[ConvSpec], bool] = suits_transform
@@ -82,6 +84,11 @@ class Options:
     def chooser(self) -> Chooser:
         """The rule for kernels."""
         return self.choose or functools.partial(choose, thorough=self.autotune)
+
+    @property
+    def seconds(self) -> float:
+        """How long a trace may take: as long as it takes where it was asked for."""
+        return self.budget if self.requested == "auto" else math.inf
 
     @property
     def modes(self) -> list[str]:
@@ -114,11 +121,11 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     """Return the graphs of a function that was captured: steps 2 to 4."""
     n = len(domain.specs)
     by_forward = options.derivative == "forward"
-    forward = own_outputs(normalise(trace_forward(captured, domain.specs), detached=not by_forward))
+    forward = own_outputs(normalise(trace_forward(captured, domain.specs, options.seconds), detached=not by_forward))
     linear = linear_part(forward) if options.affine else forward
 
     def adjoint_of(graph: Graph) -> Adjoint:
-        found = drop_forward(normalise(trace_vjp(graph), detached=False), n)
+        found = drop_forward(normalise(trace_vjp(graph, options.seconds), detached=False), n)
         of_state = None if found.of_state is None else own_outputs(found.of_state)
         return replace(found, graph=own_outputs(found.graph), of_state=of_state)
 

@@ -6,6 +6,7 @@ it is made, and takes ``(*state, *inputs)``. The forward's is functional; the co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from adjointlab import compat
 from adjointlab.modules import Source
 from adjointlab.space import TensorSpec
 from adjointlab.transpose.frontend import torchscript
+from adjointlab.transpose.frontend.budget import deadline
 from adjointlab.transpose.frontend.capture import Capture
 from adjointlab.transpose.frontend.sparse import SparseMatrices, multiplied
 from adjointlab.transpose.frontend.vjp import Tensors, first_line, nodes_of, vjp_by_func, vjp_by_grad
@@ -41,8 +43,9 @@ class _Values(compat.TorchDispatchMode):
     out of date.
     """
 
-    def __init__(self, state: Sequence[Tensor] = ()) -> None:
+    def __init__(self, is_over: Callable[[], str], state: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.is_over = is_over  # why there is no time left to trace, if so
         self.state = state  # the real tensors that the first inputs of the graph stand for
         self.read: dict[int, Tensor] = {}
         self.seeded: list[torch.Generator] = []
@@ -50,6 +53,8 @@ class _Values(compat.TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if said := self.is_over():
+            raise UntraceableError(said)
         kwargs = kwargs or {}
         if func in _INDEXED and any(_is_mask(index) for index in args[1]):
             return func(args[0], self._positions(args[1]), *args[2:], **kwargs)
@@ -203,13 +208,13 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def trace_forward(captured: Capture, specs: Sequence[TensorSpec]) -> Graph:
+def trace_forward(captured: Capture, specs: Sequence[TensorSpec], seconds: float = math.inf) -> Graph:
     """Return the functional graph of a function on tensors like ``specs``, with what it depends on as state."""
     fake = compat.FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         inputs = [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in specs]
     real = [source.read() for source in captured.state]
-    known, n, values = _faked(real, fake), len(real), _Values(real)
+    known, n, values = _faked(real, fake), len(real), _Values(deadline(seconds), real)
     sources = {**captured.sources, **{id(t): source for t, source in zip(real, captured.state, strict=True)}}
     # Looked up now: a forward may replace what its modules hold while it is traced.
     by_memory = {_memory(source.read()): source for source in captured.sources.values()}
@@ -235,7 +240,7 @@ def hides(captured: Capture, specs: Sequence[TensorSpec]) -> tuple[str, ...]:
     try:
         with compat.quiet(), compat.scripts_run(torchscript.run), fake, torch.enable_grad():
             leaves = [torch.empty(s.shape, dtype=s.dtype, device=s.device, requires_grad=True) for s in specs]
-            values = _Values()
+            values = _Values(str)
             with _Memory(values, SparseMatrices(dict(captured.sources))), mode:
                 outputs = captured.function(tuple(state), tuple(leaves))
     except Exception as error:  # as for a trace: there is nothing to be known
@@ -277,7 +282,7 @@ def constant(tensor: Tensor) -> Source:
     return Source(lambda: tensor, "a constant")
 
 
-def trace_vjp(forward: Graph) -> Graph:
+def trace_vjp(forward: Graph, seconds: float = math.inf) -> Graph:
     """Return the graph ``(*state, *primals, *cotangents) → (*Aᴴ cotangents, *gradients)`` of the forward's VJP.
 
     Gradients are those in the state, None for what requires none, and for all of it where one cannot be traced.
@@ -309,7 +314,7 @@ def trace_vjp(forward: Graph) -> Graph:
     tries = [(vjp_by_func, learned), *([(vjp_by_func, [])] if learned else []), (vjp_by_grad, [])]
     for vjp, wanted in tries:
         try:
-            module = _make(pull_back(vjp, wanted), [*arguments, *cotangents], _Values())
+            module = _make(pull_back(vjp, wanted), [*arguments, *cotangents], _Values(deadline(seconds)))
             break
         except UntraceableError as error:
             refusal = error
@@ -362,7 +367,7 @@ def _functionalised(module: fx.GraphModule, first_input: int) -> fx.GraphModule:
 
     values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     fakes = _faked(values, values[-1].fake_mode)
-    return _make(torch.func.functionalize(run, remove="mutations"), fakes, _Values())
+    return _make(torch.func.functionalize(run, remove="mutations"), fakes, _Values(str))
 
 
 def _raise_if_random(module: fx.GraphModule) -> None:

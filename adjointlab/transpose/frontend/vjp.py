@@ -55,15 +55,8 @@ def _outside_of_inference(linearized: Callable[..., Linearized]) -> Callable[...
 @_outside_of_inference
 def linearized_by_func(function: Function, primals: Tensors, *, once: bool = False) -> Linearized:
     """Return a function at a point by ``torch.func.vjp``."""
-    result: tuple[Any, ...] = torch.func.vjp(lambda *leaves: function(leaves), *primals)
-    outputs, pull_back = result
-
-    def back(cotangents: Tensors) -> Tensors:
-        if len(cotangents) != len(outputs):
-            raise RuntimeError(f"the forward returned {len(outputs)} tensors where it had returned {len(cotangents)}")
-        return tuple(pull_back(tuple(cotangents)))
-
-    return Linearized(outputs, back)
+    outputs, pull_back = _vjp(function, primals)
+    return Linearized(outputs, lambda cotangents: _pulled(outputs, pull_back, cotangents))
 
 
 @_outside_of_inference
@@ -115,8 +108,19 @@ def nodes_of(outputs: Sequence[Tensor]) -> list[Any]:
 
 
 def vjp_by_func(function: Function, primals: Tensors, cotangents: Tensors) -> Tensors:
-    """Return ``J(primals)ᴴ cotangents`` by ``torch.func.vjp``."""
-    return linearized_by_func(function, primals).pull_back(cotangents)
+    """Return ``J(primals)ᴴ cotangents`` by ``torch.func.vjp``, in a form that torch.compile takes too."""
+    return _pulled(*_vjp(function, primals), cotangents)
+
+
+def _vjp(function: Function, primals: Tensors) -> tuple[Tensors, Any]:
+    result: tuple[Any, ...] = torch.func.vjp(lambda *leaves: function(leaves), *primals)
+    return result[0], result[1]
+
+
+def _pulled(outputs: Tensors, pull_back: Any, cotangents: Tensors) -> Tensors:
+    if len(cotangents) != len(outputs):
+        raise RuntimeError(f"the forward returned {len(outputs)} tensors where it had returned {len(cotangents)}")
+    return tuple(pull_back(tuple(cotangents)))
 
 
 def vjp_by_grad(function: Function, primals: Tensors, cotangents: Tensors) -> Tensors:
@@ -136,8 +140,9 @@ def _like(cotangents: Tensors, outputs: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class Choice:
-    """The way to linearise a function, and why that is not ``torch.func.vjp`` where it is so."""
+    """The way to take the derivative of a function, and why that is not ``torch.func.vjp`` where it is so."""
 
+    vjp: VJP
     linearize: Callable[..., Linearized]
     why: str
 
@@ -148,13 +153,13 @@ def choose(function: Function, primals: Tensors, cotangents: Tensors) -> tuple[C
         found = linearized_by_func(function, primals)
         result = found.pull_back(cotangents)
         if not compat.plain() or any(t.any() for t in result):
-            return Choice(linearized_by_func, ""), found, result
+            return Choice(vjp_by_func, linearized_by_func, ""), found, result
         # Of what runs in another thread, torch.func sees nothing.
         other = linearized_by_grad(function, primals)
         seen = other.pull_back(cotangents)
         if any(t.any() for t in seen):
-            return Choice(linearized_by_grad, "torch.func.vjp does not see it"), other, seen
-        return Choice(linearized_by_func, ""), found, result
+            return Choice(vjp_by_grad, linearized_by_grad, "torch.func.vjp does not see it"), other, seen
+        return Choice(vjp_by_func, linearized_by_func, ""), found, result
     except REFUSALS as refusal:
         try:
             found = linearized_by_grad(function, primals)
@@ -164,7 +169,11 @@ def choose(function: Function, primals: Tensors, cotangents: Tensors) -> tuple[C
                 f"expected a map that autograd can differentiate, but it says: {first_line(error).rstrip('.')}; "
                 "write that part with other ops, or as an autograd.Function"
             ) from refusal
-        return Choice(linearized_by_grad, f"torch.func.vjp refuses it ({first_line(refusal)})"), found, result
+        return (
+            Choice(vjp_by_grad, linearized_by_grad, f"torch.func.vjp refuses it ({first_line(refusal)})"),
+            found,
+            result,
+        )
 
 
 def first_line(error: BaseException) -> str:

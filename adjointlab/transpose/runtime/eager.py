@@ -47,6 +47,11 @@ class Eager:
         """Why the adjoint is not by ``torch.func.vjp``, where that is so."""
         return self._choice.why if self._choice else ""
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether a pull-back is kept from call to call."""
+        return self._kept is not None
+
     def flat(self, leaves: Tensors, *, copied: bool = True) -> Tensors:
         """Return the leaves of ``f(x)``, calling the user's function itself, which may write to its input."""
         x = self.domain.unflatten([leaf.clone() for leaf in leaves] if copied else leaves)
@@ -149,6 +154,9 @@ class Eager:
     def adjoint(self, cotangents: Tensors) -> Tensors:
         """Return ``f'(1)ᴴ v`` by the plain eager vector-Jacobian product: at zero, a function may do otherwise."""
         is_plain = compat.plain()
+        if is_plain and torch.is_inference_mode_enabled():  # in which nothing is recorded
+            with torch.inference_mode(False), torch.no_grad():
+                return self.adjoint(tuple(c.clone() for c in cotangents))
         if is_plain:  # torch's own derivative of as_strided reads from the start of the memory
             cotangents = tuple(c.clone() if c.storage_offset() else c for c in cotangents)
         may_keep, kept = self.most and is_plain and not compat.differentiated(cotangents), self._kept
@@ -161,8 +169,10 @@ class Eager:
             found, result = self.linearized(primals, cotangents)
             self.keep(found)
             return result
+        if self._choice is None and torch.compiler.is_compiling():  # which takes no trials
+            return vjp.vjp_by_func(self.flat, primals, cotangents)
         if self._choice is None:
             self._choice, _, result = vjp.choose(self.flat, primals, tuple(c.detach() for c in cotangents))
             if is_plain and not torch.is_grad_enabled():
                 return result
-        return self._choice.linearize(self.flat, primals, once=True).pull_back(cotangents)
+        return self._choice.vjp(self.flat, primals, cotangents)

@@ -151,6 +151,11 @@ def test_derivatives_in_the_argument_pass_through() -> None:
     assert_close(found, A.H(v).detach(), A.domain.eps)
 
 
+def test_what_is_kept_is_said() -> None:
+    assert "pull-back: kept" in projector(Projector()).explain()
+    assert "pull-back: kept" not in projector(Projector(), "eager").explain()
+
+
 def test_a_large_pull_back_is_not_kept() -> None:
     class Wide(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

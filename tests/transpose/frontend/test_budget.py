@@ -1,0 +1,75 @@
+"""A build that would take too long is given up before it begins; what was asked for by name is done."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws import assert_close, seeded
+from torch import Tensor, nn
+
+import adjointlab as al
+from adjointlab.transpose.frontend.budget import counted, deadline, excess
+
+pytestmark = pytest.mark.slow
+
+
+def stepped(count: int):
+    def forward(u: Tensor) -> Tensor:
+        for _ in range(count):
+            u = u + 0.1 * (torch.roll(u, 1, 0) - 2 * u + torch.roll(u, -1, 0))
+        return u
+
+    return forward
+
+
+def test_a_long_loop_is_left_to_autograd_and_the_reason_says_what_to_do() -> None:
+    A = al.linear_operator(stepped(400), (8,))
+    assert A.engine == "eager"
+    assert "operations would take some 30 s, more than the budget of 20 s" in A.explain()
+    assert "pass budget=30" in A.explain()
+    assert al.check_adjoint(A).passed
+
+
+def test_a_budget_is_an_argument() -> None:
+    assert al.linear_operator(stepped(20), (8,), budget=1.0).engine == "eager"
+    assert al.affine_operator(stepped(20), (8,), budget=1.0).engine == "eager"
+    A = al.linear_operator(stepped(20), (8,), budget=3.0)
+    assert A.engine == "traced"
+    x = A.domain.randn(seeded(0))
+    assert_close(A(x), stepped(20)(x), A.domain.eps)
+
+
+def test_an_engine_that_is_asked_for_has_all_the_time_it_takes() -> None:
+    assert al.linear_operator(stepped(5), (8,), engine="traced", budget=0.0).engine == "traced"
+
+
+def test_operations_are_counted_where_no_part_is_compiled() -> None:
+    f, x = stepped(3), torch.zeros(8)
+    with counted(f, ()) as operations:
+        f(x)
+    assert operations() == 21
+    compiled = torch.compile(nn.Identity(), backend="eager")
+    with counted(compiled, (compiled,)) as operations:
+        x + x
+    assert operations() == 0
+    assert not excess(0, 0.0)
+    assert not excess(2000, 20.0)
+    assert excess(2001, 20.0)
+
+
+def test_a_trace_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    is_over = deadline(5.0)
+    assert not is_over()
+    now[0] = 105.5
+    assert is_over() == "to trace it takes longer than the budget of 5 s"
+
+
+def test_an_operator_copied_keeps_its_budget() -> None:
+    import copy
+    import pickle
+
+    A = al.linear_operator(nn.Linear(3, 2, bias=False), (3,), budget=7.0)
+    for other in (copy.deepcopy(A), pickle.loads(pickle.dumps(A))):
+        assert other.source.options.budget == 7.0
