@@ -65,8 +65,8 @@ class Explanation:
             "call A.refresh() after "
             f"any other change of Python state, since PyTorch's front end refuses the function ({self.partly})",
             self.is_kept
-            and "pull-back: kept while tensors, what modules hold (training, attributes, submodules), and what the function "
-            "names are as they were; call A.refresh() after any other change of Python state",
+            and "pull-back: kept while tensors, what modules hold (training, attributes, submodules), and what the "
+            "function names are as they were; call A.refresh() after any other change of Python state",
             self.program and f"ops: {before} in the vector-Jacobian product, {after} in the adjoint",
             self.program and removed and f"removed: {removed}",
             *(f"kernel: {kernel}" for kernel in self.kernels),
