@@ -294,6 +294,11 @@ def scripted_operation(schema: str, inputs: Sequence[Any]) -> Any:
     known = torch._C.parse_schema(schema)
     space, name = known.name.split("::")
     packet = getattr(getattr(torch.ops, space), name)
+    written = [
+        value for a, value in zip(known.arguments, inputs, strict=True) if a.alias_info and a.alias_info.is_write
+    ]
+    if not all(isinstance(value, Tensor) for value in written):  # a copy would be written to
+        raise RefusedError(f"it calls TorchScript with {known.name} of a list")
     named = {a.name: value for a, value in zip(known.arguments, inputs, strict=True) if a.kwarg_only}
     given = inputs[: len(inputs) - len(named)]
     return getattr(packet, known.overload_name or "default")(*given, **named)

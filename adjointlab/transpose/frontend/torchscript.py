@@ -65,16 +65,15 @@ def _step(node: Any, values: dict[str, Any]) -> list[Any]:
     if kind in {"prim::TupleUnpack", "prim::ListUnpack"}:
         return list(inputs[0])
     if kind in _PLAIN:
-        return [_PLAIN[kind](*inputs)]
+        return [_PLAIN[kind](*inputs)][: node.outputsSize()]
     if kind == "prim::DictConstruct":
         return [dict(zip(inputs[::2], inputs[1::2], strict=True))]
     if kind in {"prim::RaiseException", "prim::SetAttr"} or node.schema() == "(no schema)":
         raise RefusedError(f"it calls TorchScript with {kind}, which is not traced")
-    if kind in _OF_PYTHON and not any(isinstance(value, Tensor) for value in inputs):
-        return [_OF_PYTHON[kind](*inputs)]
+    if kind in _OF_PYTHON and not isinstance(inputs[0], Tensor):
+        return [_OF_PYTHON[kind](*inputs)][: node.outputsSize()]
     found = compat.scripted_operation(node.schema(), inputs)
-    count = len(list(node.outputs()))
-    return list(found) if count > 1 else [found][:count]
+    return list(found) if node.outputsSize() > 1 else [found][: node.outputsSize()]
 
 
 def _loop(block: Any, inputs: list[Any], values: dict[str, Any]) -> list[Any]:
@@ -136,7 +135,14 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "aten::__not__": operator.not_,
     "aten::__getitem__": _item,
     "aten::append": _appended,
+    "aten::_set_item": operator.setitem,
+    "aten::keys": list,
+    "aten::values": lambda known: list(known.values()),
+    "aten::items": lambda known: list(known.items()),
+    "aten::__contains__": operator.contains,
     "aten::wait": lambda value: value,
+    "aten::str": str,
+    "aten::format": str.format,
     "aten::len": len,
     "aten::list": list,
 }
@@ -146,5 +152,7 @@ _OF_PYTHON: dict[str, Callable[..., Any]] = {
     "aten::floordiv": operator.floordiv, "aten::remainder": operator.mod, "aten::pow": operator.pow,
     "aten::neg": operator.neg, "aten::eq": operator.eq, "aten::ne": operator.ne, "aten::lt": operator.lt,
     "aten::le": operator.le, "aten::gt": operator.gt, "aten::ge": operator.ge,
+    "aten::add_": operator.iadd, "aten::extend": lambda items, more: items.extend(more),
+    "aten::insert": lambda items, *where: items.insert(*where), "aten::pop": lambda items, *where: items.pop(*where),
     "aten::slice": lambda items, *where: items[slice(*where)], "aten::tensor": _tensor,
 }  # fmt: skip

@@ -58,6 +58,33 @@ class Lists(nn.Module):
         return scale * torch.cat([both.reshape(-1), first / count, parts[0][: sizes[1]]])
 
 
+class Written(nn.Module):
+    """Lists and dictionaries that are written to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts: List[Tensor] = [x, 2 * x]  # noqa: UP006
+        parts += [3 * x]
+        parts.extend([x.flip(0), 5 * x])
+        parts.insert(1, 6 * x)
+        parts[0] = parts.pop() - x
+        known: Dict[str, Tensor] = {}  # noqa: UP006
+        for i, part in enumerate(parts):
+            known["even" if i % 2 == 0 else str(i)] = part
+        total = torch.zeros_like(x)
+        for part in known.values():
+            total += part
+        return total if "even" in known else x
+
+
+class Sorted(nn.Module):
+    """A list is sorted, which nothing here does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = [2, 0, 1]
+        order.sort()
+        return x * float(order[0] + 1)
+
+
 class Forked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         later = torch.jit.fork(halves, x, 2)
@@ -80,6 +107,7 @@ CASES = {
     "loops": Loops,
     "lists": Lists,
     "forked": Forked,
+    "written": Written,
     "complex": Complex,
 }
 
@@ -125,6 +153,13 @@ def test_parameters_are_followed_and_learn() -> None:
     with torch.no_grad():
         weight.mul_(3)
     assert_close(A(x), scripted(x), A.domain.eps)
+
+
+def test_a_list_that_is_changed_in_place_by_torchscript_itself_is_not_traced() -> None:
+    A = al.linear_operator(torch.jit.script(Sorted()), (N,))
+    assert A.engine == "eager"
+    assert "of a list" in A.explain()
+    assert torch.equal(A(torch.ones(N)), torch.ones(N))
 
 
 def test_what_is_not_traced_is_eager() -> None:
