@@ -156,7 +156,7 @@ class Numbers:
         """Return whether f at x, at 0 and far away, with its pull-back there, is one affine map."""
         # Three calls, of which one may have been ``seen`` before, and two of the pull-back. Where there are several
         # leaves, or random numbers are drawn, there is more to look at.
-        if max(len(self.domain.specs), len(self.codomain.specs)) > 1 or self.domain.is_sharded:
+        if any(len(space.specs) > 1 or space.is_sharded for space in self.spaces):
             return False
         near, zero, before = Pair(self.domain, self.codomain), self.zero, torch.get_rng_state()
         x, y = near.x, near.y

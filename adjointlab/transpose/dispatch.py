@@ -113,9 +113,8 @@ class Transposition:
             self._derivations[batch] = [self._followed(derivation) for derivation in known]
 
     def _followed(self, derivation: Derivation) -> Derivation:
-        if not self._registered:
-            return derivation
-        return replace(derivation, state=modules.followed(derivation.state, self._registered))
+        followed = modules.followed(derivation.state, self._registered) if self._registered else derivation.state
+        return replace(derivation, state=followed)
 
     # -- what is called ----------------------------------------------------------------------------------------------
 
@@ -361,6 +360,7 @@ class Transposition:
             )
         if self._codomain is None:
             self._codomain = space_of(result, eager.structure, eager.domain, self._target)
+            eager.is_shared = eager.is_shared or self._codomain.is_sharded
         else:
             require_outputs(result, eager.structure, self.codomain)
         if not self.options.check:

@@ -25,6 +25,7 @@ class Eager:
         self.modules = modules_of(function, kwargs)
         self.structure: Any = None  # of what the function returned last
         self.most = 0.0  # bytes that a pull-back may take which is kept from call to call
+        self.is_shared = domain.is_sharded  # by processes: what one keeps and another does not is one call less there
         self._choice: vjp.Choice | None = None
         self._kept: vjp.Linearized | None = None
 
@@ -32,6 +33,7 @@ class Eager:
         """Return the same function, which keeps its pull-back if that takes no more than so many bytes."""
         found = Eager(self.callable, self.kwargs, self.domain)
         found.structure, found.most, found._choice = self.structure, most, self._choice
+        found.is_shared = self.is_shared
         return found
 
     def on(self, domain: Space) -> Eager:
@@ -39,7 +41,7 @@ class Eager:
         if domain.batch_shape == self.domain.batch_shape:
             return self
         found = Eager(self.callable, self.kwargs, domain)
-        found.structure = self.structure
+        found.structure, found.is_shared = self.structure, self.is_shared
         return found
 
     @property
@@ -136,6 +138,8 @@ class Eager:
         self, x: Tensors, y: Tensors, weight: Tensors | None = None
     ) -> tuple[Tensors, Tensors] | None:
         """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` by one call and its pull-back; None where these see more."""
+        if self.is_shared:
+            return None
         try:
             found = vjp.measured(self.flat, x)
         except vjp.REFUSALS:
@@ -159,7 +163,8 @@ class Eager:
                 return self.adjoint(tuple(c.clone() for c in cotangents))
         if is_plain:  # torch's own derivative of as_strided reads from the start of the memory
             cotangents = tuple(c.clone() if c.storage_offset() else c for c in cotangents)
-        may_keep, kept = self.most and is_plain and not compat.differentiated(cotangents), self._kept
+        may_keep = self.most and not self.is_shared and is_plain and not compat.differentiated(cotangents)
+        kept = self._kept
         if may_keep and kept is not None and (kept.is_alone or not torch.is_grad_enabled()):
             return kept.pull_back(cotangents)
         k = self.domain.batch_dims
