@@ -84,6 +84,15 @@ def _is_filled(cell: types.CellType) -> bool:
         return False
 
 
+def are_compiled(function: Any, modules: tuple[nn.Module, ...]) -> bool:
+    """Return whether a part of a function is known to be compiled by ``torch.compile``."""
+    named = [read() for read in _named(function).values()]
+    inner = [item for value in named for item in _inner(value).values()]
+    parts = (part for module in modules for part in module.modules())
+    return any(hasattr(p, "_torchdynamo_orig_callable") or "_orig_mod" in getattr(p, "_modules", ())
+               for p in (function, *named, *inner, *parts))  # fmt: skip
+
+
 def sources_inside(modules: tuple[nn.Module, ...]) -> list[Any]:
     """Return the derivations of the operators that modules are or contain."""
     parts = (part for module in modules for part in module.modules())

@@ -210,8 +210,7 @@ class Transposition:
             self._frozen = before
 
     def _current(self, leaves: Tensors) -> tuple[Derivation, Tensors]:
-        k = self.domain.batch_dims
-        return self._at(tuple(leaves[0].shape[:k]) if k else ())
+        return self._at(tuple(leaves[0].shape[: self.domain.batch_dims]) if self.domain.batch_dims else ())
 
     def _at(self, batch: tuple[int, ...]) -> tuple[Derivation, Tensors]:
         """Return the derivation for a size that is up to date, and the values of its state."""
@@ -348,10 +347,11 @@ class Transposition:
                 result = eager.called(eager.domain.leaves(eager.domain.zeros()))
             changed: list[str] = []
         else:
-            with modules.buffers_kept(self.modules) as changed, counted(self.callable, self.modules) as operations:
-                result = eager.called(x, copied=False)
+            is_compiled = modules.are_compiled(self.callable, self.modules)
+            with modules.buffers_kept(self.modules) as changed:
+                result, operations = counted(lambda: eager.called(x, copied=False), is_compiled=is_compiled)
             del x
-            if self.options.requested == "auto" and (said := excess(operations(), self.options.budget)):
+            if self.options.requested == "auto" and (said := excess(operations, self.options.budget)):
                 self.untraceable = UntraceableError(said)
         self.eager.structure = eager.structure
         if not self.domain.every(not changed):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from adjointlab.errors import SpaceMismatchError
+
+T = TypeVar("T")
 
 _RATE = 100  # operations of a forward that a build gets through in a second
 
@@ -28,15 +30,19 @@ class _Counted(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
-def counted(function: Callable[..., Any], modules: tuple[nn.Module, ...]) -> Iterator[Callable[[], int]]:
-    """Count operations in a block; none where the user has compiled a part, which would be compiled again for that."""
-    parts = (function, *(part for module in modules for part in module.modules()))
-    if any(hasattr(part, "_torchdynamo_orig_callable") or hasattr(part, "_orig_mod") for part in parts):
-        yield lambda: 0
-        return
-    with _Counted() as mode:
-        yield lambda: mode.number
+def counted(run: Callable[[], T], *, is_compiled: bool) -> tuple[T, int]:
+    """Return what a call returns, and how many operations it takes; 0 for one that is not to be counted.
+
+    Compiled code sees to it whether operations are counted, and would be compiled again, or fail.
+    """
+    if is_compiled:
+        return run(), 0
+    mode = _Counted()
+    try:
+        with mode:
+            return run(), mode.number
+    except SpaceMismatchError:  # of code that cannot be counted, or fails by itself
+        return run(), 0
 
 
 def excess(operations: int, seconds: float) -> str:
