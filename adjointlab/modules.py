@@ -84,13 +84,14 @@ def _is_filled(cell: types.CellType) -> bool:
         return False
 
 
-def are_compiled(function: Any, modules: tuple[nn.Module, ...]) -> bool:
-    """Return whether a part of a function is known to be compiled by ``torch.compile``."""
+def has_guards(function: Any, modules: tuple[nn.Module, ...]) -> bool:
+    """Return whether a part of a function has guards of ``torch.compile``: it is compiled, or an operator."""
     named = [read() for read in _named(function).values()]
     inner = [item for value in named for item in _inner(value).values()]
     parts = (part for module in modules for part in module.modules())
-    return any(hasattr(p, "_torchdynamo_orig_callable") or "_orig_mod" in getattr(p, "_modules", ())
-               for p in (function, *named, *inner, *parts))  # fmt: skip
+    compiled = any(hasattr(p, "_torchdynamo_orig_callable") or "_orig_mod" in getattr(p, "_modules", ())
+                   for p in (function, *named, *inner, *parts))  # fmt: skip
+    return compiled or bool(sources_inside(modules))
 
 
 def sources_inside(modules: tuple[nn.Module, ...]) -> list[Any]:

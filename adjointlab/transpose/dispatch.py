@@ -347,9 +347,9 @@ class Transposition:
                 result = eager.called(eager.domain.leaves(eager.domain.zeros()))
             changed: list[str] = []
         else:
-            is_compiled = modules.are_compiled(self.callable, self.modules)
+            has_guards = modules.has_guards(self.callable, self.modules)
             with modules.buffers_kept(self.modules) as changed:
-                result, operations = counted(lambda: eager.called(x, copied=False), is_compiled=is_compiled)
+                result, operations = counted(lambda: eager.called(x, copied=False), has_guards=has_guards)
             del x
             if self.options.requested == "auto" and (said := excess(operations, self.options.budget)):
                 self.untraceable = UntraceableError(said)

@@ -30,12 +30,12 @@ class _Counted(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(run: Callable[[], T], *, is_compiled: bool) -> tuple[T, int]:
+def counted(run: Callable[[], T], *, has_guards: bool) -> tuple[T, int]:
     """Return what a call returns, and how many operations it takes; 0 for one that is not to be counted.
 
-    Compiled code sees to it whether operations are counted, and would be compiled again, or fail.
+    Guards of ``torch.compile`` see whether operations are counted: what has some would be compiled again, or fail.
     """
-    if is_compiled:
+    if has_guards:
         return run(), 0
     mode = _Counted()
     try:

@@ -46,10 +46,10 @@ def test_an_engine_that_is_asked_for_has_all_the_time_it_takes() -> None:
     assert al.linear_operator(stepped(5), (8,), engine="traced", budget=0.0).engine == "traced"
 
 
-def test_operations_are_counted_where_no_part_is_compiled() -> None:
+def test_operations_are_counted_where_nothing_is_guarded() -> None:
     f, x = stepped(3), torch.zeros(8)
-    assert counted(lambda: f(x), is_compiled=False)[1] == 21
-    assert counted(lambda: f(x), is_compiled=True)[1] == 0
+    assert counted(lambda: f(x), has_guards=False)[1] == 21
+    assert counted(lambda: f(x), has_guards=True)[1] == 0
     assert not excess(0, 0.0)
     assert not excess(2000, 20.0)
     assert excess(2001, 20.0)
@@ -64,7 +64,7 @@ def test_a_call_that_cannot_be_counted_is_made_again() -> None:
             raise al.SpaceMismatchError("a guard of compiled code")
         return 7
 
-    assert counted(run, is_compiled=False) == (7, 0)
+    assert counted(run, has_guards=False) == (7, 0)
 
 
 class Holder:
