@@ -92,7 +92,7 @@ def decomposition(op: Any) -> Callable[..., Any] | None:
 
 
 def below_autograd(op: Any, keys: Any, *args: Any) -> Tensor:
-    """Return what an operation computes below autograd, for which the caller provides the derivative."""
+    """Return the result of an operation below autograd, for which the caller provides the derivative."""
     with torch._C._AutoDispatchBelowAutograd():
         return op.redispatch(keys & torch._C._after_autograd_keyset, *args)  # type: ignore[no-any-return]
 

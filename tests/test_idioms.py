@@ -24,7 +24,6 @@ def test_idiom(idiom: Idiom) -> None:
     x = A.domain.randn(seeded(0))
     torch.testing.assert_close(A(x), function(x).detach())
     assert al.check_adjoint(A).passed
-    assert A.explain().count("autograd's word is no proof") <= 1
 
 
 def test_the_page_lists_every_idiom_with_its_engine() -> None:

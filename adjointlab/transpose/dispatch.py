@@ -82,7 +82,7 @@ class Transposition:
             self._codomain: Space | None = None
             self.untraceable: UntraceableError | None = None
             self._frozen: dict[tuple[int, ...], tuple[Derivation, Tensors]] | None = None
-            self._rebuilds, self._served = 0, 0
+            self._rebuilds, self._served, self._operations = 0, 0, 0
             self._restart()
 
     def switch(self, engine: str, *, autotune: bool = False, options: dict[str, Any] | None = None) -> None:
@@ -144,11 +144,11 @@ class Transposition:
         source, target = (codomain, self.domain) if name == "adjoint" else (self.domain, codomain)
         leaves = source.leaves(x)
         derivation, state = self._current(leaves)
-        if not derivation.programs:
+        if derivation.user is not None:
             modules.require_own(self._registered)
         found = derivation.run(name, state, leaves)
-        if not derivation.programs and name != "adjoint":
-            require_outputs(found, self.eager.structure, codomain)
+        if derivation.user is not None and name != "adjoint":
+            require_outputs(found, derivation.user.structure, codomain)
         return target.unflatten(found)
 
     def residual_and_gradient(self, x: Any, y: Any, weight: Any, *, residual: bool) -> tuple[Any, Any] | None:
@@ -165,8 +165,9 @@ class Transposition:
         derivation, state = self._current(given[0])
         if derivation.of_storage or compat.differentiated((*leaves, *state)):
             return None
-        if derivation.user is not None:
-            parts = derivation.user.residual_and_gradient(*given)
+        if (user := derivation.user) is not None:
+            modules.require_own(self._registered)
+            parts = user.residual_and_gradient(lambda found: require_outputs(found, user.structure, codomain), *given)
             return None if parts is None else (codomain.unflatten(parts[0]), self.domain.unflatten(parts[1]))
         program = derivation.gradient(weight is not None, residual)
         if program is None:
@@ -289,7 +290,7 @@ class Transposition:
         return derivation, tuple(source.read() for source in derivation.state)
 
     def current(self) -> list[Derivation]:
-        """Return what is derived for each size, up to date."""
+        """Return the derivations of all sizes, up to date."""
         return [self._at(batch)[0] for batch in list(self._derivations)]
 
     # -- how it is made ----------------------------------------------------------------------------------------------
@@ -322,10 +323,7 @@ class Transposition:
             self._judge(self, derivation, domain, seen)
         derivation = self._followed(derivation)
         if inner:
-            holds = derivation.holds
-            derivation = replace(
-                derivation, holds=lambda: holds() and all(each.state_now() is not None for each in inner)
-            )
+            derivation = derivation.with_inner(inner)
         if self._is_watched(derivation):
             self._remember(derivation, tuple(source.read() for source in derivation.state))
         return derivation
@@ -349,10 +347,8 @@ class Transposition:
         else:
             has_guards = modules.has_guards(self.callable, self.modules)
             with modules.buffers_kept(self.modules) as changed:
-                result, operations = counted(lambda: eager.called(x, copied=False), has_guards=has_guards)
+                result, self._operations = counted(lambda: eager.called(x, copied=False), has_guards=has_guards)
             del x
-            if self.options.requested == "auto" and (said := excess(operations, self.options.budget)):
-                self.untraceable = UntraceableError(said)
         self.eager.structure = eager.structure
         if not self.domain.every(not changed):
             self.untraceable = UntraceableError(
@@ -370,6 +366,8 @@ class Transposition:
     def _traced(self, eager: Eager, domain: Space, seen: Sketch | None) -> Derivation:
         """Derive from the graph of a function; where it has none, its eager functions serve."""
         graphs, options = None, replace(self.options, choose=self._chooser)
+        if said := excess(self._operations, options.seconds):
+            self.untraceable = UntraceableError(said)
         if self.untraceable is None:
             try:
                 with modules.attributes_kept(self.modules):

@@ -195,14 +195,13 @@ def eager_derivation(eager: Eager, options: Options, reason: str, known: Explana
         ops_after=Counter(), kernels=(), partly="", program="",
     )  # fmt: skip
 
-    def of(eager: Eager) -> Derivation:
+    def functions(eager: Eager) -> dict[str, Linked]:
         linear = eager.linear if options.affine else eager.flat
         back = Linked(eager.adjoint, lambda x: forth(x))  # noqa: PLW0108  # the two refer to each other
         forth = Linked(linear, back)
-        functions = {"function": Linked(eager.flat, back), "linear": forth, "adjoint": back}
-        return Derivation(explanation, functions, user=eager, again=of)
+        return {"function": Linked(eager.flat, back), "linear": forth, "adjoint": back}
 
-    return of(eager)
+    return Derivation(explanation, functions(eager), user=eager, functions=functions)
 
 
 def assemble(

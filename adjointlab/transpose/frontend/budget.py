@@ -1,4 +1,4 @@
-"""What a build may take: operations are counted while the function runs, and seconds while it is traced."""
+"""The budget of a build: operations are counted while the function runs, and seconds while it is traced."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Counted(TorchFunctionMode):
 
 
 def counted(run: Callable[[], T], *, has_guards: bool) -> tuple[T, int]:
-    """Return what a call returns, and how many operations it takes; 0 for one that is not to be counted.
+    """Return the result of a call, and how many operations it takes; 0 for one that is not to be counted.
 
     Guards of ``torch.compile`` see whether operations are counted: what has some would be compiled again, or fail.
     """

@@ -20,7 +20,7 @@ _MOST_STEPS = 100_000  # of loops, so that one that never ends is refused
 
 
 def run(script: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what a scripted function or method returns."""
+    """Return the result of a scripted function or method."""
     owner = getattr(script, "owner", None)
     given = list(args) if owner is None else [owner, *args]
     for argument in script.schema.arguments[len(given) :]:
@@ -105,9 +105,16 @@ def _item(items: Any, index: Any) -> Any:
     return items[index]
 
 
+# TorchScript writes a dtype as its number.
+_DTYPES = (
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64,
+    torch.complex32, torch.complex64, torch.complex128, torch.bool, None, None, None, torch.bfloat16,
+)  # fmt: skip
+
+
 def _tensor(data: Any, dtype: int | None, device: Any, requires_grad: bool) -> Tensor:
-    found = torch.tensor(data, device=device, requires_grad=requires_grad)
-    return found if dtype is None else torch.ops.aten.to.dtype(found, dtype)
+    kind = None if dtype is None else _DTYPES[dtype]
+    return torch.tensor(data, dtype=kind, device=device, requires_grad=requires_grad)
 
 
 _PLAIN: dict[str, Callable[..., Any]] = {
@@ -119,7 +126,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "prim::Uninitialized": lambda: None,
     "prim::Print": lambda *_: None,
     "prim::device": lambda tensor: tensor.device,
-    "prim::dtype": lambda tensor: tensor.dtype,
+    "prim::dtype": lambda tensor: _DTYPES.index(tensor.dtype),
     "prim::min": min,
     "prim::max": max,
     "aten::warn": lambda *_: None,

@@ -43,9 +43,9 @@ class _Values(compat.TorchDispatchMode):
     out of date.
     """
 
-    def __init__(self, is_over: Callable[[], str], state: Sequence[Tensor] = ()) -> None:
+    def __init__(self, state: Sequence[Tensor] = (), seconds: float = math.inf) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.is_over = is_over  # why there is no time left to trace, if so
+        self.is_over = deadline(seconds)
         self.state = state  # the real tensors that the first inputs of the graph stand for
         self.read: dict[int, Tensor] = {}
         self.seeded: list[torch.Generator] = []
@@ -214,7 +214,7 @@ def trace_forward(captured: Capture, specs: Sequence[TensorSpec], seconds: float
     with fake:
         inputs = [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in specs]
     real = [source.read() for source in captured.state]
-    known, n, values = _faked(real, fake), len(real), _Values(deadline(seconds), real)
+    known, n, values = _faked(real, fake), len(real), _Values(real, seconds)
     sources = {**captured.sources, **{id(t): source for t, source in zip(real, captured.state, strict=True)}}
     # Looked up now: a forward may replace what its modules hold while it is traced.
     by_memory = {_memory(source.read()): source for source in captured.sources.values()}
@@ -240,7 +240,7 @@ def hides(captured: Capture, specs: Sequence[TensorSpec]) -> tuple[str, ...]:
     try:
         with compat.quiet(), compat.scripts_run(torchscript.run), fake, torch.enable_grad():
             leaves = [torch.empty(s.shape, dtype=s.dtype, device=s.device, requires_grad=True) for s in specs]
-            values = _Values(str)
+            values = _Values()
             with _Memory(values, SparseMatrices(dict(captured.sources))), mode:
                 outputs = captured.function(tuple(state), tuple(leaves))
     except Exception as error:  # as for a trace: there is nothing to be known
@@ -314,7 +314,7 @@ def trace_vjp(forward: Graph, seconds: float = math.inf) -> Graph:
     tries = [(vjp_by_func, learned), *([(vjp_by_func, [])] if learned else []), (vjp_by_grad, [])]
     for vjp, wanted in tries:
         try:
-            module = _make(pull_back(vjp, wanted), [*arguments, *cotangents], _Values(deadline(seconds)))
+            module = _make(pull_back(vjp, wanted), [*arguments, *cotangents], _Values(seconds=seconds))
             break
         except UntraceableError as error:
             refusal = error
@@ -367,7 +367,7 @@ def _functionalised(module: fx.GraphModule, first_input: int) -> fx.GraphModule:
 
     values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     fakes = _faked(values, values[-1].fake_mode)
-    return _make(torch.func.functionalize(run, remove="mutations"), fakes, _Values(str))
+    return _make(torch.func.functionalize(run, remove="mutations"), fakes, _Values())
 
 
 def _raise_if_random(module: fx.GraphModule) -> None:

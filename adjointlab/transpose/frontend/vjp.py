@@ -1,4 +1,4 @@
-"""The eager reference: ``Aᴴv`` as the vector-Jacobian product of the forward, computed afresh at every call.
+"""The eager reference: a function at a point, with the pull-back of autograd, which is ``Aᴴ`` of a linear one.
 
 ``torch.func.vjp`` comes first. It refuses some functions that ``torch.autograd.grad`` takes (old-style
 ``autograd.Function``, custom ops with ``register_autograd``, sparse CSR); the second is then the reference.
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -54,9 +55,14 @@ def _outside_of_inference(linearized: Callable[..., Linearized]) -> Callable[...
 
 @_outside_of_inference
 def linearized_by_func(function: Function, primals: Tensors, *, once: bool = False) -> Linearized:
-    """Return a function at a point by ``torch.func.vjp``."""
+    """Return a function at a point by ``torch.func.vjp``; ``once`` frees what the pull-back has used."""
     outputs, pull_back = _vjp(function, primals)
-    return Linearized(outputs, lambda cotangents: _pulled(outputs, pull_back, cotangents))
+
+    def back(cotangents: Tensors) -> Tensors:
+        keep = torch.is_grad_enabled() or not once
+        return _pulled(outputs, functools.partial(pull_back, retain_graph=keep), cotangents)
+
+    return Linearized(outputs, back)
 
 
 @_outside_of_inference
@@ -142,7 +148,6 @@ def _like(cotangents: Tensors, outputs: Tensors) -> Tensors:
 class Choice:
     """The way to take the derivative of a function, and why that is not ``torch.func.vjp`` where it is so."""
 
-    vjp: VJP
     linearize: Callable[..., Linearized]
     why: str
 
@@ -153,13 +158,13 @@ def choose(function: Function, primals: Tensors, cotangents: Tensors) -> tuple[C
         found = linearized_by_func(function, primals)
         result = found.pull_back(cotangents)
         if not compat.plain() or any(t.any() for t in result):
-            return Choice(vjp_by_func, linearized_by_func, ""), found, result
+            return Choice(linearized_by_func, ""), found, result
         # Of what runs in another thread, torch.func sees nothing.
         other = linearized_by_grad(function, primals)
         seen = other.pull_back(cotangents)
         if any(t.any() for t in seen):
-            return Choice(vjp_by_grad, linearized_by_grad, "torch.func.vjp does not see it"), other, seen
-        return Choice(vjp_by_func, linearized_by_func, ""), found, result
+            return Choice(linearized_by_grad, "torch.func.vjp does not see it"), other, seen
+        return Choice(linearized_by_func, ""), found, result
     except REFUSALS as refusal:
         try:
             found = linearized_by_grad(function, primals)
@@ -170,7 +175,7 @@ def choose(function: Function, primals: Tensors, cotangents: Tensors) -> tuple[C
                 "write that part with other ops, or as an autograd.Function"
             ) from refusal
         return (
-            Choice(vjp_by_grad, linearized_by_grad, f"torch.func.vjp refuses it ({first_line(refusal)})"),
+            Choice(linearized_by_grad, f"torch.func.vjp refuses it ({first_line(refusal)})"),
             found,
             result,
         )

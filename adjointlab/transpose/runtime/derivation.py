@@ -42,7 +42,7 @@ class Derivation:
     of_storage: bool = False  # whether programs read memory from where a tensor starts, and not by indices
     is_doubtful: bool = False  # whether the map may be linear only for the values that its state has
     user: Eager | None = None  # the user's function, where there are no programs
-    again: Callable[[Eager], Derivation] | None = None  # the same for another form of it
+    functions: Callable[[Eager], Mapping[str, Callable[[Tensors], Tensors]]] = lambda _: {}  # of it, by name
     checked: bool = False  # whether the functions were compared with the user's forward, and with each other
 
     def state_now(self) -> Tensors | None:
@@ -72,10 +72,16 @@ class Derivation:
 
     def frozen(self, state: Tensors) -> Derivation:
         """Return the functions for a state that does not change."""
-        if self.user is not None and self.again is not None:
-            return self.again(self.user.keeping(math.inf))
+        if self.user is not None:
+            return self.keeping(math.inf)
         programs = {name: (program.frozen(state), linked) for name, (program, linked) in self.programs.items()}
         return replace(self, programs=programs)
+
+    def keeping(self, most: float) -> Derivation:
+        """Return the user's functions with a pull-back that is kept, if it takes no more bytes than ``most``."""
+        assert self.user is not None
+        user = self.user.keeping(most)
+        return replace(self, eager=self.functions(user), user=user)
 
     def with_inner(self, others: Sequence[Derivation]) -> Derivation:
         """Return the same, out of date where others are that it is made of."""
@@ -86,12 +92,10 @@ class Derivation:
 
         While all of that is as it was, a pull-back is kept that takes no more bytes than ``most``, if any.
         """
-        found, named = self, dict[int, Source]()
-        if most and self.user is not None and self.again is not None:
-            found, named = self.again(self.user.keeping(most)), sources_named(function)
+        named = sources_named(function) if most else {}
         state = tuple({**named, **sources_of(parts)}.values())
         return replace(
-            found, holds=Watch(parts, function if most else None).holds, state=state, is_doubtful=True,
+            self.keeping(most), holds=Watch(parts, function if most else None).holds, state=state, is_doubtful=True,
             metadata=tuple(metadata_of(source.read()) for source in state),
         )  # fmt: skip
 

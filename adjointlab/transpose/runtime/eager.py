@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,17 +32,16 @@ class Eager:
 
     def keeping(self, most: float) -> Eager:
         """Return the same function, which keeps its pull-back if that takes no more than so many bytes."""
-        found = Eager(self.callable, self.kwargs, self.domain)
-        found.structure, found.most, found._choice = self.structure, most, self._choice
-        found.is_shared = self.is_shared
+        found = copy.copy(self)
+        found.most, found._kept = most, None
         return found
 
     def on(self, domain: Space) -> Eager:
         """Return the same function on another size of the free dimensions."""
         if domain.batch_shape == self.domain.batch_shape:
             return self
-        found = Eager(self.callable, self.kwargs, domain)
-        found.structure, found.is_shared = self.structure, self.is_shared
+        found = copy.copy(self)
+        found.domain, found._kept = domain, None
         return found
 
     @property
@@ -135,15 +135,19 @@ class Eager:
         return found, found.pull_back(cotangents)
 
     def residual_and_gradient(
-        self, x: Tensors, y: Tensors, weight: Tensors | None = None
+        self, require: Callable[[Tensors], None], x: Tensors, y: Tensors, weight: Tensors | None = None
     ) -> tuple[Tensors, Tensors] | None:
-        """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` by one call and its pull-back; None where these see more."""
+        """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` by one call and its pull-back; None where these see more.
+
+        ``require`` raises on leaves of ``f(x)`` that are none of the codomain.
+        """
         if self.is_shared:
             return None
         try:
             found = vjp.measured(self.flat, x)
         except vjp.REFUSALS:
             return None
+        require(found.outputs)
         if torch.is_grad_enabled() and not found.is_alone:
             return None
         with torch.no_grad():
@@ -158,9 +162,6 @@ class Eager:
     def adjoint(self, cotangents: Tensors) -> Tensors:
         """Return ``f'(1)ᴴ v`` by the plain eager vector-Jacobian product: at zero, a function may do otherwise."""
         is_plain = compat.plain()
-        if is_plain and torch.is_inference_mode_enabled():  # in which nothing is recorded
-            with torch.inference_mode(False), torch.no_grad():
-                return self.adjoint(tuple(c.clone() for c in cotangents))
         if is_plain:  # torch's own derivative of as_strided reads from the start of the memory
             cotangents = tuple(c.clone() if c.storage_offset() else c for c in cotangents)
         may_keep = self.most and not self.is_shared and is_plain and not compat.differentiated(cotangents)
@@ -174,10 +175,10 @@ class Eager:
             found, result = self.linearized(primals, cotangents)
             self.keep(found)
             return result
-        if self._choice is None and torch.compiler.is_compiling():  # which takes no trials
+        if torch.compiler.is_compiling():  # which takes no trials
             return vjp.vjp_by_func(self.flat, primals, cotangents)
         if self._choice is None:
             self._choice, _, result = vjp.choose(self.flat, primals, tuple(c.detach() for c in cotangents))
             if is_plain and not torch.is_grad_enabled():
                 return result
-        return self._choice.vjp(self.flat, primals, cotangents)
+        return self._choice.linearize(self.flat, primals, once=True).pull_back(cotangents)

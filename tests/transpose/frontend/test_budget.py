@@ -42,6 +42,14 @@ def test_a_budget_is_an_argument() -> None:
     assert_close(A(x), stepped(20)(x), A.domain.eps)
 
 
+def test_a_budget_holds_for_every_batch_size() -> None:
+    A = al.linear_operator(lambda x: torch.stack([stepped(400)(each) for each in x.unbind()]), (1, 8), batch_dims=1)
+    x = torch.randn(2, 8, generator=seeded(0))
+    assert_close(A(x[:1]), stepped(400)(x[0])[None], A.domain.eps, factor=2000)
+    assert A(x).shape == (2, 8)
+    assert {known.explanation.engine for each in A.source._derivations.values() for known in each} == {"eager"}
+
+
 def test_an_engine_that_is_asked_for_has_all_the_time_it_takes() -> None:
     assert al.linear_operator(stepped(5), (8,), engine="traced", budget=0.0).engine == "traced"
 

@@ -162,17 +162,38 @@ def test_a_list_that_is_changed_in_place_by_torchscript_itself_is_not_traced() -
     assert torch.equal(A(torch.ones(N)), torch.ones(N))
 
 
-def test_what_is_not_traced_is_eager() -> None:
-    @torch.jit.script
-    def endless(x: Tensor) -> Tensor:
-        y, i = x, 0
+class Endless(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        i = 0
         while i < 200000:
             i += 1
-        return y * i
+        return x * i
 
-    A = al.linear_operator(lambda x: endless(x), (N,), batch_dims=0)  # noqa: PLW0108
-    assert A.engine in {"traced", "eager"}
+
+def test_a_loop_without_an_end_in_sight_is_not_traced() -> None:
+    A = al.linear_operator(torch.jit.script(Endless()), (N,))
+    assert A.engine == "eager"
+    assert "a loop of more than 100,000 steps" in A.explain()
     assert torch.equal(A(torch.ones(N)), 200000 * torch.ones(N))
+
+
+class Branching(nn.Module):
+    """Decides by dtype and device, which TorchScript writes as numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = 2 * x if x.dtype == torch.float64 else 3 * x
+        if y.device == torch.device("cpu") and y.dtype != torch.complex64:
+            y = 5 * y
+        return y.to(x.dtype) + torch.zeros(x.size(0), dtype=x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_branches_by_dtype_and_device(dtype: torch.dtype) -> None:
+    scripted = torch.jit.script(Branching())
+    A = al.linear_operator(scripted, al.TensorSpec((N,), dtype))
+    assert A.engine == "traced", A.explain()
+    x = A.domain.randn(seeded(0))
+    assert_close(A(x), Branching()(x), A.domain.eps)
 
 
 def test_a_function_that_is_not_linear_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Functions that no graph is made of: how often they are called, and when a pull-back may be kept."""
 
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -149,6 +150,33 @@ def test_derivatives_in_the_argument_pass_through() -> None:
     assert_close(found, A(x).detach(), A.domain.eps)
     (found,) = torch.autograd.grad(A(x), x, v.detach())
     assert_close(found, A.H(v).detach(), A.domain.eps)
+
+
+SHAPES = {
+    "a dictionary": lambda y: {"a": y},
+    "a tuple": lambda y: (y,),
+    "larger": lambda y: y.expand(12, 12),
+    "smaller": lambda y: y[:1],
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("other", SHAPES.values(), ids=SHAPES.keys())
+def test_results_of_another_structure_or_shape_are_refused(other: Any, frozen: bool, engine: str) -> None:
+    """A black box may change in ways that nobody watches: what it returns is looked at whenever it is called."""
+    ways = iter([])
+    A = projector(lambda x: next(ways, lambda y: y)(Running.apply(x)), engine)
+    x, y = draw(A.domain), draw(A.codomain)
+    F = al.LeastSquares(A, y)
+    with A.frozen() if frozen else contextlib.nullcontext():
+        A.H(y)
+        for call in (lambda: A(x), lambda: F.gradient(x), lambda: F.value_and_gradient(x)):
+            ways = iter([other])
+            with pytest.raises(al.SpaceMismatchError, match="the function has changed"):
+                call()
+            ways = iter([])
+            call()
 
 
 def test_what_is_kept_is_said() -> None:
