@@ -155,11 +155,12 @@ def captured(function: Any, arguments: Sequence[Tensor], scope: dict[str, Any]) 
     scope.update(added)
 
     with torch.no_grad():
-        is_of_mode = not check(where)
+        is_of_modes = not check(where)  # torch 2.6 guards those of the call with all else
+    modes = _function_modes()
 
     def holds(_alive: Any = (alive, function)) -> bool:
-        if is_of_mode:  # torch 2.6 guards the mode of gradients with all else
-            with torch.enable_grad():
+        if is_of_modes:
+            with torch.enable_grad(), _under(modes):
                 return bool(check(where))
         return bool(check(where))
 
@@ -211,6 +212,29 @@ def _detach_finalizers(guard_manager: Any) -> None:
         owner = getattr(getattr(alive[1], "func", None), "__self__", None) if alive else None
         if owner is not None and getattr(owner, "guard_manager", None) is guard_manager:
             finalizer.detach()
+
+
+def _function_modes() -> list[Any]:
+    """Return the modes that are entered and see functions of torch, the outermost first."""
+    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+
+
+@contextlib.contextmanager
+def _under(modes: Sequence[Any]) -> Iterator[None]:
+    """Have these modes entered in a block, and no others."""
+    before = _function_modes()
+    try:
+        _enter(modes)
+        yield
+    finally:
+        _enter(before)
+
+
+def _enter(modes: Sequence[Any]) -> None:
+    while torch._C._len_torch_function_stack():
+        torch._C._pop_torch_function_stack()
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
 
 
 # Of an expression that torch.compile made: it is none, or what it reads is there no more.

@@ -626,6 +626,32 @@ def test_what_an_operator_inside_of_a_function_depends_on_grows(change, engine: 
     follows(lambda x: 2 * inner(x), lambda: change(map_), engine)
 
 
+def test_modes_of_a_call_are_no_part_of_what_an_operator_depends_on() -> None:
+    layer = nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular", bias=False)
+    A, made = al.linear_operator(layer, (1, 1, 5, 6)), []
+    x, derivation = draw(A.domain, 1), A.source.nominal
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.device("cpu"), Noting(made)):
+        with mode:
+            A(x), A.H(x)
+    assert A.source.nominal is derivation
+    assert made, "the mode sees what the operator runs"
+    outer = al.linear_operator(lambda v: 2 * A.H(v), (1, 1, 5, 6))
+    assert outer.engine == "traced"
+    assert A.source.nominal is derivation
+
+
+class Noting(torch.overrides.TorchFunctionMode):
+    """Keeps the names of the functions that are called."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @every_engine
 def test_an_operator_inside_of_a_function_need_not_be_called_to_be_seen_to_change(engine: str) -> None:
     map_ = Growing()
