@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from adjointlab.blocks import block_diag, diagonal, hstack, identity, vstack
     from adjointlab.derive import linear_adjoint, linear_operator
     from adjointlab.errors import AdjointMismatchError, NotDifferentiableError, NotLinearError, SpaceMismatchError
+    from adjointlab.jacobians import Jacobian, jacobian
     from adjointlab.least_squares import LeastSquares, least_squares_gradient
     from adjointlab.linearity import LinearityReport, check_linearity
     from adjointlab.matrices import matrix
@@ -29,6 +30,7 @@ _HOME = {
         "blocks": ("block_diag", "diagonal", "hstack", "identity", "vstack"),
         "derive": ("linear_adjoint", "linear_operator"),
         "errors": ("AdjointMismatchError", "NotDifferentiableError", "NotLinearError", "SpaceMismatchError"),
+        "jacobians": ("Jacobian", "jacobian"),
         "least_squares": ("LeastSquares", "least_squares_gradient"),
         "matrices": ("matrix",),
         "linearity": ("LinearityReport", "check_linearity"),
@@ -69,9 +71,9 @@ def _version() -> str:
 
 
 __all__ = [
-    "AdjointMismatchError", "AdjointReport", "AffineOperator", "LeastSquares", "LinearOperator", "LinearityReport",
-    "NotDifferentiableError", "NotLinearError", "Space", "SpaceMismatchError", "TensorSpec", "affine_operator",
-    "assert_adjoint", "block_diag", "check_adjoint", "check_linearity", "diagonal", "from_pair", "hstack", "identity",
-    "least_squares_gradient", "linear_adjoint", "linear_operator", "matrix", "operator_norm", "solvers", "to_dense",
-    "vstack",
+    "AdjointMismatchError", "AdjointReport", "AffineOperator", "Jacobian", "LeastSquares", "LinearOperator",
+    "LinearityReport", "NotDifferentiableError", "NotLinearError", "Space", "SpaceMismatchError", "TensorSpec",
+    "affine_operator", "assert_adjoint", "block_diag", "check_adjoint", "check_linearity", "diagonal", "from_pair",
+    "hstack", "identity", "jacobian", "least_squares_gradient", "linear_adjoint", "linear_operator", "matrix",
+    "operator_norm", "solvers", "to_dense", "vstack",
 ]  # fmt: skip

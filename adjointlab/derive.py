@@ -114,10 +114,15 @@ def options_of(source: Transposition) -> dict[str, Any]:
 
 def from_source(source: Transposition, recipe: Recipe) -> LinearOperator:
     """Return the linear operator, or the linear part, of a map that is already derived."""
+    return LinearOperator.of_source(source, recipe, modules_named(source))
+
+
+def modules_named(source: Transposition) -> dict[str, nn.Module]:
+    """Return the modules of a map by the names under which its operator has them."""
     modules = source.modules
     single = len(modules) == 1 and modules[0] is source.callable
     names = ["module"] if single else [f"module_{index}" for index in range(len(modules))]
-    return LinearOperator.of_source(source, recipe, dict(zip(names, modules, strict=True)))
+    return dict(zip(names, modules, strict=True))
 
 
 def _rebuild(function: Callable[..., Any], domain: Space, options: dict[str, Any]) -> LinearOperator:

@@ -90,14 +90,16 @@ class LinearOperator(nn.Module):
             LinearOperator._of(body, 1 - side, (_adjoint_of, (self,)), parts)
 
     @classmethod
-    def of_source(cls, source: Transposition, recipe: Recipe, modules: dict[str, nn.Module]) -> LinearOperator:
-        """Return the operator of a map that is already derived; of an affine one, the linear part."""
+    def of_source(
+        cls, source: Transposition, recipe: Recipe, modules: dict[str, nn.Module], *, side: int = 0
+    ) -> LinearOperator:
+        """Return the operator of a map that is already derived, or (``side=1``) its adjoint; without an offset."""
         inside = {id(parameter) for module in modules.values() for parameter in module.parameters()}
         outside = [p for p in source.tensors() if isinstance(p, nn.Parameter) and id(p) not in inside]
         parts = {f"parameter_{index}": parameter for index, parameter in enumerate(outside)}  # of no module
         function = source.linear if source.options.affine else source.function
         body = _Body((function, source.adjoint), (source.domain, source.codomain), source)
-        operator = cls._of(body, 0, recipe, modules | parts)
+        operator = cls._of(body, side, recipe, modules | parts)
         for name, parameter in parts.items():
             source.follow(parameter, name, (operator, operator.H))
         return operator
@@ -308,9 +310,7 @@ class LinearOperator(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         body = self._body
         if body.source is not None:
-            domain = moved(body.source.domain, fn)
-            if domain.specs != body.source.domain.specs:
-                body.source.rebase(domain)
+            body.source.move(fn)
             body.spaces = (body.source.domain, body.source.codomain)
         else:
             body.spaces = tuple(moved(space, fn) for space in body.spaces)  # type: ignore[assignment]

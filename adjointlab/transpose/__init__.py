@@ -3,10 +3,13 @@
 from adjointlab.transpose.dispatch import Transposition
 from adjointlab.transpose.explanation import Explanation
 from adjointlab.transpose.frontend.trace import ReadsInputError, UntraceableError
+from adjointlab.transpose.frontend.vjp import PullBack
+from adjointlab.transpose.linearization import Linearization
 from adjointlab.transpose.pipeline import Options
 from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.eager import Eager
 
 __all__ = [
-    "Derivation", "Eager", "Explanation", "Options", "ReadsInputError", "Transposition", "UntraceableError",
+    "Derivation", "Eager", "Explanation", "Linearization", "Options", "PullBack", "ReadsInputError", "Transposition",
+    "UntraceableError",
 ]  # fmt: skip

@@ -21,14 +21,15 @@ from adjointlab import compat, modules
 from adjointlab.errors import NotLinearError, SpaceMismatchError
 from adjointlab.numerics import same
 from adjointlab.space import Space
+from adjointlab.space.algebra import moved
 from adjointlab.space.codomain import require_outputs, space_of
 from adjointlab.transpose import pipeline
 from adjointlab.transpose.explanation import Explanation
 from adjointlab.transpose.frontend.budget import counted, excess
-from adjointlab.transpose.frontend.capture import Tensors, capture
+from adjointlab.transpose.frontend.capture import capture
 from adjointlab.transpose.frontend.trace import UntraceableError
+from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.kernels.select import remembered
-from adjointlab.transpose.pipeline import Options
 from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import canonical, is_captured
@@ -55,23 +56,25 @@ class Transposition:
         function: Callable[..., Any],
         domain: Space,
         kwargs: dict[str, Any] | None = None,
-        options: Options | None = None,
+        options: pipeline.Options | None = None,
         *,
         codomain: Space | None = None,
         judge: Callable[[Transposition, Derivation, Space, Sketch | None], None] | None = None,
     ) -> None:
         self.callable, self.kwargs = function, dict(kwargs or {})
-        self.options = options or Options()
+        self.options = options or pipeline.Options()
         self._judge = judge
         self._target = codomain  # where results live, which the results of one of several processes do not show
         self._derivations: OrderedDict[tuple[int, ...], list[Derivation]] = OrderedDict()
         self._registered: dict[int, modules.Registered] = {}  # parameters of a closure, by their ids
-        self.rebase(domain)
-
-    def rebase(self, domain: Space) -> None:
-        """Derive afresh, on another domain."""
         self.domain = domain
         self.refresh()
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Derive afresh where a function moves the domain to another dtype or device."""
+        before, self.domain = self.domain, moved(self.domain, fn)
+        if self.domain.specs != before.specs:
+            self.refresh()
 
     def refresh(self) -> None:
         """Derive afresh from the function as it is now."""
@@ -393,6 +396,5 @@ class Transposition:
 
     def _compiled_functions(self) -> dict[str, Callable[..., Tensors]]:
         """Return the eager functions of leaves through ``torch.compile``, for all sizes at once."""
-        if self._compiled is None:
-            self._compiled = self.eager.compiled(self.options.options, affine=self.options.affine)
+        self._compiled = self._compiled or self.eager.compiled(self.options.options, affine=self.options.affine)
         return self._compiled

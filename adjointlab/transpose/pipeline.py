@@ -27,13 +27,15 @@ from adjointlab.linked import Linked
 from adjointlab.space import Space
 from adjointlab.transpose import selfcheck
 from adjointlab.transpose.explanation import Explanation, listing
-from adjointlab.transpose.frontend.capture import Capture, Tensors
-from adjointlab.transpose.frontend.trace import hides, trace_forward, trace_vjp
+from adjointlab.transpose.frontend.capture import Capture
+from adjointlab.transpose.frontend.trace import hides, trace_forward, trace_pull_back, trace_vjp
+from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.kernels.convolution import ConvSpec
 from adjointlab.transpose.kernels.registry import transformed
 from adjointlab.transpose.kernels.select import Chooser, MapChooser, choose, quickest, suits_transform
 from adjointlab.transpose.passes import convolutions
+from adjointlab.transpose.passes.at_point import at_point
 from adjointlab.transpose.passes.compose import adds_state, linear_part, residual_and_gradient
 from adjointlab.transpose.passes.convolutions import kernels_of
 from adjointlab.transpose.passes.drop_forward import Adjoint, choices_named, cut_off, drop_forward, ops
@@ -45,7 +47,7 @@ from adjointlab.transpose.passes.partition import value_of_state
 from adjointlab.transpose.runtime import autodiff
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
-from adjointlab.transpose.runtime.program import Program, of_storage
+from adjointlab.transpose.runtime.program import AtPoint, Program, of_storage
 from adjointlab.transpose.selfcheck import Candidate, Sketch
 
 ENGINES = ("auto", "eager", "traced", "compiled")
@@ -57,8 +59,9 @@ Compiled = Callable[[], Mapping[str, Callable[..., Tensors]]]
 class Options:
     """How an operator is to be derived.
 
-    ``budget`` is in seconds; ``choose`` is the rule for kernels, ``choose_map`` that for maps by index, ``transform``
-    that for gradients in a kernel; ``options`` are for torch.compile.
+    ``budget`` is in seconds; ``choose`` is the rule for kernels, ``choose_map`` that for maps by index, None for
+    none; ``transform`` that for gradients in a kernel; ``fuse`` says whether slices become sums of pieces; ``options``
+    are for torch.compile.
     """
 
     requested: str = "auto"
@@ -70,7 +73,8 @@ class Options:
     check: bool = True
     budget: float = 20.0
     choose: Chooser | None = None
-    choose_map: MapChooser = quickest
+    choose_map: MapChooser | None = quickest
+    fuse: bool = True
     transform: Callable[[ConvSpec], bool] = suits_transform
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -107,6 +111,7 @@ class Graphs:
     of_state: Graph | None  # of the function itself, where it is not linear
     holds: Callable[[], bool]
     explanation: Explanation  # what is known before they are programs
+    value: Graph | None = None  # of the function whose pull-back at a point the forward is
 
     def stateful(self, is_stateful: bool) -> Graphs:
         """Return the same of a function of which calls change what the next ones do, or not."""
@@ -121,7 +126,10 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     """Return the graphs of a function that was captured: steps 2 to 4."""
     n = len(domain.specs)
     by_forward = options.derivative == "forward"
-    forward = own_outputs(normalise(trace_forward(captured, domain.specs, options.seconds), detached=not by_forward))
+    forward, value = own_outputs(normalise(trace_forward(captured, options.seconds), detached=not by_forward)), None
+    if captured.point:
+        traced = normalise(trace_pull_back(forward, captured.point, options.seconds), detached=False)
+        forward, value = own_outputs(traced), forward
     linear = linear_part(forward) if options.affine else forward
 
     def adjoint_of(graph: Graph) -> Adjoint:
@@ -135,9 +143,9 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     explanation = Explanation(
         "traced", options.requested, readers=choices_named(adjoint.readers, forward), ops_before=adjoint.ops_before,
         cut=cut_off(forward),
-        hidden=hides(captured, domain.specs), partly=captured.partly,
+        hidden=() if captured.point else hides(captured), partly=captured.partly,
     )  # fmt: skip
-    return Graphs(forward, linear, adjoint, of_state, captured.holds, explanation)
+    return Graphs(forward, linear, adjoint, of_state, captured.holds, explanation, value)
 
 
 def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: Options, seen: Sketch | None,
@@ -210,8 +218,12 @@ def assemble(
 ) -> Derivation:  # fmt: skip
     """Return the programs of some graphs, run in one of the modes, as they are before the self-check."""
     program = functools.partial(_program, options=options, mode=mode)
-    n, state = len(graphs.forward.state), graphs.forward.state
-    programs = {"function": program(graphs.forward), "adjoint": program(graphs.adjoint.graph)}
+    forward, state, n = graphs.forward, graphs.forward.state, len(graphs.forward.state)
+    rest, value = (forward, graphs.adjoint.graph), None
+    if graphs.value is not None:
+        parts = at_point(graphs.value, *rest)
+        rest, value = parts.rest, AtPoint(program(parts.once), state, len(graphs.value.outputs), graphs.value)
+    programs = {"function": program(rest[0], forward, value), "adjoint": program(rest[1], graphs.adjoint.graph, value)}
     programs["linear"] = program(graphs.linear) if graphs.linear is not graphs.forward else programs["function"]
     if mode == "compiled":
         for name, each in programs.items() if compiled is not None else ():
@@ -235,7 +247,8 @@ def assemble(
         explanation, {}, {name: (programs[name], linked[name]) for name in programs}, graphs.holds, state,
         tuple(metadata_of(source.read()) for source in state), graphs.forward.specialized, graphs.mapping(),
         of_storage=any(map(of_storage, graphs.mapping().values())),
-        is_doubtful=bool(graphs.adjoint.readers) or (not options.affine and adds_state(graphs.forward)),
+        is_doubtful=bool(graphs.adjoint.readers) or (value is None and not options.affine and adds_state(forward)),
+        value=value,
     )  # fmt: skip
     return replace(
         derivation,
@@ -244,12 +257,16 @@ def assemble(
     )
 
 
-def _program(graph: Graph, *, options: Options, mode: str) -> Program:
+def _program(
+    graph: Graph, reference: Graph | None = None, point: AtPoint | None = None, *, options: Options, mode: str
+) -> Program:
     """Return a graph as a program, with fused slices and kernels of its own unless that is turned off."""
+    reference = reference or graph
     if mode == "plain" or not options.lowering:
-        return Program(graph, graph)
-    mapped = maps_by_index(graph, options.choose_map) if mode == "lowered" else graph
-    return Program(convolutions.lower(fuse_slices(mapped), options.chooser, options.transform), graph)
+        return Program(graph, reference, point)
+    mapped = maps_by_index(graph, options.choose_map) if mode == "lowered" and options.choose_map else graph
+    fused = fuse_slices(mapped) if options.fuse else mapped
+    return Program(convolutions.lower(fused, options.chooser, options.transform), reference, point)
 
 
 def _gradient(

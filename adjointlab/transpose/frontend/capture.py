@@ -19,13 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from adjointlab import compat
-from adjointlab.errors import SpaceMismatchError
 from adjointlab.modules import Source, Watch, attributes_kept, sources_named, sources_of
-from adjointlab.space import Space
-from adjointlab.transpose.frontend.vjp import first_line
-from adjointlab.tree import Structure, tree_flatten
-
-Tensors = tuple[Tensor, ...]
+from adjointlab.space import Space, TensorSpec
+from adjointlab.transpose.frontend.vjp import PullBack, Tensors, first_line, flatten_outputs
+from adjointlab.tree import tree_flatten
 
 
 @dataclass(frozen=True)
@@ -33,31 +30,13 @@ class Capture:
     """A function of leaves that can be traced, with its state and its guards."""
 
     function: Callable[[Tensors, Tensors], Tensors]  # (values of the state, leaves) → leaves
+    specs: tuple[TensorSpec, ...]  # of the leaves
     state: tuple[Source, ...]  # the tensors that it is known to read; others show while it is traced
     sources: dict[int, Source]  # where tensors that show later are read from, by their ids
     holds: Callable[[], bool]  # whether all that it depends on, besides values of the state, is as it was
     partly: str = ""  # why PyTorch's front end refused it, so that Python state is watched in part only
     is_stateful: Callable[[], bool] = lambda: False  # whether each call changes what the next one depends on
-
-
-def flatten_outputs(output: Any) -> tuple[Tensors, Structure | None]:
-    """Return the leaves of what a function returned, and how they hang together, None for a single tensor."""
-    if isinstance(output, Tensor) and not output.is_nested:
-        return (output,), None
-    flat, structure = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
-    for leaf in flat:
-        if isinstance(leaf, Tensor) and leaf.is_nested:
-            raise SpaceMismatchError(
-                "expected the forward to return tensors of one size, got a nested tensor: return a tuple of tensors"
-            )
-        if not isinstance(leaf, Tensor):
-            raise SpaceMismatchError(
-                f"expected the forward to return a tensor or a pytree of tensors, got {type(leaf).__name__} "
-                f"({str(leaf)[:60]}): return tensors only"
-            )
-    if not flat:
-        raise SpaceMismatchError("expected the forward to return at least one tensor, got an empty pytree")
-    return tuple(flat), structure
+    point: tuple[Source, ...] = ()  # where the function is linearized, if its pull-back is what is asked for
 
 
 def _flat(*leaves: Tensor) -> Tensors:
@@ -73,6 +52,10 @@ def capture(
     call: Callable[[], Any] = lambda: None,
 ) -> Capture:  # fmt: skip
     """Find all that a function on a domain depends on; ``call`` runs it once for real, as PyTorch's front end does."""
+    if isinstance(function, PullBack):
+        return replace(
+            capture(function.function, function.kwargs, function.domain, modules, call), point=function.sources
+        )
     try:
         with attributes_kept(modules):
             captured = _by_compiler(function, kwargs, domain)
@@ -95,7 +78,7 @@ def capture(
             return is_stateful or (_changes(modules, call) and _changes(modules, call))
 
     sources = {**sources_named(function), **sources_of(modules)}
-    return Capture(run, (), sources, Watch(modules, function).holds, reason, changes)
+    return Capture(run, domain.specs, (), sources, Watch(modules, function).holds, reason, changes)
 
 
 def _changes(modules: tuple[nn.Module, ...], call: Callable[[], Any]) -> bool:
@@ -125,7 +108,7 @@ def _by_compiler(function: Callable[..., Any], kwargs: dict[str, Any], domain: S
         outputs = found.module(*inputs)
         return tuple(outputs[i] if i >= 0 else inputs[-1 - i] for i in found.results)
 
-    return Capture(run, state, {}, found.holds)
+    return Capture(run, domain.specs, state, {}, found.holds)
 
 
 def _name(expression: str, function: Callable[..., Any]) -> str:

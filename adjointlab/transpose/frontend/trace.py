@@ -16,12 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 from adjointlab import compat
 from adjointlab.modules import Source
-from adjointlab.space import TensorSpec
 from adjointlab.transpose.frontend import torchscript
 from adjointlab.transpose.frontend.budget import deadline
 from adjointlab.transpose.frontend.capture import Capture
 from adjointlab.transpose.frontend.sparse import SparseMatrices, multiplied
 from adjointlab.transpose.frontend.vjp import Tensors, first_line, nodes_of, vjp_by_func, vjp_by_grad
+from adjointlab.transpose.graph.edit import part
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import is_mutable, op_name
 
@@ -208,11 +208,11 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def trace_forward(captured: Capture, specs: Sequence[TensorSpec], seconds: float = math.inf) -> Graph:
-    """Return the functional graph of a function on tensors like ``specs``, with what it depends on as state."""
+def trace_forward(captured: Capture, seconds: float = math.inf) -> Graph:
+    """Return the functional graph of a function, with what it depends on as state."""
     fake = compat.FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        inputs = [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in specs]
+        inputs = [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in captured.specs]
     real = [source.read() for source in captured.state]
     known, n, values = _faked(real, fake), len(real), _Values(real, seconds)
     sources = {**captured.sources, **{id(t): source for t, source in zip(real, captured.state, strict=True)}}
@@ -227,7 +227,7 @@ def trace_forward(captured: Capture, specs: Sequence[TensorSpec], seconds: float
     return Graph(module.graph, state, specialized)
 
 
-def hides(captured: Capture, specs: Sequence[TensorSpec]) -> tuple[str, ...]:
+def hides(captured: Capture) -> tuple[str, ...]:
     """Return the names of what hides values from autograd, or has a backward of its own: there, autograd may be wrong.
 
     A graph of operations does not show them: it is of what they compute.
@@ -239,7 +239,7 @@ def hides(captured: Capture, specs: Sequence[TensorSpec]) -> tuple[str, ...]:
         tensor.requires_grad_(like.requires_grad)
     try:
         with compat.quiet(), compat.scripts_run(torchscript.run), fake, torch.enable_grad():
-            leaves = [torch.empty(s.shape, dtype=s.dtype, device=s.device, requires_grad=True) for s in specs]
+            leaves = [torch.empty(s.shape, dtype=s.dtype, device=s.device, requires_grad=True) for s in captured.specs]
             values = _Values()
             with _Memory(values, SparseMatrices(dict(captured.sources))), mode:
                 outputs = captured.function(tuple(state), tuple(leaves))
@@ -282,10 +282,11 @@ def constant(tensor: Tensor) -> Source:
     return Source(lambda: tensor, "a constant")
 
 
-def trace_vjp(forward: Graph, seconds: float = math.inf) -> Graph:
+def trace_vjp(forward: Graph, seconds: float = math.inf, *, of_state: bool = True) -> Graph:
     """Return the graph ``(*state, *primals, *cotangents) → (*Aᴴ cotangents, *gradients)`` of the forward's VJP.
 
-    Gradients are those in the state, None for what requires none, and for all of it where one cannot be traced.
+    Gradients are those in the state, None for what requires none, and for all of it where one cannot be traced, or is
+    not to be.
     """
     n_state, n_inputs = len(forward.state), len(forward.inputs)
     examples = [node.meta["val"] for node in forward.placeholders]
@@ -310,7 +311,7 @@ def trace_vjp(forward: Graph, seconds: float = math.inf) -> Graph:
 
         return run
 
-    learned = [index for index, source in enumerate(forward.state) if source.read().requires_grad]
+    learned = [index for index, source in enumerate(forward.state) if of_state and source.read().requires_grad]
     tries = [(vjp_by_func, learned), *([(vjp_by_func, [])] if learned else []), (vjp_by_grad, [])]
     for vjp, wanted in tries:
         try:
@@ -322,6 +323,13 @@ def trace_vjp(forward: Graph, seconds: float = math.inf) -> Graph:
         raise refusal
     module = _functionalised(module, len(arguments) + len(cotangents))
     return Graph(module.graph, forward.state, forward.specialized)
+
+
+def trace_pull_back(forward: Graph, point: tuple[Source, ...], seconds: float = math.inf) -> Graph:
+    """Return the graph ``(*state, *cotangents) → J(x₀)ᴴ cotangents`` of a forward, with ``x₀`` in the state."""
+    whole = trace_vjp(forward, seconds, of_state=False)
+    found = part(whole, whole.outputs[: len(point)])
+    return Graph(found.body, (*forward.state, *point), found.specialized)
 
 
 def _lift(module: fx.GraphModule, n_known: int, sources: dict[Any, Source]) -> tuple[Source, ...]:

@@ -17,6 +17,10 @@ from torch import Tensor
 
 from adjointlab import compat
 from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
+from adjointlab.modules import Source
+from adjointlab.space import Space
+from adjointlab.space.algebra import moved
+from adjointlab.tree import Structure, tree_flatten
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]
@@ -69,7 +73,7 @@ def linearized_by_func(function: Function, primals: Tensors, *, once: bool = Fal
 def linearized_by_grad(function: Function, primals: Tensors, *, once: bool = False) -> Linearized:
     """Return a function at a point by ``torch.autograd.grad``; ``once`` frees what the pull-back has used."""
     with torch.enable_grad():
-        inputs = tuple(p.detach().requires_grad_() for p in primals)
+        inputs = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in primals)
         # A view of the leaf is handed over, since autograd forbids writing to a leaf in place.
         outputs = function(tuple(leaf.view_as(leaf) for leaf in inputs))
 
@@ -184,3 +188,70 @@ def choose(function: Function, primals: Tensors, cotangents: Tensors) -> tuple[C
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, for use inside another message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def flatten_outputs(output: Any) -> tuple[Tensors, Structure | None]:
+    """Return the leaves of what a function returned, and how they hang together, None for a single tensor."""
+    if isinstance(output, Tensor) and not output.is_nested:
+        return (output,), None
+    flat, structure = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
+    for leaf in flat:
+        if isinstance(leaf, Tensor) and leaf.is_nested:
+            raise SpaceMismatchError(
+                "expected the forward to return tensors of one size, got a nested tensor: return a tuple of tensors"
+            )
+        if not isinstance(leaf, Tensor):
+            raise SpaceMismatchError(
+                f"expected the forward to return a tensor or a pytree of tensors, got {type(leaf).__name__} "
+                f"({str(leaf)[:60]}): return tensors only"
+            )
+    if not flat:
+        raise SpaceMismatchError("expected the forward to return at least one tensor, got an empty pytree")
+    return tuple(flat), structure
+
+
+class PullBack:
+    """``v ↦ J(x₀)ᴴ v``: what autograd makes of cotangents of a function at a point, the leaves of an element."""
+
+    def __init__(self, function: Callable[..., Any], kwargs: dict[str, Any], domain: Space, point: Tensors) -> None:
+        self.function, self.kwargs, self.domain, self.point = function, kwargs, domain, point
+        self.sources = tuple(
+            Source(functools.partial(self._leaf, i), f"x0, leaf {i}" if len(point) > 1 else "x0", is_private=True)
+            for i in range(len(point))
+        )
+        self._choice: Choice | None = None
+
+    def _leaf(self, index: int) -> Tensor:
+        return self.point[index]
+
+    def at(self, point: Tensors) -> PullBack:
+        """Return the pull-back of the same function elsewhere."""
+        found = PullBack(self.function, self.kwargs, self.domain, point)
+        found._choice = self._choice
+        return found
+
+    def moved(self, fn: Callable[[Tensor], Tensor]) -> PullBack:
+        """Return the pull-back with its point on another device, or of another dtype."""
+        return PullBack(self.function, self.kwargs, moved(self.domain, fn), tuple(map(fn, self.point)))
+
+    def value(self, leaves: Tensors) -> tuple[Tensors, Structure | None]:
+        """Return the leaves of ``f(x)``, and how they hang together."""
+        x = self.domain.unflatten([leaf.view_as(leaf) for leaf in leaves])
+        return flatten_outputs(
+            self.function(*x, **self.kwargs) if type(x) is tuple else self.function(x, **self.kwargs)
+        )
+
+    def __call__(self, *v: Any) -> Any:
+        """Return ``J(x₀)ᴴ v``."""
+        cotangents = tuple(tree_flatten(v)[0])
+
+        def flat(leaves: Tensors) -> Tensors:
+            return self.value(leaves)[0]
+
+        if torch.compiler.is_compiling():
+            found = vjp_by_func(flat, self.point, cotangents)
+        elif self._choice is None:
+            self._choice, _, found = choose(flat, self.point, cotangents)
+        else:
+            found = self._choice.linearize(flat, self.point, once=True).pull_back(cotangents)
+        return self.domain.unflatten(found)

@@ -305,7 +305,8 @@ def _region(group: list[fx.Node], dependent: set[fx.Node]) -> Region | None:
 
 def _dtype(node: fx.Node) -> torch.dtype:
     value = node.meta["val"]
-    return (value[0] if isinstance(value, (list, tuple)) else value).dtype  # type: ignore[no-any-return]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return next(v.dtype for v in values if isinstance(v, Tensor))
 
 
 def _adds(node: fx.Node, dependent: set[fx.Node]) -> bool:

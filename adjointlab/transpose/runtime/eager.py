@@ -15,7 +15,7 @@ from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
 from adjointlab.modules import attributes_kept, modules_of
 from adjointlab.space import Space
 from adjointlab.transpose.frontend import vjp
-from adjointlab.transpose.frontend.capture import Tensors, flatten_outputs
+from adjointlab.transpose.frontend.vjp import Tensors, flatten_outputs
 
 
 class Eager:
@@ -34,6 +34,12 @@ class Eager:
         """Return the same function, which keeps its pull-back if that takes no more than so many bytes."""
         found = copy.copy(self)
         found.most, found._kept = most, None
+        return found
+
+    def calling(self, function: Callable[..., Any]) -> Eager:
+        """Return the same for another function of the kind."""
+        found = copy.copy(self)
+        found.callable, found._kept = function, None
         return found
 
     def on(self, domain: Space) -> Eager:

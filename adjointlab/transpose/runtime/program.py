@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adjointlab import compat
+from adjointlab.modules import Source
 from adjointlab.numerics import same
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.passes.partition import HasNoPiecesError, partition
@@ -49,9 +51,11 @@ class Program:
     ``reference`` is an equal graph of differentiable ATen operations alone: transforms and compilers get to see that.
     """
 
-    def __init__(self, graph: Graph, reference: Graph) -> None:
+    def __init__(self, graph: Graph, reference: Graph, point: AtPoint | None = None) -> None:
         self.graph = graph
         self.whole = reference.function
+        self._residuals: Callable[[Tensors], Tensors] | None = point
+        self._n_state = len(reference.state)
         parts = partition(graph)
         self._make_constants, self._main = parts.constants, parts.main
         private = frozenset(i for i, source in enumerate(graph.state) if source.is_private)
@@ -65,10 +69,16 @@ class Program:
     def run(self, *tensors: Tensor) -> Tensors:
         """Return the outputs for real tensors, without recording of gradients."""
         try:
-            ready = self.prepared(tensors)
+            given = tensors if self._residuals is None else self._extended(tensors, self._residuals)
+            ready = self.prepared(given)
         except HasNoPiecesError:
             return tuple(self.whole(*tensors))
-        return self._main(*tensors, *ready)  # type: ignore[no-any-return]
+        return self._main(*given, *ready)  # type: ignore[no-any-return]
+
+    def _extended(self, tensors: Tensors, residuals: Callable[[Tensors], Tensors]) -> Tensors:
+        """Return tensors with residuals after the state."""
+        state = tensors[: self._n_state]
+        return (*state, *residuals(state), *tensors[self._n_state :])
 
     def prepared(self, tensors: Tensors) -> Tensors:
         """Compute all that depends on the state alone, which is the first of ``tensors``."""
@@ -84,9 +94,12 @@ class Program:
         """Return the program for a state that does not change: nothing of it is compared at a call."""
         found = copy.copy(self)
         try:
+            if self._residuals is not None:
+                residuals = self._residuals(state)
+                state, found._residuals = (*state, *residuals), lambda _: residuals
             found._constants, found._prepacks = self.prepared(state), ()
         except HasNoPiecesError:
-            found._constants, found._prepacks, found._main = (), (), self.whole
+            found._constants, found._prepacks, found._main, found._residuals = (), (), self.whole, None
         return found
 
     def compile(self, options: dict[str, Any]) -> None:
@@ -97,6 +110,38 @@ class Program:
         """Run an equal function of the inputs alone, which reads the state by itself."""
         self._constants, self._prepacks = (), ()
         self._main = lambda *tensors: function(*tensors[n_state:])
+
+
+class AtPoint:
+    """``state → residuals``: what is computed once for each point, that is for each state whose private tensors differ.
+
+    ``program`` computes the ``count`` leaves of ``f(x₀)`` before the residuals; ``reference`` is the graph of f itself.
+    """
+
+    def __init__(self, program: Program, state: Sequence[Source], count: int, reference: Graph) -> None:
+        self._program, self._count, self._reference = program, count, reference
+        self._private = frozenset(i for i, source in enumerate(state) if source.is_private)
+        self._kept: list[tuple[weakref.ref[Tensor], Prepack]] = []  # by a tensor of the point, as long as that lives
+
+    def _of(self, state: Tensors) -> Tensors:
+        (last, *_), found = sorted(self._private, reverse=True), None
+        for point, kept in self._kept:
+            found = kept if point() is state[last] else found
+        if found is None:
+            found = _kept(self._program.run, tuple(range(len(state))), self._private, dear=False)
+            alive = [(point, kept) for point, kept in self._kept if point() is not None]
+            self._kept = [*alive, (weakref.ref(state[last]), found)]
+        return found(state, ())
+
+    def __call__(self, state: Tensors) -> Tensors:
+        """Return the residuals."""
+        return self._of(state)[self._count :]
+
+    def value(self, state: Tensors) -> Tensors:
+        """Return the leaves of ``f(x₀)``, with a derivative where one may be asked for."""
+        if compat.plain() and not compat.differentiated(state):
+            return self._of(state)[: self._count]
+        return tuple(self._reference.function(*state))
 
 
 def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: frozenset[int], *, dear: bool) -> Prepack:

@@ -25,7 +25,7 @@ DETACH = "detach" if torch.__version__ < (2, 14) else ""  # then traced as an al
 
 def graph_of(function: Callable[[Tensor], Tensor]) -> Graph:
     domain = Space.of((4,))
-    return normalise(trace_forward(capture(function, {}, domain, ()), domain.specs))
+    return normalise(trace_forward(capture(function, {}, domain, ())))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,168 @@
+"""Graphs that are linear in their inputs, at a point of the state: what depends on the state alone is computed once.
+
+A pull-back ``v ↦ J(x₀)ᴴ v`` and its adjoint read numbers that the forward computes at ``x₀``, the *residuals*. One
+graph computes these for both, beside the value ``f(x₀)``. They take no more memory than what autograd would keep, as
+far as the cheapest of them can be computed again at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adjointlab.modules import Source
+from adjointlab.transpose.graph.edit import clean, dependents, known, rewritten
+from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.graph.ops import LIKE, VIEWS
+
+aten = torch.ops.aten
+_MOST = 4  # operations that a residual may cost at each call, if memory is to be saved
+
+
+@dataclass(frozen=True)
+class AtPoint:
+    """Some graphs in two parts: what is computed once for a state, and the rest of each."""
+
+    once: Graph  # (*state) → (*value, *residuals)
+    rest: tuple[Graph, Graph]  # each (*state, *residuals, *inputs) → outputs
+
+
+def at_point(value: Graph, pull_back: Graph, push_forward: Graph) -> AtPoint:
+    """Return two graphs of one state in parts; ``value`` is the graph ``(*state) → f(x₀)``, with what it shares."""
+    graphs = tuple(rewritten(graph, _plain) for graph in (pull_back, push_forward))
+    once, seen = fx.Graph(), dict[Hashable, fx.Node]()
+    state = [known(once.placeholder(f"state_{i}"), node.meta["val"]) for i, node in enumerate(value.placeholders)]
+    copies = [_merged(once, value, state, seen, set())]
+    copies += [_merged(once, graph, state, seen, dependents(graph.inputs)) for graph in graphs]
+    read = {copies[i][n] for i, graph in enumerate(graphs, 1) for n in _read_by_rest(graph)}
+    residuals = _affordable({_memory(node) for node in read} - set(state), _kept_by_autograd(graphs[0]))
+    once.output((*[copies[0][node] for node in value.outputs], *residuals))
+    first, second = (_rest(graph, found, state, residuals) for graph, found in zip(graphs, copies[1:], strict=True))
+    clean(once)
+    return AtPoint(Graph(once, value.state, value.specialized), (first, second))
+
+
+def _plain(_: fx.Graph, node: Any) -> fx.Node | None:
+    """Drop copies for operations that take any memory, and conjugates of conjugates."""
+    if node.target is aten.clone.default and not node.kwargs and all(map(_is_pointwise, node.users)):
+        return node.args[0]  # type: ignore[no-any-return]
+    if node.target is not aten._conj.default or not isinstance(node.args[0], fx.Node):
+        return None
+    inner: Any = node.args[0]
+    while inner.target is aten.clone.default:
+        inner = inner.args[0]
+    return inner.args[0] if inner.target is aten._conj.default else None
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _merged(
+    once: fx.Graph, graph: Graph, state: list[fx.Node], seen: dict[Hashable, fx.Node], free: set[fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """Copy the nodes of a graph but those that are free, each equal call once; return the copies."""
+    copies = dict(zip(graph.placeholders, state, strict=False))
+    for node in graph.body.nodes:
+        if node.op == "call_function" and node not in free:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+            key = node.target, _hashable(args), _hashable(kwargs)
+            if key not in seen:
+                seen[key] = once.node_copy(node, copies.__getitem__)
+            copies[node] = seen[key]
+    return copies
+
+
+def _hashable(value: Any) -> Hashable:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return tuple((name, _hashable(item)) for name, item in value.items())
+    return type(value), str(value) if isinstance(value, slice) else value  # 1, 1.0 and True are equal, and differ here
+
+
+def _read_by_rest(graph: Graph) -> list[fx.Node]:
+    """Return the nodes of the state that are read by what depends on the inputs, and by outputs."""
+    free, end = dependents(graph.inputs), graph.body.output_node()
+    return [node for node in graph.body.nodes if node not in free and any(u in free or u is end for u in node.users)]
+
+
+def _memory(node: fx.Node) -> fx.Node:
+    """Return the node whose memory a node looks at; what costs nothing to make is made anew, from its first operand."""
+    while node.all_input_nodes and getattr(node.target, "overloadpacket", None) in VIEWS | LIKE:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _size(nodes: Iterable[fx.Node]) -> int:
+    values = [node.meta["val"] for node in nodes]
+    return sum(v.numel() * v.dtype.itemsize for v in values if isinstance(v, Tensor))
+
+
+def _kept_by_autograd(pull_back: Graph) -> int:
+    """Return how many bytes autograd keeps: of what the forward computes, all that the pull-back reads."""
+    free, before = dependents(pull_back.inputs), set[fx.Node]()
+    for node in pull_back.body.nodes:
+        if node in free and node.op == "call_function":
+            break
+        before.add(node)
+    read = {_memory(n) for n in before for user in n.users if n not in free and user not in before}
+    return _size(node for node in read if node.op != "placeholder")
+
+
+def _affordable(residuals: set[fx.Node], most: int) -> list[fx.Node]:
+    """Return what to keep so that all else that is read can be computed from it, in no more than so many bytes."""
+    chosen = {node for node in residuals if node.all_input_nodes}  # constants are made where they are used
+    while (size := _size(chosen)) > most:
+        tries = [(cost, node, found) for node in chosen for cost, found in [_without(node, chosen)] if cost]
+        better = [(cost, _size(found), node.name, found) for cost, node, found in tries if _size(found) < size]
+        if not better:
+            break
+        chosen = min(better)[-1]
+    order = {node: i for i, node in enumerate(next(iter(residuals)).graph.nodes)} if residuals else {}
+    return sorted(chosen, key=order.__getitem__)
+
+
+def _without(node: fx.Node, chosen: set[fx.Node]) -> tuple[int, set[fx.Node]]:
+    """Return how many operations make a residual from others, and what is then to be kept; 0 where that is too many."""
+    kept, pending, cost = chosen - {node}, [node], 0
+    while pending:
+        made = pending.pop()
+        cost += 1
+        if cost > _MOST or not _is_pointwise(made):
+            return 0, chosen
+        found = [_memory(operand) for operand in made.all_input_nodes]
+        pending.extend(n for n in found if n not in kept and n.op != "placeholder" and n.all_input_nodes)
+    return cost, kept
+
+
+def _rest(graph: Graph, copies: dict[fx.Node, fx.Node], state: list[fx.Node], residuals: list[fx.Node]) -> Graph:
+    """Return a graph that takes residuals as state after its own; what is not kept of the state is computed in it."""
+    body, free = fx.Graph(), dependents(graph.inputs)
+    made = {node: known(body.placeholder(f"state_{i}"), node.meta["val"]) for i, node in enumerate(state)}
+    for i, node in enumerate(residuals):
+        made[node] = known(body.placeholder(f"residual_{i}"), node.meta["val"])
+    inputs = {node: body.node_copy(node) for node in graph.inputs}
+
+    def of_state(node: fx.Node) -> fx.Node:
+        if node not in made:
+            for operand in node.all_input_nodes:
+                of_state(operand)
+            made[node] = body.node_copy(node, made.__getitem__)
+        return made[node]
+
+    for node in graph.body.nodes:
+        if node.op == "call_function" and node in free:
+            inputs[node] = body.node_copy(node, lambda n: inputs[n] if n in free else of_state(copies[n]))
+    body.output(tuple(inputs[n] if n in free else of_state(copies[n]) for n in graph.outputs))
+    clean(body)
+    sources = tuple(Source(_no_value, f"residual {i}", is_private=True) for i in range(len(residuals)))
+    return Graph(body, (*graph.state, *sources), graph.specialized)
+
+
+def _no_value() -> Tensor:
+    raise LookupError("a residual is computed, not read")

@@ -1,0 +1,233 @@
+"""Jacobians against ``torch.func.jacrev`` of the function on real coordinates, and what else operators are."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import adjointlab as al
+from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
+from tests.built import needs_torch
+from tests.nonlinear_zoo import ZOO, Case
+
+D = torch.float64
+EPS = torch.finfo(D).eps
+
+
+def coordinates(space: al.Space, x: Any) -> Tensor:
+    """Return the real coordinates of an element as one vector."""
+    real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in space.leaves(x)]
+    return torch.cat([t.reshape(-1) for t in real])
+
+
+def dense(case: Case, x: Any) -> Tensor:
+    """Return the matrix of the derivative in real coordinates, by ``torch.func.jacrev``."""
+    space = al.Space.of(x)
+    reals = [torch.view_as_real(t) if t.is_complex() else t for t in space.leaves(x)]
+
+    def function(*parts: Tensor) -> Tensor:
+        leaves = [torch.view_as_complex(t) if s.is_complex else t for t, s in zip(parts, space.specs, strict=True)]
+        element = space.unflatten(leaves)
+        found = pytree.tree_leaves(case.function(*element) if type(element) is tuple else case.function(element))
+        return torch.cat([(torch.view_as_real(t) if t.is_complex() else t).reshape(-1) for t in found])
+
+    parts = torch.func.jacrev(function, argnums=tuple(range(len(reals))))(*[t.clone() for t in reals])
+    return torch.cat([part.reshape(part.shape[0], -1) for part in parts], 1)
+
+
+def assert_is_derivative(J: al.Jacobian, matrix: Tensor) -> None:
+    """Assert that J is a matrix and ``J.H`` its transpose, in real coordinates, within rounding."""
+    d, v = J.domain.randn(torch.Generator().manual_seed(1)), J.codomain.randn(torch.Generator().manual_seed(2))
+    pairs = [
+        (coordinates(J.codomain, J(d)), matrix @ coordinates(J.domain, d)),
+        (coordinates(J.domain, J.H(v)), matrix.T @ coordinates(J.codomain, v)),
+    ]
+    size = torch.linalg.matrix_norm(matrix)
+    for found, expected in pairs:
+        assert torch.dist(found, expected) <= 64 * EPS * size * max(matrix.shape) ** 0.5
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_it_is_the_derivative_here_and_elsewhere(name: str) -> None:
+    case = ZOO[name]
+    x, elsewhere = case.point(), case.point(seed=1)
+    J = al.jacobian(case.function, x)
+    assert J.engine == "traced"
+    assert_is_derivative(J, dense(case, x))
+    K = J.at(elsewhere)
+    assert_is_derivative(K, dense(case, elsewhere))
+    assert_is_derivative(J, dense(case, x))
+    expected = case.function(*elsewhere) if type(elsewhere) is tuple else case.function(elsewhere)
+    for found, leaf in zip(J.codomain.leaves(K.value), pytree.tree_leaves(expected), strict=True):
+        assert torch.dist(found, leaf) <= 8 * EPS * torch.linalg.vector_norm(leaf)
+
+
+def test_of_a_function_that_is_not_holomorphic_it_is_real_linear() -> None:
+    z = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex128)
+    assert al.jacobian(lambda z: z**2, z).is_complex_linear
+    assert not al.jacobian(lambda z: z.conj() * z, z).is_complex_linear
+
+
+def network() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def point(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=D, generator=torch.Generator().manual_seed(seed))
+
+
+def test_parameters_that_change_are_followed_and_the_point_is_a_copy() -> None:
+    f, x = network(), point(3)
+    J = al.jacobian(f, x)
+    case = Case(f, (3,))
+    before = x.clone()
+    with torch.no_grad():
+        f[0].weight.mul_(2)
+        x.add_(1)
+    assert_is_derivative(J, dense(case, before).detach())
+    assert torch.equal(J.value, f(before))
+    assert torch.equal(J.point, before)
+
+
+def test_the_jacobian_in_parameters() -> None:
+    f, x, v = network(), point(3), point(2, seed=1)
+    J = al.jacobian(f, dict(f.named_parameters()), kwargs={"input": x})
+    expected = torch.autograd.grad(f(x), list(f.parameters()), v)
+    for found, leaf in zip(J.H(v).values(), expected, strict=True):
+        assert torch.dist(found, leaf) <= 8 * EPS * torch.linalg.vector_norm(leaf)
+    part = {"0.weight": f[0].weight}
+    assert al.jacobian(f, part, kwargs={"input": x}).domain.size == 12
+
+
+def test_derivatives_of_it_in_the_point_and_in_parameters() -> None:
+    f, x = network(), point(3)
+    J = al.jacobian(f, x.requires_grad_())
+    d, v = point(3, seed=1).requires_grad_(), point(2, seed=2).requires_grad_()
+    y = point(3, seed=3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda y, d: J.at(y)(d), (y, d))
+    assert torch.autograd.gradgradcheck(lambda y, d: J.at(y)(d), (y, d))
+    assert torch.autograd.gradcheck(lambda y, v: J.at(y).H(v), (y, v))
+    assert torch.autograd.gradcheck(lambda y: J.at(y).value, (y,))
+    weight = f[0].weight
+
+    def pushed(w: Tensor) -> Tensor:
+        g = lambda x: torch.func.functional_call(f, {"0.weight": w}, (x,))  # noqa: E731
+        return torch.func.jvp(g, (x,), (d,))[1].sum()
+
+    (found,) = torch.autograd.grad(J(d).sum(), [weight])
+    (expected,) = torch.autograd.grad(pushed(weight), [weight])
+    assert torch.dist(found, expected) <= 64 * EPS * torch.linalg.vector_norm(expected)
+
+
+def test_it_is_an_operator_as_others() -> None:
+    f, x = network().requires_grad_(False), point(3)
+    J, matrix = al.jacobian(f, x), dense(Case(network(), (3,)), x).detach()
+    assert J.H.H is J
+    assert al.check_adjoint(J).passed
+    for copied in (copy.deepcopy(J), pickle.loads(pickle.dumps(J))):
+        assert_is_derivative(copied, matrix)
+        assert torch.equal(copied.value, J.value)
+    assert torch.dist(al.to_dense(J.gram), matrix.T @ matrix) <= 64 * EPS * torch.linalg.matrix_norm(matrix) ** 2
+    assert torch.dist(torch.vmap(J)(torch.eye(3, dtype=D)), matrix.T) <= 64 * EPS * torch.linalg.matrix_norm(matrix)
+    single = copy.deepcopy(J).float()
+    assert single.at(torch.ones(3))(torch.ones(3)).dtype == single.value.dtype == torch.float32
+    solution = al.solvers.cgls(J, J(torch.ones(3, dtype=D)), tol=1e-12)
+    assert solution.converged
+
+
+def test_batches_are_samples() -> None:
+    x = point(3, 4)
+    J = al.jacobian(lambda x: torch.sin(x).cumsum(1), x, batch_dims=1)
+    assert J.domain.batch_dims == J.codomain.batch_dims == 1
+    assert torch.equal(J.at(torch.zeros(2, 4, dtype=D))(torch.ones(2, 4, dtype=D))[1], torch.arange(1.0, 5, dtype=D))
+    with pytest.raises(SpaceMismatchError, match="of the batch size of the point"):
+        J(point(2, 4))
+
+
+class Written(torch.autograd.Function):
+    """A square with a backward of its own, through NumPy forwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.from_numpy(x.detach().numpy() ** 2)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * v
+
+
+class Once(Written):
+    """The same, with a backward through NumPy as well."""
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Tensor:
+        return torch.from_numpy(2 * ctx.saved_tensors[0].detach().numpy() * v.detach().numpy())
+
+
+def test_where_there_is_no_graph_autograd_serves() -> None:
+    J = al.jacobian(Written.apply, point(3))
+    assert J.engine == "eager"
+    for x in (point(3), point(3, seed=1)):
+        assert_is_derivative(J.at(x), torch.diag(2 * x))
+        assert torch.equal(J.at(x).value, x**2)
+    y = point(3, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: J.at(y)(torch.ones(3, dtype=D)), (y,))
+
+
+@pytest.mark.parametrize(
+    ("f", "x", "error", "message"),
+    [
+        (torch.sqrt, torch.zeros(2), NotDifferentiableError, "NaN or infinite there"),
+        (nn.Dropout(), torch.ones(5), NotDifferentiableError, "eval"),
+        (Once.apply, torch.ones(2), NotDifferentiableError, "differentiable operations"),
+        (torch.argmax, torch.ones(2), SpaceMismatchError, "int64"),
+        (3, torch.ones(2), SpaceMismatchError, "expected an nn.Module or a function"),
+        (torch.sin, [1, 2], SpaceMismatchError, "expected x0"),
+        (nn.Linear(3, 2), torch.ones(2), SpaceMismatchError, "but it raised"),
+    ],
+)
+def test_what_has_no_derivative_is_refused(f: Any, x: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        al.jacobian(f, x)
+
+
+@needs_torch("2.10", "torch.compile around operators with gradients")
+def test_within_torch_compile() -> None:
+    J = al.jacobian(torch.sin, point(4))
+    step = torch.compile(lambda d: J.H(J(d)), fullgraph=True, backend="aot_eager")
+    d = point(4, seed=1)
+    assert torch.dist(step(d), J.H(J(d))) <= 8 * EPS
+
+
+def test_residuals_are_computed_once_for_a_point_and_take_no_more_than_autograd() -> None:
+    x = point(64, 64)
+    J = al.jacobian(lambda x: torch.exp(x.sin()) * x.cos(), x)
+    K = J.at(x + 1)
+    kept = {}
+    for A in (J, K):
+        (derivation,) = A.source.current()
+        state = tuple(source.read() for source in derivation.state)
+        kept[A] = derivation.value(state)
+        J(x), K(x), J.H(x), K.H(x)
+        assert all(a is b for a, b in zip(derivation.value(state), kept[A], strict=True))
+    assert not torch.equal(kept[J][0], kept[K][0])
+    saved = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.data_ptr()] = t.nbytes
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = x.clone().requires_grad_()
+        z = torch.exp(y.sin()) * y.cos()
+    assert z.requires_grad
+    assert sum(t.nbytes for t in kept[J]) <= sum(saved.values())
