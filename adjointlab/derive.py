@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMismatchError
-from adjointlab.linearity import assess, like_parameters
+from adjointlab.errors import NotDifferentiableError, NotLinearError
+from adjointlab.linearity import assess, like_parameters, require_map
 from adjointlab.notation import name_of
 from adjointlab.operators import LinearOperator, Map, Recipe
 from adjointlab.space import Space
@@ -98,21 +98,6 @@ def transposition(
     require_map(function)
     space = like_parameters(function, domain, batch_dims)
     return Transposition(function, space, kwargs, options, judge=require_linear)
-
-
-def require_map(function: Any) -> None:
-    """Raise unless a value is a function of tensors; the message says what makes an operator of a matrix."""
-    name = type(function).__name__
-    if hasattr(function, "rmatvec"):  # an operator of SciPy or PyLops, which is callable, but not with tensors
-        library = "pylops" if type(function).__module__.startswith("pylops") else "scipy"
-        remedy = f"convert it with adjointlab.adapters.{library}.from_{library}"
-    elif callable(function):
-        return
-    elif hasattr(function, "shape"):
-        remedy = "make an operator of a matrix with al.matrix, which takes tensors, NumPy arrays and SciPy's matrices"
-    else:
-        remedy = "pass the map itself"
-    raise SpaceMismatchError(f"expected an nn.Module or a function of tensors, got {name}: {remedy}")
 
 
 def options_of(source: Transposition) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from adjointlab.errors import NotDifferentiableError
+from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
 from adjointlab.evidence import DETERMINISM, Counterexample, Numbers
 from adjointlab.modules import buffers_kept, modules_of
 from adjointlab.reporting import aligned, html_table, strict_json
@@ -78,6 +78,8 @@ class LinearityReport:
     def __str__(self) -> str:
         return aligned(self._title, self._rows())
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return html_table(self._title, self.is_affine, self._rows())
 
@@ -130,9 +132,25 @@ def check_linearity(
     >>> report.verdict, report.reads_input
     ('refuted', ('threshold_backward',))
     """
+    require_map(f)
     space = like_parameters(f, domain, batch_dims)
     source = Transposition(f, space, kwargs)
     return assess(source, source.nominal, seed)
+
+
+def require_map(function: Any) -> None:
+    """Raise unless a value is a function of tensors; the message says what makes an operator of a matrix."""
+    name = type(function).__name__
+    if hasattr(function, "rmatvec"):  # an operator of SciPy or PyLops, which is callable, but not with tensors
+        library = "pylops" if type(function).__module__.startswith("pylops") else "scipy"
+        remedy = f"convert it with adjointlab.adapters.{library}.from_{library}"
+    elif callable(function):
+        return
+    elif hasattr(function, "shape"):
+        remedy = "make an operator of a matrix with al.matrix, which takes tensors, NumPy arrays and SciPy's matrices"
+    else:
+        remedy = "pass the map itself"
+    raise SpaceMismatchError(f"expected an nn.Module or a function of tensors, got {name}: {remedy}")
 
 
 def like_parameters(f: Any, domain: Any, batch_dims: int) -> Space:

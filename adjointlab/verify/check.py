@@ -13,7 +13,7 @@ import torch
 from adjointlab.affine import AffineOperator
 from adjointlab.derive import linear_operator
 from adjointlab.errors import AdjointMismatchError, NotDifferentiableError, NotLinearError, SpaceMismatchError
-from adjointlab.linearity import like_parameters
+from adjointlab.linearity import like_parameters, require_map
 from adjointlab.numerics import full_precision
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
@@ -212,8 +212,7 @@ def _claim_of(A: Any, adjoint: Any, domain: Any, codomain: Any) -> _Claim:
                 "expected no domain or codomain beside an operator, which has its own: leave it out"
             )
         return _of_operator(A.linear if isinstance(A, AffineOperator) else A, adjoint)
-    if not callable(A):
-        raise SpaceMismatchError(f"expected a LinearOperator, a module or a function, got {type(A).__name__}")
+    require_map(A)
     if domain is None:
         raise SpaceMismatchError(
             f"expected a LinearOperator, or a domain beside the plain callable {getattr(A, '__name__', 'A')}: "
