@@ -133,6 +133,7 @@ format: $(STAMP) ## Format the code and fix what can be fixed
 
 types: $(STAMP) ## Check the types
 	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 layers: $(STAMP) ## Check that imports only point down
 	$(BIN)/lint-imports

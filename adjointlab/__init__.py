@@ -8,7 +8,13 @@ if TYPE_CHECKING:
     from adjointlab.affine import AffineOperator, affine_operator
     from adjointlab.blocks import block_diag, diagonal, hstack, identity, vstack
     from adjointlab.derive import linear_adjoint, linear_operator
-    from adjointlab.errors import AdjointMismatchError, NotDifferentiableError, NotLinearError, SpaceMismatchError
+    from adjointlab.errors import (
+        AdjointMismatchError,
+        ConvergenceWarning,
+        NotDifferentiableError,
+        NotLinearError,
+        SpaceMismatchError,
+    )
     from adjointlab.jacobians import Jacobian, jacobian
     from adjointlab.least_squares import LeastSquares, least_squares_gradient
     from adjointlab.linearity import LinearityReport, check_linearity
@@ -29,7 +35,13 @@ _HOME = {
         "affine": ("AffineOperator", "affine_operator"),
         "blocks": ("block_diag", "diagonal", "hstack", "identity", "vstack"),
         "derive": ("linear_adjoint", "linear_operator"),
-        "errors": ("AdjointMismatchError", "NotDifferentiableError", "NotLinearError", "SpaceMismatchError"),
+        "errors": (
+            "AdjointMismatchError",
+            "ConvergenceWarning",
+            "NotDifferentiableError",
+            "NotLinearError",
+            "SpaceMismatchError",
+        ),
         "jacobians": ("Jacobian", "jacobian"),
         "least_squares": ("LeastSquares", "least_squares_gradient"),
         "matrices": ("matrix",),
@@ -44,17 +56,19 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(import_module(_HOME[name]), name)
-    elif name == "solvers":
-        value = import_module("adjointlab.solvers")
-    elif name == "__version__":
-        value = _version()
-    else:
-        raise AttributeError(f"module 'adjointlab' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # which is to know the names that there are, and no others
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            value = getattr(import_module(_HOME[name]), name)
+        elif name == "solvers":
+            value = import_module("adjointlab.solvers")
+        elif name == "__version__":
+            value = _version()
+        else:
+            raise AttributeError(f"module 'adjointlab' has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
@@ -71,9 +85,9 @@ def _version() -> str:
 
 
 __all__ = [
-    "AdjointMismatchError", "AdjointReport", "AffineOperator", "Jacobian", "LeastSquares", "LinearOperator",
-    "LinearityReport", "NotDifferentiableError", "NotLinearError", "Space", "SpaceMismatchError", "TensorSpec",
-    "affine_operator", "assert_adjoint", "block_diag", "check_adjoint", "check_linearity", "diagonal", "from_pair",
-    "hstack", "identity", "jacobian", "least_squares_gradient", "linear_adjoint", "linear_operator", "matrix",
-    "operator_norm", "solvers", "to_dense", "vstack",
+    "AdjointMismatchError", "AdjointReport", "AffineOperator", "ConvergenceWarning", "Jacobian", "LeastSquares",
+    "LinearOperator", "LinearityReport", "NotDifferentiableError", "NotLinearError", "Space", "SpaceMismatchError",
+    "TensorSpec", "affine_operator", "assert_adjoint", "block_diag", "check_adjoint", "check_linearity", "diagonal",
+    "from_pair", "hstack", "identity", "jacobian", "least_squares_gradient", "linear_adjoint", "linear_operator",
+    "matrix", "operator_norm", "solvers", "to_dense", "vstack",
 ]  # fmt: skip

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, Unpack, overload
 
-from torch import nn
+from torch import Tensor, nn
 
-from adjointlab.derive import from_source, options_of, transposition
+from adjointlab.derive import BuildOptions, from_source, options_of, transposition
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.notation import name_of, outline
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
+from adjointlab.space.spec import OfContainer, OfDict, OfPair, OfTensor
 from adjointlab.transpose import Options, Transposition
+from adjointlab.typed import E, X, Y
+
+Operator: TypeAlias = "LinearOperator[X, Y] | AffineOperator[X, Y]"
 
 
-class AffineOperator(nn.Module):
+class AffineOperator(nn.Module, Generic[X, Y]):
     """An affine map ``f(x) = Ax + b``; made by :func:`affine_operator`.
 
     Attributes
@@ -24,28 +28,29 @@ class AffineOperator(nn.Module):
         ``A``, that is ``x ↦ f(x) − f(0)``, with the derived adjoint.
     """
 
-    def __init__(self, linear: LinearOperator, source: Transposition) -> None:
+    def __init__(self, linear: LinearOperator[X, Y], source: Transposition) -> None:
         super().__init__()
         self.linear = linear
         self._source = source
 
     @property
-    def domain(self) -> Space:
+    def domain(self) -> Space[X]:
         """The space of x in ``f(x)``."""
         return self.linear.domain
 
     @property
-    def codomain(self) -> Space:
+    def codomain(self) -> Space[Y]:
         """The space of ``f(x)``."""
         return self.linear.codomain
 
     @property
-    def offset(self) -> Any:
+    def offset(self) -> Y:
         """The element ``b = f(0)`` of the codomain, for the parameters as they are now."""
-        return self._source.function(self.domain.zeros())
+        offset: Y = self._source.function(self.domain.zeros())
+        return offset
 
     @property
-    def H(self) -> LinearOperator:
+    def H(self) -> LinearOperator[Y, X]:
         """The adjoint of the linear part, ``Aᴴ``."""
         return self.linear.H
 
@@ -58,11 +63,16 @@ class AffineOperator(nn.Module):
         """Return the account of how the adjoint of the linear part was derived."""
         return self.linear.explain()
 
-    def forward(self, x: Any) -> Any:
-        """Return ``f(x) = Ax + b``; where x is not an element of the domain, raise ``SpaceMismatchError``."""
-        return self._source.function(x)
+    if TYPE_CHECKING:
 
-    def __matmul__(self, x: Any) -> Any:
+        def __call__(self, x: X) -> Y: ...  # noqa: D102
+
+    def forward(self, x: X) -> Y:
+        """Return ``f(x) = Ax + b``; where x is not an element of the domain, raise ``SpaceMismatchError``."""
+        image: Y = self._source.function(x)
+        return image
+
+    def __matmul__(self, x: X) -> Y:
         return self(x)
 
     def __repr__(self) -> str:
@@ -85,12 +95,48 @@ def require_operator(A: Any) -> None:
 
 
 def residual_and_gradient(
-    A: LinearOperator | AffineOperator, x: Any, y: Any, weight: Any, *, residual: bool
+    A: Operator[Any, Any], x: Any, y: Any, weight: Any, *, residual: bool
 ) -> tuple[Any, Any] | None:
     """Return ``f(x) − y`` if asked for, and ``Aᴴ w ⊙ (f(x) − y)``: from one graph, or None where none is to run."""
     if isinstance(A, AffineOperator):
         return A._source.residual_and_gradient(x, y, weight, residual=residual)
     return A.residual_and_gradient(x, y, weight, residual=residual)
+
+
+@overload
+def affine_operator(
+    module_or_function: Callable[[Tensor, Tensor], Y], domain: OfPair, **options: Unpack[BuildOptions]
+) -> AffineOperator[tuple[Tensor, Tensor], Y]: ...
+
+
+@overload
+def affine_operator(
+    module_or_function: nn.Module, domain: OfTensor, **options: Unpack[BuildOptions]
+) -> AffineOperator[Tensor, Tensor]: ...
+
+
+@overload
+def affine_operator(
+    module_or_function: Callable[[Tensor], Y], domain: OfTensor, **options: Unpack[BuildOptions]
+) -> AffineOperator[Tensor, Y]: ...
+
+
+@overload
+def affine_operator(
+    module_or_function: Callable[[dict[str, Tensor]], Y], domain: OfDict, **options: Unpack[BuildOptions]
+) -> AffineOperator[dict[str, Tensor], Y]: ...
+
+
+@overload
+def affine_operator(
+    module_or_function: Callable[..., Y], domain: Space[E] | E, **options: Unpack[BuildOptions]
+) -> AffineOperator[E, Y]: ...
+
+
+@overload
+def affine_operator(
+    module_or_function: Callable[..., Y], domain: OfContainer, **options: Unpack[BuildOptions]
+) -> AffineOperator[Any, Y]: ...
 
 
 def affine_operator(
@@ -106,14 +152,15 @@ def affine_operator(
     derivative: str = "autograd",
     tol: float | None = None,
     budget: float = 20.0,
-) -> AffineOperator:
+    progress: bool | None = None,
+) -> AffineOperator[Any, Any]:
     """Return ``f(x) = Ax + b`` with the derived adjoint of A: for a convolution with a bias, say.
 
     Parameters
     ----------
     module_or_function : nn.Module or callable
         An affine map; a linear one has the offset zero.
-    domain, batch_dims, kwargs, engine, check, lowering, autotune, derivative, tol, budget
+    domain, batch_dims, kwargs, engine, check, lowering, autotune, derivative, tol, budget, progress
         As in :func:`adjointlab.linear_operator`.
 
     Returns
@@ -138,7 +185,7 @@ def affine_operator(
     >>> torch.allclose(f(x), f.linear(x) + f.offset)
     True
     """
-    options = Options(engine, True, lowering, autotune, derivative, tol, check, budget)
+    options = Options(engine, True, lowering, autotune, derivative, tol, check, budget, progress)
     source = transposition(module_or_function, domain, batch_dims, kwargs, options)
     return AffineOperator(from_source(source, lambda: (_rebuild_linear, _arguments(source))), source)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -13,6 +13,8 @@ from adjointlab.notation import Notation, outline
 from adjointlab.operators import LinearOperator, derived
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common
+from adjointlab.space.spec import OfDict, OfPair, OfTensor
+from adjointlab.typed import E, X, Y
 
 
 def _product_space(spaces: Sequence[Space]) -> Space:
@@ -32,7 +34,15 @@ def _operators(operators: Sequence[LinearOperator], name: str) -> list[LinearOpe
     return found
 
 
-def vstack(operators: Sequence[LinearOperator]) -> LinearOperator:
+@overload
+def vstack(operators: Sequence[LinearOperator[X, Y]]) -> LinearOperator[X, tuple[Y, ...]]: ...
+
+
+@overload
+def vstack(operators: Sequence[LinearOperator[Any, Any]]) -> LinearOperator[Any, tuple[Any, ...]]: ...
+
+
+def vstack(operators: Sequence[LinearOperator[Any, Any]]) -> LinearOperator[Any, Any]:
     """Return ``x ↦ (A₁x, …, Aₙx)``; its adjoint is ``(y₁, …, yₙ) ↦ Σ Aᵢᴴyᵢ``.
 
     Parameters
@@ -67,7 +77,15 @@ def vstack(operators: Sequence[LinearOperator]) -> LinearOperator:
     )  # fmt: skip
 
 
-def hstack(operators: Sequence[LinearOperator]) -> LinearOperator:
+@overload
+def hstack(operators: Sequence[LinearOperator[X, Y]]) -> LinearOperator[tuple[X, ...], Y]: ...
+
+
+@overload
+def hstack(operators: Sequence[LinearOperator[Any, Any]]) -> LinearOperator[tuple[Any, ...], Any]: ...
+
+
+def hstack(operators: Sequence[LinearOperator[Any, Any]]) -> LinearOperator[Any, Any]:
     """Return ``(x₁, …, xₙ) ↦ Σ Aᵢxᵢ``; its adjoint is ``y ↦ (A₁ᴴy, …, Aₙᴴy)``.
 
     Parameters
@@ -102,7 +120,15 @@ def hstack(operators: Sequence[LinearOperator]) -> LinearOperator:
     )  # fmt: skip
 
 
-def block_diag(operators: Sequence[LinearOperator]) -> LinearOperator:
+@overload
+def block_diag(operators: Sequence[LinearOperator[X, Y]]) -> LinearOperator[tuple[X, ...], tuple[Y, ...]]: ...
+
+
+@overload
+def block_diag(operators: Sequence[LinearOperator[Any, Any]]) -> LinearOperator[tuple[Any, ...], tuple[Any, ...]]: ...
+
+
+def block_diag(operators: Sequence[LinearOperator[Any, Any]]) -> LinearOperator[Any, Any]:
     """Return ``(x₁, …, xₙ) ↦ (A₁x₁, …, Aₙxₙ)``; its adjoint is ``(y₁, …, yₙ) ↦ (A₁ᴴy₁, …, Aₙᴴyₙ)``.
 
     Parameters
@@ -135,7 +161,27 @@ def block_diag(operators: Sequence[LinearOperator]) -> LinearOperator:
     )  # fmt: skip
 
 
-def identity(space: Any) -> LinearOperator:
+@overload
+def identity(space: OfTensor) -> LinearOperator[Tensor, Tensor]: ...
+
+
+@overload
+def identity(space: OfPair) -> LinearOperator[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]: ...
+
+
+@overload
+def identity(space: OfDict) -> LinearOperator[dict[str, Tensor], dict[str, Tensor]]: ...
+
+
+@overload
+def identity(space: Space[E] | E) -> LinearOperator[E, E]: ...
+
+
+@overload
+def identity(space: Any) -> LinearOperator[Any, Any]: ...
+
+
+def identity(space: Any) -> LinearOperator[Any, Any]:
     """Return ``x ↦ x``, which is its own adjoint.
 
     Parameters
@@ -187,7 +233,15 @@ class _Entries(nn.Module):
         return [getattr(self, f"entries_{index}") for index in range(self.count)]
 
 
-def diagonal(d: Any, space: Space | None = None) -> LinearOperator:
+@overload
+def diagonal(d: Tensor, space: Space[Tensor] | None = None) -> LinearOperator[Tensor, Tensor]: ...
+
+
+@overload
+def diagonal(d: X, space: Space[X] | None = None) -> LinearOperator[X, X]: ...
+
+
+def diagonal(d: Any, space: Space | None = None) -> LinearOperator[Any, Any]:
     """Return ``x ↦ d ⊙ x``; its adjoint is ``y ↦ conj(d) ⊙ y``.
 
     Parameters

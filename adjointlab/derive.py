@@ -3,17 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
-from torch import nn
+from torch import Tensor, nn
 
-from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMismatchError
-from adjointlab.linearity import assess, like_parameters
+from adjointlab.errors import NotDifferentiableError, NotLinearError
+from adjointlab.linearity import assess, like_parameters, require_map
 from adjointlab.notation import name_of
 from adjointlab.operators import LinearOperator, Map, Recipe
 from adjointlab.space import Space
+from adjointlab.space.spec import OfContainer, OfDict, OfPair, OfTensor
 from adjointlab.transpose import Derivation, Options, Transposition
 from adjointlab.transpose.selfcheck import Sketch
+from adjointlab.typed import E, Y
+
+
+class BuildOptions(TypedDict, total=False):
+    """The options of :func:`linear_operator` and :func:`adjointlab.affine_operator`, for type checkers."""
+
+    batch_dims: int
+    kwargs: dict[str, Any] | None
+    engine: str
+    check: bool
+    lowering: bool
+    autotune: bool
+    derivative: str
+    tol: float | None
+    budget: float
+    progress: bool | None
+
+
+@overload
+def linear_operator(
+    module_or_function: Callable[[Tensor, Tensor], Y], domain: OfPair, **options: Unpack[BuildOptions]
+) -> LinearOperator[tuple[Tensor, Tensor], Y]: ...
+
+
+@overload
+def linear_operator(
+    module_or_function: nn.Module, domain: OfTensor, **options: Unpack[BuildOptions]
+) -> LinearOperator[Tensor, Tensor]: ...
+
+
+@overload
+def linear_operator(
+    module_or_function: Callable[[Tensor], Y], domain: OfTensor, **options: Unpack[BuildOptions]
+) -> LinearOperator[Tensor, Y]: ...
+
+
+@overload
+def linear_operator(
+    module_or_function: Callable[[dict[str, Tensor]], Y], domain: OfDict, **options: Unpack[BuildOptions]
+) -> LinearOperator[dict[str, Tensor], Y]: ...
+
+
+@overload
+def linear_operator(
+    module_or_function: Callable[..., Y], domain: Space[E] | E, **options: Unpack[BuildOptions]
+) -> LinearOperator[E, Y]: ...
+
+
+@overload
+def linear_operator(
+    module_or_function: Callable[..., Y], domain: OfContainer, **options: Unpack[BuildOptions]
+) -> LinearOperator[Any, Y]: ...
 
 
 def linear_operator(
@@ -29,7 +82,8 @@ def linear_operator(
     derivative: str = "autograd",
     tol: float | None = None,
     budget: float = 20.0,
-) -> LinearOperator:
+    progress: bool | None = None,
+) -> LinearOperator[Any, Any]:
     r"""Return the linear operator A of a module or function, with its derived adjoint: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``.
 
     The adjoint is the vector-Jacobian product of the forward; where that can be traced, no forward is in it.
@@ -62,6 +116,8 @@ def linear_operator(
     budget : float
         Seconds that a build by tracing may be expected to take; of a forward with more operations than that (100 of
         them take a second), the adjoint is autograd's, and ``explain()`` says so. It is for ``engine="auto"`` alone.
+    progress : bool, optional
+        Whether builds show a line on standard error with their progress; by default on a terminal, after two seconds.
 
     Returns
     -------
@@ -86,7 +142,7 @@ def linear_operator(
     >>> A.H(A(x) - y).shape
     torch.Size([1, 1, 8, 8])
     """
-    options = Options(engine, False, lowering, autotune, derivative, tol, check, budget)
+    options = Options(engine, False, lowering, autotune, derivative, tol, check, budget, progress)
     source = transposition(module_or_function, domain, batch_dims, kwargs, options)
     return from_source(source, lambda: (_rebuild, (module_or_function, source.domain, options_of(source))))
 
@@ -100,28 +156,13 @@ def transposition(
     return Transposition(function, space, kwargs, options, judge=require_linear)
 
 
-def require_map(function: Any) -> None:
-    """Raise unless a value is a function of tensors; the message says what makes an operator of a matrix."""
-    name = type(function).__name__
-    if hasattr(function, "rmatvec"):  # an operator of SciPy or PyLops, which is callable, but not with tensors
-        library = "pylops" if type(function).__module__.startswith("pylops") else "scipy"
-        remedy = f"convert it with adjointlab.adapters.{library}.from_{library}"
-    elif callable(function):
-        return
-    elif hasattr(function, "shape"):
-        remedy = "make an operator of a matrix with al.matrix, which takes tensors, NumPy arrays and SciPy's matrices"
-    else:
-        remedy = "pass the map itself"
-    raise SpaceMismatchError(f"expected an nn.Module or a function of tensors, got {name}: {remedy}")
-
-
 def options_of(source: Transposition) -> dict[str, Any]:
     """Return the options that make the same operator again, as they are now."""
     options = source.options
     return {
         "batch_dims": source.domain.batch_dims, "kwargs": source.kwargs, "engine": options.requested,
         "lowering": options.lowering, "autotune": options.autotune, "derivative": options.derivative,
-        "tol": options.tol, "check": options.check, "budget": options.budget,
+        "tol": options.tol, "check": options.check, "budget": options.budget, "progress": options.progress,
     }  # fmt: skip
 
 
@@ -177,6 +218,20 @@ def require_linear(source: Transposition, derivation: Derivation, domain: Space,
             'from autograd; take that out, or choose derivative="forward" to have the adjoint of what the forward '
             f"computes [{'; '.join(report.evidence)}]"
         )
+
+
+@overload
+def linear_adjoint(f: Callable[[Tensor], Y], example: OfTensor, /) -> Callable[[Y], Tensor]: ...
+
+
+@overload
+def linear_adjoint(
+    f: Callable[[Tensor, Tensor], Y], first: OfTensor, second: OfTensor, /
+) -> Callable[[Y], tuple[Tensor, Tensor]]: ...
+
+
+@overload
+def linear_adjoint(f: Callable[..., Y], *example: OfContainer) -> Callable[[Y], Any]: ...
 
 
 def linear_adjoint(f: Callable[..., Any], *example: Any) -> Map:

@@ -1,4 +1,4 @@
-"""The errors of adjointlab. Each message states the expectation, the value received, and the remedy."""
+"""The errors and warnings of adjointlab. Each message states the expectation, the value received, and the remedy."""
 
 from __future__ import annotations
 
@@ -34,3 +34,7 @@ class NotDifferentiableError(RuntimeError):
 
 class AdjointMismatchError(AssertionError):
     """A claimed adjoint B of A fails ``⟨Ax, y⟩ = ⟨x, By⟩`` beyond rounding; the message begins with the diagnosis."""
+
+
+class ConvergenceWarning(RuntimeWarning):
+    """An iteration has ended before its tolerance; the message says how far it has come, and what to raise."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor, nn
 
-from adjointlab.affine import AffineOperator, require_operator, residual_and_gradient
+from adjointlab.affine import AffineOperator, Operator, require_operator, residual_and_gradient
 from adjointlab.blocks import diagonal, diagonal_entries
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
+from adjointlab.typed import X, Y
 
 
-class LeastSquares(nn.Module):
+class LeastSquares(nn.Module, Generic[X, Y]):
     r"""The objective ``F(x) = ½‖A x − y‖²_W = ½ Re⟨Ax − y, W(Ax − y)⟩``.
 
     Parameters
@@ -41,7 +42,7 @@ class LeastSquares(nn.Module):
     tensor([-1.,  4.])
     """
 
-    def __init__(self, A: LinearOperator | AffineOperator, y: Any, weight: Any = None) -> None:
+    def __init__(self, A: Operator[X, Y], y: Y, weight: LinearOperator[Y, Y] | Y | None = None) -> None:
         super().__init__()
         require_operator(A)
         leaves = A.codomain.leaves(y, "y")
@@ -52,12 +53,13 @@ class LeastSquares(nn.Module):
         self.weight = None if weight is None else weight_operator(A, weight)
 
     @property
-    def y(self) -> Any:
+    def y(self) -> Y:
         """The data."""
         A: Any = self._modules["A"]  # past a search by name, which costs a microsecond
-        return A.codomain.unflatten([self._buffers[name] for name in self._names])
+        data: Y = A.codomain.unflatten([self._buffers[name] for name in self._names])
+        return data
 
-    def residual(self, x: Any) -> Any:
+    def residual(self, x: X) -> Y:
         """Return ``Ax − y``."""
         codomain = self.A.codomain
         pairs = list(zip(codomain.leaves(self.A(x)), codomain.leaves(self.y), strict=True))
@@ -68,21 +70,25 @@ class LeastSquares(nn.Module):
             )
         return codomain.unflatten([a - b for a, b in pairs])
 
-    def forward(self, x: Any) -> Tensor:
+    if TYPE_CHECKING:
+
+        def __call__(self, x: X) -> Tensor: ...  # noqa: D102
+
+    def forward(self, x: X) -> Tensor:
         """Return ``F(x)``, a real zero-dimensional tensor that autograd can differentiate."""
         residual = self.residual(x)
         return self._value(residual, self._weighted(residual))
 
-    def gradient(self, x: Any) -> Any:
+    def gradient(self, x: X) -> X:
         """Return ``Aᴴ W (Ax − y)``."""
         return self._residual_and_gradient(x, residual=False)[2]  # which may not need the residual itself
 
-    def value_and_gradient(self, x: Any) -> tuple[Tensor, Any]:
+    def value_and_gradient(self, x: X) -> tuple[Tensor, X]:
         """Return ``(F(x), Aᴴ W (Ax − y))`` with one forward and one adjoint."""
         residual, weighted, gradient = self._residual_and_gradient(x, residual=True)
         return self._value(residual, self._weighted(residual) if weighted is None else weighted), gradient
 
-    def _residual_and_gradient(self, x: Any, *, residual: bool) -> tuple[Any, Any, Any]:
+    def _residual_and_gradient(self, x: X, *, residual: bool) -> tuple[Any, Any, X]:
         """Return ``Ax − y``, its weighted form if that was computed, and the gradient: from one graph if possible."""
         entries = None if self.weight is None else diagonal_entries(self.weight)
         if self.weight is None or entries is not None:
@@ -98,7 +104,7 @@ class LeastSquares(nn.Module):
         return residual if self.weight is None else self.weight(residual)
 
     @property
-    def hessian(self) -> LinearOperator:
+    def hessian(self) -> LinearOperator[X, X]:
         """The Hessian ``Aᴴ W A``, self-adjoint and positive semi-definite."""
         A = self.A.linear if isinstance(self.A, AffineOperator) else self.A
         return A.gram if self.weight is None else A.H @ self.weight @ A
@@ -110,7 +116,7 @@ class LeastSquares(nn.Module):
             return codomain.total([torch.linalg.vecdot(r.reshape(-1), w.reshape(-1)).real for r, w in pairs]) / 2
 
 
-def weight_operator(A: LinearOperator | AffineOperator, weight: Any) -> LinearOperator:
+def weight_operator(A: Operator[Any, Any], weight: Any) -> LinearOperator:
     """Return W as an operator on the codomain of A, or raise."""
     if not isinstance(weight, LinearOperator):
         return diagonal(weight_entries(A, weight), A.codomain if A.codomain.is_sharded else None)
@@ -122,7 +128,7 @@ def weight_operator(A: LinearOperator | AffineOperator, weight: Any) -> LinearOp
     return weight
 
 
-def weight_entries(A: LinearOperator | AffineOperator, weight: Any) -> Any:
+def weight_entries(A: Operator[Any, Any], weight: Any) -> Any:
     """Return the entries of a diagonal W as an element of the codomain of A, or raise."""
     given = A.codomain.structure.leaves(weight)
     if given is None:
@@ -140,7 +146,7 @@ def weight_entries(A: LinearOperator | AffineOperator, weight: Any) -> Any:
     return entries
 
 
-def least_squares_gradient(A: LinearOperator | AffineOperator, x: Any, y: Any) -> Any:
+def least_squares_gradient(A: Operator[X, Y], x: X, y: Y) -> X:
     """Return ``Aᴴ(Ax − y)``, the gradient of ``½‖Ax − y‖²``.
 
     Parameters

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from adjointlab.errors import NotDifferentiableError
+from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
 from adjointlab.evidence import DETERMINISM, Counterexample, Numbers
 from adjointlab.modules import buffers_kept, modules_of
 from adjointlab.reporting import aligned, html_table, strict_json
 from adjointlab.space import Space
-from adjointlab.transpose import Derivation, ReadsInputError, Transposition
+from adjointlab.transpose import Derivation, Options, ReadsInputError, Transposition
 from adjointlab.transpose.selfcheck import Sketch
 
 
@@ -78,6 +78,8 @@ class LinearityReport:
     def __str__(self) -> str:
         return aligned(self._title, self._rows())
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return html_table(self._title, self.is_affine, self._rows())
 
@@ -94,8 +96,9 @@ class LinearityReport:
 
 
 def check_linearity(
-    f: Callable[..., Any], domain: Any, *, batch_dims: int = 0, kwargs: dict[str, Any] | None = None, seed: int = 0
-) -> LinearityReport:
+    f: Callable[..., Any], domain: Any, *, batch_dims: int = 0, kwargs: dict[str, Any] | None = None, seed: int = 0,
+    progress: bool | None = None,
+) -> LinearityReport:  # fmt: skip
     """Report whether ``f(αx + βz) = α f(x) + β f(z)`` for all elements x, z of the domain.
 
     Parameters
@@ -110,6 +113,8 @@ def check_linearity(
         Fixed keyword arguments of the map.
     seed : int
         Seed of the random inputs; torch's global generator is left alone.
+    progress : bool, optional
+        Whether to show a line on standard error with the progress; by default on a terminal, after two seconds.
 
     Returns
     -------
@@ -130,9 +135,25 @@ def check_linearity(
     >>> report.verdict, report.reads_input
     ('refuted', ('threshold_backward',))
     """
+    require_map(f)
     space = like_parameters(f, domain, batch_dims)
-    source = Transposition(f, space, kwargs)
+    source = Transposition(f, space, kwargs, Options(progress=progress))
     return assess(source, source.nominal, seed)
+
+
+def require_map(function: Any) -> None:
+    """Raise unless a value is a function of tensors; the message says what makes an operator of a matrix."""
+    name = type(function).__name__
+    if hasattr(function, "rmatvec"):  # an operator of SciPy or PyLops, which is callable, but not with tensors
+        library = "pylops" if type(function).__module__.startswith("pylops") else "scipy"
+        remedy = f"convert it with adjointlab.adapters.{library}.from_{library}"
+    elif callable(function):
+        return
+    elif hasattr(function, "shape"):
+        remedy = "make an operator of a matrix with al.matrix, which takes tensors, NumPy arrays and SciPy's matrices"
+    else:
+        remedy = "pass the map itself"
+    raise SpaceMismatchError(f"expected an nn.Module or a function of tensors, got {name}: {remedy}")
 
 
 def like_parameters(f: Any, domain: Any, batch_dims: int) -> Space:

@@ -59,7 +59,7 @@ def matrix(
     *,
     batch_dims: int = 0,
     device: torch.device | str | None = None,
-) -> LinearOperator:
+) -> LinearOperator[Tensor, Tensor]:
     """Return ``x ↦ Mx``, the elements of both spaces being read as vectors; its adjoint is ``y ↦ Mᴴy``.
 
     Sparse matrices are multiplied as such, forwards and backwards. Parameters stay parameters, of which gradients are
@@ -102,7 +102,8 @@ def matrix(
     held = _tensor(M) if device is None else _tensor(M).to(device)
     rows, columns = held.shape
     vectors = (*[1] * batch_dims, columns)
-    given = Space.of(vectors if domain is None else domain, dtype=held.dtype, device=held.device, batch_dims=batch_dims)
+    described = vectors if domain is None else domain
+    given: Space[Tensor] = Space.of(described, dtype=held.dtype, device=held.device, batch_dims=batch_dims)
     spec = _single(given, "domain")
     k = given.batch_dims
     shape = spec.shape[k:]

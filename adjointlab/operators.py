@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,13 @@ from adjointlab.numerics import commutes_with_i, full_precision
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common, conjugated, is_scalar, moved, require_scalar, scaled
 from adjointlab.transpose import Transposition
+from adjointlab.typed import X, Y, Z
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Map = Callable[[Any], Any]
+Scalar: TypeAlias = "Tensor | complex | np.number[Any]"  # complex stands for int and float, too
 # A function and its arguments that make the operator again, for copies and pickles; or a function that returns them.
 Recipe = tuple[Callable[..., Any], tuple[Any, ...]] | Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
 
@@ -36,7 +41,7 @@ class _Body:
     notation: Notation | None = None  # of A in terms of its parts
 
 
-class LinearOperator(nn.Module):
+class LinearOperator(nn.Module, Generic[X, Y]):
     r"""A linear map A between two spaces together with its adjoint: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``.
 
     Made by :func:`adjointlab.linear_operator` from a module or function, by the algebra of operators, or from a pair
@@ -66,7 +71,9 @@ class LinearOperator(nn.Module):
     _side: int
     _recipe: Recipe
 
-    def __init__(self, function: Map, adjoint_function: Map, domain: Space, codomain: Space) -> None:
+    def __init__(
+        self, function: Callable[[X], Y], adjoint_function: Callable[[Y], X], domain: Space[X], codomain: Space[Y]
+    ) -> None:
         recipe = (LinearOperator, (function, adjoint_function, domain, codomain))
         self._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
         twin = self.H
@@ -117,18 +124,23 @@ class LinearOperator(nn.Module):
         return [part for part in self._modules.values() if isinstance(part, LinearOperator)]
 
     @property
-    def domain(self) -> Space:
+    def domain(self) -> Space[X]:
         """The space of x in ``Ax``."""
         return self._body.spaces[self._side]
 
     @property
-    def codomain(self) -> Space:
+    def codomain(self) -> Space[Y]:
         """The space of ``Ax``."""
         return self._body.spaces[1 - self._side]
 
-    def forward(self, x: Any) -> Any:
+    if TYPE_CHECKING:
+
+        def __call__(self, x: X) -> Y: ...  # noqa: D102
+
+    def forward(self, x: X) -> Y:
         """Return ``Ax``; nothing is cast or broadcast: where x is not in the domain, raise ``SpaceMismatchError``."""
-        function, linked = self._body.functions[self._side], self._body.linked[self._side]
+        function: Callable[[X], Y] = self._body.functions[self._side]
+        linked = self._body.linked[self._side]
         if self._body.source is not None:
             return function(x)  # which checks x itself
         leaves = self.domain.leaves(x)
@@ -145,14 +157,14 @@ class LinearOperator(nn.Module):
         return self.codomain.leaves(self(self.domain.unflatten(x)))
 
     @property
-    def H(self) -> LinearOperator:
+    def H(self) -> LinearOperator[Y, X]:
         """The adjoint ``Aᴴ``: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩`` (for the real part, where A is only real-linear)."""
         twin = self._body.views[1 - self._side]
         assert twin is not None
         return twin
 
     @property
-    def T(self) -> LinearOperator:
+    def T(self) -> LinearOperator[Y, X]:
         """The transpose ``conj ∘ Aᴴ ∘ conj``: ``Σ (Ax)ᵢ yᵢ = Σ xᵢ (Aᵀy)ᵢ``."""
         twin = self._body.transposes[self._side]
         if twin is None:
@@ -161,7 +173,7 @@ class LinearOperator(nn.Module):
         return twin
 
     @property
-    def gram(self) -> LinearOperator:
+    def gram(self) -> LinearOperator[X, X]:
         """The self-adjoint, positive semi-definite ``AᴴA``."""
         return _compose(self.H, self)
 
@@ -209,7 +221,7 @@ class LinearOperator(nn.Module):
         engines = {part.engine for part in self.parts}
         return next((name for name in ("eager", "traced", "compiled") if name in engines), "eager")
 
-    def compile(self, *, autotune: bool = False, **options: Any) -> LinearOperator:  # type: ignore[override]
+    def compile(self, *, autotune: bool = False, **options: Any) -> Self:  # type: ignore[override]
         """Switch A and ``A.H`` to the compiled engine in place, and return A.
 
         Parameters
@@ -252,7 +264,7 @@ class LinearOperator(nn.Module):
                     stack.enter_context(part.source.frozen())
             yield
 
-    def refresh(self) -> LinearOperator:
+    def refresh(self) -> Self:
         """Derive A again from the map as it is now, after a change that ``explain()`` says is not watched; return A."""
         if self._body.source is not None:
             self._body.source.refresh()
@@ -278,25 +290,31 @@ class LinearOperator(nn.Module):
 
     # -- algebra -----------------------------------------------------------------------------------------------------
 
+    @overload
+    def __matmul__(self, other: LinearOperator[Z, X]) -> LinearOperator[Z, Y]: ...
+
+    @overload
+    def __matmul__(self, other: X) -> Y: ...
+
     def __matmul__(self, other: Any) -> Any:
         return _compose(self, other) if isinstance(other, LinearOperator) else self(other)
 
-    def __add__(self, other: LinearOperator) -> LinearOperator:
+    def __add__(self, other: LinearOperator[X, Y]) -> LinearOperator[X, Y]:
         return _add(self, other) if isinstance(other, LinearOperator) else NotImplemented
 
-    def __sub__(self, other: LinearOperator) -> LinearOperator:
+    def __sub__(self, other: LinearOperator[X, Y]) -> LinearOperator[X, Y]:
         return _add(self, -other) if isinstance(other, LinearOperator) else NotImplemented
 
-    def __neg__(self) -> LinearOperator:
+    def __neg__(self) -> LinearOperator[X, Y]:
         return _scale_output(-1, self)
 
-    def __rmul__(self, scalar: Any) -> LinearOperator:
+    def __rmul__(self, scalar: Scalar) -> LinearOperator[X, Y]:
         return _scale_output(scalar, self) if is_scalar(scalar) else NotImplemented
 
-    def __mul__(self, scalar: Any) -> LinearOperator:
+    def __mul__(self, scalar: Scalar) -> LinearOperator[X, Y]:
         return _scale_input(self, scalar) if is_scalar(scalar) else NotImplemented
 
-    def __truediv__(self, scalar: Any) -> LinearOperator:
+    def __truediv__(self, scalar: Scalar) -> LinearOperator[X, Y]:
         if not is_scalar(scalar):
             return NotImplemented
         return _scale_output(scalar, self, True) if isinstance(scalar, Tensor) else _scale_output(1 / scalar, self)
@@ -310,7 +328,7 @@ class LinearOperator(nn.Module):
             return None
         return source.residual_and_gradient(x, y, weight, residual=residual)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearOperator:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move parameters, buffers and spaces together; ``.to``, ``.double`` and ``.cuda`` call this method."""
         self._body.transposes = [None, None]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, overload
+
+from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator, Map
 from adjointlab.space import Space
+from adjointlab.space.spec import OfTensor
+from adjointlab.typed import E, F
 from adjointlab.verify import assert_adjoint
+
+
+@overload
+def from_pair(
+    f: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], domain: OfTensor, codomain: OfTensor,
+    *, batch_dims: int = 0, check: bool = True,
+) -> LinearOperator[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def from_pair(
+    f: Map, adjoint: Map, domain: Space[E] | E, codomain: OfTensor,
+    *, batch_dims: int = 0, check: bool = True,
+) -> LinearOperator[E, Tensor]: ...  # fmt: skip
+
+
+@overload
+def from_pair(
+    f: Map, adjoint: Map, domain: OfTensor, codomain: Space[F] | F,
+    *, batch_dims: int = 0, check: bool = True,
+) -> LinearOperator[Tensor, F]: ...  # fmt: skip
+
+
+@overload
+def from_pair(
+    f: Map, adjoint: Map, domain: Space[E] | E, codomain: Space[F] | F,
+    *, batch_dims: int = 0, check: bool = True,
+) -> LinearOperator[E, F]: ...  # fmt: skip
 
 
 def from_pair(
     f: Map, adjoint: Map, domain: Any, codomain: Any, *, batch_dims: int = 0, check: bool = True
-) -> LinearOperator:
+) -> LinearOperator[Any, Any]:
     r"""Return the operator ``A = f`` with the given adjoint: ``⟨f(x), y⟩ = ⟨x, adjoint(y)⟩``.
 
     Each is the other's derivative in its argument, also where autograd cannot see through it, as with NumPy.

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adjointlab.affine import AffineOperator
-from adjointlab.errors import SpaceMismatchError
+from adjointlab.errors import ConvergenceWarning, SpaceMismatchError
 from adjointlab.operators import LinearOperator
+from adjointlab.progress import expect, progress_of, step
 from adjointlab.space import Space
-from adjointlab.space.algebra import scaled
 from adjointlab.space.coordinates import (
     common_dtype,
     complex_entries,
-    real_element,
     real_size,
-    real_vector,
     split_complex,
 )
+from adjointlab.typed import X
 
 _CHUNK = 1 << 22  # most entries of basis vectors and images in memory at a time
 
@@ -29,7 +30,7 @@ _CHUNK = 1 << 22  # most entries of basis vectors and images in memory at a time
 # -- matrices ----------------------------------------------------------------------------------------------------------
 
 
-def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
+def to_dense(A: LinearOperator, *, real: bool | None = None, progress: bool | None = None) -> Tensor:
     """Return the matrix of A: ``to_dense(A) @ vector(x) = vector(A(x))``.
 
     Many columns at a time by ``vmap``, in chunks of bounded memory; one by one if A does not support it.
@@ -41,6 +42,8 @@ def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
     real : bool, optional
         Whether to use the real coordinates ``[Re x; Im x]`` (without imaginary parts of real leaves); by default only
         for a map that is only real-linear on a complex domain, which has no other matrix.
+    progress : bool, optional
+        Whether to show a line on standard error with the progress; by default on a terminal, after two seconds.
 
     Returns
     -------
@@ -77,7 +80,7 @@ def to_dense(A: LinearOperator, *, real: bool | None = None) -> Tensor:
             "expected a complex-linear operator for a complex matrix, got one that is only real-linear: use real=True"
         )
     real = only_real if real is None else real
-    with torch.no_grad():
+    with torch.no_grad(), progress_of("to_dense", progress):
         return columns(A, coordinates=real)
 
 
@@ -98,6 +101,7 @@ def columns(A: LinearOperator, *, coordinates: bool, most: int = _CHUNK) -> Tens
         y = codomain.vector(A(domain.element(vector)))
         return split_complex(codomain, y) if coordinates else y
 
+    expect(len(positions))
     chunk = max(1, most // (domain.size + codomain.size))
     vectorized = len(positions) > 1
     dense = torch.empty(0, device=device)
@@ -113,6 +117,7 @@ def columns(A: LinearOperator, *, coordinates: bool, most: int = _CHUNK) -> Tens
         if start == 0:
             dense = block.new_empty(block.shape[1], len(positions))
         dense[:, start : start + len(where)] = block.T
+        step(len(where))
     return dense
 
 
@@ -135,24 +140,34 @@ def _vectorized(image: Callable[[Tensor], Tensor], basis: Tensor) -> Tensor | No
 
 
 def operator_norm(
-    A: LinearOperator, *, maxiter: int = 200, tol: float = 1e-4, generator: torch.Generator | None = None
+    A: LinearOperator,
+    *,
+    maxiter: int = 200,
+    tol: float = 1e-3,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+    progress: bool | None = None,
 ) -> Tensor:
-    r"""Return ``‖A‖₂ = √λ_max(AᴴA)``, estimated from below by the Lanczos process.
+    r"""Return ``‖A‖₂ = √λ_max(AᴴA)``, estimated from below by Golub–Kahan bidiagonalisation.
 
-    The estimate σ belongs to a unit vector v with ``σ² = ⟨v, AᴴAv⟩ ≤ ‖A‖²``. The iteration stops once
+    The estimate σ belongs to a unit vector v with ``σ = ‖Av‖ ≤ ‖A‖``. The iteration stops once
     ``‖AᴴAv − σ²v‖ ≤ 2 tol σ²``; then A has a singular value within ``tol · σ`` of σ: with a random start, the largest
-    one with probability one.
+    one with probability one. So the default is accurate to three digits, which is enough for the steps of a solver.
 
     Parameters
     ----------
     A : LinearOperator
         The operator.
     maxiter : int
-        Largest number of applications of AᴴA. If it is reached first, the current σ is returned, a lower bound.
+        Largest number of applications of A, and of Aᴴ.
     tol : float
-        Relative error bound.
+        Relative error bound; rounding in the dtype of A limits it from below.
+    seed : int
+        Seed of the random start; torch's global generator is not used.
     generator : torch.Generator, optional
-        CPU generator of the random start; a generator with seed 0 if not given.
+        CPU generator of the random start, in place of the seed.
+    progress : bool, optional
+        Whether to show a line on standard error with the progress; by default on a terminal, after two seconds.
 
     Returns
     -------
@@ -166,16 +181,21 @@ def operator_norm(
     ValueError
         If ``maxiter`` is not positive, or ``tol`` is negative.
 
+    Warns
+    -----
+    ConvergenceWarning
+        If ``maxiter`` is reached first. The current σ is returned, a lower bound, and the warning says how close it is.
+
     Notes
     -----
-    After 48 orthogonal directions, the process restarts from the best 16: it needs memory for at most about 70
-    elements of the domain. Clustered singular values do not slow it down, as they do power iteration.
+    Only the last two vectors are kept: besides the memory of A, it needs two elements of the domain and two of the
+    codomain. Clustered singular values do not slow it down, as they do power iteration.
 
     References
     ----------
-    J. Kuczyński and H. Woźniakowski, *Estimating the largest eigenvalue by the power and Lanczos algorithms with a
-    random start*, SIAM J. Matrix Anal. Appl. 13 (1992) 1094–1122. K. Wu and H. Simon, *Thick-restart Lanczos method*,
-    SIAM J. Matrix Anal. Appl. 22 (2000) 602–616.
+    G. H. Golub and W. Kahan, *Calculating the singular values and pseudo-inverse of a matrix*, SIAM J. Numer. Anal. 2
+    (1965) 205–224. J. Kuczyński and H. Woźniakowski, *Estimating the largest eigenvalue by the power and Lanczos
+    algorithms with a random start*, SIAM J. Matrix Anal. Appl. 13 (1992) 1094–1122.
 
     Examples
     --------
@@ -187,66 +207,88 @@ def operator_norm(
     _require_operator(A)
     if not (maxiter >= 1 and tol >= 0):
         raise ValueError(f"expected maxiter of 1 or more and tol of 0 or more, got {maxiter} and {tol}")
-    domain, codomain = A.domain, A.codomain
-    with torch.no_grad(), A.domain.without_autocast():
-        start = domain.randn(generator or torch.Generator().manual_seed(0))
-        scale = codomain.norm(A(start)) / domain.norm(start)
-        if scale == 0 or not torch.isfinite(scale):
-            return scale
-        factor = float(1 / scale)  # scales A, so that the entries of AᴴA neither underflow nor overflow
-
-        def gram(x: Tensor) -> Tensor:
-            return factor * real_vector(domain, A.H(scaled(factor, A(real_element(domain, x)))))
-
-        return scale * _lanczos(gram, real_vector(domain, start), maxiter, tol, domain)
-
-
-_MOST_DIRECTIONS, _KEPT_DIRECTIONS = 48, 16
+    shown = progress_of("operator_norm", progress, maxiter, most=True)
+    with torch.no_grad(), A.domain.without_autocast(), shown:
+        start = A.domain.randn(generator or torch.Generator().manual_seed(seed))
+        norm, error = _bidiagonalised(A, start, maxiter, tol)
+    if error > tol:
+        warnings.warn(
+            f"operator_norm has not converged in maxiter={maxiter} steps: {norm:.6g} is a lower bound, with a relative "
+            f"error of about {error:.1e}, where tol={tol:g} was asked for; raise maxiter or tol",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return torch.tensor(norm, dtype=torch.float64, device=A.domain.specs[0].device)
 
 
-def _lanczos(gram: Callable[[Tensor], Tensor], start: Tensor, maxiter: int, tol: float, space: Space) -> Tensor:
-    """Return ``√λ_max`` of a self-adjoint positive map of real vectors by thick-restart Lanczos."""
-    process_sum, dimension = _process_sum(space), real_size(space)
-    # VᵀGV is computed from the products GV, so that a restart needs no recurrence coefficients.
-    most = min(_MOST_DIRECTIONS, dimension)
-    basis = start.new_zeros(most, start.numel())
-    projected = torch.zeros(most, most, dtype=torch.float64, device="cpu")
-    direction, k = start / process_sum(torch.linalg.vector_norm(start), 2), 0
-    best = torch.zeros((), dtype=torch.float64, device=start.device)
-    for _ in range(maxiter):
-        basis[k] = direction
-        product = gram(direction)
-        row = process_sum(basis[: k + 1] @ product).double().cpu()
-        if not bool(torch.isfinite(row).all()):
-            return torch.full_like(best, torch.nan)
-        projected[k, : k + 1] = projected[: k + 1, k] = row
-        k += 1
-        values, vectors = torch.linalg.eigh(projected[:k, :k])
-        best = torch.fmax(best, values[-1].clamp(min=0).sqrt().to(best.device))
-        rest = product - row.to(product).matmul(basis[:k])
-        rest = rest - process_sum(basis[:k] @ rest) @ basis[:k]  # orthogonalised again, against rounding
-        length = process_sum(torch.linalg.vector_norm(rest), 2)
-        # G V = V projected + rest eₖᵀ holds after a restart, too: the kept vectors and rest span a Krylov space.
-        gap = float(length.double().cpu() * vectors[-1, -1].abs())
-        exhausted = float(length) <= torch.finfo(start.dtype).eps * float(values[-1].abs())
-        if gap <= 2 * tol * float(values[-1]) or exhausted or k == dimension:
-            return best
-        direction = rest / length
-        if k == most:
-            kept = min(_KEPT_DIRECTIONS, most // 2)
-            basis[:kept] = vectors[:, -kept:].T.to(basis) @ basis[:k]
-            projected.zero_()
-            projected[range(kept), range(kept)] = values[-kept:]
-            k = kept
-    return best
+def _bidiagonalised(A: LinearOperator, start: Any, maxiter: int, tol: float) -> tuple[float, float]:
+    """Return the largest singular value of the bidiagonal ``UᴴAV``, and its relative error; 0 if it is below tol."""
+    # AV = UB and AᴴU = VBᵀ + βveᵀ hold to rounding, although vectors that were not kept are not orthogonal for long: B
+    # then has copies of its singular values. C. C. Paige, Accuracy and effectiveness of the Lanczos algorithm for the
+    # symmetric eigenproblem, Linear Algebra Appl. 34 (1980) 235–258.
+    domain, codomain = _Sphere(A.domain), _Sphere(A.codomain)
+    tol = max(tol, 4 * max(A.domain.eps, A.codomain.eps))
+    v = [leaf.clone() for leaf in domain.vector(start)]
+    del start
+    domain.normalise(v)
+    u = [leaf * (codomain.radius / domain.radius) for leaf in codomain.vector(A(domain.element(v)))]
+    alphas, betas, norm, error = [codomain.normalise(u)], list[float](), 0.0, 0.0
+    for number in range(1, maxiter + 1):
+        if alphas[-1] > 0:
+            domain.advance(v, alphas[-1], domain.vector(A.H(codomain.element(u))), domain.radius / codomain.radius)
+            beta = domain.normalise(v)
+        else:  # Av is where it was already
+            beta = 0.0
+        if not math.isfinite(alphas[-1] + beta):
+            return math.nan, 0.0
+        # A decomposition takes as long as a product with a small operator: later ones are made now and then.
+        if number % max(1, number // 10) == 0 or number == maxiter or beta <= tol * norm:
+            left, values, _ = torch.linalg.svd(_bidiagonal(alphas, betas))
+            norm = max(norm, float(values[0]))
+            error = beta * float(left[-1, 0].abs()) / norm / 2 if norm else 0.0
+            if error <= tol:
+                return norm, 0.0
+        codomain.advance(u, beta, codomain.vector(A(domain.element(v))), codomain.radius / domain.radius)
+        betas.append(beta)
+        alphas.append(codomain.normalise(u))
+        step(note=partial("at least {:.6g}".format, norm))
+    return norm, error
 
 
-def _process_sum(space: Space) -> Callable[..., Tensor]:
-    """Return a function that sums inner products (power 1) or combines norms (power 2) over all processes."""
-    sharding = space.specs[0].sharding
-    if sharding is None:
-        return lambda part, power=1: part
-    return lambda part, power=1: sharding.total(part[None] ** power, (1.0,)) ** (1 / power)
+def _bidiagonal(diagonal: list[float], above: list[float]) -> Tensor:
+    found = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
+    return found + torch.diag(torch.tensor(above, dtype=torch.float64, device="cpu"), 1) if above else found
+
+
+class _Sphere:
+    """Real vectors of a space, in single precision or better, whose entries are of size one and do not underflow."""
+
+    def __init__(self, space: Space) -> None:
+        self.space, self.radius = space, math.sqrt(real_size(space))
+
+    def vector(self, element: Any) -> list[Tensor]:
+        """Return an element as real tensors, which may share its memory."""
+        leaves = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in self.space.leaves(element)]
+        return [t.float() if torch.finfo(t.dtype).bits < 32 else t for t in leaves]
+
+    def element(self, vector: list[Tensor]) -> Any:
+        """Return a vector as an element, which may share its memory."""
+        pairs = zip(vector, self.space.specs, strict=True)
+        return self.space.unflatten([(torch.view_as_complex(t) if s.is_complex else t).to(s.dtype) for t, s in pairs])
+
+    def normalise(self, vector: list[Tensor]) -> float:
+        """Scale a vector in place, and return its length; one of length zero stays as it is."""
+        squares = [torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in vector]
+        length = math.sqrt(self.space.total(squares)) / self.radius
+        for leaf in vector if length else ():
+            leaf.div_(length)
+        return length
+
+    @staticmethod
+    def advance(vector: list[Tensor], back: float, image: list[Tensor], factor: float) -> None:
+        """Set ``v ← factor · image − back · v``."""
+        for leaf, new in zip(vector, image, strict=True):
+            leaf.mul_(-back).add_(new, alpha=factor)
 
 
 def condition_number(A: LinearOperator) -> Tensor:
@@ -274,7 +316,7 @@ def estimate_trace(A: LinearOperator, *, samples: int = 64, generator: torch.Gen
         return torch.stack([A.domain.inner(z, image) for z, image in _probes(A, samples, generator)]).mean()
 
 
-def estimate_diagonal(A: LinearOperator, *, samples: int = 64, generator: torch.Generator | None = None) -> Any:
+def estimate_diagonal(A: LinearOperator[X, X], *, samples: int = 64, generator: torch.Generator | None = None) -> X:
     """Return an unbiased estimate of the diagonal of A: the mean of ``z ⊙ Az`` over vectors z of random signs."""
     # C. Bekas, E. Kokiopoulou and Y. Saad, An estimator for the diagonal of a matrix, Appl. Numer. Math. 57 (2007)
     # 1214–1229.

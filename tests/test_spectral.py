@@ -115,12 +115,34 @@ def test_norm_of_pytrees() -> None:
 def test_norm_of_a_clustered_spectrum(spread: float) -> None:
     # Power iteration would need some 1/spread steps to tell the largest values apart.
     d = torch.cat([1 - spread * torch.linspace(0, 1, 300), torch.linspace(0, 0.9, 300)]).double()
-    found = float(al.operator_norm(al.diagonal(d), tol=1e-6))
+    found = float(al.operator_norm(al.diagonal(d), tol=1e-6, maxiter=1000))
     assert abs(found - 1) <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_default_accuracy_of_the_norm_is_three_digits(dtype: torch.dtype) -> None:
+    w = torch.randn(300, 200, dtype=dtype)
+    found, expected = float(al.operator_norm(al.matrix(w))), float(torch.linalg.matrix_norm(w, 2))
+    assert abs(found - expected) <= 1e-3 * expected
+
+
+def test_norm_that_has_not_converged_says_so() -> None:
+    d = torch.linspace(0.1, 1, 200, dtype=torch.float64)
+    with pytest.warns(al.ConvergenceWarning, match="not converged in maxiter=3 steps: .* is a lower bound") as said:
+        found = float(al.operator_norm(al.diagonal(d), tol=1e-8, maxiter=3))
+    assert found < 1
+    assert said[0].filename == __file__
+
+
+def test_norm_starts_from_a_seed() -> None:
+    A = al.diagonal(torch.linspace(0.1, 1, 200, dtype=torch.float64))
+    found = [float(al.operator_norm(A, seed=seed, tol=0.1)) for seed in (0, 1)]
+    assert found[0] != found[1]
+    assert found[1] == float(al.operator_norm(A, generator=torch.Generator().manual_seed(1), tol=0.1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32], ids=str)
-def test_norm_after_restarts(dtype: torch.dtype) -> None:
+def test_norm_of_a_dense_spectrum(dtype: torch.dtype) -> None:
     w = torch.randn(300, 200, dtype=dtype)
     A = al.linear_operator(lambda x: w @ x, torch.zeros(200, dtype=dtype))
     expected = float(torch.linalg.matrix_norm(w, 2))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from pylops import LinearOperator as PyLopsOperator
+from torch import Tensor
 
 from adjointlab.adapters.bridge import Array, array_dtype, from_arrays, on_arrays, torch_dtype
 from adjointlab.operators import LinearOperator
@@ -61,7 +62,7 @@ def to_pylops(A: LinearOperator) -> Any:
     return _Operator(A)
 
 
-def from_pylops(operator: Any, *, device: torch.device | str | None = None) -> LinearOperator:
+def from_pylops(operator: Any, *, device: torch.device | str | None = None) -> LinearOperator[Tensor, Tensor]:
     """Return a PyLops operator as ``x ↦ Ax`` from the shape ``dims`` to the shape ``dimsd``.
 
     Parameters

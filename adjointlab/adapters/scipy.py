@@ -9,6 +9,7 @@ import torch
 from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator as SciPyOperator
 from scipy.sparse.linalg import aslinearoperator
+from torch import Tensor
 
 from adjointlab.adapters.bridge import array_dtype, from_arrays, numpy_dtype, on_arrays, torch_dtype
 from adjointlab.matrices import matrix
@@ -53,7 +54,7 @@ def to_scipy(A: LinearOperator) -> Any:
     return SciPyOperator(dtype=dtype, shape=shape, matvec=forward, rmatvec=adjoint)
 
 
-def from_scipy(operator: Any, *, device: torch.device | str | None = None) -> LinearOperator:
+def from_scipy(operator: Any, *, device: torch.device | str | None = None) -> LinearOperator[Tensor, Tensor]:
     """Return the operator of a SciPy ``LinearOperator``, sparse matrix or array: ``x ↦ Ax`` on vectors.
 
     Parameters

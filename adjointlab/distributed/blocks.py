@@ -13,9 +13,10 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.notation import Notation
 from adjointlab.operators import LinearOperator, derived
 from adjointlab.tree import map_leaves
+from adjointlab.typed import X, Y
 
 
-def vstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
+def vstack(A: LinearOperator[X, Y], mesh: DeviceMesh) -> LinearOperator[X, Y]:
     """Return ``x ↦ (A₀x, …, Aₙx)`` with one row per process; its adjoint is ``(y₀, …, yₙ) ↦ Σᵣ Aᵣᴴyᵣ``.
 
     All processes hold the same x; process r holds ``Aᵣ`` and ``yᵣ``, as for some of many coils, angles or frames. The
@@ -59,7 +60,7 @@ def vstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
     )  # fmt: skip
 
 
-def hstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
+def hstack(A: LinearOperator[X, Y], mesh: DeviceMesh) -> LinearOperator[X, Y]:
     """Return ``(x₀, …, xₙ) ↦ Σᵣ Aᵣxᵣ`` with one column per process; its adjoint is ``y ↦ (A₀ᴴy, …, Aₙᴴy)``.
 
     The forward performs one all-reduce for each leaf of the result. The adjoint does not communicate.
@@ -82,7 +83,7 @@ def hstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
     return vstack(_block(A, "hstack").H, mesh).H
 
 
-def block_diag(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
+def block_diag(A: LinearOperator[X, Y], mesh: DeviceMesh) -> LinearOperator[X, Y]:
     """Return ``(x₀, …, xₙ) ↦ (A₀x₀, …, Aₙxₙ)``, with one block per process; its adjoint has the blocks ``Aᵣᴴ``.
 
     Use it for a batch that is distributed over processes. Neither the operator nor its adjoint communicates.

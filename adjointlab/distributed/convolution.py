@@ -87,7 +87,7 @@ class DistributedConvolution(nn.Module):
         return self.local(x, weight, None, c.stride, 0, c.dilation, c.groups)
 
 
-def convolution(module: nn.Module, domain: Space, **options: Any) -> LinearOperator:
+def convolution(module: nn.Module, domain: Space[Tensor], **options: Any) -> LinearOperator[Tensor, Tensor]:
     r"""Return ``x ↦ k ∗ x`` for an array that is split along spatial dimensions, with its derived adjoint.
 
     The result is that of the module on the whole array, split like that by DTensor's rule. Each process fetches the

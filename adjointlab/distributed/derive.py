@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -16,6 +16,27 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 from adjointlab.transpose import Eager, Options, Transposition
+from adjointlab.typed import X, Y
+
+
+class _Options(TypedDict, total=False):
+    kwargs: dict[str, Any] | None
+    engine: str
+    check: bool
+    lowering: bool
+    autotune: bool
+
+
+@overload
+def linear_operator(
+    f: Callable[..., Any], domain: Space[X], codomain: Space[Y], **options: Unpack[_Options]
+) -> LinearOperator[X, Y]: ...
+
+
+@overload
+def linear_operator(
+    f: Callable[..., Any], domain: Any, codomain: Any, **options: Unpack[_Options]
+) -> LinearOperator[Any, Any]: ...
 
 
 def linear_operator(
@@ -28,7 +49,7 @@ def linear_operator(
     check: bool = True,
     lowering: bool = True,
     autotune: bool = False,
-) -> LinearOperator:
+) -> LinearOperator[Any, Any]:
     r"""Return a communicating forward as an operator with a derived adjoint: ``Σᵣ ⟨(Ax)ᵣ, yᵣ⟩ = Σᵣ ⟨xᵣ, (Aᴴy)ᵣ⟩``.
 
     The forward may call :func:`replicate`, :func:`all_reduce` and :func:`halo_exchange`, in the same order on all

@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from adjointlab.distributed import communication
 from adjointlab.distributed.windows import shard_range
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.space import Space, TensorSpec
+from adjointlab.space.spec import OfDict, OfPair, OfTensor
+from adjointlab.typed import E, X
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def submesh(mesh: DeviceMesh, dim: int) -> DeviceMesh:
 
 def space(
     shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], *, dtype: torch.dtype | None = None
-) -> Space:
+) -> Space[Tensor]:
     """Return the space of one tensor distributed over a mesh, with ``⟨a, b⟩ = Σᵣ ⟨aᵣ, bᵣ⟩``.
 
     All processes of the mesh must call it with the same arguments; an element is the part that a process holds.
@@ -194,7 +196,27 @@ def _placement(placement: Any, ndim: int) -> Placement:
     )
 
 
-def replicated(local: Any, mesh: DeviceMesh) -> Space:
+@overload
+def replicated(local: OfTensor, mesh: DeviceMesh) -> Space[Tensor]: ...
+
+
+@overload
+def replicated(local: OfPair, mesh: DeviceMesh) -> Space[tuple[Tensor, Tensor]]: ...
+
+
+@overload
+def replicated(local: OfDict, mesh: DeviceMesh) -> Space[dict[str, Tensor]]: ...
+
+
+@overload
+def replicated(local: Space[E] | E, mesh: DeviceMesh) -> Space[E]: ...
+
+
+@overload
+def replicated(local: Any, mesh: DeviceMesh) -> Space[Any]: ...
+
+
+def replicated(local: Any, mesh: DeviceMesh) -> Space[Any]:
     """Return the space of elements that are equal on all processes, with ``⟨a, b⟩`` counted once.
 
     Parameters
@@ -222,7 +244,27 @@ def replicated(local: Any, mesh: DeviceMesh) -> Space:
     return replace(found, specs=specs)
 
 
-def direct_sum(local: Any, mesh: DeviceMesh) -> Space:
+@overload
+def direct_sum(local: OfTensor, mesh: DeviceMesh) -> Space[Tensor]: ...
+
+
+@overload
+def direct_sum(local: OfPair, mesh: DeviceMesh) -> Space[tuple[Tensor, Tensor]]: ...
+
+
+@overload
+def direct_sum(local: OfDict, mesh: DeviceMesh) -> Space[dict[str, Tensor]]: ...
+
+
+@overload
+def direct_sum(local: Space[E] | E, mesh: DeviceMesh) -> Space[E]: ...
+
+
+@overload
+def direct_sum(local: Any, mesh: DeviceMesh) -> Space[Any]: ...
+
+
+def direct_sum(local: Any, mesh: DeviceMesh) -> Space[Any]:
     """Return the direct sum ``X₀ ⊕ … ⊕ Xₙ`` of one space per process, with ``⟨a, b⟩ = Σᵣ ⟨aᵣ, bᵣ⟩``.
 
     Parameters
@@ -282,7 +324,7 @@ def _local(local: Any) -> Space:
 # -- whole tensors and their parts -------------------------------------------------------------------------------------
 
 
-def shard(whole: Any, space: Space) -> Any:
+def shard(whole: X, space: Space[X]) -> X:
     """Return a copy of this process's part of a whole element.
 
     Parameters
@@ -305,7 +347,8 @@ def shard(whole: Any, space: Space) -> Any:
     shardings = _shardings(space)
     specs = [TensorSpec(s.shape or (), spec.dtype, spec.device) for s, spec in zip(shardings, space.specs, strict=True)]
     parts = []
-    for leaf, sharding in zip(Space.of(space.unflatten(specs)).leaves(whole), shardings, strict=True):
+    wholes: Space[X] = Space.of(space.unflatten(specs))
+    for leaf, sharding in zip(wholes.leaves(whole), shardings, strict=True):
         part, where = leaf, mesh_coordinates(sharding.mesh)
         for d, placement in enumerate(sharding.placements):
             if isinstance(placement, Shard):
@@ -315,7 +358,7 @@ def shard(whole: Any, space: Space) -> Any:
     return space.unflatten(parts)
 
 
-def gather(element: Any, space: Space) -> Any:
+def gather(element: X, space: Space[X]) -> X:
     """Return the whole element on every process; use it for small elements only.
 
     Parameters

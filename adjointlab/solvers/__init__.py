@@ -1,7 +1,8 @@
-"""Differentiable Krylov solvers for ``Ax = b`` and ``min ‖Ax − y‖² + damp² ‖x‖²``, on any device."""
+"""Differentiable solvers for ``Ax = b``, ``min ‖Ax − y‖² + damp² ‖x‖²`` and ``min ‖f(x) − y‖²``, on any device."""
 
 from adjointlab.solvers.bidiagonalization import lsmr
 from adjointlab.solvers.conjugate_gradients import cg, cgls
-from adjointlab.solvers.solution import Solution
+from adjointlab.solvers.nonlinear import gauss_newton, levenberg_marquardt
+from adjointlab.solvers.solution import Info, Solution
 
-__all__ = ["Solution", "cg", "cgls", "lsmr"]
+__all__ = ["Info", "Solution", "cg", "cgls", "gauss_newton", "levenberg_marquardt", "lsmr"]

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from adjointlab.affine import AffineOperator
+from adjointlab.affine import Operator
 from adjointlab.numerics import UNITS, allowance
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers import implicit
 from adjointlab.solvers.arithmetic import Vector
 from adjointlab.solvers.problem import Problem, nonnegative
 from adjointlab.solvers.solution import Callback, Monitor, Solution, Status, solve
+from adjointlab.typed import X, Y
 
 
 def lsmr(
-    A: LinearOperator | AffineOperator,
-    y: Any,
+    A: Operator[X, Y],
+    y: Y,
     *,
-    x0: Any = None,
+    x0: X | None = None,
     damp: float | Tensor = 0.0,
-    weight: Any = None,
+    weight: LinearOperator[Y, Y] | Y | None = None,
     maxiter: int | None = None,
     atol: float = 1e-6,
     btol: float = 1e-6,
     conlim: float = 1e8,
-    callback: Callback | None = None,
-    progress: bool = False,
-) -> Solution:
+    callback: Callback[X] | None = None,
+    progress: bool | None = None,
+) -> Solution[X]:
     r"""Minimise ``‖Ax − y‖²_W + damp² ‖x‖²`` by LSMR, which is equivalent to MINRES on the normal equations.
 
     Both ``‖r‖`` and ``‖Aᴴr‖`` decrease at every step, so LSMR can be stopped earlier than CGLS. With the residual r of
@@ -143,7 +143,7 @@ def _steps(left: _LeftVector, x: Vector, v: Vector, state: _Recurrence, rules: _
         domain.add(x, torch.where(moved, to_x, 0), hbar)
         domain.update(h, v, torch.where(moved, to_h, 0))
         rules(state, domain.norm(x))
-        going, some_stopped = monitor.step(x, state.residual, moved)
+        going, some_stopped = monitor.step(x, state.residual, state.gradient, moved)
 
 
 @dataclass

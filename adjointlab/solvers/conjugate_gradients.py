@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from adjointlab.affine import AffineOperator
+from adjointlab.affine import Operator
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.numerics import UNITS, allowance
 from adjointlab.operators import LinearOperator
@@ -18,6 +17,7 @@ from adjointlab.solvers import implicit
 from adjointlab.solvers.arithmetic import Vector
 from adjointlab.solvers.problem import Problem, nonnegative
 from adjointlab.solvers.solution import Callback, Monitor, Solution, Status, solve
+from adjointlab.typed import X, Y
 
 # The gradient Aᴴr contains rounding errors of at most eps ‖A‖ ‖r‖ from each of four sources: Ap, the update of r, Aᴴr,
 # and the difference between A and the adjoint of its derived adjoint. A smaller gradient is only rounding.
@@ -25,15 +25,15 @@ _ROUNDING = 4
 
 
 def cg(
-    A: LinearOperator | AffineOperator,
-    b: Any,
+    A: Operator[X, X],
+    b: X,
     *,
-    x0: Any = None,
+    x0: X | None = None,
     maxiter: int | None = None,
     tol: float = 1e-6,
-    callback: Callback | None = None,
-    progress: bool = False,
-) -> Solution:
+    callback: Callback[X] | None = None,
+    progress: bool | None = None,
+) -> Solution[X]:
     r"""Solve ``Ax = b`` for a self-adjoint positive definite A by conjugate gradients.
 
     The solver stops at ``‖b − Ax‖ ≤ tol · ‖b‖`` (``tol · ‖Ax₀‖`` if ``b = 0``), or at a few units of rounding of
@@ -53,9 +53,11 @@ def cg(
     tol : float
         Relative tolerance of the residual.
     callback : callable, optional
-        Function that is called with a copy of x after each step. If it returns True, the solver stops.
-    progress : bool
-        Whether to show a progress bar (needs tqdm).
+        Function that is called with a copy of x and an :class:`Info` after each step. If it returns True, the solver
+        stops.
+    progress : bool, optional
+        Whether to show a line on standard error with the progress and an estimate of the time; by default on a
+        terminal, after two seconds.
 
     Returns
     -------
@@ -152,22 +154,22 @@ def _cg_steps(
         del q
         previous, rho = rho, space.dot(r, r)
         rules(rho.sqrt())
-        going, some_stopped = monitor.step(x, rho.sqrt(), moved)
+        going, some_stopped = monitor.step(x, rho.sqrt(), rho.sqrt(), moved)
         space.update(p, r, rho / previous)
 
 
 def cgls(
-    A: LinearOperator | AffineOperator,
-    y: Any,
+    A: Operator[X, Y],
+    y: Y,
     *,
-    x0: Any = None,
+    x0: X | None = None,
     damp: float | Tensor = 0.0,
-    weight: Any = None,
+    weight: LinearOperator[Y, Y] | Y | None = None,
     maxiter: int | None = None,
     tol: float = 1e-6,
-    callback: Callback | None = None,
-    progress: bool = False,
-) -> Solution:
+    callback: Callback[X] | None = None,
+    progress: bool | None = None,
+) -> Solution[X]:
     r"""Minimise ``‖Ax − y‖²_W + damp² ‖x‖²`` by conjugate gradients on the normal equations.
 
     The solver stops once the gradient at x is small relative to that at zero (that at ``x0`` if ``y = 0``),
@@ -289,7 +291,7 @@ def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, rules: _Stopp
         s = problem.penalised(s, x)
         previous, gamma = gamma, domain.dot(s, s)
         rules(gamma.sqrt(), rr.sqrt(), _damped_norm(problem, rr, x))
-        going, some_stopped = monitor.step(x, rules.damped, moved)
+        going, some_stopped = monitor.step(x, rules.damped, rules.gradient, moved)
         ratio = gamma / previous
         domain.update(p, s, ratio)
         length = gamma + ratio.square() * length  # ‖p‖², since s is orthogonal to the last p

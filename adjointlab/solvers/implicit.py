@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adjointlab.errors import ConvergenceWarning
 from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector, times
 from adjointlab.solvers.problem import Problem, detached
 from adjointlab.solvers.solution import Solution
@@ -109,6 +110,40 @@ def of_least_squares(problem: Problem, solution: Solution, tol: float, maxiter: 
         t = _preimage(problem, correction, tol, maxiter)
         inputs["kernel"] = domain.space.leaves(problem.A.H(codomain.space.unflatten(t)))
     return _as_function_of(domain, solution, inputs, x0, cotangents)
+
+
+def of_minimum(gradient: Callable[[Any], Any], solution: Solution, space: Space, tol: float) -> Solution:
+    """Make x with ``g(x) = 0`` differentiable: ``Re⟨v, dx⟩ = −Re⟨H⁻¹v, dg⟩``, with the derivative H of g in x."""
+    # g is the gradient of an objective, so that H is self-adjoint; dg is the differential at fixed x.
+    if not torch.is_grad_enabled():
+        return solution
+    domain, most = Vectors(space, space.batch_shape), min(10_000, 10 * real_size(space) + 10)
+    fixed = tuple([leaf.detach() for leaf in space.leaves(solution.x)])
+
+    def cotangents(v: Vector) -> dict[str, Vector]:
+        with torch.enable_grad():
+            x = tuple([leaf.clone().requires_grad_() for leaf in fixed])
+            at_x = space.leaves(gradient(space.unflatten(x)))
+
+        def hessian(r: Vector) -> tuple[Vector, Tensor]:
+            along = space.leaves(domain.element(r))
+            found = torch.autograd.grad(at_x, x, along, retain_graph=True, materialize_grads=True)
+            image = domain.copy(as_vector(found))
+            return image, domain.dot(r, image)
+
+        w, _, has_kernel = _pseudo_inverse(domain, hessian, v, tol, most, decide=True)
+        if bool(has_kernel.any()):
+            warnings.warn(
+                "the minimum is not isolated: its derivative is not determined, and NaN; add a penalty, or damp",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            domain.fill(w, has_kernel, math.nan)
+        return {"gradient": [-t for t in w]}
+
+    return _as_function_of(
+        domain, solution, {"gradient": space.leaves(gradient(space.unflatten(fixed)))}, None, cotangents
+    )
 
 
 def _residual(problem: Problem, solution: Solution) -> tuple[Leaves, bool]:
@@ -257,7 +292,7 @@ def _pseudo_inverse(
     if not bool(finished.all()):
         warnings.warn(
             f"the solve for the gradient did not converge in maxiter={maxiter} steps: raise it or tol, or use damp",
-            RuntimeWarning,
+            ConvergenceWarning,
             stacklevel=2,
         )
     space.add(w, -torch.where(solved, 0, kappa), r)

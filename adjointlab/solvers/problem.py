@@ -124,9 +124,7 @@ class Problem:
         if maxiter is None:
             each = 10 * min(self.domain.space.size, self.codomain.space.size) // max(1, math.prod(self.domain.batch))
             return min(_MOST_STEPS, max(10, 2 * each if self.domain.space.is_complex else each))
-        if isinstance(maxiter, bool) or not isinstance(maxiter, int) or maxiter < 0:
-            raise ValueError(f"expected maxiter to be an integer of 0 or more, got {maxiter!r}")
-        return maxiter
+        return count("maxiter", maxiter)
 
     def data(self) -> Vector:
         """Return the data, which the solver must not overwrite."""
@@ -186,6 +184,13 @@ def _product(w: Tensor, r: Tensor) -> Tensor:
     if w.is_complex() or not r.is_complex():
         return w * r
     return torch.view_as_complex(w[..., None] * torch.view_as_real(r.resolve_conj()))
+
+
+def count(name: str, value: int) -> int:
+    """Return a number of steps; raise if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"expected {name} to be an integer of 0 or more, got {value!r}")
+    return value
 
 
 def nonnegative(name: str, value: float) -> float:

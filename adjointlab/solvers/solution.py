@@ -6,32 +6,36 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
+from adjointlab.progress import Line, progress_of
+from adjointlab.reporting import aligned, html_table
 from adjointlab.solvers.arithmetic import Vector
 from adjointlab.solvers.problem import Problem
-
-Callback = Callable[[Any], Any]
+from adjointlab.typed import X
 
 Status = IntEnum(
     "Status",
-    "RUNNING SOLVED LEAST_SQUARES PRECISION STAGNATED NO_CURVATURE BREAKDOWN NOT_FINITE ILL_CONDITIONED STOPPED "
-    "EXHAUSTED",
+    "RUNNING SOLVED LEAST_SQUARES PRECISION SHORT STAGNATED NO_CURVATURE BREAKDOWN NO_DESCENT NOT_FINITE "
+    "ILL_CONDITIONED STOPPED EXHAUSTED",
     start=0,
 )
-_CONVERGED = (Status.SOLVED, Status.LEAST_SQUARES, Status.PRECISION)
+CONVERGED = (Status.SOLVED, Status.LEAST_SQUARES, Status.PRECISION, Status.SHORT)
 REASONS = {
     Status.SOLVED: "converged: the residual is within the tolerance",
     Status.LEAST_SQUARES: "converged: the gradient of the least-squares problem is within the tolerance",
     Status.PRECISION: "converged: as far as the precision of the dtype allows",
+    Status.SHORT: "converged: the last step is within the tolerance",
     Status.STAGNATED: "the precision of the dtype keeps the residual of x above the tolerance, for A is singular or "
     "ill-conditioned: use a larger tolerance, a wider dtype or, for least squares, damp > 0",
     Status.NO_CURVATURE: "breakdown: a direction p with ⟨p, Ap⟩ ≤ 0, so that A is not positive definite (or not "
     "self-adjoint)",
     Status.BREAKDOWN: "breakdown: a step of no or of infinite length",
+    Status.NO_DESCENT: "no step along the direction of the model reduces the objective: check f by "
+    "al.check_derivative, or start elsewhere",
     Status.NOT_FINITE: "NaN or infinity in the data, or in what the operator returned; x is the last finite iterate",
     Status.ILL_CONDITIONED: "the condition number exceeds conlim: use damp > 0, or a larger conlim",
     Status.STOPPED: "stopped by the callback",
@@ -40,7 +44,29 @@ REASONS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Solution:
+class Info:
+    """What a solver knows after a step, for its callback.
+
+    Attributes
+    ----------
+    iteration : int
+        Number of steps so far, 1 after the first.
+    residual : float or Tensor
+        The residual norm that ``Solution.residual_norms`` has for this step; with ``batch_dims``, for each problem.
+    gradient : float or Tensor
+        The norm of the gradient: ``‖AᴴW(y − Ax) − damp² x‖``; for ``cg``, which solves ``Ax = b``, the residual norm.
+    """
+
+    iteration: int
+    residual: float | Tensor
+    gradient: float | Tensor
+
+
+Callback = Callable[[X, Info], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Solution(Generic[X]):
     """The approximate solution x of ``Ax = b`` or ``min ‖Ax − y‖²`` that a solver found, and how it converged.
 
     Attributes
@@ -69,24 +95,68 @@ class Solution:
     (True, 1)
     """
 
-    x: Any = field(repr=False)
+    x: X = field(repr=False)
     converged: bool | Tensor
     iterations: int | Tensor
     residual_norms: Tensor = field(repr=False)
     reason: str
 
+    def __str__(self) -> str:
+        return aligned(*self._table())
+
+    def _repr_html_(self) -> str:
+        title, rows = self._table()
+        return html_table(title, bool(torch.as_tensor(self.converged).all()), rows)
+
+    def _table(self) -> tuple[str, list[tuple[str, str]]]:
+        converged, steps = torch.as_tensor(self.converged), torch.as_tensor(self.iterations)
+        first, last = self.residual_norms[0], self.residual_norms[-1]
+        if converged.ndim:
+            title = f"{int(converged.sum())} of {converged.numel()} problems converged"
+        else:
+            title = "converged" if self.converged else "not converged"
+        low, high = int(steps.min()), int(steps.max())
+        rows = [
+            ("iterations", str(low) if low == high else f"{low} to {high}"),
+            ("residual norm", f"{float(first.max()):.4g} at the start, {float(last.max()):.4g} at the end"),
+            ("reason", self.reason.removeprefix("converged: ")),
+        ]
+        return f"Solution: {title}", rows
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the residual norms over the iterations, on a logarithmic scale; needs matplotlib.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            Where to draw; new axes of ``matplotlib.pyplot`` if not given.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+            The axes, with one curve for each problem of a batch.
+        """
+        if ax is None:
+            from matplotlib import pyplot
+
+            _, ax = pyplot.subplots(layout="constrained")
+        ax.semilogy(self.residual_norms.detach().cpu().reshape(len(self.residual_norms), -1).numpy())
+        ax.set_xlabel("iteration")
+        ax.set_ylabel("residual norm")
+        return ax
+
 
 class Monitor:
     """Records which problems still run, why the others stopped, and their residual norms.
 
-    A step copies one number to the host: how many problems are running. Callback and progress bar copy more.
+    A step copies one number to the host: how many problems are running. Callback and progress line copy more.
 
     Rounding makes the recurrences of a solver drift away from the true residuals. So the solver reopens the problems
     that have converged, and restarts them from the residual of their x, as long as each restart halves that. A problem
     in which it does not is not converged: it has reached the precision of the dtype.
     """
 
-    def __init__(self, problem: Problem, maxiter: int, callback: Callback | None, progress: bool, name: str) -> None:
+    def __init__(self, problem: Problem, maxiter: int, callback: Callback | None, line: Line) -> None:
         self.problem = problem
         vectors = self.vectors = problem.domain
         self.maxiter = maxiter
@@ -99,7 +169,8 @@ class Monitor:
         self._bound = vectors.scalar(math.inf)  # largest error of a restart that is worth going on from: half the last
         self.total = self.status.numel()
         self._callback = callback
-        self._bar = _bar(maxiter, name) if progress else None
+        self._line = line
+        self._gradient = vectors.scalar(math.nan)
 
     @property
     def running(self) -> Tensor:
@@ -114,22 +185,28 @@ class Monitor:
         """Record the residuals of a start; return whether any problem runs, and whether some have stopped."""
         self.stop(error > self._bound, Status.STAGNATED)
         self._bound, self._moved = error / 2, False
+        self._gradient = torch.where(self._to_verify, error, self._gradient)
         self.norms.append(torch.where(self._to_verify, norm, self.norms.pop()) if self.norms else norm)
         return self._whether_running()
 
-    def step(self, x: Vector, norm: Tensor, moved: Tensor) -> tuple[bool, bool]:
+    def step(self, x: Vector, norm: Tensor, gradient: Tensor, moved: Tensor) -> tuple[bool, bool]:
         """Record a step of the problems ``moved``; return whether any problem runs, and whether some have stopped."""
         self.norms.append(torch.where(moved, norm, self.norms[-1]))
         self.steps = self.steps + moved
         self._moved = True
         if self._callback is not None:
-            unstopped = self._callback(self.problem.copy(x)) is not True
+            self._gradient = torch.where(moved, gradient, self._gradient)
+            unstopped = self._callback(self.problem.copy(x), self._info()) is not True
             if not self.vectors.space.every(unstopped):  # one process stops all
                 self.stop(torch.ones_like(moved), Status.STOPPED)
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"residual {float(self.norms[-1].max()):.3e}", refresh=False)
-            self._bar.update()
+        self._line.step(note=lambda: f"residual {float(self.norms[-1].max()) / self.problem.unit:.2e}")
         return self._whether_running()
+
+    def _info(self) -> Info:
+        residual, gradient = self.norms[-1] / self.problem.unit, self._gradient / self.problem.unit / self.problem.gain
+        if self.vectors.batch:
+            return Info(len(self.norms) - 1, residual, gradient)
+        return Info(len(self.norms) - 1, float(residual), float(gradient))
 
     def reopen(self) -> bool:
         """Set the problems that converged by steps back to running; return whether there are any."""
@@ -141,8 +218,6 @@ class Monitor:
 
     def solution(self, x: Vector) -> Solution:
         """Return the solution, once the solver has ended."""
-        if self._bar is not None:
-            self._bar.close()
         self.stop(self.running, Status.EXHAUSTED)
         if self.problem.factor > 1:
             overflow = self.vectors.largest_entry(x) * self.problem.factor > self.vectors.largest
@@ -161,7 +236,7 @@ class Monitor:
         )
 
     def _converged(self) -> Tensor:
-        return torch.isin(self.status, torch.tensor(_CONVERGED, device=self.status.device))
+        return torch.isin(self.status, torch.tensor(CONVERGED, device=self.status.device))
 
     def _whether_running(self) -> tuple[bool, bool]:
         count = int(self.running.sum())
@@ -184,19 +259,14 @@ def solve(
     name: str,
     maxiter: int,
     callback: Callback | None,
-    progress: bool,
+    progress: bool | None,
     scale_operator: bool = True,
 ) -> Solution:
     """Return the solution by ``run(problem, x, monitor, started)``, which iterates on x in place."""
-    with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
+    space, shown = problem.domain.space, progress_of(name, progress, maxiter, most=True)
+    with torch.no_grad(), space.without_autocast(), problem.A.frozen(), shown as line:
         inner = problem.diagonalized().scaled(operator=scale_operator)
-        monitor = Monitor(inner, maxiter, callback, progress, name)
+        monitor = Monitor(inner, maxiter, callback, line)
         x = inner.start(x0)
         run(inner, x, monitor, x0 is not None)
         return monitor.solution(x)
-
-
-def _bar(maxiter: int, name: str) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=maxiter, desc=name)

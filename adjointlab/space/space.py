@@ -12,21 +12,38 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from adjointlab.compat import pytree
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.space.spec import TensorSpec, describe, is_dtensor, is_shape, needs_device, refuse_dtensor
+from adjointlab.space.spec import (
+    OfDict,
+    OfPair,
+    OfTensor,
+    TensorSpec,
+    describe,
+    is_dtensor,
+    is_shape,
+    needs_device,
+    refuse_dtensor,
+)  # fmt: skip
 from adjointlab.tree import SINGLE, Structure, has_tensor, tree_flatten
+from adjointlab.typed import E, X
 
 _DOUBLE = {True: torch.complex128, False: torch.float64}
 
 
+class _Options(TypedDict, total=False):
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    batch_dims: int
+
+
 @dataclass(frozen=True, eq=False)
-class Space:
+class Space(Generic[X]):
     """A finite-dimensional inner-product space of pytrees of tensors, ``⟨a, b⟩ = Σ conj(aᵢ) bᵢ``.
 
     Parameters
@@ -88,6 +105,26 @@ class Space:
                 "processes have to agree on them"
             )
 
+    @overload
+    @classmethod
+    def of(cls, domain: OfTensor, **options: Unpack[_Options]) -> Space[Tensor]: ...
+
+    @overload
+    @classmethod
+    def of(cls, domain: OfPair, **options: Unpack[_Options]) -> Space[tuple[Tensor, Tensor]]: ...
+
+    @overload
+    @classmethod
+    def of(cls, domain: OfDict, **options: Unpack[_Options]) -> Space[dict[str, Tensor]]: ...
+
+    @overload
+    @classmethod
+    def of(cls, domain: Space[E] | E, **options: Unpack[_Options]) -> Space[E]: ...
+
+    @overload
+    @classmethod
+    def of(cls, domain: Any, **options: Unpack[_Options]) -> Space[Any]: ...
+
     @classmethod
     def of(
         cls,
@@ -96,7 +133,7 @@ class Space:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         batch_dims: int = 0,
-    ) -> Space:
+    ) -> Space[Any]:
         """Return the space ``K^shape`` of an example tensor, or the product of spaces of a pytree of examples.
 
         Parameters
@@ -182,7 +219,7 @@ class Space:
         """Return a context that turns autocast off on the device of this space."""
         return torch.autocast(self.specs[0].device.type, enabled=False) if self.is_autocast else nullcontext()
 
-    def with_batch(self, batch_shape: Sequence[int]) -> Space:
+    def with_batch(self, batch_shape: Sequence[int]) -> Space[X]:
         """Return the same space with the free leading dimensions set to ``batch_shape``."""
         batch = tuple(batch_shape)
         if batch == self.batch_shape:
@@ -190,11 +227,11 @@ class Space:
         specs = tuple(replace(spec, shape=batch + spec.shape[self.batch_dims :]) for spec in self.specs)
         return replace(self, specs=specs)
 
-    def with_batch_dims(self, batch_dims: int) -> Space:
+    def with_batch_dims(self, batch_dims: int) -> Space[X]:
         """Return the same space with the first ``batch_dims`` dimensions free."""
         return self if batch_dims == self.batch_dims else replace(self, batch_dims=batch_dims)
 
-    def leaves(self, x: Any, name: str = "x") -> tuple[Tensor, ...]:
+    def leaves(self, x: X, name: str = "x") -> tuple[Tensor, ...]:
         """Return the leaves of x, as they are; raise ``SpaceMismatchError``, naming x, unless x is in this space."""
         flat = self.structure.leaves(x)
         if flat is None:
@@ -227,15 +264,16 @@ class Space:
             came, remedy = describe(leaf), spec.remedy(leaf)
         return SpaceMismatchError(f"expected {name} to be an element of {self}, got {came}; {remedy}")
 
-    def unflatten(self, leaves: Sequence[Any]) -> Any:
+    def unflatten(self, leaves: Sequence[Any]) -> X:
         """Return the element with the given leaves: the inverse of :meth:`leaves`."""
-        return leaves[0] if self.structure is SINGLE else self.structure.unflatten(leaves)
+        element: X = leaves[0] if self.structure is SINGLE else self.structure.unflatten(leaves)
+        return element
 
-    def zeros(self) -> Any:
+    def zeros(self) -> X:
         """Return the zero element."""
         return self.unflatten([torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in self.specs])
 
-    def randn(self, generator: torch.Generator | None = None) -> Any:
+    def randn(self, generator: torch.Generator | None = None) -> X:
         """Return an element of independent standard normal entries (variance 1, complex ones as well).
 
         Parameters
@@ -262,7 +300,7 @@ class Space:
 
     # -- geometry ------------------------------------------------------------------------------------------------
 
-    def inner(self, a: Any, b: Any) -> Tensor:
+    def inner(self, a: X, b: X) -> Tensor:
         """Return ``⟨a, b⟩ = Σ conj(aᵢ) bᵢ``, accumulated in double precision.
 
         Parameters
@@ -284,7 +322,7 @@ class Space:
         pairs = zip(self.leaves(a, "a"), self.leaves(b, "b"), strict=True)
         return self.total([torch.vdot(u.reshape(-1).to(wide), v.reshape(-1).to(wide)) for u, v in pairs])
 
-    def norm(self, a: Any) -> Tensor:
+    def norm(self, a: X) -> Tensor:
         """Return ``‖a‖ = √⟨a, a⟩`` as a zero-dimensional ``float64`` tensor."""
         squares = [torch.linalg.vector_norm(u, dtype=_DOUBLE[u.is_complex()]).square() for u in self.leaves(a, "a")]
         return self.total(squares).sqrt() if self.is_sharded else torch.stack(squares).sum().sqrt()
@@ -306,12 +344,12 @@ class Space:
         zero = torch.zeros_like(failed)
         return float(self.total([failed, *[zero] * (len(self.specs) - 1)])) == 0.0
 
-    def vector(self, a: Any) -> Tensor:
+    def vector(self, a: X) -> Tensor:
         """Return the coordinates of ``a`` as one vector of ``size`` entries, leaf after leaf."""
         self._refuse_sharded()
         return torch.cat([leaf.reshape(-1) for leaf in self.leaves(a, "a")])
 
-    def element(self, vector: Tensor) -> Any:
+    def element(self, vector: Tensor) -> X:
         """Return the element with the coordinates ``vector``: the inverse of :meth:`vector`."""
         self._refuse_sharded()
         parts = torch.split(vector, [spec.numel for spec in self.specs])
@@ -326,7 +364,7 @@ class Space:
                 "inner products and solvers, or adjointlab.distributed.gather"
             )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Space:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Space[X]:
         return self  # a frozen value
 
     def __reduce__(self) -> tuple[Any, ...]:

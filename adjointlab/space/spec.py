@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
+
+if TYPE_CHECKING:
+    from adjointlab.space.space import Space
+
+# What describes a space of tensors, of pairs and of dictionaries of them, and of other containers.
+OfTensor: TypeAlias = "Tensor | TensorSpec | Space[Tensor] | tuple[int, ...] | list[int]"
+OfPair: TypeAlias = "tuple[OfTensor, OfTensor] | Space[tuple[Tensor, Tensor]]"
+OfDict: TypeAlias = "Mapping[str, OfTensor] | Space[dict[str, Tensor]]"
+OfContainer: TypeAlias = "Sequence[OfTensor | OfContainer] | Mapping[str, OfTensor | OfContainer]"
 
 
 class ShardingProtocol(Protocol):

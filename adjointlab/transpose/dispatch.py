@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from adjointlab import compat, modules
 from adjointlab.errors import NotLinearError, SpaceMismatchError
 from adjointlab.numerics import same
+from adjointlab.progress import expect, progress_of, step
 from adjointlab.space import Space
 from adjointlab.space.algebra import moved
 from adjointlab.space.codomain import require_outputs, space_of
 from adjointlab.transpose import pipeline
 from adjointlab.transpose.explanation import Explanation
-from adjointlab.transpose.frontend.budget import counted, excess
+from adjointlab.transpose.frontend.budget import CAPTURING, TRACING, counted, excess
 from adjointlab.transpose.frontend.capture import capture
 from adjointlab.transpose.frontend.trace import UntraceableError
 from adjointlab.transpose.frontend.vjp import Tensors
@@ -106,7 +107,9 @@ class Transposition:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Build in one thread at a time, without autocast: a function derives from its own dtypes."""
-        with _BUILDING, self.domain.without_autocast(), compat.sources_forgotten():
+        name = type(self.callable).__name__ if isinstance(self.callable, nn.Module) else "a function"
+        shown = progress_of(f"adjoint of {name}", self.options.progress)
+        with _BUILDING, self.domain.without_autocast(), compat.sources_forgotten(), shown:
             yield
 
     def follow(self, parameter: Tensor, name: str, holders: tuple[nn.Module, ...]) -> None:
@@ -319,6 +322,7 @@ class Transposition:
             self._is_judged(known[0], known[0].state_now()) for known in self._derivations.values()
         )
         seen = self._ran(eager) if is_new else None
+        step(0)
         if self.options.requested == "eager" or self._rebuilds > _MOST_REBUILDS:
             asked = self.options.requested == "eager"
             derivation = self._eager("it was asked for" if asked else "what it depends on changes from call to call")
@@ -328,6 +332,7 @@ class Transposition:
             is_plain = self.options.requested == "eager" or not self.options.check or self._judge is None
             size = 0 if is_plain else sum(s.dtype.itemsize * s.size for s in (*domain.specs, *self.codomain.specs))
             derivation = derivation.watched(self.modules, self.callable, size)
+        step(0)
         if self._judge is not None and self.options.check and is_new:
             self._judge(self, derivation, domain, seen)
         derivation = self._followed(derivation)
@@ -375,6 +380,7 @@ class Transposition:
     def _traced(self, eager: Eager, domain: Space, seen: Sketch | None) -> Derivation:
         """Derive from the graph of a function; where it has none, its eager functions serve."""
         graphs, options = None, replace(self.options, choose=self._chooser)
+        expect((CAPTURING + TRACING) * self._operations)
         if said := excess(self._operations, options.seconds):
             self.untraceable = UntraceableError(said)
         if self.untraceable is None:
@@ -382,6 +388,7 @@ class Transposition:
                 with modules.attributes_kept(self.modules):
                     watched = (self.modules, eager.once) if options.check else (self.modules,)
                     captured = capture(self.callable, self.kwargs, domain, *watched)
+                    step(CAPTURING * self._operations)
                     graphs = pipeline.graphs_of(captured, domain, options)
                 graphs = graphs.stateful(captured.is_stateful())
             except UntraceableError as error:

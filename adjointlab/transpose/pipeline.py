@@ -24,6 +24,7 @@ from torch import Tensor
 
 from adjointlab.errors import NotDifferentiableError
 from adjointlab.linked import Linked
+from adjointlab.progress import step
 from adjointlab.space import Space
 from adjointlab.transpose import selfcheck
 from adjointlab.transpose.explanation import Account, Explanation
@@ -58,9 +59,9 @@ Compiled = Callable[[], Mapping[str, Callable[..., Tensors]]]
 class Options:
     """How an operator is to be derived.
 
-    ``budget`` is in seconds; ``choose`` is the rule for kernels, ``choose_map`` that for maps by index, None for
-    none; ``transform`` that for gradients in a kernel; ``fuse`` says whether slices become sums of pieces; ``options``
-    are for torch.compile.
+    ``budget`` is in seconds; ``progress`` says whether builds show theirs; ``choose`` is the rule for kernels,
+    ``choose_map`` that for maps by index, None for none; ``transform`` that for gradients in a kernel; ``fuse`` says
+    whether slices become sums of pieces; ``options`` are for torch.compile.
     """
 
     requested: str = "auto"
@@ -71,6 +72,7 @@ class Options:
     tol: float | None = None
     check: bool = True
     budget: float = 20.0
+    progress: bool | None = None
     choose: Chooser | None = None
     choose_map: MapChooser | None = quickest
     fuse: bool = True
@@ -157,6 +159,7 @@ def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: O
     reasons: list[str] = []
     explanation = graphs.explanation
     for mode in options.modes:
+        step(0)
         derivation = assemble(graphs, spaces, options, mode, explanation, compiled)
         if seen is None:
             return derivation

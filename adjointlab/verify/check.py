@@ -13,9 +13,10 @@ import torch
 from adjointlab.affine import AffineOperator
 from adjointlab.derive import linear_operator
 from adjointlab.errors import AdjointMismatchError, NotDifferentiableError, NotLinearError, SpaceMismatchError
-from adjointlab.linearity import like_parameters
+from adjointlab.linearity import like_parameters, require_map
 from adjointlab.numerics import full_precision
 from adjointlab.operators import LinearOperator
+from adjointlab.progress import progress_of
 from adjointlab.space import Space
 from adjointlab.space.coordinates import real_element, real_size, real_vector
 from adjointlab.tree import tree_flatten
@@ -38,6 +39,7 @@ def check_adjoint(
     seed: int = 0,
     x: Any = None,
     y: Any = None,
+    progress: bool | None = None,
 ) -> AdjointReport:
     r"""Test ``⟨Ax, y⟩ = ⟨x, By⟩`` on random and structured x and y, where B is ``A.H`` or a hand-written adjoint.
 
@@ -70,6 +72,8 @@ def check_adjoint(
         Seed of the draws; torch's global generator is not used.
     x, y : pytree of tensors, optional
         The pair to test first.
+    progress : bool, optional
+        Whether to show a line on standard error with the progress; by default on a terminal, after two seconds.
 
     Returns
     -------
@@ -117,7 +121,7 @@ def check_adjoint(
         reference=None if claim.derive is None else lambda: trusted()[0],
         powers=claim.powers,
     )
-    with torch.no_grad(), full_precision:
+    with torch.no_grad(), full_precision, progress_of("check_adjoint", progress):
         try:
             test.run(trials, given)
         except BrokenError as error:
@@ -212,8 +216,7 @@ def _claim_of(A: Any, adjoint: Any, domain: Any, codomain: Any) -> _Claim:
                 "expected no domain or codomain beside an operator, which has its own: leave it out"
             )
         return _of_operator(A.linear if isinstance(A, AffineOperator) else A, adjoint)
-    if not callable(A):
-        raise SpaceMismatchError(f"expected a LinearOperator, a module or a function, got {type(A).__name__}")
+    require_map(A)
     if domain is None:
         raise SpaceMismatchError(
             f"expected a LinearOperator, or a domain beside the plain callable {getattr(A, '__name__', 'A')}: "

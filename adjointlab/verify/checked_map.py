@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.progress import step
 from adjointlab.space import Space
 from adjointlab.tree import tree_flatten
 
@@ -64,6 +65,7 @@ class CheckedMap:
     def __call__(self, leaves: Tensors) -> Tensors:
         """Return the leaves of the image; a ``BrokenError`` says that it is no finite element of the codomain."""
         # If the space is sharded, what the function raises is raised as it is: other processes wait inside it.
+        step()
         if self.meter is not None:
             self.meter.spend()
         try:
@@ -155,6 +157,11 @@ def impulse(space: Space, leaf: int, index: tuple[int, ...]) -> Tensors:
 def vanishes(space: Space, leaves: Tensors) -> bool:
     """Return whether all entries are zero on all processes."""
     return space.every(not any(bool(leaf.any()) for leaf in leaves))
+
+
+def number_of_structured(space: Space) -> int:
+    """Return how many elements :func:`structured` yields, at most."""
+    return 3 * len(space.specs[:_MOST_LEAVES]) + 1
 
 
 def structured(space: Space) -> Iterator[tuple[str, Tensors]]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from adjointlab.numerics import DOT_UNITS, SIGMAS, dot_gap, norm, rounding_noise
+from adjointlab.progress import expect
 from adjointlab.space import Space
-from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors, structured, vanishes
+from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors, number_of_structured, structured, vanishes
 
 # A function may compute weights internally, such as those of an interpolation. Every call rounds them in the same way,
 # so measurements do not show this error: for bicubic interpolation, A and its derivative differ by 4 eps, 2.4 times the
@@ -94,6 +95,9 @@ class DotTest:
     ) -> None:
         """Compare the given pair, ``trials`` random pairs and each x with the next y; if thorough, special ones too."""
         sides = self.forward, self.adjoint
+        if thorough:
+            special = sum(2 * number_of_structured(side.space) for side in sides)
+            expect(2 * trials + 3 * len(self.powers) + 2 * bool(self.domain.batch_dims) + special)
         if given is not None:
             batch = next(z for z in given if z)[0].shape[: self.domain.batch_dims]
             drawn = [z or self._draw(side.space.with_batch(batch)) for side, z in zip(sides, given, strict=True)]

@@ -80,6 +80,8 @@ class AdjointReport:
     def __str__(self) -> str:
         return aligned(self._title, self._rows())
 
+    __repr__ = __str__
+
     def details(self) -> str:
         """Return all that the test has seen, as text; the glossary of the documentation explains the terms."""
         return aligned(self._title, self._detailed())

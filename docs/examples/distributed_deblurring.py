@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import adjointlab as al
 from adjointlab import distributed
-from adjointlab.solvers import cgls
+from adjointlab.solvers import Info, cgls
 
 
 def gaussian_blur(width: int, sigma: float) -> nn.Conv3d:
@@ -88,18 +88,16 @@ def deblur(options: argparse.Namespace) -> None:
     truth = phantom(X, mesh)
     y = A(truth) + 1e-3 * A.codomain.randn(torch.Generator().manual_seed(0))
     checkpoint = Checkpoint(options.folder, X, mesh)
-    x0, done = checkpoint.load()
+    x0, start = checkpoint.load()
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
-    def after_each_step(x: Tensor) -> None:
-        nonlocal done
-        done += 1
+    def after_each_step(x: Tensor, info: Info) -> None:
+        done = start + info.iteration
         if done % options.every == 0:
             checkpoint.save(x, done)
         if first and done == options.kill_at and dist.get_rank() == options.kill_rank:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    start = done
     solution = cgls(
         A, y, x0=x0, damp=options.damp, tol=options.tol, maxiter=options.iterations - start, callback=after_each_step
     )

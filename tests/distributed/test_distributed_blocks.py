@@ -130,9 +130,8 @@ def solved(size: int, kind: str, dtype: torch.dtype) -> None:
     found, expected = cg(gram, b, tol=tol), cg(single.gram + damp**2 * al.identity(single.domain), x, tol=tol)
     distance = A.domain.norm(found.x.sub(part(A.domain, expected.x)))
     assert float(distance) <= 2 * condition * tol * float(A.domain.norm(found.x))
-    assert abs(float(al.operator_norm(A)) - float(torch.linalg.matrix_norm(matrix, 2))) <= 2e-4 * float(
-        al.operator_norm(A)
-    )
+    norm = float(al.operator_norm(A, tol=1e-4))
+    assert abs(norm - float(torch.linalg.matrix_norm(matrix, 2))) <= 2e-4 * norm
 
 
 @pytest.mark.parametrize("kind", ["vstack", "hstack", "block_diag"])
@@ -159,7 +158,7 @@ def least_squares(size: int) -> None:
         assert_close(torch.autograd.grad(F(z), z)[0], G.gradient(x).detach(), units=128)
         assert_close(torch.func.grad(lambda t, F=F: F(t))(x), G.gradient(x).detach(), units=128)
         assert cgls(A, part(A.codomain, y), weight=part(A.codomain, weight), maxiter=400).converged
-    stop = cgls(A, part(A.codomain, y), tol=0.0, callback=lambda _: torch.distributed.get_rank() == size - 1)
+    stop = cgls(A, part(A.codomain, y), tol=0.0, callback=lambda _, info: torch.distributed.get_rank() == size - 1)
     assert stop.iterations == 1  # one process is enough to stop all
 
 

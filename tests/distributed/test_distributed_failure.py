@@ -47,7 +47,7 @@ def fails_in_a_solve(size: int, how: str, folder: str) -> None:
     A = distributed.convolution(c, distributed.space((1, 1, 8 * size, 8), mesh, [Shard(2)]))
     steps = []
 
-    def callback(_: torch.Tensor) -> None:
+    def callback(_: torch.Tensor, info: object) -> None:
         steps.append(1)
         if len(steps) == 3 and rank == size - 1:
             if how == "is killed":

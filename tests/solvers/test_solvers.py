@@ -138,7 +138,7 @@ def test_residual_norms_are_those_of_the_iterates(solve: Any, damp: float) -> No
     A, matrix = dense(14, 9)
     y = torch.randn(14, dtype=torch.float64)
     iterates: list[Tensor] = [torch.zeros(9, dtype=torch.float64)]
-    solution = solve(A, y, damp=damp, callback=iterates.append)
+    solution = solve(A, y, damp=damp, callback=lambda x, info: iterates.append(x))
     assert solution.residual_norms.shape == (solution.iterations + 1,)
     for x, found in zip(iterates, solution.residual_norms, strict=True):
         expected = math.hypot(norm(y - matrix @ x), damp * norm(x))
@@ -315,9 +315,9 @@ def test_callback_sees_copies_and_may_stop() -> None:
     A, _ = positive(20)
     seen: list[Tensor] = []
 
-    def callback(x: Tensor) -> bool:
+    def callback(x: Tensor, info: al.solvers.Info) -> bool:
         seen.append(x)
-        return len(seen) == 3
+        return info.iteration == 3
 
     solution = al.solvers.cg(A, torch.randn(20, dtype=torch.float64), callback=callback)
     assert (solution.iterations, solution.reason) == (3, "stopped by the callback")
@@ -325,12 +325,79 @@ def test_callback_sees_copies_and_may_stop() -> None:
     assert torch.equal(seen[2], solution.x)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-20], ids=["scale 1", "scale 1e-20"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["single", "batch"])
 @pytest.mark.parametrize("name", ["cg", "cgls", "lsmr"])
-def test_progress_bar(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("tqdm")
+def test_info_has_the_norms_of_residual_and_gradient(
+    name: str, batch: tuple[int, ...], dtype: torch.dtype, scale: float
+) -> None:
+    w = torch.randn(6, 6, dtype=dtype)
+    w = w.mH @ w + 6 * torch.eye(6, dtype=dtype)
+    space = al.Space.of((*batch, 6), dtype=dtype, batch_dims=len(batch))
+    A = al.LinearOperator(lambda x: scale * (x @ w.mT), lambda y: scale * (y @ w.conj()), space, space)
+    y = scale * space.randn()
+    seen: list[al.solvers.Info] = []
+
+    def callback(x: Tensor, info: al.solvers.Info) -> None:
+        seen.append(info)
+        r = (y - A(x)) / scale
+        s = r if name == "cg" else A.H(r) / scale
+        residual = scale * torch.linalg.vector_norm(r, dim=-1).double()
+        gradient = scale * (1 if name == "cg" else scale) * torch.linalg.vector_norm(s, dim=-1).double()
+        # Rounding of Ax, of a few units of its size, is in both, and passes through A in the gradient.
+        size = 64 * torch.finfo(dtype).eps * torch.linalg.vector_norm(y, dim=-1).double()
+        gain = 1.0 if name == "cg" else scale * float(torch.linalg.matrix_norm(w, 2))
+        assert ((torch.as_tensor(info.residual, dtype=torch.float64) - residual).abs() <= size).all()
+        assert ((torch.as_tensor(info.gradient, dtype=torch.float64) - gradient).abs() <= gain * size).all()
+
+    options = {"atol": 0.0, "btol": 0.0} if name == "lsmr" else {"tol": 0.0}
+    solution = getattr(al.solvers, name)(A, y, maxiter=4, callback=callback, **options)
+    assert [info.iteration for info in seen] == [1, 2, 3, 4]
+    for info, expected in zip(seen, solution.residual_norms[1:], strict=True):
+        assert torch.equal(torch.as_tensor(info.residual, dtype=torch.float64), expected)
+
+
+@pytest.mark.parametrize("name", ["cg", "cgls", "lsmr"])
+def test_progress_line_that_is_asked_for(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     A, _ = positive(6)
-    getattr(al.solvers, name)(A, torch.ones(6, dtype=torch.float64), progress=True)
-    assert name in capsys.readouterr().err
+    solver, b = getattr(al.solvers, name), torch.ones(6, dtype=torch.float64)
+    steps = solver(A, b, progress=True).iterations
+    assert capsys.readouterr().err == f"{name}: {steps} of 60 steps, took 0 s\n"
+    for asked in (None, False):
+        solver(A, b, progress=asked)
+        assert not capsys.readouterr().err
+
+
+def test_a_solution_prints_as_a_table() -> None:
+    A, _ = positive(6)
+    solution = al.solvers.cg(A, torch.ones(6, dtype=torch.float64), tol=0.5)
+    lines = str(solution).splitlines()
+    assert lines[0] == "Solution: converged"
+    assert lines[1].split() == ["iterations", str(solution.iterations)]
+    assert "2.449 at the start" in lines[2]
+    assert "the residual is within the tolerance" in lines[3]
+    assert "<table>" in solution._repr_html_()
+    few = al.solvers.cg(A, torch.ones(6, dtype=torch.float64), maxiter=1, tol=0.0)
+    assert str(few).startswith("Solution: not converged")
+
+
+def test_a_solution_of_a_batch_prints_as_a_table() -> None:
+    A = al.linear_operator(nn.Linear(4, 4, bias=False, dtype=torch.float64), (2, 4), batch_dims=1)
+    y = torch.stack([torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)])
+    lines = str(al.solvers.cgls(A, y, maxiter=1, tol=0.0)).splitlines()
+    assert lines[0] == "Solution: 1 of 2 problems converged"
+    assert lines[1].split() == ["iterations", "0", "to", "1"]
+
+
+def test_a_solution_draws_its_residuals() -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    A, _ = positive(6)
+    solution = al.solvers.cg(A, torch.ones(6, dtype=torch.float64))
+    ax = solution.plot(figure.subplots())
+    (curve,) = ax.get_lines()
+    assert ax.get_yscale() == "log"
+    assert torch.equal(torch.from_numpy(curve.get_ydata()), solution.residual_norms)
 
 
 def test_solution_is_frozen() -> None:

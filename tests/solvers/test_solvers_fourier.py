@@ -233,7 +233,7 @@ def test_callback_sees_elements_of_the_domain(solve) -> None:
     A = make()
     seen: list[Tensor] = []
 
-    def callback(x: Tensor) -> bool:
+    def callback(x: Tensor, _info: al.solvers.Info) -> bool:
         A.domain.check(x)
         seen.append(x)
         return len(seen) == 3
@@ -299,7 +299,7 @@ def test_extreme_sizes() -> None:
 def test_memory(solve, given: tuple[str, ...], damp: float) -> None:
     A = large()
     y, x0 = A.codomain.randn(), A.domain.randn()
-    options: dict[str, Any] = {"x0": x0, "callback": lambda x: None}
+    options: dict[str, Any] = {"x0": x0, "callback": lambda x, info: None}
     with torch.no_grad(), Peak(given=(y, x0)) as peak:
         solve(A, y, damp=damp, maxiter=4, tol=1e-6, **{key: options[key] for key in given})
     assert peak.bytes <= 9.1 * y.nbytes  # a spectrum has two columns more

@@ -1,4 +1,4 @@
-"""Solvers: how many vectors they hold, and how often the host waits for the device."""
+"""Solvers and norms: how many vectors they hold, and how often the host waits for the device."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_memory_of_least_squares(
     options: dict[str, Any] = {
         "weight": torch.rand(y.shape, dtype=dtype.to_real()),
         "x0": A.domain.randn(),
-        "callback": lambda x: None,
+        "callback": lambda x, info: None,
     }
     options = {key: options[key] for key in given}
     n, m = N * dtype.itemsize, M * dtype.itemsize
@@ -66,6 +66,17 @@ def test_memory_of_cg() -> None:
     with torch.no_grad(), Peak(8 * 5000, given=(b,)) as peak:
         al.solvers.cg(A, b, maxiter=4)
     assert 3 <= peak.most[8 * 5000] <= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+def test_memory_of_the_norm(dtype: torch.dtype) -> None:
+    A = longer(dtype)
+    n, m = N * dtype.itemsize, M * dtype.itemsize
+    with Peak(n, m, given=()) as peak:
+        al.operator_norm(A)
+    assert 1 <= peak.most[n] <= 3
+    assert 1 <= peak.most[m] <= 3
+    assert peak.bytes <= 6 * n
 
 
 class Waits(TorchDispatchMode):

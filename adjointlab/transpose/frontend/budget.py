@@ -14,6 +14,7 @@ from adjointlab.errors import SpaceMismatchError
 T = TypeVar("T")
 
 _RATE = 100  # operations of a forward that a build gets through in a second
+CAPTURING, TRACING = 7, 9  # steps of its progress for each of them: a step of tracing is an operation of ATen
 
 
 class _Counted(TorchFunctionMode):

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from adjointlab import compat
 from adjointlab.modules import Source
+from adjointlab.progress import step
 from adjointlab.transpose.frontend import torchscript
 from adjointlab.transpose.frontend.budget import deadline
 from adjointlab.transpose.frontend.capture import Capture
@@ -53,6 +54,7 @@ class _Values(compat.TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        step()
         if said := self.is_over():
             raise UntraceableError(said)
         kwargs = kwargs or {}

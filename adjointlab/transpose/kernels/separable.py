@@ -130,6 +130,8 @@ def ways(
             x = (x * factor).repeat_interleave(times, dim) if times > 1 else x
         return x
 
+    for way in (sparse_products, sparse_products_each):
+        way.kept = [matrix for _, matrix in matrices]  # type: ignore[attr-defined]  # for the account of memory
     found: list[Callable[[Tensor], Tensor]] = [repeats] if all(regular) else []
     return [*found, sparse_products, *([sparse_products_each] if math.prod(shape[:images]) > 1 else [])]
 

@@ -125,7 +125,11 @@ def _factored(graph: Graph, node: fx.Node, choose: MapChooser, most_entries: Cal
         run = choose(lambda: node.target(x, *rest), ways, x.device)  # type: ignore[operator]
     if run is not None:
         _put(
-            graph, node, run, source, account=f"{run.__name__}, one dimension after another, for {op_name(node.target)}"
+            graph,
+            node,
+            run,
+            source,
+            account=f"{run.__name__}, a small matrix along each dimension, for {op_name(node.target)}",
         )
 
 

@@ -93,6 +93,7 @@ class Program:
     def kept(self) -> int:
         """Return how many bytes are kept between calls: constants, prepacked state, and copies to compare with."""
         tensors = [*(self._constants or ()), *(t for prepack in self._prepacks for t in prepack.kept())]  # type: ignore[attr-defined]
+        tensors += [matrix for node in self.graph.body.nodes for matrix in getattr(node.target, "kept", ())]
         memory = [part.untyped_storage() for tensor in tensors for part in _parts(tensor)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in memory}.values())
 
