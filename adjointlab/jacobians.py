@@ -12,6 +12,7 @@ from torch import nn
 from adjointlab.derive import modules_named
 from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
 from adjointlab.linearity import assess
+from adjointlab.notation import Notation, name_of
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 from adjointlab.space.codomain import space_of
@@ -158,7 +159,9 @@ def _derived(f: Any, kwargs: dict[str, Any], space: Space, leaves: Any, options:
 
 
 def _operator(source: Linearization) -> Jacobian:
-    found = Jacobian.of_source(source, lambda: (_rebuild, _arguments(source)), modules_named(source), side=1)
+    notation = Notation(meaning=f"the Jacobian of {name_of(source.callable.function)} at a point")
+    recipe = lambda: (_rebuild, _arguments(source))  # noqa: E731
+    found = Jacobian.of_source(source, recipe, modules_named(source), side=1, notation=notation)
     assert isinstance(found, Jacobian)
     return found
 

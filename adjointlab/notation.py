@@ -43,7 +43,7 @@ class Expression:
         self.text = self._write(operator, SUM)
 
     def _write(self, operator: Any, least: int) -> str:
-        if operator._side:  # a power of a power is put into brackets too: (Aᵀ)ᴴ
+        if operator._side != operator._body.main:  # a power of a power is put into brackets too: (Aᵀ)ᴴ
             text, level = f"{self._write(operator.H, POWER + 1)}ᴴ", POWER
         else:
             text, level = self._itself(operator)

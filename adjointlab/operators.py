@@ -39,6 +39,7 @@ class _Body:
     views: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     transposes: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     notation: Notation | None = None  # of A in terms of its parts
+    main: int = 0  # the side that is written without ᴴ
 
 
 class LinearOperator(nn.Module, Generic[X, Y]):
@@ -100,14 +101,20 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
     @classmethod
     def of_source(
-        cls, source: Transposition, recipe: Recipe, modules: dict[str, nn.Module], *, side: int = 0
+        cls,
+        source: Transposition,
+        recipe: Recipe,
+        modules: dict[str, nn.Module],
+        *,
+        side: int = 0,
+        notation: Notation | None = None,
     ) -> LinearOperator:
         """Return the operator of a map that is already derived, or (``side=1``) its adjoint; without an offset."""
         inside = {id(parameter) for module in modules.values() for parameter in module.parameters()}
         outside = [p for p in source.tensors() if isinstance(p, nn.Parameter) and id(p) not in inside]
         parts = {f"parameter_{index}": parameter for index, parameter in enumerate(outside)}  # of no module
         function = source.linear if source.options.affine else source.function
-        body = _Body((function, source.adjoint), (source.domain, source.codomain), source)
+        body = _Body((function, source.adjoint), (source.domain, source.codomain), source, notation=notation, main=side)
         operator = cls._of(body, side, recipe, modules | parts)
         for name, parameter in parts.items():
             source.follow(parameter, name, (operator, operator.H))

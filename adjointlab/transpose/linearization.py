@@ -49,6 +49,18 @@ class Linearization(Transposition):
             )
         return super()._derived(batch)
 
+    def account(self, letter: str = "A", *, adjoint: bool) -> str:
+        """Return in words how J, the adjoint of the pull-back, is computed, or how the pull-back is."""
+        value, programs = self.nominal.value, self.nominal.programs
+        explanation = replace(self.explanation, programs=self.explanation.programs and self.explanation.programs[::-1])
+        kept = [programs[name][0].kept() if programs else 0 for name in ("adjoint", "linear")]
+        lines = [explanation.account(adjoint=not adjoint, kept=(kept[0], kept[1]), letter=letter)]
+        if value is not None:
+            state = tuple(source.read() for source in self.nominal.state)
+            size = sum(memory.nbytes() for memory in {t.data_ptr(): t.untyped_storage() for t in value(state)}.values())
+            lines.append(f"kept at the point, for both: {size:,} B in {len(value(state))} residuals")
+        return "\n".join(lines)
+
     def at(self, point: Tensors) -> Linearization:
         """Return the same at another point: nothing is derived again."""
         found = copy.copy(self)
