@@ -1,9 +1,9 @@
 """Look at the built site in headless Chromium: `python docs/browse.py docs/_build/html` lists what is wrong with it.
 
 Every page is opened at the width of a desktop and of a phone. Reported are messages on the console, links inside the
-site that lead nowhere, images that do not load or have no alternative text, formulas without a size, and pages or
-lines of code wider than the screen. With `--shots FOLDER`, a picture of every page at every width is left there. The
-exit code is 0 if nothing is wrong.
+site that lead nowhere, images that do not load or have no alternative text, formulas without a size, pages and lines of
+code wider than the screen, and a search that finds nothing. With `--shots FOLDER`, a picture of every page at every
+width is left there. The exit code is 0 if nothing is wrong.
 """
 
 from __future__ import annotations
@@ -88,10 +88,22 @@ async function look(path, name, width) {
   frame.remove();
 }
 
+async function search(word) {  // an entry of the reference must be among what is found
+  const frame = document.createElement("iframe");
+  frame.src = `/search.html?q=${word}`;
+  document.body.append(frame);
+  for (let i = 0; i < 200; i++) {
+    if (frame.contentDocument.querySelector(`#search-results a[href*=".${word}"]`)) return;
+    await settle();
+  }
+  found.push(`search: no entry of the reference for ${word}`);
+}
+
 window.onload = async () => {
   for (const [name, width] of Object.entries(widths))
     for (const path of pages)
       await look(path, name, width).catch(error => found.push(`${path} (${name}): ${error}`));
+  if (pages.includes("/search.html")) await search("multiplier");
   await fetch("/__found__", {method: "POST", body: JSON.stringify({found, heights})});
 };
 </script>"""
@@ -151,12 +163,7 @@ def command(executable: str, profile: str, *options: str) -> list[str]:
     ]  # fmt: skip
 
 
-def problems(site: Path, executable: str, patience: float = PATIENCE) -> list[str]:
-    """Return what is wrong with the pages of a site, a line each."""
-    return look(site, executable, patience)[0]
-
-
-def look(site: Path, executable: str, patience: float) -> tuple[list[str], dict[str, int]]:
+def look(site: Path, executable: str, patience: float = PATIENCE) -> tuple[list[str], dict[str, int]]:
     """Return what is wrong with the pages of a site, a line each, and the height of each page at each width."""
     server = serve(site)
     url = f"http://127.0.0.1:{server.server_port}/__look__"
@@ -205,7 +212,7 @@ def main() -> int:
     if executable is None:
         print(f"expected one of {', '.join(NAMES)} on the path, found none: install Chromium")
         return 2
-    found, heights = look(options.site, executable, PATIENCE)
+    found, heights = look(options.site, executable)
     if options.shots:
         shoot(options.site, executable, options.shots, heights)
     print("\n".join(found) or "nothing is wrong with the pages")

@@ -122,17 +122,23 @@ def test_what_is_wrong_with_a_page_is_seen_in_a_browser(tmp_path):
         pytest.skip("needs Chromium")
     head = "<!doctype html><html lang='en'><meta charset='utf-8'><link rel='icon' href='data:,'><title>page</title>"
     (tmp_path / "good.html").write_text(f"{head}<p id='here'><a href='#here'>up</a> <math><mi>x</mi></math>")
-    assert browse.problems(tmp_path, executable) == []
+    assert browse.look(tmp_path, executable)[0] == []
     body = (
         "<a href='gone.html'>a</a><a href='good.html#gone'>b</a><img src='gone.png'><math></math>"
         "<div style='width:600px'>wide</div><script>undefined_name()</script>"
+        "<pre style='width:50px;overflow:hidden'>a line that is too long</pre>"
     )
     (tmp_path / "bad.html").write_text(head + body)
-    found = "\n".join(browse.problems(tmp_path, executable))
+    (tmp_path / "search.html").write_text(f"{head}<p>nothing is found")
+    found, heights = browse.look(tmp_path, executable)
+    found = "\n".join(found)
     for expected in (
         "link to /gone.html leads nowhere",
         "link to /good.html#gone leads nowhere",
         "gone.png does not load",
+        "gone.png has no alternative text",
+        "a line of code is cut off: a line that is too long",
+        "search: no entry of the reference for multiplier",
         "a formula has no size",
         "/bad.html (phone): 6",
         "undefined_name is not defined",
@@ -140,6 +146,12 @@ def test_what_is_wrong_with_a_page_is_seen_in_a_browser(tmp_path):
         assert expected in found
     assert "good.html (" not in found
     assert "/bad.html (desktop): 6" not in found
+
+    browse.shoot(tmp_path, executable, tmp_path / "shots", heights)
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "shots").iterdir()}
+    assert set(pictures) == {f"{page}-{name}.png" for page in ("good", "bad", "search") for name in browse.WIDTHS}
+    for picture in pictures.values():
+        assert picture.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: p.stem)
