@@ -34,12 +34,12 @@ SECTIONS = {
 ABOUT = """\
 ## How it is measured
 
-`make bench` measures what is on this page and writes it. Only **ratios** count: all times of a row come from one
-run, in which the ways take turns, so that a machine whose speed drifts slows all of them alike. Each is the median of
-its runs, after two untimed ones; before a short run the same way runs untimed for about a millisecond, since every
-library keeps its own threads, which spin for a while, and leaves its own data in the caches. Kernels that are flipped,
-transforms of kernels, plans and compiled functions are ready before the clock starts, for every way alike. All ways of
-a row are first checked to compute the same.
+`make bench` measures what is on this page and writes it. Compare only numbers of one row: the ways of a row take turns
+in one run, so that a machine whose speed changes slows all of them alike. Each number is the median of several runs,
+after two runs that do not count. Before a short run, the same way runs for about a millisecond without being timed,
+because every library leaves its own threads and data behind. What can be prepared is ready before the clock starts, for
+every way alike: flipped kernels, transforms of kernels, plans, compiled functions. All ways of a row are first checked
+to compute the same.
 """
 
 
