@@ -96,7 +96,7 @@ distance = {name: float((back(sinogram) - exact).norm() / exact.norm()) for name
 print({name: f"{value:.2%}" for name, value in distance.items()})
 
 # %% [markdown]
-# A percent or two. To the eye the three back-projections are the same image. Does it matter?
+# About one percent. To the eye the three back-projections are the same image. Does it matter?
 #
 # ## Conjugate gradients
 #
