@@ -120,8 +120,8 @@ docs: $(DOCS_STAMP) ## Build the documentation into docs/_build/html; warnings a
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html $(ARGS)
 	@echo "built: docs/_build/html/index.html"
 
-browse: docs ## Look at the documentation in headless Chromium, at the width of a desktop and of a phone
-	$(BIN)/python docs/browse.py docs/_build/html $(ARGS)
+browse: docs ## Look at the documentation in headless Chromium, at the width of a desktop and of a phone; pictures in build/pages
+	$(BIN)/python docs/browse.py docs/_build/html --shots build/pages $(ARGS)
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check .

@@ -56,7 +56,7 @@ class AffineOperator(nn.Module, Generic[X, Y]):
 
     @property
     def engine(self) -> str:
-        """Which engine is in force: ``"eager"``, ``"traced"`` or ``"compiled"``."""
+        """The engine in force, ``"eager"``, ``"traced"`` or ``"compiled"``."""
         return self.linear.engine
 
     def explain(self) -> str:

@@ -165,14 +165,14 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
     @property
     def H(self) -> LinearOperator[Y, X]:
-        """The adjoint ``Aᴴ``: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩`` (for the real part, where A is only real-linear)."""
+        """The adjoint ``Aᴴ``, with ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩`` (for the real part, where A is only real-linear)."""
         twin = self._body.views[1 - self._side]
         assert twin is not None
         return twin
 
     @property
     def T(self) -> LinearOperator[Y, X]:
-        """The transpose ``conj ∘ Aᴴ ∘ conj``: ``Σ (Ax)ᵢ yᵢ = Σ xᵢ (Aᵀy)ᵢ``."""
+        """The transpose ``conj ∘ Aᴴ ∘ conj``, with ``Σ (Ax)ᵢ yᵢ = Σ xᵢ (Aᵀy)ᵢ``."""
         twin = self._body.transposes[self._side]
         if twin is None:
             twin = self._body.transposes[self._side] = _transpose(self)
@@ -222,7 +222,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
     @property
     def engine(self) -> str:
-        """Which engine is in force: ``"eager"``, ``"traced"`` or ``"compiled"``; for a sum or product, its slowest."""
+        """The engine in force, ``"eager"``, ``"traced"`` or ``"compiled"``; for a sum or product, its slowest."""
         if self._body.source is not None:
             return self._body.source.explanation.engine
         engines = {part.engine for part in self.parts}

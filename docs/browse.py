@@ -1,8 +1,9 @@
 """Look at the built site in headless Chromium: `python docs/browse.py docs/_build/html` lists what is wrong with it.
 
 Every page is opened at the width of a desktop and of a phone. Reported are messages on the console, links inside the
-site that lead nowhere, images that do not load, formulas without a size, and pages wider than the screen. With
-`--shots FOLDER` pictures of the pages are left there. The exit code is 0 if nothing is wrong.
+site that lead nowhere, images that do not load or have no alternative text, formulas without a size, pages and lines of
+code wider than the screen, and a search that finds nothing. With `--shots FOLDER`, a picture of every page at every
+width is left there. The exit code is 0 if nothing is wrong.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-WIDTHS = {"desktop": 1280, "phone": 390}
+WIDTHS = {"desktop": 1280, "phone": 360}
+MOST = 16000  # the highest picture that Chromium makes
+PATIENCE = 600  # seconds, for all pages
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 LOOK = """<!doctype html><meta charset="utf-8"><title>look</title><script>
-const pages = PAGES, widths = WIDTHS, found = [];
+const pages = PAGES, widths = WIDTHS, found = [], heights = {};
 const fetched = new Map();
 const settle = () => new Promise(done => setTimeout(done, 50));
 
@@ -57,7 +60,11 @@ async function look(path, name, width) {
   await new Promise(done => { frame.onload = done; frame.src = path; document.body.append(frame); });
   const doc = frame.contentDocument, root = doc.documentElement;
   const images = [...doc.images];
-  for (const image of images) image.loading = "eager";
+  for (const image of images) {
+    image.loading = "eager";
+    if (!image.alt.trim() || image.alt === image.getAttribute("src"))
+      found.push(`${where}: image ${image.src} has no alternative text`);
+  }
   await Promise.all(images.map(i => i.decode().catch(() => found.push(`${where}: image ${i.src} does not load`))));
   await doc.fonts.ready;
   await settle();
@@ -73,15 +80,31 @@ async function look(path, name, width) {
     const what = wide ? wide.outerHTML.slice(0, 120) : "";
     found.push(`${where}: ${root.scrollWidth} pixels wide: ${what}`);
   }
+  for (const code of doc.querySelectorAll("pre"))
+    if (code.scrollWidth > code.clientWidth && (name === "desktop" || getComputedStyle(code).overflowX !== "auto"))
+      found.push(`${where}: a line of code is cut off: ${code.textContent.slice(0, 60)}`);
+  heights[where] = root.scrollHeight;
   if (name === "desktop") await links(doc, path);
   frame.remove();
+}
+
+async function search(word) {  // an entry of the reference must be among what is found
+  const frame = document.createElement("iframe");
+  frame.src = `/search.html?q=${word}`;
+  document.body.append(frame);
+  for (let i = 0; i < 200; i++) {
+    if (frame.contentDocument.querySelector(`#search-results a[href*=".${word}"]`)) return;
+    await settle();
+  }
+  found.push(`search: no entry of the reference for ${word}`);
 }
 
 window.onload = async () => {
   for (const [name, width] of Object.entries(widths))
     for (const path of pages)
       await look(path, name, width).catch(error => found.push(`${path} (${name}): ${error}`));
-  await fetch("/__found__", {method: "POST", body: JSON.stringify(found)});
+  if (pages.includes("/search.html")) await search("multiplier");
+  await fetch("/__found__", {method: "POST", body: JSON.stringify({found, heights})});
 };
 </script>"""
 
@@ -95,7 +118,8 @@ class Handler(SimpleHTTPRequestHandler):
         self._answer(self.server.look.encode())
 
     def do_POST(self) -> None:
-        self.server.found = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        seen = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.found, self.server.heights = seen["found"], seen["heights"]
         self._answer(b"")
         self.server.done.set()
 
@@ -139,8 +163,8 @@ def command(executable: str, profile: str, *options: str) -> list[str]:
     ]  # fmt: skip
 
 
-def problems(site: Path, executable: str, patience: float = 300) -> list[str]:
-    """Return what is wrong with the pages of a site, a line each."""
+def look(site: Path, executable: str, patience: float = PATIENCE) -> tuple[list[str], dict[str, int]]:
+    """Return what is wrong with the pages of a site, a line each, and the height of each page at each width."""
     server = serve(site)
     url = f"http://127.0.0.1:{server.server_port}/__look__"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, tempfile.TemporaryFile("w+") as log:
@@ -156,39 +180,41 @@ def problems(site: Path, executable: str, patience: float = 300) -> list[str]:
         log.seek(0)
         messages = re.findall(r"CONSOLE[:(\d)]*\] (.*)", log.read())
     if not finished:
-        return [f"expected all pages to be seen within {patience} s: the browser did not finish"]
-    return [*server.found, *(f"console: {message}" for message in dict.fromkeys(messages))]
+        return [f"expected all pages to be seen within {patience} s: the browser did not finish"], {}
+    found = [*server.found, *(f"console: {message}" for message in dict.fromkeys(messages))]
+    return found, server.heights
 
 
-def shoot(site: Path, executable: str, folder: Path, pages: list[str]) -> None:
-    """Leave pictures of pages in a folder."""
+def shoot(site: Path, executable: str, folder: Path, heights: dict[str, int]) -> None:
+    """Leave a picture of every page at every width in a folder."""
     server = serve(site)
     folder.mkdir(parents=True, exist_ok=True)
-    for page in pages:
-        for name, width in WIDTHS.items():
-            target = folder / f"{page.replace('/', '_').removesuffix('.html')}-{name}.png"
-            # in a frame, since the window of the browser is never narrower than 500 pixels
-            server.look = f"<!doctype html><body style='margin:0'><iframe src='/{page}' width={width} height=2400>"
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-                options = (f"--screenshot={target}", f"--window-size={max(500, width)},2400", "--timeout=20000")
-                url = f"http://127.0.0.1:{server.server_port}/__look__"
-                subprocess.run(command(executable, profile, *options, url), check=True, stderr=subprocess.DEVNULL)
+    for where, whole in heights.items():
+        page, name = where.removesuffix(")").split(" (")
+        width, height = WIDTHS[name], min(whole, MOST)
+        target = folder / f"{page.strip('/').replace('/', '_').removesuffix('.html')}-{name}.png"
+        # in a frame, since the window of the browser is never narrower than 500 pixels
+        style = f"border:0;width:{width}px;height:{height}px"
+        server.look = f"<!doctype html><body style='margin:0'><iframe src='{page}' style='{style}'></iframe>"
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+            options = (f"--screenshot={target}", f"--window-size={max(500, width)},{height}", "--timeout=20000")
+            url = f"http://127.0.0.1:{server.server_port}/__look__"
+            subprocess.run(command(executable, profile, *options, url), check=True, stderr=subprocess.DEVNULL)
     close(server)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("site", type=Path)
-    parser.add_argument("--shots", type=Path, help="leave pictures of the pages in this folder")
-    parser.add_argument("--pages", nargs="*", default=["index.html", "comparison.html"], help="which")
+    parser.add_argument("--shots", type=Path, help="leave a picture of every page in this folder")
     options = parser.parse_args()
     executable = browser()
     if executable is None:
         print(f"expected one of {', '.join(NAMES)} on the path, found none: install Chromium")
         return 2
+    found, heights = look(options.site, executable)
     if options.shots:
-        shoot(options.site, executable, options.shots, options.pages)
-    found = problems(options.site, executable)
+        shoot(options.site, executable, options.shots, heights)
     print("\n".join(found) or "nothing is wrong with the pages")
     return bool(found)
 

@@ -73,7 +73,7 @@ guess = nn.ConvTranspose2d(1, 1, 9, stride=2, padding=4, output_padding=1, bias=
 guess.weight = c.weight
 al.check_adjoint(A, adjoint=guess)
 
-# %%
+# %% A photograph, its blurred data, the derived adjoint of the data, and the error of ConvTranspose at the border
 fig, panels = plt.subplots(1, 4, figsize=(11, 2.9))
 show(panels[0], photograph[0, 0], "x, 256 × 256")
 show(panels[1], y[0, 0], "y = c x, 128 × 128")
@@ -125,7 +125,7 @@ for dims, size in ((1, 12), (2, 12), (3, 6)):
             derived[dims, mode, stride] = al.check_adjoint(B, trials=2).passed
             guessed[dims, mode, stride] = verdict(B, backs)
 
-# %%
+# %% A grid of cases: ConvTranspose is the adjoint for padding with zeros only; the derived adjoint is right in all
 LABELS = {"right": "the adjoint", "found": "with the right\noutput_padding", "wrong": "never the adjoint"}
 COLOURS = {"right": "#3d9950", "found": "#a9d3b0", "wrong": "#c23b5a"}
 fig, panels = plt.subplots(1, 4, figsize=(10, 2.7), sharey=True)

@@ -83,7 +83,7 @@ A = al.linear_operator(MultiCoil(maps, mask), truth, batch_dims=1)
 print(A.domain, "→", A.codomain)
 print(f"rows measured: {mask.mean():.0%}; complex-linear: {A.is_complex_linear}")
 
-# %%
+# %% The image as eight coils see it, and the sampled rows
 fig, panels = plt.subplots(1, coils + 1, figsize=(12, 1.9))
 middle = slices // 2
 for k in range(coils):
@@ -143,8 +143,15 @@ solution = al.solvers.cgls(A, y, damp=0.03, maxiter=60, tol=3e-4, callback=lambd
 forgotten = conjugate_forgotten(y)
 print(f"zero-filled {error(zero_filled):.1%}, cgls {error(solution.x):.1%} after {solution.iterations.tolist()} steps")
 
-# %%
-fig, panels = plt.subplots(2, 5, figsize=(11, 5.2), width_ratios=[1, 1, 1, 1, 1.3])
+# %% Four images and their errors, the error of cgls falling with steps, and the data of one coil
+fig, panels = plt.subplots(2, 5, figsize=(12, 5.2))
+
+
+def scale(axes, picture, label):
+    """Draw the scale of a picture at its right, without taking room from it."""
+    fig.colorbar(picture, cax=axes.inset_axes([1.04, 0, 0.06, 1]), label=label)
+
+
 images = {
     "truth": truth,
     "no conjugate": forgotten,
@@ -157,11 +164,13 @@ for k, (name, x) in enumerate(images.items()):
     if name == "truth":
         show(panels[1, k], coloured(x[middle]), "phase as colour")
     else:
-        show(panels[1, k], (x - truth)[middle].abs(), "|x − truth|", cmap="magma", vmin=0, vmax=0.3)
+        difference = show(panels[1, k], (x - truth)[middle].abs(), "|x − truth|", cmap="magma", vmin=0, vmax=0.3)
+scale(panels[1, 3], difference, "0.3 and more: yellow")
 panels[0, 4].plot(errors, "o-", ms=3)
-panels[0, 4].set(title="error of cgls", xlabel="step", ylabel="relative", ylim=(0, None))
+panels[0, 4].set(title="error of cgls", xlabel="step", ylabel="‖x − truth‖ / ‖truth‖", ylim=(0, None))
+panels[0, 4].set_box_aspect(height / width)
 samples = torch.fft.fftshift(y[middle, 0].abs()).clamp_min(1e-3).log10()
-show(panels[1, 4], samples, "log₁₀ |y| of one coil", cmap="viridis")
+scale(panels[1, 4], show(panels[1, 4], samples, "data of one coil", cmap="viridis"), "log₁₀ |y|")
 plt.show()
 
 # %% [markdown]
@@ -194,17 +203,17 @@ print("16 · irfft passes:", report.passed, "–", report.diagnosis)
 # `irfft` counts each frequency between the first and the last twice, once for its mirror image; the adjoint of
 # `rfft` counts it once. The matrices show it:
 
-# %%
+# %% Two matrices, the adjoint of rfft and a multiple of irfft, and the ratios of their columns: one, or two
 basis = torch.eye(9, dtype=torch.complex64)
 derived = torch.stack([R.H(e) for e in basis], 1)
 inverse = torch.stack([scaled_inverse(e) for e in basis], 1)
 fig, panels = plt.subplots(1, 3, figsize=(8.5, 3.6))
 for axes, M, title in zip(panels[:2], (derived, inverse), ("Aᴴ of rfft, real part", "16 · irfft"), strict=True):
     picture = show(axes, M, title, cmap="RdBu", vmin=-2, vmax=2)
-fig.colorbar(picture, ax=panels[:2], shrink=0.7)
+fig.colorbar(picture, ax=panels[:2], shrink=0.7, label="entry of the matrix")
 norms = (inverse.norm(dim=0) / derived.norm(dim=0)).tolist()
 panels[2].bar(range(9), norms)
-panels[2].set(title="ratio of the columns", xlabel="frequency", yticks=[0, 1, 2])
+panels[2].set(title="16 · irfft against Aᴴ", xlabel="frequency", ylabel="ratio of the columns' norms", yticks=[0, 1, 2])
 plt.show()
 
 # %% [markdown]

@@ -49,6 +49,9 @@ def read(source: Path) -> nbformat.NotebookNode:
     for index, cell in enumerate(notebook.cells):
         cell.id = f"cell-{index:02d}"
         cell.source = cell.source.strip("\n")
+        # The title of a cell that draws, `# %% A photograph, and …`, says what is seen, for those who cannot see it.
+        if "title" in cell.metadata:
+            cell.metadata = nbformat.from_dict({"mystnb": {"image": {"alt": cell.metadata.title}}})
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

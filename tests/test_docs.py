@@ -20,10 +20,14 @@ pytestmark = pytest.mark.skipif(not PAGES, reason="the documentation is not part
 
 
 def examples(text):
-    """Return the python blocks of a page that are sessions, as one session, with lines where they were."""
+    """Return the python blocks of a page that are sessions, as one session, with lines where they were.
+
+    Blocks that import deepinv are left out where it is not installed: it runs beside the newer torch only.
+    """
+    has_deepinv = importlib.util.find_spec("deepinv") is not None
     lines = [""] * (text.count("\n") + 1)
     for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        if block[1].startswith(">>> "):
+        if block[1].startswith(">>> ") and (has_deepinv or "deepinv" not in block[1]):
             first = text[: block.start(1)].count("\n")
             session = block[1].splitlines()
             lines[first : first + len(session)] = session
@@ -39,7 +43,7 @@ def test_examples_run(page):
     report = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-        failed, _ = doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.append)
+        failed, _ = doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.append, clear_globs=False)
     assert not failed, "".join(report)
 
 
@@ -125,17 +129,23 @@ def test_what_is_wrong_with_a_page_is_seen_in_a_browser(tmp_path):
         pytest.skip("needs Chromium")
     head = "<!doctype html><html lang='en'><meta charset='utf-8'><link rel='icon' href='data:,'><title>page</title>"
     (tmp_path / "good.html").write_text(f"{head}<p id='here'><a href='#here'>up</a> <math><mi>x</mi></math>")
-    assert browse.problems(tmp_path, executable) == []
+    assert browse.look(tmp_path, executable)[0] == []
     body = (
         "<a href='gone.html'>a</a><a href='good.html#gone'>b</a><img src='gone.png'><math></math>"
         "<div style='width:600px'>wide</div><script>undefined_name()</script>"
+        "<pre style='width:50px;overflow:hidden'>a line that is too long</pre>"
     )
     (tmp_path / "bad.html").write_text(head + body)
-    found = "\n".join(browse.problems(tmp_path, executable))
+    (tmp_path / "search.html").write_text(f"{head}<p>nothing is found")
+    found, heights = browse.look(tmp_path, executable)
+    found = "\n".join(found)
     for expected in (
         "link to /gone.html leads nowhere",
         "link to /good.html#gone leads nowhere",
         "gone.png does not load",
+        "gone.png has no alternative text",
+        "a line of code is cut off: a line that is too long",
+        "search: no entry of the reference for multiplier",
         "a formula has no size",
         "/bad.html (phone): 6",
         "undefined_name is not defined",
@@ -143,6 +153,12 @@ def test_what_is_wrong_with_a_page_is_seen_in_a_browser(tmp_path):
         assert expected in found
     assert "good.html (" not in found
     assert "/bad.html (desktop): 6" not in found
+
+    browse.shoot(tmp_path, executable, tmp_path / "shots", heights)
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "shots").iterdir()}
+    assert set(pictures) == {f"{page}-{name}.png" for page in ("good", "bad", "search") for name in browse.WIDTHS}
+    for picture in pictures.values():
+        assert picture.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: p.stem)

@@ -119,7 +119,7 @@ class TensorSpec:
 
     @property
     def drawn_dtype(self) -> torch.dtype:
-        """The dtype of random draws: not every device can draw in dtypes of less than 32 bits."""
+        """The dtype of random draws, for not every device can draw in dtypes of less than 32 bits."""
         small = torch.finfo(self.dtype).bits < 32
         return {True: torch.complex64, False: torch.float32}[self.is_complex] if small else self.dtype
 

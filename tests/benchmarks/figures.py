@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +53,32 @@ def _ratios(found: list[Row], which: str) -> Any:
     from matplotlib import pyplot as plt
 
     names = list(dict.fromkeys(name for r in found for name in r["seconds"] if name != "adjointlab"))
-    figure, axes = plt.subplots(figsize=(8.5, 0.52 * len(found) + 1.6))
+    figure, axes = plt.subplots(figsize=(8.5, 0.72 * len(found) + 1.6))
     for i, r in enumerate(found):
         own = r["seconds"]["adjointlab"]
-        values = [t / own for name, t in r["seconds"].items() if name != "adjointlab"]
-        axes.plot([min(1, *values), max(values)], [i, i], color="#d9d9d9", linewidth=2, zorder=1)
+        if i % 2:
+            axes.axhspan(i - 0.5, i + 0.5, color="#f3f3f3", zorder=0)
         for name in names:
             if name in r["seconds"]:
-                axes.scatter(r["seconds"][name] / own, i, s=46, color=COLOURS.get(name, "black"), zorder=3,
-                             edgecolor="white", linewidth=0.7)  # fmt: skip
+                axes.scatter(r["seconds"][name] / own, _beside(i, names, name), s=40, edgecolor="white", linewidth=0.7,
+                             color=COLOURS.get(name, "black"), zorder=3)  # fmt: skip
     axes.axvline(1, color="black", linewidth=1.6, zorder=2)
     call = {"adjoint": "A.H(v)", "forward": "A(x)"}[which]
     axes.annotate(call, (1, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom", weight="bold")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.set_yticks(range(len(found)), [r["case"] for r in found])
-    axes.invert_yaxis()
+    axes.set_ylim(len(found) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"time in multiples of {call}: to the right is slower")
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=COLOURS.get(n, "black"), label=n) for n in names]
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
+
+
+def _beside(i: int, names: Collection[str], name: str) -> float:
+    """Return the height of a point of row i: each way has its own, so that equal times do not hide each other."""
+    return i + 0.8 * ((list(names).index(name) + 0.5) / len(names) - 0.5)
 
 
 def _costs(found: list[Row], ndim: int) -> Any:
@@ -113,23 +119,23 @@ def _costs(found: list[Row], ndim: int) -> Any:
 def _maps(found: list[Row]) -> Any:
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8.5, 0.42 * len(found) + 1.4))
-    ways = {  # the way, its colour and size, those in front last
+    figure, axes = plt.subplots(figsize=(8.5, 0.5 * len(found) + 1.4))
+    ways = {  # the way, its colour and size
         "autograd": (lambda r: r["seconds"]["eager"], "#7f7f7f", 46),
         "A.H(v)": (lambda r: r["seconds"]["adjointlab"], "#edae49", 46),
         "A.H(v), frozen": (lambda r: r["seconds"]["frozen"], "#d1495b", 46),
-        "fastest equal way": (lambda r: fastest_equal(r)[1], "#00798c", 22),
+        "fastest equal way": (lambda r: fastest_equal(r)[1], "#00798c", 46),
     }
-    for i, r in enumerate(found):
-        values = [1e3 * seconds(r) for seconds, _, _ in ways.values()]
-        axes.plot([min(values), max(values)], [i, i], color="#d9d9d9", linewidth=2, zorder=1)
+    for i in range(1, len(found), 2):
+        axes.axhspan(i - 0.5, i + 0.5, color="#f3f3f3", zorder=0)
     for label, (seconds, colour, size) in ways.items():
-        axes.scatter([1e3 * seconds(r) for r in found], range(len(found)), s=size, color=colour, label=label, zorder=3,
+        heights = [_beside(i, ways, label) for i in range(len(found))]
+        axes.scatter([1e3 * seconds(r) for r in found], heights, s=size, color=colour, label=label, zorder=3,
                      edgecolor="white", linewidth=0.7)  # fmt: skip
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_yticks(range(len(found)), [r["case"] for r in found])
-    axes.invert_yaxis()
+    axes.set_ylim(len(found) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("milliseconds of the adjoint: to the right is slower")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

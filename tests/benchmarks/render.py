@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lead import lead, multiple, ours
 from targets import Row, fastest, fastest_equal, latest, ratio, select, targets, to_hand, whole_to_parts
 
 SECTIONS = {
@@ -31,14 +32,14 @@ SECTIONS = {
     "tomography",
 }
 ABOUT = """\
-# Benchmarks
+## How it is measured
 
-`make bench` measures what is on this page and writes it. Only **ratios** count: all times of a row come from one
-run, in which the ways take turns, so that a machine whose speed drifts slows all of them alike. Each is the median of
-its runs, after two untimed ones; before a short run the same way runs untimed for about a millisecond, since every
-library keeps its own threads, which spin for a while, and leaves its own data in the caches. Kernels that are flipped,
-transforms of kernels, plans and compiled functions are ready before the clock starts, for every way alike. All ways of
-a row are first checked to compute the same.
+`make bench` measures what is on this page and writes it. Compare only numbers of one row: the ways of a row take turns
+in one run, so that a machine whose speed changes slows all of them alike. Each number is the median of several runs,
+after two runs that do not count. Before a short run, the same way runs for about a millisecond without being timed,
+because every library leaves its own threads and data behind. What can be prepared is ready before the clock starts, for
+every way alike: flipped kernels, transforms of kernels, plans, compiled functions. All ways of a row are first checked
+to compute the same.
 """
 
 
@@ -60,10 +61,12 @@ def main(source: str, folder: str) -> None:
 
     drawn = draw(rows, target / "figures", name)
     parts = [
-        ABOUT if on_cpu else ABOUT.replace("# Benchmarks", f"# Benchmarks on {own['device']}"),
+        "# Benchmarks\n" if on_cpu else f"# Benchmarks on {own['device']}\n",
+        *lead(rows, drawn),
+        *_sections(rows, drawn),
+        ABOUT,
         _setting(results),
         _targets(decided),
-        *_sections(rows, drawn),
     ]
     (target / f"{name}.md").write_text("\n".join(parts))
     print(f"Rendered into {target}/{name}.md")
@@ -115,12 +118,15 @@ def _targets(decided: list[tuple[str, Any]]) -> str:
         ]  # fmt: skip
     met = sum(line[4] == "met" for line in body)
     head = ("", "target", "limit", "measured", "", "decided by")
-    return f"## Targets: {met} of {len(body)} met\n\n{table(head, body, 'llrrll')}"
+    return (
+        f"## Targets\n\nEach of these numbers has a limit that we want it to meet; {met} of {len(body)} do.\n\n"
+        f"{table(head, body, 'llrrll')}"
+    )
 
 
 def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
     adjoint, forward = (select(rows, "rows", map=name) for name in ("adjoint", "forward"))
-    yield from _contenders(adjoint, "The adjoint of a convolution", "A.H(v)", drawn.get("adjoint"))
+    yield from _contenders(adjoint, "The adjoint of a convolution", "A.H(v)", None)
     yield from _contenders(forward, "The convolution itself", "A(x)", drawn.get("forward"))
     yield from _contenders(select(rows, "strided"), "The adjoint of a convolution with a stride", "A.H(v)", None)
     yield from _contenders(select(rows, "recorded"), "The adjoint, replayed from a CUDA graph", "A.H(v)", None)
@@ -166,17 +172,16 @@ def _contenders(found: list[Row], title: str, label: str, figure: str | None) ->
     names = list(dict.fromkeys(name for r in found for name in r["seconds"] if name != "adjointlab"))
     body = []
     for r in found:
-        own = r["seconds"]["adjointlab"]
         best = fastest(r)[0]
         cells = []
         for name in names:
             t = r["seconds"].get(name)
-            cell = "–" if t is None else f"{t / own:.{2 if t / own < 10 else 0}f}"
+            cell = "–" if t is None else multiple(t / ours(r))
             cells.append(f"**{cell}**" if name == best else cell)
-        body.append((r["case"], _ms(own), *cells))
+        body.append((r["case"], _ms(ours(r)), *cells))
     yield table(("channels, size, kernel", f"{label}, ms", *names), body)
     if figure:
-        yield f"![{title}: every way, in multiples of ours]({figure})\n"
+        yield f"![{title}: times of other ways, in multiples of {label}]({figure})\n"
 
 
 def _sweep(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
@@ -195,7 +200,7 @@ def _sweep(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
     )
     for key in ("sweep2", "sweep3"):
         if key in drawn:
-            yield f"![Time against size]({drawn[key]})\n"
+            yield f"![Milliseconds against size, ours solid and torch's own dashed, for each kernel]({drawn[key]})\n"
     groups = dict.fromkeys((r["ndim"], r["batch"], r["channels"]) for r in found)
     for which, label in (("adjoint", "A.H(v)"), ("forward", "A(x)")):
         for ndim, batch, channels in groups:
@@ -216,8 +221,7 @@ def _speedup(row: Row | None) -> str:
         return ""
     seconds = row["seconds"]
     if "native" in seconds:
-        value = seconds["native"] / seconds["adjointlab"]
-        return f"{value:.{2 if value < 10 else 0}f}"
+        return multiple(seconds["native"] / seconds["adjointlab"])
     return "> 3 s" if seconds else "–"
 
 
@@ -270,7 +274,7 @@ def _maps(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
             "which happens where other work disturbs what they measure when they are built.\n"
         )
         if "maps" in drawn:
-            yield f"![The adjoint of maps by index]({drawn['maps']})\n"
+            yield f"![Milliseconds of the adjoint of each map by index, by four ways]({drawn['maps']})\n"
         for which, label, eager in (("adjoint", "A.H(v)", "autograd"), ("forward", "A(x)", "eager forward")):
             body = [_map(r) for r in found if r["map"] == which]
             head = (
