@@ -112,12 +112,12 @@ for name, make in {
 
 # %%
 iterates = [y]
-solution = al.solvers.cgls(A, y, x0=y, maxiter=steps, tol=0.0, callback=iterates.append)
+solution = al.solvers.cgls(A, y, x0=y, maxiter=steps, tol=0.0, callback=lambda x, info: iterates.append(x))
 record("cgls", iterates)
 print(f"cgls: {solution.iterations} steps; {solution.reason}")
 
 iterates = [y]
-solution = al.solvers.lsmr(A, y, x0=y, maxiter=steps, atol=0.0, btol=0.0, callback=iterates.append)
+solution = al.solvers.lsmr(A, y, x0=y, maxiter=steps, atol=0.0, btol=0.0, callback=lambda x, info: iterates.append(x))
 record("lsmr", iterates)
 print(f"lsmr: {solution.iterations} steps; {solution.reason}")
 
@@ -147,7 +147,7 @@ plt.show()
 def cgls_until_noise(A, y, sigma):
     """Run cgls until the residual is as small as the noise."""
     target = sigma * y.numel() ** 0.5
-    return al.solvers.cgls(A, y, x0=y, maxiter=200, tol=0.0, callback=lambda x: bool((A(x) - y).norm() <= target))
+    return al.solvers.cgls(A, y, x0=y, maxiter=200, tol=0.0, callback=lambda x, info: info.residual <= target)
 
 
 stopped = cgls_until_noise(A, y, noise)

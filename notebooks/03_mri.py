@@ -139,7 +139,7 @@ def error(x):
 
 zero_filled = A.H(y)
 errors = [error(zero_filled)]
-solution = al.solvers.cgls(A, y, damp=0.03, maxiter=60, tol=3e-4, callback=lambda x: errors.append(error(x)))
+solution = al.solvers.cgls(A, y, damp=0.03, maxiter=60, tol=3e-4, callback=lambda x, info: errors.append(error(x)))
 forgotten = conjugate_forgotten(y)
 print(f"zero-filled {error(zero_filled):.1%}, cgls {error(solution.x):.1%} after {solution.iterations.tolist()} steps")
 

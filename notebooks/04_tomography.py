@@ -118,7 +118,7 @@ def run(back, steps, look, damp=0.0):
     """Run cgls with this back-projection; return what is seen of the image after each step."""
     operator = al.LinearOperator(A, back, A.domain, A.codomain)
     seen = []
-    al.solvers.cgls(operator, y, damp=damp, maxiter=steps, tol=0.0, callback=lambda x: seen.append(look(x)))
+    al.solvers.cgls(operator, y, damp=damp, maxiter=steps, tol=0.0, callback=lambda x, info: seen.append(look(x)))
     return seen
 
 
@@ -166,8 +166,8 @@ filtered = A.H(torch.fft.irfft(spectrum, n=2 * size)[:, :size])
 filtered = filtered * float((filtered * truth).sum() / filtered.square().sum())  # the best scale, by the truth
 
 
-def stop_at_noise(x):
-    return bool((A(x) - y).norm() <= noise * y.numel() ** 0.5)
+def stop_at_noise(x, info):
+    return info.residual <= noise * y.numel() ** 0.5
 
 
 with torch.no_grad():

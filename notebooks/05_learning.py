@@ -221,7 +221,7 @@ with torch.no_grad():
     for _ in range(40):
         descent.append(descent[-1] - test_objective.gradient(descent[-1]) / norm**2)
     krylov = [y]
-    al.solvers.cgls(A_test, y, x0=y, maxiter=20, tol=0.0, callback=krylov.append)
+    al.solvers.cgls(A_test, y, x0=y, maxiter=20, tol=0.0, callback=lambda x, info: krylov.append(x))
 
 
 def best(iterates):
@@ -239,7 +239,7 @@ krylov_held_out = []
 with torch.no_grad():
     al.solvers.cgls(
         A_train, held_out_data, x0=held_out_data, maxiter=20, tol=0.0,
-        callback=lambda x: krylov_held_out.append(psnr(x, held_out)),
+        callback=lambda x, info: krylov_held_out.append(psnr(x, held_out)),
     )  # fmt: skip
 panels[1, 4].plot(range(0, STEPS + 1, 20), scores_held_out, label="unrolled network")
 panels[1, 4].axhline(max(krylov_held_out), color="#d9622b", ls="--", label="cgls at its best")
