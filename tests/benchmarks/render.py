@@ -30,6 +30,7 @@ SECTIONS = {
     "maps",
     "kept",
     "tomography",
+    "jacobians",
 }
 ABOUT = """\
 ## How it is measured
@@ -157,6 +158,7 @@ def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
     yield from _sweep(rows, drawn)
     yield from _graphs(rows)
     yield from _maps(rows, drawn)
+    yield from _jacobians(rows)
     yield from _costs(rows)
     yield from _solvers(rows)
 
@@ -321,6 +323,38 @@ def _map(r: Row) -> tuple[str, ...]:
     peers = [_ms(seconds[way]) if way in seconds else "–" for way in ("SciPy", "JAX")]
     ratios = [f"{ratio(r, 'eager', 'adjointlab'):.2f}", f"{seconds['frozen'] / best:.2f}"]
     return (r["case"] + ("" if r["alike"] else " \\*"), *cells, _ms(best), name, *peers, *ratios)
+
+
+def _jacobians(rows: list[Row]) -> Iterable[str]:
+    J, adjoint, point = (select(rows, "jacobians", map=name) for name in ("J", "J.H", "point"))
+    if not J:
+        return
+    yield "## Jacobians\n"
+    yield (
+        "Milliseconds at one point, within `J.frozen()`, as solvers call it. `torch.func.linearize` gives a function "
+        "for `J`, autograd a pull-back for `J.H` that can be kept. A new point is what `J.at(x1)` adds to one call of "
+        "each, in calls of f.\n"
+    )
+    body = []
+    for a, b, c in zip(J, adjoint, point, strict=True):
+        t, u, w = a["seconds"], b["seconds"], c["seconds"]
+        push = t.get("linearize")
+        body.append((
+            a["case"], _ms(ours(a)), "–" if push is None else _ms(push), _ms(ours(b)), _ms(u["kept pull-back"]),
+            "–" if push is None else f"{ours(a) / push:.2f}", f"{ours(b) / u['kept pull-back']:.2f}",
+            f"{(ours(c) - w['J and J.H']) / w['f']:.1f}",
+        ))  # fmt: skip
+    head = (
+        "function",
+        "`J(d)`",
+        "linearize",
+        "`J.H(v)`",
+        "kept pull-back",
+        "J / linearize",
+        "J.H / pull-back",
+        "point",
+    )
+    yield table(head, body)
 
 
 def _costs(rows: list[Row]) -> Iterable[str]:

@@ -68,9 +68,30 @@ def targets(rows: list[Row]) -> list[tuple[str, list[Target]]]:
         ("Kernels", [*_rows(rows), *_sweep(rows), *_gradient(rows)]),
         ("Graphs", [*_bare(rows), *_differences(rows)]),
         ("Maps by index", [*_maps(rows), *_tomography(rows), *_kept(rows)]),
+        ("Jacobians", _jacobians(rows)),
         ("Costs", [*_overhead(rows), *_memory(rows), *_start(rows)]),
         ("Solvers", _solvers(rows)),
     ]
+
+
+def _jacobians(rows: list[Row]) -> list[Target]:
+    wanted = {
+        "J": ("`J(d)` in multiples of `torch.func.linearize`'s function", 1.1, "linearize"),
+        "J.H": ("`J.H(v)` in multiples of a kept pull-back", 1.1, "kept pull-back"),
+    }
+    found = []
+    for which, (text, limit, other) in wanted.items():
+        group = [r for r in select(rows, "jacobians", map=which) if other in r["seconds"]]
+        if group:
+            found.append(Target(text, limit, *_worst(group, lambda r, other=other: ratio(r, "adjointlab", other))))
+    if group := select(rows, "jacobians", map="point"):
+
+        def calls(row: Row) -> float:
+            t = row["seconds"]
+            return float((t["adjointlab"] - t["J and J.H"]) / t["f"])
+
+        found.append(Target("a new point, in calls of the function", 2.0, *_worst(group, calls)))
+    return found
 
 
 def _worst(found: list[Row], value: Callable[[Row], float], *, least: bool = False) -> tuple[float, str]:

@@ -199,6 +199,7 @@ def test_every_linear_physics_has_a_case() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_derived_adjoint_beside_deepinv(name: str) -> None:
     physics, A = build(name)
+    assert A.engine == "traced"
     derived = assert_derived_adjoint(A)
     gap = relative_gap(claimed_matrix(physics.A_adjoint, A), derived)
     bound = 64 * A.domain.eps
