@@ -144,7 +144,7 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     explanation = Explanation(
         "traced", options.requested, readers=choices_named(adjoint.readers, forward), ops_before=adjoint.ops_before,
         cut=cut_off(forward),
-        hidden=() if captured.point else hides(captured), partly=captured.partly,
+        hidden=hides(captured), partly=captured.partly,
     )  # fmt: skip
     return Graphs(forward, linear, adjoint, of_state, captured.holds, explanation, value)
 
@@ -168,7 +168,7 @@ def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: O
         said = selfcheck.disagreement(
             candidate, seen, eager.called, affine=options.affine, compiled=mode == "compiled", tol=options.tol
         )
-        if not said and explanation.hidden:
+        if not said and explanation.hidden and graphs.value is None:  # else that was autograd's own pull-back
             said, explanation = _against_autograd(candidate, derivation, eager, options)
         if not said:
             gap = explanation.autograd_gap
