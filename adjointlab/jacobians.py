@@ -88,8 +88,8 @@ def jacobian(
     ``J.is_complex_linear`` is false. Where x₀ or parameters of f require gradients, results can be differentiated with
     respect to them.
 
-    J is the derivative that autograd has of f. Where f has ``.detach()``, ``.item()`` or a backward of its own, that may
-    be another one than the derivative of f: ``explain()`` names what hides it, and :func:`check_derivative` tells.
+    J is the derivative that autograd has of f. Where f has ``.detach()``, ``.item()`` or a backward of its own, that
+    may be another one than the derivative of f: ``explain()`` names what hides it, and ``al.check_derivative`` tells.
 
     Parameters
     ----------

@@ -68,6 +68,25 @@ def test_it_is_the_derivative_here_and_elsewhere(name: str) -> None:
         assert torch.dist(found, leaf) <= 8 * EPS * torch.linalg.vector_norm(leaf)
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_registration_in_image_and_displacements(dims: int, mode: str) -> None:
+    if (dims, mode) == (3, "bicubic"):
+        pytest.skip("PyTorch has none")
+    shape = (2, 3, *[5] * dims)
+    grid = nn.functional.affine_grid(torch.eye(dims, dims + 1, dtype=D).repeat(2, 1, 1), shape, align_corners=False)
+
+    def warp(image: Tensor, moved: Tensor) -> Tensor:
+        return nn.functional.grid_sample(image, grid + moved, mode=mode, align_corners=False)
+
+    x = point(*shape), 0.1 * point(*grid.shape, seed=1)
+    J = al.jacobian(warp, x)
+    assert J.engine == "traced"
+    assert_is_derivative(J, dense(Case(warp, []), x))
+    part = al.jacobian(lambda d: warp(x[0], d), x[1])
+    assert_is_derivative(part, dense(Case(lambda d: warp(x[0], d), ()), x[1]))
+
+
 def test_of_a_function_that_is_not_holomorphic_it_is_real_linear() -> None:
     z = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex128)
     assert al.jacobian(lambda z: z**2, z).is_complex_linear

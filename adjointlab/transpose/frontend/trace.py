@@ -20,6 +20,7 @@ from adjointlab.progress import step
 from adjointlab.transpose.frontend import torchscript
 from adjointlab.transpose.frontend.budget import deadline
 from adjointlab.transpose.frontend.capture import Capture
+from adjointlab.transpose.frontend.derivatives import differentiable
 from adjointlab.transpose.frontend.sparse import SparseMatrices, multiplied
 from adjointlab.transpose.frontend.vjp import Tensors, first_line, nodes_of, vjp_by_func, vjp_by_grad
 from adjointlab.transpose.graph.edit import part
@@ -300,11 +301,12 @@ def trace_vjp(forward: Graph, seconds: float = math.inf, *, of_state: bool = Tru
     def pull_back(vjp: Any, wanted: list[int]) -> Callable[..., Any]:
         def run(*tensors: Tensor) -> tuple[Tensor | None, ...]:
             state, rest = list(tensors[:n_state]), tensors[n_state:]
+            run_forward = (forward if wanted else differentiable(forward)).function  # once, or again and again
 
             def function(leaves: Tensors) -> Tensors:
                 for index, leaf in zip(wanted, leaves[n_inputs:], strict=True):
                     state[index] = leaf
-                return tuple(forward.function(*state, *leaves[:n_inputs]))
+                return tuple(run_forward(*state, *leaves[:n_inputs]))
 
             primals = (*rest[:n_inputs], *[state[index] for index in wanted])
             found = vjp(function, primals, rest[n_inputs:])
