@@ -133,7 +133,7 @@ format: $(STAMP) ## Format the code and fix what can be fixed
 
 types: $(STAMP) ## Check the types
 	$(BIN)/mypy
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	if command -v node > /dev/null; then $(BIN)/pyright --pythonpath $(BIN)/python; else echo "no pyright: it needs Node"; fi
 
 layers: $(STAMP) ## Check that imports only point down
 	$(BIN)/lint-imports
