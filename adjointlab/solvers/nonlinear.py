@@ -371,7 +371,7 @@ def _solved(
 ) -> Solution:  # fmt: skip
     most, tol = count("maxiter", maxiter), nonnegative("tol", tol)
     domain = at.J.domain
-    with torch.no_grad(), domain.without_autocast(), progress_of(name, progress, most) as line:
+    with torch.no_grad(), domain.without_autocast(), progress_of(name, progress, most, most=True) as line:
         last, status, values = _run(at, advance, most, tol, callback=callback, line=line)
     norms = torch.tensor([math.sqrt(2 * value) if value >= 0 else value for value in values], dtype=torch.float64)
     solution = Solution(last.x, status in CONVERGED, len(values) - 1, norms, REASONS[status])
