@@ -9,6 +9,7 @@ from torch import nn
 
 from adjointlab.derive import from_source, options_of, transposition
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.notation import name_of, outline
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 from adjointlab.transpose import Options, Transposition
@@ -63,6 +64,10 @@ class AffineOperator(nn.Module):
 
     def __matmul__(self, x: Any) -> Any:
         return self(x)
+
+    def __repr__(self) -> str:
+        arrow = f"{outline(self.domain)} → {outline(self.codomain)}"
+        return f"AffineOperator f, f(x) = A x + f(0): {arrow}\n  f = {name_of(self._source.callable)}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, _arguments(self._source), self.training

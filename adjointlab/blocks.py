@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.notation import Notation, outline
 from adjointlab.operators import LinearOperator, derived
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common
@@ -62,6 +63,7 @@ def vstack(operators: Sequence[LinearOperator]) -> LinearOperator:
         lambda x: tuple(part(x) for part in parts),
         lambda y: functools.reduce(added, [part.H(piece) for part, piece in zip(parts, y, strict=True)]),
         parts[0].domain, _product_space([part.codomain for part in parts]), (vstack, (parts,)), *parts,
+        notation=Notation("vstack", is_stack=True),
     )  # fmt: skip
 
 
@@ -96,6 +98,7 @@ def hstack(operators: Sequence[LinearOperator]) -> LinearOperator:
         lambda x: functools.reduce(added, [part(piece) for part, piece in zip(parts, x, strict=True)]),
         lambda y: tuple(part.H(y) for part in parts),
         _product_space([part.domain for part in parts]), parts[0].codomain, (hstack, (parts,)), *parts,
+        notation=Notation("hstack", is_stack=True),
     )  # fmt: skip
 
 
@@ -128,7 +131,7 @@ def block_diag(operators: Sequence[LinearOperator]) -> LinearOperator:
         lambda x: tuple(part(piece) for part, piece in zip(parts, x, strict=True)),
         lambda y: tuple(part.H(piece) for part, piece in zip(parts, y, strict=True)),
         _product_space([part.domain for part in parts]), _product_space([part.codomain for part in parts]),
-        (block_diag, (parts,)), *parts,
+        (block_diag, (parts,)), *parts, notation=Notation("block_diag", is_stack=True),
     )  # fmt: skip
 
 
@@ -157,7 +160,9 @@ def identity(space: Any) -> LinearOperator:
     True
     """
     where = Space.of(space)
-    operator: LinearOperator = derived(_identity, _identity, where, where, lambda: (identity, (operator.domain,)))
+    operator: LinearOperator = derived(
+        _identity, _identity, where, where, lambda: (identity, (operator.domain,)), notation=Notation("I")
+    )
     operator._body.views[1] = operator
     return operator
 
@@ -218,6 +223,7 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator:
         lambda x: product(entries.leaves(), x), lambda y: product([a.conj() for a in entries.leaves()], y),
         where, where,
         lambda: (diagonal, (where.unflatten(entries.leaves()), *([] if space is None else [operator.domain]))), entries,
+        notation=Notation(meaning=f"diag(d) for d in {outline(where)}"),
     )  # fmt: skip
     return operator
 

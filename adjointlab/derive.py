@@ -9,6 +9,7 @@ from torch import nn
 
 from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMismatchError
 from adjointlab.linearity import assess, like_parameters
+from adjointlab.notation import name_of
 from adjointlab.operators import LinearOperator, Map, Recipe
 from adjointlab.space import Space
 from adjointlab.transpose import Derivation, Options, Transposition
@@ -94,12 +95,24 @@ def transposition(
     function: Callable[..., Any], domain: Any, batch_dims: int, kwargs: dict[str, Any] | None, options: Options
 ) -> Transposition:
     """Return the derivation of a linear or affine map, judged as the options say."""
-    if not callable(function):
-        raise SpaceMismatchError(
-            f"expected an nn.Module or a function, got {type(function).__name__}: pass the map itself"
-        )
+    require_map(function)
     space = like_parameters(function, domain, batch_dims)
     return Transposition(function, space, kwargs, options, judge=require_linear)
+
+
+def require_map(function: Any) -> None:
+    """Raise unless a value is a function of tensors; the message says what makes an operator of a matrix."""
+    name = type(function).__name__
+    if hasattr(function, "rmatvec"):  # an operator of SciPy or PyLops, which is callable, but not with tensors
+        library = "pylops" if type(function).__module__.startswith("pylops") else "scipy"
+        remedy = f"convert it with adjointlab.adapters.{library}.from_{library}"
+    elif callable(function):
+        return
+    elif hasattr(function, "shape"):
+        remedy = "make an operator of a matrix with al.matrix, which takes tensors, NumPy arrays and SciPy's matrices"
+    else:
+        remedy = "pass the map itself"
+    raise SpaceMismatchError(f"expected an nn.Module or a function of tensors, got {name}: {remedy}")
 
 
 def options_of(source: Transposition) -> dict[str, Any]:
@@ -133,23 +146,26 @@ def require_linear(source: Transposition, derivation: Derivation, domain: Space,
     """Raise unless a map is linear and autograd can differentiate it; the message says how to repair it."""
     report, offset_allowed = assess(source, derivation, domain=domain, brief=True, called=called), source.options.affine
     kind = "an affine" if offset_allowed else "a linear"
-    name = type(source.callable).__name__ if isinstance(source.callable, nn.Module) else "the function"
+    is_module = isinstance(source.callable, nn.Module)
+    name = type(source.callable).__name__ if is_module else name_of(source.callable)
     seen = report.counterexample
     if not report.is_affine:
-        detail = "; ".join(report.evidence)
+        at_a_point = "or use its derivative at a point x0, which is linear: al.jacobian(f, x0)"
+        evidence = "; ".join([*([str(seen)] if seen else []), *report.evidence])
         if seen is not None and seen.law.endswith("finite"):
             advice = "it returned NaN or infinity for finite input: check its parameters"
         elif not report.deterministic:
             advice = "its result is random or changes its state: call .eval() on dropout, batch-norm and the like"
         elif report.reads_input:
-            advice = f"its derivative depends on the input through {', '.join(report.reads_input)}: take that out"
+            reads = ", ".join(report.reads_input)
+            advice = f"its derivative depends on the input through {reads}: take that out, {at_a_point}"
         else:
-            advice = "take out the part that is not linear"
-        raise NotLinearError(f"expected {kind} map, but {name} is not: {seen or detail}; {advice} [{detail}]")
+            advice = f"take out the part that is not linear, {at_a_point}"
+        raise NotLinearError(f"expected {kind} map, but {name} is not: {advice} [{evidence}]")
     if report.verdict == "refuted" and not offset_allowed:
         raise NotLinearError(
-            f"expected a linear map, but {name} has an offset, ‖f(0)‖ = {report.offset:.3g}: set bias=False, or use "
-            "al.affine_operator, whose .linear is the linear part"
+            f"expected a linear map, but {name} has an offset, as a bias is: ‖f(0)‖ = {report.offset:.3g}; use "
+            "al.affine_operator, whose .linear is the linear part, or set bias=False"
         )
     if not report.differentiable:
         hidden = (

@@ -33,4 +33,4 @@ class NotDifferentiableError(RuntimeError):
 
 
 class AdjointMismatchError(AssertionError):
-    """A claimed adjoint B of A fails ``⟨Ax, y⟩ = ⟨x, By⟩`` beyond rounding; the message is the full report."""
+    """A claimed adjoint B of A fails ``⟨Ax, y⟩ = ⟨x, By⟩`` beyond rounding; the message begins with the diagnosis."""

@@ -58,6 +58,11 @@ class LinearityReport:
     reads_input: tuple[str, ...]
     counterexample: Counterexample | None
 
+    @property
+    def _title(self) -> str:
+        is_only_affine = self.is_affine and self.verdict == "refuted"
+        return "linearity: affine, f(x) = A x + f(0)" if is_only_affine else f"linearity: {self.verdict}"
+
     def _rows(self) -> list[tuple[str, str]]:
         rows = [
             ("affine", f"{'yes' if self.is_affine else 'no'}, ‖f(0)‖ = {self.offset:.3g}"),
@@ -66,15 +71,15 @@ class LinearityReport:
         ]
         if self.reads_input:
             rows.append(("reads the input", ", ".join(self.reads_input)))
-        if self.counterexample is not None:
+        if self.counterexample is not None and not self.is_affine:
             rows.append(("counterexample", str(self.counterexample)))
         return rows
 
     def __str__(self) -> str:
-        return aligned(f"linearity: {self.verdict}", self._rows())
+        return aligned(self._title, self._rows())
 
     def _repr_html_(self) -> str:
-        return html_table(f"linearity: {self.verdict}", self.verdict != "refuted", self._rows())
+        return html_table(self._title, self.is_affine, self._rows())
 
     def to_json(self, indent: int | None = None) -> str:
         """Return :meth:`to_dict` as JSON; numbers that are not finite become ``null``."""

@@ -31,6 +31,11 @@ class _Product(nn.Module):
             self.register_buffer("matrix", matrix)
         self.batch_dims, self.shape = batch_dims, shape
 
+    def __repr__(self) -> str:
+        rows, columns = self.matrix.shape
+        layout = "dense" if self.matrix.layout is torch.strided else str(self.matrix.layout).removeprefix("torch.")
+        return f"the {layout} matrix of {rows} × {columns} entries"
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the product."""
         matrix, batch = self.matrix, x.shape[: self.batch_dims]

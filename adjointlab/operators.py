@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adjointlab.compat import differentiated
 from adjointlab.linked import Linked
+from adjointlab.notation import POWER, PRODUCT, SUM, Expression, Notation, meaning, multiple, number
 from adjointlab.numerics import commutes_with_i, full_precision
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common, conjugated, is_scalar, moved, require_scalar, scaled
@@ -32,6 +33,7 @@ class _Body:
     linked: list[Linked | None] = field(default_factory=lambda: [None, None])  # of functions from outside
     views: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     transposes: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
+    notation: Notation | None = None  # of A in terms of its parts
 
 
 class LinearOperator(nn.Module):
@@ -110,8 +112,9 @@ class LinearOperator(nn.Module):
         return self._body.source
 
     @property
-    def _operators(self) -> list[LinearOperator]:
-        return [part for part in self.children() if isinstance(part, LinearOperator)]
+    def parts(self) -> list[LinearOperator]:
+        """The operators that this one, or its adjoint, is made of."""
+        return [part for part in self._modules.values() if isinstance(part, LinearOperator)]
 
     @property
     def domain(self) -> Space:
@@ -203,7 +206,7 @@ class LinearOperator(nn.Module):
         """Which engine is in force: ``"eager"``, ``"traced"`` or ``"compiled"``; for a sum or product, its slowest."""
         if self._body.source is not None:
             return self._body.source.explanation.engine
-        engines = {part.engine for part in self._operators}
+        engines = {part.engine for part in self.parts}
         return next((name for name in ("eager", "traced", "compiled") if name in engines), "eager")
 
     def compile(self, *, autotune: bool = False, **options: Any) -> LinearOperator:  # type: ignore[override]
@@ -223,7 +226,7 @@ class LinearOperator(nn.Module):
         """
         if self._body.source is not None:
             self._body.source.switch("compiled", autotune=autotune, options=options)
-        for part in self._operators:
+        for part in self.parts:
             part.compile(autotune=autotune, **options)
         return self
 
@@ -253,22 +256,25 @@ class LinearOperator(nn.Module):
         """Derive A again from the map as it is now, after a change that ``explain()`` says is not watched; return A."""
         if self._body.source is not None:
             self._body.source.refresh()
-        for part in self._operators:
+        for part in self.parts:
             part.refresh()
         return self
 
     def explain(self) -> str:
-        """Return a readable account: the derived adjoint as a program, what was removed, kernels, evidence, reasons."""
-        head = f"LinearOperator: {self.domain} → {self.codomain}"
-        if self._body.source is not None:
-            return f"{head}\n{self._body.source.explanation}"
-        parts = [f"\n[{index}] {part.explain()}" for index, part in enumerate(self._operators)]
-        made = f"built from {len(parts)} operators:{''.join(parts)}" if parts else "given as a pair of functions"
-        return f"{head}\n{made}"
+        """Return a readable account: the adjoint's program, kernels, cost, memory, evidence; of ``A.H``, its own."""
+        letters = Expression(self).letters
+        if not self.parts:
+            return "\n".join([repr(self), *[part._account(letter, self._side) for letter, part in letters.items()]])
+        accounts = [f"\n\n{letter} = {meaning(part)}\n{part._account(letter, 0)}" for letter, part in letters.items()]
+        return f"{self!r}\nmade of {len(letters)} operator{'s' * (len(letters) != 1)}{''.join(accounts)}"
 
-    def extra_repr(self) -> str:
-        """Return the spaces, for ``print(A)``."""
-        return f"{self.domain} → {self.codomain}"
+    def _account(self, letter: str, side: int) -> str:
+        if self._body.source is not None:
+            return self._body.source.account(letter, adjoint=bool(side))
+        return "a product, entry by entry" if self._body.notation else "given as a pair of functions"
+
+    def __repr__(self) -> str:
+        return str(Expression(self))
 
     # -- algebra -----------------------------------------------------------------------------------------------------
 
@@ -328,11 +334,13 @@ class LinearOperator(nn.Module):
 
 
 def derived(
-    function: Map, adjoint_function: Map, domain: Space, codomain: Space, recipe: Any, *parts: nn.Module
-) -> LinearOperator:
+    function: Map, adjoint_function: Map, domain: Space, codomain: Space, recipe: Any, *parts: nn.Module,
+    notation: Notation | None = None,
+) -> LinearOperator:  # fmt: skip
     """Return the operator of two functions that apply the operators and modules in ``parts``."""
     named = {f"operator_{index}": part for index, part in enumerate(parts)}
-    return LinearOperator._of(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, named)
+    body = _Body((function, adjoint_function), (domain, codomain), notation=notation)
+    return LinearOperator._of(body, 0, recipe, named)
 
 
 def _adjoint_of(operator: LinearOperator) -> LinearOperator:
@@ -344,7 +352,7 @@ def _compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
     free = min(a.domain.batch_dims, b.domain.batch_dims)
     operator = derived(
         lambda x: a(b(x)), lambda y: b.H(a.H(y)), b.domain.with_batch_dims(free), a.codomain.with_batch_dims(free),
-        (_compose, (a, b)), a, b,
+        (_compose, (a, b)), a, b, notation=Notation("{} {}", PRODUCT, PRODUCT),
     )  # fmt: skip
     if a._body is b._body and a._side != b._side:  # AAᴴ and AᴴA are their own adjoints
         operator._body.views[1] = operator
@@ -354,7 +362,10 @@ def _compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
 def _add(a: LinearOperator, b: LinearOperator) -> LinearOperator:
     domain = common(a.domain, b.domain, "A and B of A + B to have one domain", "bring them to the same space")
     codomain = common(a.codomain, b.codomain, "A and B of A + B to have one codomain", "bring them to the same space")
-    return derived(lambda x: added(a(x), b(x)), lambda y: added(a.H(y), b.H(y)), domain, codomain, (_add, (a, b)), a, b)
+    return derived(
+        lambda x: added(a(x), b(x)), lambda y: added(a.H(y), b.H(y)), domain, codomain, (_add, (a, b)), a, b,
+        notation=Notation("{} + {}", SUM),
+    )  # fmt: skip
 
 
 def _conjugate(scalar: Any) -> Any:
@@ -371,6 +382,7 @@ def _scale_output(scalar: Any, a: LinearOperator, inverse: bool = False) -> Line
     return derived(
         lambda x: times(scalar, a(x)), lambda y: a.H(times(_conjugate(scalar), y)), a.domain, a.codomain,
         (_scale_output, (scalar, a, inverse)), a,
+        notation=Notation("{} / c", PRODUCT, PRODUCT) if inverse else multiple(scalar),
     )  # fmt: skip
 
 
@@ -378,12 +390,12 @@ def _scale_input(a: LinearOperator, scalar: Any) -> LinearOperator:
     require_scalar(scalar, a.domain)
     return derived(
         lambda x: a(scaled(scalar, x)), lambda y: scaled(_conjugate(scalar), a.H(y)), a.domain, a.codomain,
-        (_scale_input, (a, scalar)), a,
+        (_scale_input, (a, scalar)), a, notation=Notation(f"{{}} · {number(scalar)}", PRODUCT, PRODUCT),
     )  # fmt: skip
 
 
 def _transpose(a: LinearOperator) -> LinearOperator:
     return derived(
         lambda y: conjugated(a.H(conjugated(y))), lambda x: conjugated(a(conjugated(x))), a.codomain, a.domain,
-        (_transpose, (a,)), a,
+        (_transpose, (a,)), a, notation=Notation("{}ᵀ", POWER, POWER + 1),
     )  # fmt: skip

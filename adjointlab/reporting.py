@@ -37,15 +37,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def html_table(title: str, good: bool, rows: Rows, figure: str = "") -> str:
-    """Return a green or red title and a table of two columns; all text is escaped except ``figure``, which is HTML."""
+def html_table(title: str, good: bool, rows: Rows, more: str = "") -> str:
+    """Return a green or red title and a table of two columns; all text is escaped except ``more``, which is HTML."""
     colour = "#1a7f37" if good else "#b42318"
+    return f'<div><strong style="color:{colour}">{html.escape(title)}</strong>{_table(rows)}{more}</div>'
+
+
+def html_folded(summary: str, rows: Rows) -> str:
+    """Return a table of two columns that opens at a click on its summary."""
+    return f"<details><summary>{html.escape(summary)}</summary>{_table(rows)}</details>"
+
+
+def _table(rows: Rows) -> str:
     body = "".join(
         f'<tr><th style="{_CELL};font-weight:normal;opacity:.7">{html.escape(name)}</th>'
         f'<td style="{_CELL};white-space:pre-wrap">{html.escape(value)}</td></tr>'
         for name, value in rows
     )
-    return f'<div><strong style="color:{colour}">{html.escape(title)}</strong><table>{body}</table>{figure}</div>'
+    return f"<table>{body}</table>"
 
 
 def heat_map(title: str, grid: Grid, side: int = 128) -> str:

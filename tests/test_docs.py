@@ -90,6 +90,13 @@ def test_the_readme_shows_every_case_of_the_benchmark_the_slow_ones_too():
     assert "Not measured" in headline("")
 
 
+@pytest.mark.slow
+def test_the_readme_says_of_padding_what_is_found():
+    padding = script("padding")
+    block = padding.summary(padding.cases())
+    assert f"<!-- padding -->\n{block}<!-- /padding -->" in (ROOT / "README.md").read_text(), "run docs/padding.py"
+
+
 def test_every_public_name_has_an_entry_in_the_reference():
     reference = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
     entries = re.findall(r"auto(?:function|class|exception):: (?:adjointlab\.)?(\w+)", reference)

@@ -59,7 +59,23 @@ def test_adjoints(adjoint_check):
     adjoint_check()
 """)
     done.assert_outcomes(failed=1, passed=1)
-    done.stdout.fnmatch_lines(["*adjoint test FAILED*", "*diagnosis*sign*"])
+    done.stdout.fnmatch_lines(["*AdjointMismatchError: *sign*", "*adjoint test FAILED*"])
+
+
+def test_a_failure_shows_its_reason_and_nothing_else(project) -> None:
+    done = project(
+        """
+@pytest.mark.adjoint([(torch.fft.fft, torch.fft.ifft, torch.zeros(8, dtype=torch.complex64)), (torch.relu, (4,))])
+def test_adjoints(adjoint_check):
+    adjoint_check()
+""",
+        "-p", "logging",
+    )  # fmt: skip
+    done.assert_outcomes(failed=2)
+    shown = [line for line in done.outlines if line.startswith("E ")]
+    assert shown[0].endswith("AdjointMismatchError: Aᴴ is 8.000 × too small: B is the inverse of A")
+    assert all(line.split() != ["E"] for line in shown)
+    assert not any("DEBUG" in line or "derive.py" in line for line in done.outlines)
 
 
 def test_operators_are_made_when_they_are_tested(project) -> None:

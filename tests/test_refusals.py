@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.sparse.linalg
 import torch
 import torch.nn.functional as F
 from laws import ENGINES, draw, no_side_effects
@@ -390,3 +392,23 @@ def test_module_that_writes_to_its_argument_is_harmless() -> None:
     with no_side_effects(lambda: None, x):
         assert torch.equal(A(x), 2 * x)
         assert torch.equal(A.H(x), 2 * x)
+
+
+@pytest.mark.parametrize(
+    ("f", "error", "remedy"),
+    [
+        (nn.Linear(3, 2), al.NotLinearError, "al.affine_operator"),
+        (torch.relu, al.NotLinearError, r"al.jacobian\(f, x0\)"),
+        (torch.sin, al.NotLinearError, r"al.jacobian\(f, x0\)"),
+        (nn.Dropout(), al.NotLinearError, "eval"),
+        (torch.eye(3), al.SpaceMismatchError, "al.matrix"),
+        (np.eye(3), al.SpaceMismatchError, "al.matrix"),
+        (scipy.sparse.eye_array(3).tocsr(), al.SpaceMismatchError, "al.matrix"),
+        (scipy.sparse.linalg.aslinearoperator(np.eye(3)), al.SpaceMismatchError, "adapters.scipy.from_scipy"),
+        (3, al.SpaceMismatchError, "pass the map itself"),
+    ],
+    ids=["bias", "relu", "sin", "dropout", "tensor", "array", "sparse", "scipy's operator", "number"],
+)
+def test_a_refusal_names_the_way_on(f: Any, error: type[Exception], remedy: str) -> None:
+    with pytest.raises(error, match=remedy):
+        al.linear_operator(f, (3,))

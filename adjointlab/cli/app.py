@@ -19,9 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
-from torch import nn
 from typer.core import TyperGroup
 
 import adjointlab as al
@@ -43,7 +41,12 @@ from adjointlab.cli.target import (
     parse_target,
 )
 
+_AFFINE = "This map is affine: it has an offset, such as a bias."
 _FAILURES = (al.NotLinearError, al.NotDifferentiableError, al.AdjointMismatchError)
+
+
+def _linear_operator(*arguments: Any, **options: Any) -> al.LinearOperator:
+    return al.linear_operator(*arguments, **options)  # imported at the first call, with torch
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Surroundings:
 
     memory: int = field(default_factory=memory_of_machine)
     clone: Path = CLONE
-    linear_operator: Callable[..., al.LinearOperator] = al.linear_operator
+    linear_operator: Callable[..., al.LinearOperator] = _linear_operator
 
 
 # -- options -------------------------------------------------------------------------------------------------------
@@ -153,11 +156,13 @@ class Subject:
     @classmethod
     def of(cls, text: str, options: Options, surroundings: Surroundings) -> Subject:
         """Return the map that ``text`` names, moved to the dtype and device asked for, with its domain."""
+        import torch
+
         target = parse_target(text)
         torch.manual_seed(options.seed)
         function = load(target, surroundings.memory)
         dtype = options.dtype
-        if isinstance(function, nn.Module):
+        if isinstance(function, torch.nn.Module):
             function = function.to(device=options.device, dtype=dtype)
             if options.evaluation:
                 function = function.eval()
@@ -207,7 +212,7 @@ def _check(subject: Subject) -> Outcome:
     record |= {"passed": report.passed, "engine": A.engine, "affine": affine is not None, "adjoint": report.to_dict()}
     text = html_ = ""
     if affine is not None:
-        text = "The map has an offset (a bias), so it is affine: this is about its linear part x ↦ f(x) − f(0).\n\n"
+        text = f"{_AFFINE} Its linear part x ↦ f(x) − f(0) was checked.\n\n"
         html_ = f"<p>{html.escape(text.strip())}</p>"
     return Outcome(code, f"{text}{report}\n\n{linearity}", record, html_ + page(report, linearity))
 
@@ -217,7 +222,7 @@ def _explain(subject: Subject) -> Outcome:
         A, affine = subject.operator()
     except _FAILURES as failure:
         return _failed(failure, {})
-    note = "" if affine is None else "The map has an offset (a bias): this is its linear part x ↦ f(x) − f(0).\n\n"
+    note = "" if affine is None else f"{_AFFINE} This is about its linear part x ↦ f(x) − f(0).\n\n"
     explanation = str(A.explain())
     record = {"engine": A.engine, "affine": affine is not None, "explanation": explanation}
     return Outcome(PASSED, note + explanation, record, page(note + explanation))
@@ -231,6 +236,8 @@ def _failed(failure: Exception, record: dict[str, Any], *reports: Any) -> Outcom
 
 def _answer(text: str, work: Callable[[Subject], Outcome], options: Options, surroundings: Surroundings) -> Outcome:
     """Return the outcome for one target; whatever goes wrong with it becomes one line."""
+    import torch
+
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as caught:
             outcome = work(Subject.of(text, options, surroundings))
@@ -299,6 +306,7 @@ app = typer.Typer(
     cls=_OneLineErrors,
     help="Exact adjoints of linear PyTorch modules: check them, explain them, see them at work.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # to import rich takes longer than all else that help needs
     pretty_exceptions_enable=False,
 )
 
@@ -317,14 +325,17 @@ def _command(work: Callable[[Subject], Outcome], options: type[Options]) -> Call
 
 app.command(
     "check",
+    short_help="Check a map and its adjoint.",
     help="Check that a map is linear and ⟨A x, y⟩ = ⟨x, Aᴴ y⟩; exit with 0 if so, 1 if not, 2 if it cannot be said.",
 )(_command(_check, CheckOptions))
 app.command(
-    "explain", help="Show how Aᴴ is computed: the engine, the derived program, and the evidence that the map is linear."
+    "explain",
+    short_help="Show how the adjoint is computed.",
+    help="Show how Aᴴ is computed: the engine, the derived program, and the evidence that the map is linear.",
 )(_command(_explain, Options))
 
 
-@app.command()
+@app.command(short_help="Recover a photograph and an MRI volume.")
 def demo(
     context: typer.Context,
     output: Annotated[Path, typer.Option("--output", help="Where the figures go.")] = Path("build"),

@@ -17,13 +17,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
 from typer import TyperException
 
-from adjointlab.tree import tree_flatten
+if TYPE_CHECKING:  # imported where it is needed: `--help` is not to wait for it
+    import torch
 
 COMMON_DTYPES = ("float32", "float64", "complex64", "complex128", "bfloat16", "float16")
 _NOT_A_LITERAL = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
@@ -119,6 +118,8 @@ def parse_dtype(text: str) -> torch.dtype:
     >>> parse_dtype("complex64")
     torch.complex64
     """
+    import torch
+
     name = text.strip().removeprefix("torch.")
     dtype = getattr(torch, name, None) if name.isidentifier() else None
     if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
@@ -133,6 +134,8 @@ def parse_device(text: str) -> torch.device:
     >>> parse_device("cpu")
     device(type='cpu')
     """
+    import torch
+
     try:
         probe = torch.zeros(1, device=text.strip())
         probe.cpu()  # "meta" holds no numbers
@@ -235,6 +238,10 @@ def _signature(cls: type) -> str:
 
 
 def _call(target: Target, factory: Any, memory: float) -> Any:
+    import torch
+
+    from adjointlab.tree import tree_flatten
+
     text = target.text.strip()
     if not callable(factory):
         raise UnusableError(
@@ -242,7 +249,7 @@ def _call(target: Target, factory: Any, memory: float) -> Any:
         )
     numbers = [abs(n) for n in tree_flatten((target.args, target.kwargs))[0] if type(n) is int and n]
     try:
-        if math.prod(numbers) > 10**8 and isinstance(factory, type) and issubclass(factory, nn.Module):
+        if math.prod(numbers) > 10**8 and isinstance(factory, type) and issubclass(factory, torch.nn.Module):
             with torch.device("meta"):  # parameters without memory, to compute how much memory they need
                 draft = factory(*target.args, **target.kwargs)
             check_memory(sum(p.numel() * p.element_size() for p in draft.parameters()), "the module", memory)

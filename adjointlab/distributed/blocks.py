@@ -10,6 +10,7 @@ from adjointlab.distributed.communication import all_reduce, replicate
 from adjointlab.distributed.failure import raise_on_all_ranks
 from adjointlab.distributed.sharding import direct_sum, replicated
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.notation import Notation
 from adjointlab.operators import LinearOperator, derived
 from adjointlab.tree import map_leaves
 
@@ -54,6 +55,7 @@ def vstack(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
         lambda x: block(map_leaves(lambda leaf: replicate(leaf, mesh), x)),
         lambda y: map_leaves(lambda leaf: all_reduce(leaf, mesh), block.H(y)),
         domain, codomain, (vstack, (block, mesh)), block,
+        notation=Notation("vstack({} of each process)"),
     )  # fmt: skip
 
 
@@ -103,7 +105,8 @@ def block_diag(A: LinearOperator, mesh: DeviceMesh) -> LinearOperator:
     block = _block(A, "block_diag")
     with raise_on_all_ranks(mesh):
         domain, codomain = direct_sum(block.domain, mesh), direct_sum(block.codomain, mesh)
-    return derived(block, block.H, domain, codomain, (block_diag, (block, mesh)), block)
+    notation = Notation("block_diag({} of each process)")
+    return derived(block, block.H, domain, codomain, (block_diag, (block, mesh)), block, notation=notation)
 
 
 def _block(A: Any, name: str) -> LinearOperator:

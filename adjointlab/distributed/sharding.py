@@ -144,7 +144,7 @@ def space(
     >>> mesh = dist.init_device_mesh("cpu", (1,))
     >>> X = space((1, 1, 64, 64), mesh, [Shard(2)])
     >>> X
-    Space(TensorSpec((1, 1, 64, 64), float32, cpu, of (1, 1, 64, 64) by S(2) over (1,) processes))
+    Space.of(TensorSpec((1, 1, 64, 64), torch.float32, of (1, 1, 64, 64) by S(2) over (1,) processes))
     >>> float(X.inner(X.zeros(), X.randn()))
     0.0
     >>> dist.destroy_process_group()

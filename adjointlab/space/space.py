@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adjointlab.compat import pytree
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.space.spec import TensorSpec, describe, is_dtensor, is_shape, refuse_dtensor
+from adjointlab.space.spec import TensorSpec, describe, is_dtensor, is_shape, needs_device, refuse_dtensor
 from adjointlab.tree import SINGLE, Structure, has_tensor, tree_flatten
 
 _DOUBLE = {True: torch.complex128, False: torch.float64}
@@ -121,7 +121,7 @@ class Space:
         Examples
         --------
         >>> Space.of((2, 3), dtype=torch.complex64)
-        Space(TensorSpec((2, 3), complex64, cpu))
+        Space.of((2, 3), dtype=torch.complex64)
         """
         if isinstance(domain, Space):
             return replace(domain, batch_dims=batch_dims) if batch_dims else domain
@@ -334,9 +334,14 @@ class Space:
         return make, (self.unflatten(self.specs),)  # a pytree of specs defines the space
 
     def __repr__(self) -> str:
-        names = ", ".join(map(repr, self.specs))
-        free = f", batch_dims={self.batch_dims}" if self.batch_dims else ""
-        return f"Space({names}{free})"
+        """Return Python code that makes an equal space, for ``from adjointlab import Space, TensorSpec``."""
+        first, options = self.specs[0], []
+        leaves: list[Any] = list(self.specs)
+        if all(spec == replace(first, shape=spec.shape) and spec.shape for spec in leaves) and not self.is_sharded:
+            leaves, options = [spec.shape for spec in leaves], [f"dtype={first.dtype}"]
+            options += [f"device={str(first.device)!r}"] if needs_device(first.device) else []
+        options += [f"batch_dims={self.batch_dims}"] if self.batch_dims else []
+        return f"Space.of({', '.join([repr(self.unflatten(leaves)), *options])})"
 
 
 def _spec_of(leaf: Any) -> TensorSpec:

@@ -61,7 +61,7 @@ class TensorSpec:
     Examples
     --------
     >>> TensorSpec((2, 3))
-    TensorSpec((2, 3), float32, cpu)
+    TensorSpec((2, 3), torch.float32)
     """
 
     shape: tuple[int, ...]
@@ -128,8 +128,14 @@ class TensorSpec:
         return "reshape it, or build the operator for this shape (batch_dims=k leaves the first k sizes free)"
 
     def __repr__(self) -> str:
-        of = f", {self.sharding!r}" if self.sharding is not None else ""
-        return f"TensorSpec({self.shape}, {str(self.dtype).removeprefix('torch.')}, {self.device}{of})"
+        device = [repr(str(self.device))] if needs_device(self.device) else []
+        of = [] if self.sharding is None else [repr(self.sharding)]
+        return f"TensorSpec({', '.join([str(self.shape), str(self.dtype), *device, *of])})"
+
+
+def needs_device(device: torch.device) -> bool:
+    """Return whether a device has to be written for a tensor to be made there: it is not the CPU by default."""
+    return device.type != "cpu" or torch.empty(0).device.type != "cpu"
 
 
 def is_dtensor(value: Any) -> bool:

@@ -194,6 +194,12 @@ class Transposition:
         explanation, user = self.nominal.explanation, self.nominal.user
         return explanation if user is None else replace(explanation, path=user.path, is_kept=user.is_kept)
 
+    def account(self, letter: str = "A", *, adjoint: bool) -> str:
+        """Return in words how A or Aᴴ is computed, and how Aᴴ was derived."""
+        programs = self.nominal.programs
+        kept = [programs[name][0].kept() if programs else 0 for name in ("linear", "adjoint")]
+        return self.explanation.account(adjoint=adjoint, kept=(kept[0], kept[1]), letter=letter)
+
     @property
     def nominal(self) -> Derivation:
         """The derivation for the nominal size, as it was last used."""

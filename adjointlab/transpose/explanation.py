@@ -9,9 +9,31 @@ from typing import Any
 
 from torch import fx
 
+from adjointlab.transpose.cost import cost
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import op_name
+from adjointlab.transpose.passes.convolutions import kernels_of
 from adjointlab.transpose.passes.fuse_slices import accumulate, windows
+from adjointlab.transpose.passes.partition import kept_nodes
+
+
+@dataclass(frozen=True)
+class Account:
+    """What there is to say about the program of A, or that of Aᴴ, without running it."""
+
+    graph: Graph
+    is_lowered: bool
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """A line on each convolution and each map by index."""
+        return kernels_of(self.graph) if self.is_lowered else ()
+
+    @property
+    def cost(self) -> str:
+        """What a call is expected to cost, in words."""
+        work, moved = cost(self.graph)
+        return f"about {_short(work).strip()} operations a call, and {_short(moved)}B read and written"
 
 
 @dataclass(frozen=True)
@@ -25,14 +47,13 @@ class Explanation:
     readers: tuple[str, ...] | None = None  # operations of the adjoint that read the primal; None without a graph
     ops_before: Counter[str] = field(default_factory=Counter)  # of the vector-Jacobian product
     ops_after: Counter[str] = field(default_factory=Counter)  # of the adjoint
-    kernels: tuple[str, ...] = ()  # a line on each convolution
     cut: str = ""  # an operation of the forward that cuts its input off from autograd
     hidden: tuple[str, ...] = ()  # what hides values from autograd, or has a backward of its own
     partly: str = ""  # why Python state is watched in part only
     autograd_gap: float | None = None  # how far autograd's adjoint is from this one, of its norm, where compared
     is_stateful: bool = False  # whether a call was seen to change Python state that the forward reads
     is_kept: bool = False  # whether a pull-back of autograd serves several calls
-    program: str = ""  # the adjoint
+    programs: tuple[Account, Account] | None = None  # of A and Aᴴ
 
     @property
     def independent(self) -> bool:
@@ -44,13 +65,15 @@ class Explanation:
         """Whether the graph shows all that the function does: nothing reads the input, or hides it from autograd."""
         return self.independent and not self.cut and not self.hidden and not self.is_stateful
 
-    def __str__(self) -> str:
+    def account(self, *, adjoint: bool, kept: tuple[int, int], letter: str = "A") -> str:
+        """Return the account of A or of Aᴴ, given the bytes that each keeps between calls."""
+        return "\n".join([*self._origin(), *self._of_programs((letter, f"{letter}ᴴ"), kept, adjoint=adjoint)])
+
+    def _origin(self) -> list[str]:
         evidence = "numerical only, there is no graph"
         if self.readers is not None:
             read = f"numerical only, the derivative reads the input in {', '.join(self.readers)}"
             evidence = read if self.readers else "the derivative does not read the input"
-        before, after = sum(self.ops_before.values()), sum(self.ops_after.values())
-        removed = ", ".join(f"{name} ×{n}" for name, n in sorted((self.ops_before - self.ops_after).items()))
         lines = [
             f"engine: {self.engine}" + ("" if self.requested == "auto" else f" (asked for: {self.requested})"),
             self.reason and f"reason: {self.reason}",
@@ -67,18 +90,40 @@ class Explanation:
             self.is_kept
             and "pull-back: kept while tensors, what modules hold (training, attributes, submodules), and what the "
             "function names are as they were; call A.refresh() after any other change of Python state",
-            self.program and f"ops: {before} in the vector-Jacobian product, {after} in the adjoint",
-            self.program and removed and f"removed: {removed}",
-            *(f"kernel: {kernel}" for kernel in self.kernels),
-            self.program and "adjoint program:\n" + textwrap.indent(self.program, "    "),
         ]
-        return "\n".join(line for line in lines if line)
+        return [line for line in lines if line]
 
-    __repr__ = __str__
+    def _of_programs(self, names: tuple[str, str], kept: tuple[int, int], *, adjoint: bool) -> list[str]:
+        if self.programs is None:
+            return []
+        before, after = sum(self.ops_before.values()), sum(self.ops_after.values())
+        removed = ", ".join(f"{name} ×{n}" for name, n in sorted((self.ops_before - self.ops_after).items()))
+        asked = list(zip(names, self.programs, kept, strict=True))[1 if adjoint else 0 :]
+        own = {name: program for name, program, _ in asked}
+        memory = [f"{_short(n)}B for {name}" for name, _, n in asked]
+        kernels = dict.fromkeys(kernel for program in own.values() for kernel in program.kernels)
+        title = f"program of {names[1]}, whose own adjoint is {names[0]}" if adjoint else "adjoint program"
+        return [
+            f"ops: {before} in the vector-Jacobian product, {after} in the adjoint",
+            *([f"removed: {removed}"] if removed else []),
+            *(f"kernel: {kernel}" for kernel in kernels),
+            *(f"cost of {name}: {program.cost}" for name, program in own.items()),
+            f"memory kept between calls: {', '.join(memory)}",
+            f"{title}:\n{textwrap.indent(listing(self.programs[1].graph), '    ')}",
+        ]
+
+
+def _short(number: int) -> str:
+    """Return a number with its prefix, as 1.3 M."""
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g} {prefix}"
+    return f"{number} "
 
 
 def listing(graph: Graph) -> str:
     """Return a graph as a readable program, one op a line with the shape of its result."""
+    kept = kept_nodes(graph)
     names = {p: s.name for p, s in zip(graph.placeholders, graph.state, strict=False)}
     inputs = graph.inputs
     names |= {node: "v" if len(inputs) == 1 else f"v{index}" for index, node in enumerate(inputs)}
@@ -88,7 +133,8 @@ def listing(graph: Graph) -> str:
             names[node] = f"shape{node.meta['stands_for']}"
         elif node.op == "call_function":
             names[node] = f"t{len(lines)}"
-            lines.append(f"{names[node]} = {_expression(node, names)}")
+            remark = "kept between calls" if node in kept else _size(node)
+            lines.append(f"{names[node]} = {_expression(node, names)}" + (f"  # {remark}" if remark else ""))
     outputs = ", ".join(_show(node, names) for node in graph.outputs)
     return "\n".join([*lines, f"return {outputs}"])
 
@@ -100,9 +146,12 @@ def _expression(node: fx.Node, names: dict[fx.Node, str]) -> str:
     if node.target in {accumulate, windows}:
         arguments[1:] = [f"{len(node.args[1])} pieces"]  # type: ignore[arg-type]
     options = [f"{option}={given}" for option, given in node.kwargs.items()]
+    return f"{name}({', '.join([*arguments, *options])})"
+
+
+def _size(node: fx.Node) -> str:
     value: Any = node.meta.get("val")
-    shape = f"  # {tuple(value.shape)}" if hasattr(value, "shape") else ""
-    return f"{name}({', '.join([*arguments, *options])}){shape}"
+    return str(tuple(value.shape)) if hasattr(value, "shape") else ""
 
 
 def _show(value: object, names: dict[fx.Node, str]) -> str:

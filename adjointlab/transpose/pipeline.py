@@ -26,7 +26,7 @@ from adjointlab.errors import NotDifferentiableError
 from adjointlab.linked import Linked
 from adjointlab.space import Space
 from adjointlab.transpose import selfcheck
-from adjointlab.transpose.explanation import Explanation, listing
+from adjointlab.transpose.explanation import Account, Explanation
 from adjointlab.transpose.frontend.capture import Capture
 from adjointlab.transpose.frontend.trace import hides, trace_forward, trace_pull_back, trace_vjp
 from adjointlab.transpose.frontend.vjp import Tensors
@@ -37,7 +37,6 @@ from adjointlab.transpose.kernels.select import Chooser, MapChooser, choose, qui
 from adjointlab.transpose.passes import convolutions
 from adjointlab.transpose.passes.at_point import at_point
 from adjointlab.transpose.passes.compose import adds_state, linear_part, residual_and_gradient
-from adjointlab.transpose.passes.convolutions import kernels_of
 from adjointlab.transpose.passes.drop_forward import Adjoint, choices_named, cut_off, drop_forward, ops
 from adjointlab.transpose.passes.fuse_slices import fuse_slices
 from adjointlab.transpose.passes.maps_by_index import maps_by_index
@@ -200,7 +199,7 @@ def eager_derivation(eager: Eager, options: Options, reason: str, known: Explana
     """Return the user's function and its eager adjoint, for a reason; ``known`` is what its graphs say of it."""
     explanation = replace(
         known or Explanation("eager", options.requested), engine="eager", reason=reason, ops_before=Counter(),
-        ops_after=Counter(), kernels=(), partly="", program="",
+        ops_after=Counter(), programs=None, partly="",
     )  # fmt: skip
 
     def functions(eager: Eager) -> dict[str, Linked]:
@@ -236,11 +235,11 @@ def assemble(
     if graphs.linear is not graphs.forward:
         run = autodiff.affine(programs["function"], run_linear, run_adjoint, programs["adjoint"].whole, n, of_function)
     linked = {"function": run, "linear": run_linear, "adjoint": run_adjoint}
-    lowered = [p.graph for p in (programs["adjoint"], programs["function"])]
-    chosen = lowered[::-1] if options.lowering and mode != "plain" else []
+    is_lowered = options.lowering and mode != "plain"
+    accounts = Account(programs["linear"].graph, is_lowered), Account(programs["adjoint"].graph, is_lowered)
     explanation = replace(
-        explanation, engine="compiled" if mode == "compiled" else "traced", ops_after=ops(lowered[0]),
-        program=listing(lowered[0]), kernels=tuple(dict.fromkeys(k for g in chosen for k in kernels_of(g))),
+        explanation, engine="compiled" if mode == "compiled" else "traced", ops_after=ops(accounts[1].graph),
+        programs=accounts,
     )  # fmt: skip
     way = "" if compiled is not None else mode  # what is compiled for all sizes has no graph of one size
     derivation = Derivation(

@@ -161,7 +161,7 @@ def assert_adjoint(
     Raises
     ------
     AdjointMismatchError
-        If the test fails; the message is the report, and the attribute ``report`` holds it.
+        If the test fails; the message is the diagnosis and the details, and the attribute ``report`` is the report.
 
     Examples
     --------
@@ -170,7 +170,7 @@ def assert_adjoint(
     """
     report = check_adjoint(A, adjoint, **options)
     if not report.passed:
-        error = AdjointMismatchError(str(report))
+        error = AdjointMismatchError(report.failure)
         error.report = report  # type: ignore[attr-defined]
         raise error
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from adjointlab.reporting import Grid, aligned, heat_map, html_table, strict_json
+from adjointlab.reporting import Grid, aligned, heat_map, html_folded, html_table, strict_json
 
 
 @dataclass(frozen=True)
 class AdjointReport:
     """The result of a test of ``⟨Ax, y⟩ = ⟨x, By⟩``; made by :func:`check_adjoint`.
+
+    It prints as two lines; :meth:`details` returns all of it as text.
 
     Attributes
     ----------
@@ -57,12 +59,16 @@ class AdjointReport:
 
     @property
     def _title(self) -> str:
-        return f"adjoint test {'passed' if self.passed else 'FAILED'}{', but it was vacuous' if self.vacuous else ''}"
+        if self.passed:
+            return "adjoint test passed" + ", but it was vacuous: A and B are zero on every draw" * self.vacuous
+        return f"adjoint test FAILED: {self.diagnosis}"
 
     def _rows(self) -> list[tuple[str, str]]:
-        rows = [("diagnosis", self.diagnosis)] if self.diagnosis else []
+        pairs = f"largest of {self.pairs} pairs of x and y" if self.pairs != 1 else "of one pair of x and y"
+        return [("error", f"{self.error:.1e} ({pairs}), where rounding explains {self.tolerance:.1e}")]
+
+    def _detailed(self) -> list[tuple[str, str]]:
         return [
-            *rows,
             ("error", f"{self.error:.3e}  ({self.error / self.eps:.3g} eps)"),
             ("tolerance", f"{self.tolerance:.3e}  ({self.tolerance / self.eps:.3g} eps)"),
             ("worst pair", self.worst or "none"),
@@ -74,9 +80,19 @@ class AdjointReport:
     def __str__(self) -> str:
         return aligned(self._title, self._rows())
 
+    def details(self) -> str:
+        """Return all that the test has seen, as text; the glossary of the documentation explains the terms."""
+        return aligned(self._title, self._detailed())
+
+    @property
+    def failure(self) -> str:
+        """The message of an error for a failed test: the diagnosis in the first line, then the details."""
+        return f"{self.diagnosis}\n{aligned('adjoint test FAILED', self._detailed())}"
+
     def _repr_html_(self) -> str:
         maps = "".join(heat_map(name, grid) for name, grid in self.figure)
-        return html_table(self._title, self.passed, self._rows(), f"<div>{maps}</div>" if maps else "")
+        more = html_folded("details", self._detailed())
+        return html_table(self._title, self.passed, self._rows(), f"<div>{maps}</div>{more}" if maps else more)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dictionary of plain values, without the figure."""

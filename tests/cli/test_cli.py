@@ -66,8 +66,16 @@ def test_linear_and_affine_maps_pass(arguments):
 def test_a_bias_is_said_to_make_the_map_affine():
     biased = invoke("check", "torch.nn:Linear(3,4)", "--shape", "3").stdout
     assert "affine" in biased.splitlines()[1]
-    assert "its linear part" in biased
-    assert "its linear part" not in invoke("check", "torch.nn:Linear(3,4,bias=False)", "--shape", "3").stdout
+    assert "Its linear part" in biased
+    assert "linear part" not in invoke("check", "torch.nn:Linear(3,4,bias=False)", "--shape", "3").stdout
+
+
+def test_nothing_is_said_to_be_refuted_beside_what_has_passed():
+    biased = invoke("check", "torch.nn:Conv2d(1,1,3)", *SHAPE)
+    assert ": passed" in biased.stdout
+    assert "its linear part x ↦ f(x) − f(0) was checked" in biased.stdout.lower()
+    assert "linearity: affine" in biased.stdout
+    assert not any(word in biased.stdout for word in ("refuted", "fails", "counterexample"))
 
 
 @pytest.mark.parametrize(
@@ -466,6 +474,29 @@ def test_the_program_refuses_with_one_line(tmp_path: Path):
     done = program("check", "torch.nn:Conv2d", *SHAPE, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("check", "--help"), ("--version",)], ids=" ".join)
+def test_help_waits_for_no_large_library(tmp_path, arguments):
+    code = (
+        "import sys; from adjointlab.cli import main\n"
+        "try: main()\n"
+        "finally: sys.stderr.write(' '.join({'torch', 'numpy', 'rich.console'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage" in done.stdout or done.stdout.strip() == al.__version__
+
+
+def test_the_package_is_a_program(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "adjointlab", "check", "--help"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: adjointlab check")
 
 
 def test_the_program_completes_names(tmp_path):

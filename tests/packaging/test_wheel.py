@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from email.parser import BytesParser
@@ -90,6 +91,15 @@ def test_source_archive_holds_the_demonstration(tmp_path):
     with tarfile.open(built) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"examples/demo/__init__.py", "adjointlab/__init__.py", "tests/demo/test_demo.py", "CITATION.cff"} <= names
+
+
+def test_metadata_tell_what_the_package_is(metadata):
+    assert (
+        metadata["Version"] == re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    )
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().startswith("# adjointlab\n")
+    assert "License-Expression" in metadata
 
 
 def test_runtime_requirements_are_torch_and_numpy(metadata):

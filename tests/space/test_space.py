@@ -46,6 +46,21 @@ def test_a_generator_leaves_the_global_one_alone(space: al.Space) -> None:
 
 
 @every_space
+def test_what_is_printed_makes_the_same_space(space: al.Space) -> None:
+    again = eval(repr(space), {"torch": torch, "Space": al.Space, "TensorSpec": al.TensorSpec})
+    assert again == space
+    assert [spec.shape for spec in again.specs] == [spec.shape for spec in space.specs]
+
+
+def test_what_is_printed_makes_the_same_space_where_the_default_device_is_another() -> None:
+    names = {"torch": torch, "Space": al.Space, "TensorSpec": al.TensorSpec}
+    for space in (al.Space.of((2, 3)), al.Space.of({"a": torch.zeros(()), "b": torch.zeros(2)})):
+        with torch.device("meta"):
+            assert eval(repr(space), names) == space
+            assert eval(repr(al.Space.of((2,))), names) != al.Space.of((2,), device="cpu")
+
+
+@every_space
 def test_zero_has_norm_zero(space: al.Space) -> None:
     assert float(space.norm(space.zeros())) == 0
 

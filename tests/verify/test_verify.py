@@ -149,6 +149,28 @@ def test_assert_adjoint_raises_the_report() -> None:
     assert str(al.check_adjoint(A, lambda y: -A.H(y)).diagnosis) in str(caught.value)
 
 
+def test_a_report_is_two_lines_and_details_are_for_those_who_ask() -> None:
+    _, A = real_conv()
+    for report in (al.check_adjoint(A), al.check_adjoint(A, lambda y: -A.H(y))):
+        first, second = str(report).splitlines()
+        assert first == ("adjoint test passed" if report.passed else f"adjoint test FAILED: {report.diagnosis}")
+        assert f"{report.pairs} pairs" in second
+        for term in ("eps", "worst pair", "missed row"):
+            assert term not in str(report)
+            assert term in report.details()
+        assert "<details>" in report._repr_html_()
+
+
+def test_the_first_line_of_the_error_is_the_diagnosis() -> None:
+    _, A = real_conv()
+    with pytest.raises(al.AdjointMismatchError, match="sign") as caught:
+        al.assert_adjoint(A, lambda y: -A.H(y))
+    first, *rest = str(caught.value).splitlines()
+    assert first == al.check_adjoint(A, lambda y: -A.H(y)).diagnosis
+    assert rest[0] == "adjoint test FAILED"
+    assert all(line.strip() for line in rest)
+
+
 def test_checks_are_deterministic() -> None:
     _, A = real_conv()
     assert al.check_adjoint(A).error == al.check_adjoint(A).error

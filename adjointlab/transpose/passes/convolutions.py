@@ -191,5 +191,11 @@ def _describe(kernel: Kernel, spec: ConvSpec) -> str:
     kind = "transposed convolution" if spec.transposed else "convolution"
     channels = f"{spec.input_shape[0]}→{spec.output_shape[0]}"
     size, length = ("×".join(map(str, sizes)) for sizes in (spec.kernel, spec.fft_size))
-    details = {"fft": f" of size {length}", "polyphase": f" in {math.prod(spec.phases)} phases"}
-    return f"{kernel.name}{details.get(kernel.name, '')}, for the {kind} {channels} with a {size} kernel"
+    words = {
+        "native": "native, PyTorch's own",
+        "flipped": "flipped, a plain convolution with the flipped kernel",
+        "tapped": "tapped, a sum of shifted images",
+        "polyphase": f"polyphase, {math.prod(spec.phases)} outputs at a time",
+        "fft": f"fft of size {length}, a product of Fourier transforms",
+    }
+    return f"{words[kernel.name]}, for the {kind} {channels} with a {size} kernel"

@@ -124,7 +124,9 @@ def _factored(graph: Graph, node: fx.Node, choose: MapChooser, most_entries: Cal
     with torch.no_grad():
         run = choose(lambda: node.target(x, *rest), ways, x.device)  # type: ignore[operator]
     if run is not None:
-        _put(graph, node, run, source, account=f"{run.__name__} along dimensions, for {op_name(node.target)}")
+        _put(
+            graph, node, run, source, account=f"{run.__name__}, one dimension after another, for {op_name(node.target)}"
+        )
 
 
 def _real(args: Sequence[Any]) -> list[Any]:
@@ -133,11 +135,11 @@ def _real(args: Sequence[Any]) -> list[Any]:
             for a in args]  # fmt: skip
 
 
-def _put(graph: Graph, node: fx.Node, run: Run, *args: fx.Node, account: str) -> None:
-    """Put a call in the place of a node."""
+def _put(graph: Graph, node: fx.Node, run: Run, *args: fx.Node, account: str, entries: int = 0) -> None:
+    """Put a call in the place of a node; ``entries`` are those that are multiplied, where that is known."""
     with graph.body.inserting_before(node):
         product = known(graph.body.call_function(run, args), node.meta["val"])
-    product.meta["account"] = account
+    product.meta.update({"account": account} | ({"entries": entries} if entries else {}))
     node.replace_all_uses_with(product)
 
 
@@ -189,7 +191,8 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
     prepack = _prepack(lambda *values: _matrix(function, region, values, batch, limit), ready)
     with graph.body.inserting_before(region.result):
         kept = known(graph.body.call_function(prepack, tuple(region.coefficients)), target)
-    _put(graph, region.result, run, region.source, kept, account=account)
+    entries = ready[0][1].values().numel() * (value.numel() // ready[0][1].shape[1])
+    _put(graph, region.result, run, region.source, kept, account=account, entries=entries)
 
 
 def _described(matrix: Tensor) -> str:

@@ -73,14 +73,7 @@ class Parts:
 
 def partition(graph: Graph) -> Parts:
     """Return the parts of a graph."""
-    inputs, results = set(graph.inputs), set(graph.outputs)  # never kept: the caller may write to results
-    roots = roots_of(graph)
-    kept = {
-        node for node in graph.body.nodes
-        if node.op == "call_function" and inputs.isdisjoint(roots[node]) and node not in results and not _stays(node)
-        and (is_dear(node) or sum(root.meta["val"].numel() for root in roots[node]) <= _SMALL)
-        and all(_is_kept(node, root.meta["val"].device) for root in roots[node])
-    }  # fmt: skip
+    roots, kept = roots_of(graph), kept_nodes(graph)
     apart: dict[frozenset[fx.Node], list[fx.Node]] = {}  # by what they depend on: each is recomputed for that only
     for node in graph.body.nodes:
         # Only what the rest uses, a constant that a prepack does; tuples of tensors through their items.
@@ -96,6 +89,18 @@ def partition(graph: Graph) -> Parts:
         prepacks.append(Prepack(positions, function, any(map(is_dear, nodes))))
     main = extract(graph, [*placeholders, *constants, *pieces], graph.outputs)
     return Parts(extract(graph, [], constants) if constants else None, tuple(prepacks), main)
+
+
+def kept_nodes(graph: Graph) -> set[fx.Node]:
+    """Return the nodes of a graph whose values are kept between calls."""
+    inputs, results = set(graph.inputs), set(graph.outputs)  # never kept: the caller may write to results
+    roots = roots_of(graph)
+    return {
+        node for node in graph.body.nodes
+        if node.op == "call_function" and inputs.isdisjoint(roots[node]) and node not in results and not _stays(node)
+        and (is_dear(node) or sum(root.meta["val"].numel() for root in roots[node]) <= _SMALL)
+        and all(_is_kept(node, root.meta["val"].device) for root in roots[node])
+    }  # fmt: skip
 
 
 def is_dear(node: fx.Node) -> bool:

@@ -90,6 +90,12 @@ class Program:
             ready = (*ready, *prepack(tensors, self._constants))
         return ready
 
+    def kept(self) -> int:
+        """Return how many bytes are kept between calls: constants, prepacked state, and copies to compare with."""
+        tensors = [*(self._constants or ()), *(t for prepack in self._prepacks for t in prepack.kept())]  # type: ignore[attr-defined]
+        memory = [part.untyped_storage() for tensor in tensors for part in _parts(tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in memory}.values())
+
     def frozen(self, state: Tensors) -> Program:
         """Return the program for a state that does not change: nothing of it is compared at a call."""
         found = copy.copy(self)
@@ -183,10 +189,21 @@ def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: froze
         last = (copies, outputs) if is_same(copies, tensors) else None
         return outputs
 
+    def kept() -> list[Tensor]:
+        return [] if last is None else [*(copy for i, copy in last[0] if i not in private), *(last[1] or ())]
+
     def is_same(before: list[tuple[int, Tensor]], tensors: tuple[Tensor, ...]) -> bool:
         return all(tensors[i] is tensor if i in private else same(tensors[i], tensor) for i, tensor in before)
 
+    call.kept = kept  # type: ignore[attr-defined]
     return call
+
+
+def _parts(tensor: Tensor) -> Tensors:
+    """Return the dense tensors that a tensor is made of."""
+    if tensor.layout is torch.sparse_csr:
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return (tensor,)
 
 
 def _copy(tensor: Tensor) -> Tensor:
