@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from adjointlab.pair import from_pair
     from adjointlab.space import Space, TensorSpec
     from adjointlab.spectral import operator_norm, to_dense
-    from adjointlab.verify import AdjointReport, assert_adjoint, check_adjoint
+    from adjointlab.verify import (
+        AdjointReport, DerivativeReport, assert_adjoint, assert_derivative, check_adjoint, check_derivative,
+    )  # fmt: skip
 
     __version__: str
 
@@ -38,7 +40,14 @@ _HOME = {
         "pair": ("from_pair",),
         "space": ("Space", "TensorSpec"),
         "spectral": ("operator_norm", "to_dense"),
-        "verify": ("AdjointReport", "assert_adjoint", "check_adjoint"),
+        "verify": (
+            "AdjointReport",
+            "DerivativeReport",
+            "assert_adjoint",
+            "assert_derivative",
+            "check_adjoint",
+            "check_derivative",
+        ),
     }.items()
     for name in names
 }
@@ -71,9 +80,9 @@ def _version() -> str:
 
 
 __all__ = [
-    "AdjointMismatchError", "AdjointReport", "AffineOperator", "Jacobian", "LeastSquares", "LinearOperator",
+    "AdjointMismatchError", "AdjointReport", "AffineOperator", "DerivativeReport", "Jacobian", "LeastSquares", "LinearOperator",
     "LinearityReport", "NotDifferentiableError", "NotLinearError", "Space", "SpaceMismatchError", "TensorSpec",
-    "affine_operator", "assert_adjoint", "block_diag", "check_adjoint", "check_linearity", "diagonal", "from_pair",
+    "affine_operator", "assert_adjoint", "assert_derivative", "block_diag", "check_adjoint", "check_derivative", "check_linearity", "diagonal", "from_pair",
     "hstack", "identity", "jacobian", "least_squares_gradient", "linear_adjoint", "linear_operator", "matrix",
     "operator_norm", "solvers", "to_dense", "vstack",
 ]  # fmt: skip
