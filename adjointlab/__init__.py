@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from adjointlab.space import Space, TensorSpec
     from adjointlab.spectral import operator_norm, to_dense
     from adjointlab.verify import (
-        AdjointReport, DerivativeReport, assert_adjoint, assert_derivative, check_adjoint, check_derivative,
+        AdjointReport,
+        DerivativeReport,
+        assert_adjoint,
+        assert_derivative,
+        check_adjoint,
+        check_derivative,
     )  # fmt: skip
 
     __version__: str
@@ -80,9 +85,10 @@ def _version() -> str:
 
 
 __all__ = [
-    "AdjointMismatchError", "AdjointReport", "AffineOperator", "DerivativeReport", "Jacobian", "LeastSquares", "LinearOperator",
-    "LinearityReport", "NotDifferentiableError", "NotLinearError", "Space", "SpaceMismatchError", "TensorSpec",
-    "affine_operator", "assert_adjoint", "assert_derivative", "block_diag", "check_adjoint", "check_derivative", "check_linearity", "diagonal", "from_pair",
-    "hstack", "identity", "jacobian", "least_squares_gradient", "linear_adjoint", "linear_operator", "matrix",
-    "operator_norm", "solvers", "to_dense", "vstack",
+    "AdjointMismatchError", "AdjointReport", "AffineOperator", "DerivativeReport", "Jacobian", "LeastSquares",
+    "LinearOperator", "LinearityReport", "NotDifferentiableError", "NotLinearError", "Space", "SpaceMismatchError",
+    "TensorSpec", "affine_operator", "assert_adjoint", "assert_derivative", "block_diag", "check_adjoint",
+    "check_derivative", "check_linearity", "diagonal", "from_pair", "hstack", "identity", "jacobian",
+    "least_squares_gradient", "linear_adjoint", "linear_operator", "matrix", "operator_norm", "solvers", "to_dense",
+    "vstack",
 ]  # fmt: skip

@@ -88,7 +88,7 @@ def heat_map(title: str, grid: Grid, side: int = 128) -> str:
 
 
 def log_plot(title: str, x_label: str, curves: Sequence[Curve], guides: Sequence[Curve], side: int = 300) -> str:
-    """Return curves of positive numbers on logarithmic axes as inline SVG; guides are dashed and named at their ends."""
+    """Return curves of positive numbers on logarithmic axes as inline SVG; guides are dashed and named."""
     shown = [[(math.log10(x), math.log10(y)) for x, y in curve if x > 0 and y > 0] for _, curve in (*curves, *guides)]
     points = [point for curve in shown[: len(curves)] for point in curve]
     if not points:

@@ -81,7 +81,7 @@ def check_derivative(
     >>> report.passed, round(report.slope, 1)
     (True, 2.0)
     >>> check_derivative(torch.abs, torch.zeros(1)).diagnosis
-    'f has a kink at x0: one-sided differences stay apart in f, so that f has no derivative there; move x0'
+    'f has a kink at x0: one-sided differences stay apart in f, so f has no derivative there; move x0'
     """
     return check_jacobian(jacobian(f, x0, kwargs=kwargs, batch_dims=batch_dims), seed)
 
@@ -122,9 +122,7 @@ def check_jacobian(J: Jacobian, seed: int = 0) -> DerivativeReport:
     with attributes_kept(modules), buffers_kept(modules), full_precision:
         f = J.function.tried
         with torch.no_grad():
-            test = Differences(
-                f, lambda d: J.codomain.leaves(J(J.domain.unflatten(d))), J.domain, J.codomain, point, seed
-            )
+            test = Differences(f, J, point, seed)
             _require_values(test, flat(f(point)))
             leaves = range(len(point)) if len(point) > 1 else ()
             seen = [test.along(f"random direction {number}", test.draw()) for number in range(_RANDOM)]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from adjointlab.jacobians import Jacobian
-from adjointlab.verify.checked_map import Tensors
 from adjointlab.verify.differences import Along, Differences, flat
 
 
@@ -19,7 +18,8 @@ def diagnose(test: Differences, J: Jacobian, seen: Sequence[Along], dot_holds: b
     if wrong:
         adjoint_is_right = all(_agrees(test, J, along) for along in seen)
         if adjoint_is_right and not dot_holds:
-            return f"J is wrong, though J.H is right: {_mistake(test, J, seen, wrong)}; the backward is differentiated wrongly"
+            why = "the derivative of the backward is wrong"
+            return f"J is wrong, though J.H is right ({why}): {_mistake(test, J, seen, wrong)}"
         return f"the backward of f is wrong: {_mistake(test, J, seen, wrong)}"
     if any(bool(along.kinks.any()) for along in seen):
         along = next(along for along in seen if bool(along.kinks.any()))
@@ -27,7 +27,7 @@ def diagnose(test: Differences, J: Jacobian, seen: Sequence[Along], dot_holds: b
         where = entry_of(test, int(along.kinks.nonzero()[0]))
         more = f" and {count - 1} more" if count > 1 else ""
         return (
-            f"f has a kink at x0: one-sided differences stay apart in {where}{more}, so that f has no derivative there; "
+            f"f has a kink at x0: one-sided differences stay apart in {where}{more}, so f has no derivative there; "
             "move x0"
         )
     return "J.H is wrong: it is not the adjoint of J, and finite differences agree with J"
@@ -44,13 +44,10 @@ def _agrees(test: Differences, J: Jacobian, along: Along) -> bool:
 def _mistake(test: Differences, J: Jacobian, seen: Sequence[Along], wrong: Sequence[Along]) -> str:
     """Return a common mistake that reproduces J d in all directions, and where it is made."""
     where, rows = _where(test, seen, wrong)
-    for words, candidate in (
-        ("J is its transpose", lambda along: _transposed(test, J, along)),
-        ("J is its conjugate", lambda along: along.estimate.conj() if along.estimate.is_complex() else None),
-    ):
-        found = [(along, candidate(along)) for along in wrong]
-        if all(c is not None and bool(((c - a.predicted).abs() <= a.bound).all()) for a, c in found):
-            return words
+    for words, change in (("transposed", _transposed), ("conjugated", _conjugated)):
+        changed = [(along, change(test, J, along)) for along in wrong]
+        if all(c is not None and bool(((a.estimate - c).abs() <= a.bound).all()) for a, c in changed):
+            return f"J is {words}"
     factor = _factor(wrong, rows)
     if factor is not None:
         return f"J is {factor}{where}"
@@ -69,8 +66,13 @@ def _mistake(test: Differences, J: Jacobian, seen: Sequence[Along], wrong: Seque
 def _transposed(test: Differences, J: Jacobian, along: Along) -> Tensor | None:
     if test.domain.specs != test.codomain.specs:
         return None
-    y: Tensors = along.direction
-    return flat(test.domain.leaves(J.H(test.codomain.unflatten(y))))
+    leaves = test.codomain.leaves(test.codomain.unflatten(along.direction))
+    real = tuple(t.conj() for t in leaves)  # Jᵀ d is conj(Jᴴ conj(d))
+    return flat(test.domain.leaves(J.H(test.codomain.unflatten(real)))).conj()
+
+
+def _conjugated(_: Differences, __: Jacobian, along: Along) -> Tensor | None:
+    return along.predicted.conj() if along.predicted.is_complex() else None
 
 
 def _where(test: Differences, seen: Sequence[Along], wrong: Sequence[Along]) -> tuple[str, Tensor]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from adjointlab.numerics import DOT_UNITS, SIGMAS, UNITS, wide
-from adjointlab.space import Space
+from adjointlab.operators import LinearOperator
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]
@@ -68,15 +68,15 @@ class Along:
 class Differences:
     """The differences of f at a point, and the J that is tested."""
 
-    def __init__(self, f: Function, J: Function, domain: Space, codomain: Space, point: Tensors, seed: int) -> None:
-        self.f, self.J, self.domain, self.codomain, self.point = f, J, domain, codomain, point
+    def __init__(self, f: Function, J: LinearOperator, point: Tensors, seed: int) -> None:
+        self.f, self.J, self.point, self.domain, self.codomain = f, J, point, J.domain, J.codomain
         self.generator = torch.Generator().manual_seed(seed)
         self.value = flat(f(point))
-        self.eps = max(domain.eps, codomain.eps)
-        self.sizes = [t.numel() for t in codomain.leaves(codomain.zeros())]
+        self.eps = max(J.domain.eps, J.codomain.eps)
+        self.sizes = [t.numel() for t in J.codomain.leaves(J.codomain.zeros())]
         self.digits = round(-math.log2(self.eps))
         self.calls = 1
-        self.tiny = max(torch.finfo(spec.dtype).tiny for spec in codomain.specs)
+        self.tiny = max(torch.finfo(spec.dtype).tiny for spec in J.codomain.specs)
         self.noise = self._noise_at_point(_NEARBY[1])
 
     def draw(self, leaf: int | None = None) -> Tensors:
@@ -94,7 +94,7 @@ class Differences:
     def along(self, name: str, direction: Tensors) -> Along:
         """Return the derivative along a direction by differences, beside J d."""
         begun = self.calls
-        predicted = flat(self.J(direction))
+        predicted = self._pushed(direction)
         slopes = self._noise_of_J(direction, predicted, _NEARBY[0])
         everywhere = torch.arange(len(predicted), device=predicted.device)
         steps = [2.0**-k for k in range(_FIRST, max(_FIRST + 5, round(0.45 * self.digits) + 1), 2)]
@@ -127,8 +127,11 @@ class Differences:
         self.calls += 1
         try:
             return flat(self.f(leaves))
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return torch.full_like(self.value, math.nan)
+
+    def _pushed(self, d: Tensors) -> Tensor:
+        return flat(self.codomain.leaves(self.J(self.domain.unflatten(d))))
 
     def _moved(self, leaves: Tensors) -> Tensors:
         drawn = self.domain.leaves(self.domain.randn(self.generator))
@@ -141,7 +144,7 @@ class Differences:
 
     def _noise_of_J(self, d: Tensors, predicted: Tensor, times: int) -> Tensor:
         """Return the rounding error of each entry of J d: a few units of its leaf, or as measured."""
-        moves = [(flat(self.J(self._moved(d))) - predicted).abs() for _ in range(times)]
+        moves = [(self._pushed(self._moved(d)) - predicted).abs() for _ in range(times)]
         typical = [
             torch.full_like(p.abs(), float(p.norm()) / max(1, len(p)) ** 0.5) for p in predicted.split(self.sizes)
         ]
@@ -153,9 +156,8 @@ class Differences:
             sides = [
                 self._called(tuple(x + s * h * t for x, t in zip(self.point, d, strict=True))) for s in (1.0, -1.0)
             ]
-            remainders.append(
-                sum((s - self.value - t * h * predicted).abs() ** 2 for s, t in zip(sides, (1, -1), strict=True))
-            )
+            misfits = (sides[0] - self.value - h * predicted, sides[1] - self.value + h * predicted)
+            remainders.append(torch.stack(misfits).abs().square().sum(0))
             plus, minus, value = sides[0][entries], sides[1][entries], self.value[entries]
             central.append((plus - minus) / (2 * h))
             second.append((plus - value) + (minus - value))
