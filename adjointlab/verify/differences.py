@@ -18,14 +18,15 @@ Every entry takes the step with the least bound. So truncation and rounding bala
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adjointlab.numerics import DOT_UNITS, SIGMAS, UNITS, wide
 from adjointlab.operators import LinearOperator
+from adjointlab.space import Space
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]
@@ -33,12 +34,16 @@ Function = Callable[[Tensors], Tensors]
 RATIO = 4.0  # of a step and the next
 _FIRST = 3  # the largest step is 2^-3 of the norm of the point
 _MOST_ENTRIES = 4096  # that are looked at again
-_NEARBY = (1, 3)  # how many points near x0 measure rounding; four times as many where something is doubtful
+_NEARBY = 4  # how many points nearby measure rounding; four times as many where something is doubtful
 
 
 def flat(leaves: Tensors) -> Tensor:
     """Return all entries as one vector in double precision."""
     return torch.cat([wide(t.detach().resolve_conj()).reshape(-1) for t in leaves])
+
+
+def _sizes(space: Space) -> list[int]:
+    return [spec.numel for spec in space.specs]
 
 
 @dataclass(frozen=True)
@@ -50,19 +55,19 @@ class Along:
     predicted: Tensor  # J d
     estimate: Tensor  # of the derivative along d, by differences
     bound: Tensor  # of the error of the estimate
+    rounding: Tensor  # of J d
     kinks: Tensor  # which entries have one-sided differences that stay apart
     curves: tuple[tuple[tuple[float, float, float], ...], ...]  # (h, remainder, its rounding), for every leaf
-    calls: int = field(default=0)
 
     @property
     def gap(self) -> Tensor:
-        """``|estimate − J d|``."""
-        return (self.estimate - self.predicted).abs()
+        """``|estimate − J d|``, zero where there is no estimate."""
+        return torch.where(self.bound.isfinite(), (self.estimate - self.predicted).abs(), 0.0)
 
     @property
     def wrong(self) -> Tensor:
-        """Which entries of J d no error of the estimate explains."""
-        return ~(self.gap <= self.bound)
+        """Which entries of J d no error of the estimate explains; without an estimate, the bound is infinite."""
+        return (self.bound.isfinite() & ~(self.gap <= self.bound)) | ~self.predicted.isfinite()
 
 
 class Differences:
@@ -73,11 +78,11 @@ class Differences:
         self.generator = torch.Generator().manual_seed(seed)
         self.value = flat(f(point))
         self.eps = max(J.domain.eps, J.codomain.eps)
-        self.sizes = [t.numel() for t in J.codomain.leaves(J.codomain.zeros())]
+        self.sizes = _sizes(J.codomain)
         self.digits = round(-math.log2(self.eps))
         self.calls = 1
         self.tiny = max(torch.finfo(spec.dtype).tiny for spec in J.codomain.specs)
-        self.noise = self._noise_at_point(_NEARBY[1])
+        self.noise = self._noise_at_point(_NEARBY)
 
     def draw(self, leaf: int | None = None) -> Tensors:
         """Return a random direction, with the norm of the point in every leaf; or in one leaf alone."""
@@ -93,25 +98,24 @@ class Differences:
 
     def along(self, name: str, direction: Tensors) -> Along:
         """Return the derivative along a direction by differences, beside J d."""
-        begun = self.calls
-        predicted = self._pushed(direction)
-        slopes = self._noise_of_J(direction, predicted, _NEARBY[0])
+        predicted, slopes = self._linear(self.J, direction, _NEARBY)
         everywhere = torch.arange(len(predicted), device=predicted.device)
         steps = [2.0**-k for k in range(_FIRST, max(_FIRST + 5, round(0.45 * self.digits) + 1), 2)]
         ladder = self._ladder(direction, steps, everywhere, predicted)
-        estimate, bound = ladder.best(self.noise, slopes, int(math.log2(RATIO)) // 2)
+        estimate, bound = ladder.best(self.noise, slopes, self.eps)
         kinks = torch.zeros_like(bound, dtype=torch.bool)
         doubtful = self._doubtful(predicted, estimate, bound)
         if len(doubtful):
-            self.noise = torch.maximum(self.noise, self._noise_at_point(4 * _NEARBY[1]))
-            slopes = torch.maximum(slopes, self._noise_of_J(direction, predicted, 4 * _NEARBY[0]))
+            self.noise = torch.maximum(self.noise, self._noise_at_point(4 * _NEARBY))
+            slopes = torch.maximum(slopes, self._linear(self.J, direction, 4 * _NEARBY)[1])
             closer = [2.0**-k for k in range(_FIRST, max(_FIRST + 5, self.digits - 3))]
             again = self._ladder(direction, closer, doubtful, predicted)
             noise, own = self.noise[doubtful], slopes[doubtful]
-            estimate[doubtful], bound[doubtful] = again.best(noise, own, int(math.log2(RATIO)), neighbours=True)
+            estimate[doubtful], bound[doubtful] = again.best(noise, own, self.eps, neighbours=True)
+            bound[doubtful] = torch.where(again.is_stuck(predicted[doubtful]), math.inf, bound[doubtful])
             kinks[doubtful] = again.kinks(noise, math.sqrt(self.eps))
         curves = self._curves(ladder)
-        return Along(name, direction, predicted, estimate, bound, kinks, curves, self.calls - begun)
+        return Along(name, direction, predicted, estimate, bound, slopes, kinks, curves)
 
     def _doubtful(self, predicted: Tensor, estimate: Tensor, bound: Tensor) -> Tensor:
         """Return the entries whose estimate is not as good as smooth functions have it, or is not J d."""
@@ -130,25 +134,42 @@ class Differences:
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return torch.full_like(self.value, math.nan)
 
-    def _pushed(self, d: Tensors) -> Tensor:
-        return flat(self.codomain.leaves(self.J(self.domain.unflatten(d))))
-
-    def _moved(self, leaves: Tensors) -> Tensors:
-        drawn = self.domain.leaves(self.domain.randn(self.generator))
+    def _moved(self, leaves: Tensors, space: Space) -> Tensors:
+        drawn = space.leaves(space.randn(self.generator))
         return tuple(t * (1 + torch.finfo(t.dtype).eps * r) for t, r in zip(leaves, drawn, strict=True))
 
     def _noise_at_point(self, times: int) -> Tensor:
         """Return how far each entry of ``f(x₀)`` moves where x₀ moves by rounding."""
-        moves = [(self._called(self._moved(self.point)) - self.value).abs() for _ in range(times)]
+        moves = [(self._called(self._moved(self.point, self.domain)) - self.value).abs() for _ in range(times)]
         return torch.stack(moves).amax(0).nan_to_num(0.0)
 
-    def _noise_of_J(self, d: Tensors, predicted: Tensor, times: int) -> Tensor:
-        """Return the rounding error of each entry of J d: a few units of its leaf, or as measured."""
-        moves = [(self._pushed(self._moved(d)) - predicted).abs() for _ in range(times)]
-        typical = [
-            torch.full_like(p.abs(), float(p.norm()) / max(1, len(p)) ** 0.5) for p in predicted.split(self.sizes)
+    def _linear(self, A: LinearOperator, z: Tensors, times: int) -> tuple[Tensor, Tensor]:
+        """Return the entries of ``A z``, and the rounding error of each: a few units of its leaf, or as measured."""
+        images = [
+            A.codomain.leaves(A(A.domain.unflatten(u))) for u in (z, *(self._moved(z, A.domain) for _ in range(times)))
         ]
-        return SIGMAS * torch.stack(moves).amax(0) + UNITS * self.eps * torch.cat(typical)
+        at_z, *moved = map(flat, images)
+        typical = [
+            torch.full_like(t, math.sqrt(float(t.square().mean()))) for t in at_z.abs().split(_sizes(A.codomain))
+        ]
+        noise = torch.stack([(t - at_z).abs() for t in moved]).amax(0)
+        return at_z, SIGMAS * noise + UNITS * self.eps * torch.cat(typical)
+
+    def dot_gaps(self, seen: Sequence[Along]) -> list[tuple[float, float]]:
+        """Return ``|⟨J d, v⟩ − ⟨d, Jᴴ v⟩|`` and what rounding explains, for v in each leaf and each d that was seen."""
+        found = []
+        for k in range(len(self.sizes)):
+            drawn = self.codomain.leaves(self.codomain.randn(self.generator))
+            v = tuple(t if i == k else torch.zeros_like(t) for i, t in enumerate(drawn))
+            (back, blur), y = self._linear(self.J.H, v, _NEARBY), flat(v)
+            for along in seen:
+                d = flat(along.direction)
+                gap = (along.predicted.conj() * y).sum() - (d.conj() * back).sum()
+                allowed = float((along.rounding * y.abs()).sum() + (blur * d.abs()).sum()) + self.tiny
+                part = along.predicted[y != 0]
+                scale = max(float(part.norm() * y.norm()), float(d.norm() * back.norm())) or 1.0
+                found.append((float((gap if self.J.is_complex_linear else gap.real).abs()) / scale, allowed / scale))
+        return found
 
     def _ladder(self, d: Tensors, steps: list[float], entries: Tensor, predicted: Tensor) -> _Ladder:
         central, second, sizes, remainders = [], [], [], []
@@ -192,19 +213,38 @@ class _Ladder:
     rounding: Tensor
     remainders: list[list[float]]
 
-    def best(self, noise: Tensor, own: Tensor, apart: int, *, neighbours: bool = False) -> tuple[Tensor, Tensor]:
+    def best(self, noise: Tensor, own: Tensor, eps: float, *, neighbours: bool = False) -> tuple[Tensor, Tensor]:
         """Return the estimate with the least bound, and the bound, for each entry."""
+        apart = round(math.log(RATIO) / math.log(float(self.steps[0] / self.steps[1])))
         h, H = self.steps[apart:], self.steps[:-apart]
         fine, coarse = self.central[apart:], self.central[:-apart]
         second = (RATIO**2 * self.second[apart:] - self.second[:-apart]).abs() / H
-        bounds = (fine - coarse).abs() + second + (self.rounding[apart:] + SIGMAS * noise) / h + own
-        bounds = bounds.nan_to_num(math.inf, math.inf)
+        truncation, rounding = (fine - coarse).abs() + second, (self.rounding[apart:] + SIGMAS * noise) / h + own
+        # What is neither rounding nor shrinks with the step says that the steps are too large.
+        grows = (truncation > rounding)[:-1] & (truncation[1:] > torch.maximum(truncation[:-1], rounding[1:]))
+        bounds = (truncation + rounding).nan_to_num(math.inf, math.inf)
+        bounds[:-1][grows] = math.inf
+        # Where x0 moves by rounding, and f by much of all that it moves, it is too rough for differences.
+        is_rough = (noise > eps**-0.5 / DOT_UNITS * self.rounding.nan_to_num(0.0).amax(0)) & (
+            16 * noise > (2 * self.steps * self.central.abs()).nan_to_num(0.0).amax(0)
+        )
+        bounds[:, is_rough] = math.inf
         estimates = fine + (fine - coarse) / (RATIO**2 - 1)
         if neighbours:  # which have other rounding errors, so that a bound is not small by chance
             padded = torch.cat([bounds[:1], bounds, bounds[-1:]])
             bounds = torch.stack([padded[:-2], bounds, padded[2:]]).amax(0)
         bound, row = bounds.min(0)
-        return estimates.gather(0, row[None])[0], bound
+        best = estimates.gather(0, row[None])[0]
+        # Where other steps contradict it, as where f is so coarse that it does not move, it is not trusted.
+        apart_by = (estimates - best).abs().nan_to_num(0.0, 0.0)
+        contradicts = bounds.isfinite() & (apart_by > bounds + bound)
+        return best, torch.maximum(bound, torch.where(contradicts, apart_by + bounds, 0.0).amax(0))
+
+    def is_stuck(self, predicted: Tensor) -> Tensor:
+        """Return which entries move at some steps, but not at the smallest, where J d would have them move."""
+        # So do results that are rounded to fewer digits than their dtype has.
+        still = (self.central[-3:].abs() + self.second[-3:].abs()).amax(0) == 0
+        return still & (self.central.abs().amax(0) > 0) & (predicted.abs() * self.steps[-3] > self.rounding[-3])
 
     def kinks(self, noise: Tensor, near: float) -> Tensor:
         """Return which entries have one-sided differences that differ as much at all steps down to rounding."""
