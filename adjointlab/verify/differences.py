@@ -9,8 +9,8 @@ differences. With steps H and ``h = H / r``, Richardson's ``D(h) + (D(h) − D(H
 
 bounds its error. The first term is the larger part of what Richardson removes. The second is ``O(h³)`` for a smooth
 function; where the function has a kink within reach of H, at a distance δ, the first is ``3 g δ / 2H`` or more and the
-second is ``g |3 − 15 δ/H|`` for a jump g of the slope, and they exceed the error for every δ. Rounding is the larger of
-a few units in the last place and what f is seen to move where x₀ moves by a unit in its last place.
+second is ``g |3 − 15 δ/H|`` for a jump g of the slope, and they exceed the error for every δ. Rounding is a few
+units in the last place, and what f is seen to move where x₀ moves by a unit in its last place.
 
 Every entry takes the step with the least bound. So truncation and rounding balance by themselves, in each entry.
 """
@@ -44,6 +44,12 @@ def flat(leaves: Tensors) -> Tensor:
 
 def _sizes(space: Space) -> list[int]:
     return [spec.numel for spec in space.specs]
+
+
+def _typical(entries: Tensor, space: Space) -> Tensor:
+    """Return for each entry the root mean square of its leaf."""
+    parts = entries.abs().split(_sizes(space))
+    return torch.cat([torch.full_like(t, float(t.norm()) / max(1, len(t)) ** 0.5) for t in parts])
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class Differences:
     def along(self, name: str, direction: Tensors) -> Along:
         """Return the derivative along a direction by differences, beside J d."""
         predicted, slopes = self._linear(self.J, direction, _NEARBY)
+        self._know_coarse(predicted, slopes)
         everywhere = torch.arange(len(predicted), device=predicted.device)
         steps = [2.0**-k for k in range(_FIRST, max(_FIRST + 5, round(0.45 * self.digits) + 1), 2)]
         ladder = self._ladder(direction, steps, everywhere, predicted)
@@ -116,6 +123,13 @@ class Differences:
             kinks[doubtful] = again.kinks(noise, math.sqrt(self.eps))
         curves = self._curves(ladder)
         return Along(name, direction, predicted, estimate, bound, slopes, kinks, curves)
+
+    def _know_coarse(self, predicted: Tensor, slopes: Tensor) -> None:
+        """Let the noise of f be no less than that of J, where J shows that numbers inside have fewer digits."""
+        size = _typical(predicted, self.codomain)
+        share = _typical(slopes, self.codomain) / torch.where(size > 0, size, math.inf)
+        coarse = torch.where(share > self.eps**0.75, share, 0.0) * _typical(self.value, self.codomain)
+        self.noise = torch.maximum(self.noise, coarse)
 
     def _doubtful(self, predicted: Tensor, estimate: Tensor, bound: Tensor) -> Tensor:
         """Return the entries whose estimate is not as good as smooth functions have it, or is not J d."""
@@ -145,15 +159,16 @@ class Differences:
 
     def _linear(self, A: LinearOperator, z: Tensors, times: int) -> tuple[Tensor, Tensor]:
         """Return the entries of ``A z``, and the rounding error of each: a few units of its leaf, or as measured."""
-        images = [
-            A.codomain.leaves(A(A.domain.unflatten(u))) for u in (z, *(self._moved(z, A.domain) for _ in range(times)))
-        ]
-        at_z, *moved = map(flat, images)
-        typical = [
-            torch.full_like(t, math.sqrt(float(t.square().mean()))) for t in at_z.abs().split(_sizes(A.codomain))
-        ]
-        noise = torch.stack([(t - at_z).abs() for t in moved]).amax(0)
-        return at_z, SIGMAS * noise + UNITS * self.eps * torch.cat(typical)
+        nearby = [(1.0, self._moved(z, A.domain)) for _ in range(times)]
+        # Multiples that are no powers of two show what a coarser dtype inside makes of it, as in rounding_noise.
+        nearby += [(s, tuple(s * t for t in z)) for s in (65 / 64, 127 / 128)]
+
+        def image(u: Tensors) -> Tensor:
+            return flat(A.codomain.leaves(A(A.domain.unflatten(u))))
+
+        at_z = image(z)
+        noise = torch.stack([(image(u) - s * at_z).abs() for s, u in nearby]).amax(0)
+        return at_z, SIGMAS * noise + UNITS * self.eps * _typical(at_z, A.codomain)
 
     def dot_gaps(self, seen: Sequence[Along]) -> list[tuple[float, float]]:
         """Return ``|⟨J d, v⟩ − ⟨d, Jᴴ v⟩|`` and what rounding explains, for v in each leaf and each d that was seen."""
@@ -182,8 +197,9 @@ class Differences:
             plus, minus, value = sides[0][entries], sides[1][entries], self.value[entries]
             central.append((plus - minus) / (2 * h))
             second.append((plus - value) + (minus - value))
-            sizes.append(plus.abs() + minus.abs())
-        rounding = DOT_UNITS * self.eps * torch.stack(sizes) + self.tiny
+            leaf = sum(_typical(side.nan_to_num(0.0, 0.0), self.codomain)[entries] for side in sides)
+            sizes.append(DOT_UNITS * (plus.abs() + minus.abs()) + leaf)
+        rounding = self.eps * torch.stack(sizes) + self.tiny
         totals = [[float(part.sum()) ** 0.5 for part in r.split(self.sizes)] for r in remainders]
         return _Ladder(
             torch.tensor(steps, dtype=torch.float64, device=self.value.device)[:, None],
@@ -220,8 +236,10 @@ class _Ladder:
         fine, coarse = self.central[apart:], self.central[:-apart]
         second = (RATIO**2 * self.second[apart:] - self.second[:-apart]).abs() / H
         truncation, rounding = (fine - coarse).abs() + second, (self.rounding[apart:] + SIGMAS * noise) / h + own
-        # What is neither rounding nor shrinks with the step says that the steps are too large.
-        grows = (truncation > rounding)[:-1] & (truncation[1:] > torch.maximum(truncation[:-1], rounding[1:]))
+        # What is not rounding shrinks with the step; where it has grown at some smaller step, the step is too large.
+        seen = torch.where(truncation > rounding, truncation, 0.0)
+        later = seen.flip(0).cummax(0).values.flip(0)[1:]
+        grows = later > torch.maximum(truncation, rounding)[:-1]
         bounds = (truncation + rounding).nan_to_num(math.inf, math.inf)
         bounds[:-1][grows] = math.inf
         # Where x0 moves by rounding, and f by much of all that it moves, it is too rough for differences.
