@@ -192,8 +192,8 @@ def false_alarms(count: int, names: Any = ZOO) -> Iterator[tuple[str, str, int, 
 
 
 if __name__ == "__main__":
-    for alarm in false_alarms(int(sys.argv[1]), sys.argv[2:] or ZOO):
-        print(*alarm)
+    lines = [" ".join(map(str, alarm)) for alarm in false_alarms(int(sys.argv[1]), sys.argv[2:] or ZOO)]
     for precision in (lambda case: case, single):
         rows = list(injected(sys.argv[2:] or ZOO, precision))
-        print(Counter(bool(row[2]) for row in rows), *[row for row in rows if not row[2]], sep="\n")
+        lines += [str(Counter(bool(row[2]) for row in rows)), *[str(row) for row in rows if not row[2]]]
+    sys.stdout.write("\n".join(lines) + "\n")
