@@ -113,7 +113,9 @@ def log_plot(title: str, x_label: str, curves: Sequence[Curve], guides: Sequence
         look = 'stroke="#888" stroke-dasharray="4 3"' if is_guide else 'stroke="rgb(33,49,104)" stroke-width="1.6"'
         parts.append(f'<polyline points="{line}" fill="none" {look} clip-path="url(#frame)"/>')
         if is_guide and curve:
-            u, v = place(*curve[0])
+            (x, y), (x_end, y_end) = curve[0], curve[-1]
+            part = min(1.0, (y - bottom) / (y - y_end)) / 2 if y > y_end else 0.5  # the middle of what is seen of it
+            u, v = place(x + part * (x_end - x), y + part * (y_end - y))
             parts.append(
                 f'<text x="{u - 4:.1f}" y="{v - 5:.1f}" text-anchor="end" fill="#666">{html.escape(name)}</text>'
             )

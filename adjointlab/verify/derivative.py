@@ -15,6 +15,7 @@ from adjointlab.jacobians import Jacobian, jacobian
 from adjointlab.modules import attributes_kept, buffers_kept
 from adjointlab.numerics import full_precision
 from adjointlab.reporting import Curve
+from adjointlab.space import Space
 from adjointlab.verify.derivative_diagnosis import diagnose, entry_of
 from adjointlab.verify.derivative_report import DerivativeReport
 from adjointlab.verify.differences import Along, Differences, flat
@@ -80,6 +81,8 @@ def check_derivative(
     >>> check_derivative(torch.abs, torch.zeros(1)).diagnosis
     'f has a kink at x0: one-sided differences stay apart in f, so f has no derivative there; move x0'
     """
+    if not all(bool(torch.isfinite(leaf).all()) for leaf in Space.of(x0, batch_dims=batch_dims).leaves(x0, "x0")):
+        raise SpaceMismatchError("expected x0 to be finite, got NaN or infinity: pass finite numbers")
     return check_jacobian(jacobian(f, x0, kwargs=kwargs, batch_dims=batch_dims), seed)
 
 
@@ -113,8 +116,6 @@ def check_jacobian(J: Jacobian, seed: int = 0) -> DerivativeReport:
     if J.domain.is_sharded:
         raise SpaceMismatchError("expected x0 on one process, got a sharded one: check the derivative on one process")
     point = tuple(leaf.detach() for leaf in J.domain.leaves(J.point))
-    if not all(bool(torch.isfinite(leaf).all()) for leaf in point):
-        raise SpaceMismatchError("expected x0 to be finite, got NaN or infinity: pass finite numbers")
     modules = tuple(J.function.modules)
     with attributes_kept(modules), buffers_kept(modules), full_precision:
         f = J.function.tried

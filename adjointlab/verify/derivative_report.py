@@ -103,7 +103,7 @@ class DerivativeReport:
             return ""
         (first, last), top = (max(points)[0], min(points)[0]), max(y for _, y in points)
         guides = [(f"slope {n}", ((first, top), (last, top * (last / first) ** n))) for n in (1, 2)]
-        return log_plot("‖f(x₀ + h d) − f(x₀) − h J d‖, one line for each direction d", "step h", self.figure, guides)
+        return log_plot("‖f(x₀ + h d) − f(x₀) − h J d‖", "step h", self.figure, guides)
 
     def _repr_html_(self) -> str:
         more = html_folded("details", self._detailed())
