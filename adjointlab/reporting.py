@@ -114,8 +114,8 @@ def log_plot(title: str, x_label: str, curves: Sequence[Curve], guides: Sequence
         parts.append(f'<polyline points="{line}" fill="none" {look} clip-path="url(#frame)"/>')
         if is_guide and curve:
             (x, y), (x_end, y_end) = curve[0], curve[-1]
-            part = min(1.0, (y - bottom) / (y - y_end)) / 2 if y > y_end else 0.5  # the middle of what is seen of it
-            u, v = place(x + part * (x_end - x), y + part * (y_end - y))
+            part = min(1.0, (y - bottom) / (y - y_end)) if y > y_end else 1.0  # of it is seen
+            u, v = place(x + 0.85 * part * (x_end - x), y + 0.85 * part * (y_end - y))
             parts.append(
                 f'<text x="{u - 4:.1f}" y="{v - 5:.1f}" text-anchor="end" fill="#666">{html.escape(name)}</text>'
             )
