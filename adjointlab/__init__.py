@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from adjointlab.pair import from_pair
     from adjointlab.space import Space, TensorSpec
     from adjointlab.spectral import operator_norm, to_dense
-    from adjointlab.verify import AdjointReport, assert_adjoint, check_adjoint
+    from adjointlab.verify import (
+        AdjointReport,
+        DerivativeReport,
+        assert_adjoint,
+        assert_derivative,
+        check_adjoint,
+        check_derivative,
+    )  # fmt: skip
 
     __version__: str
 
@@ -50,7 +57,14 @@ _HOME = {
         "pair": ("from_pair",),
         "space": ("Space", "TensorSpec"),
         "spectral": ("operator_norm", "to_dense"),
-        "verify": ("AdjointReport", "assert_adjoint", "check_adjoint"),
+        "verify": (
+            "AdjointReport",
+            "DerivativeReport",
+            "assert_adjoint",
+            "assert_derivative",
+            "check_adjoint",
+            "check_derivative",
+        ),
     }.items()
     for name in names
 }
@@ -85,9 +99,10 @@ def _version() -> str:
 
 
 __all__ = [
-    "AdjointMismatchError", "AdjointReport", "AffineOperator", "ConvergenceWarning", "Jacobian", "LeastSquares",
-    "LinearOperator", "LinearityReport", "NotDifferentiableError", "NotLinearError", "Space", "SpaceMismatchError",
-    "TensorSpec", "affine_operator", "assert_adjoint", "block_diag", "check_adjoint", "check_linearity", "diagonal",
-    "from_pair", "hstack", "identity", "jacobian", "least_squares_gradient", "linear_adjoint", "linear_operator",
-    "matrix", "operator_norm", "solvers", "to_dense", "vstack",
+    "AdjointMismatchError", "AdjointReport", "AffineOperator", "ConvergenceWarning", "DerivativeReport", "Jacobian",
+    "LeastSquares", "LinearOperator", "LinearityReport", "NotDifferentiableError", "NotLinearError", "Space",
+    "SpaceMismatchError", "TensorSpec", "affine_operator", "assert_adjoint", "assert_derivative", "block_diag",
+    "check_adjoint", "check_derivative", "check_linearity", "diagonal", "from_pair", "hstack", "identity", "jacobian",
+    "least_squares_gradient", "linear_adjoint", "linear_operator", "matrix", "operator_norm", "solvers", "to_dense",
+    "vstack",
 ]  # fmt: skip

@@ -33,7 +33,10 @@ class NotDifferentiableError(RuntimeError):
 
 
 class AdjointMismatchError(AssertionError):
-    """A claimed adjoint B of A fails ``⟨Ax, y⟩ = ⟨x, By⟩`` beyond rounding; the message begins with the diagnosis."""
+    """A claimed adjoint B of A fails ``⟨Ax, y⟩ = ⟨x, By⟩`` beyond rounding; the message begins with the diagnosis.
+
+    So does a Jacobian that fails ``f(x₀ + h d) = f(x₀) + h J d + O(h²)``.
+    """
 
 
 class ConvergenceWarning(RuntimeWarning):

@@ -30,6 +30,12 @@ class Jacobian(LinearOperator):
         return source
 
     @property
+    def function(self) -> Eager:
+        """The function f itself, on leaves."""
+        pull_back = self._linearization.callable
+        return Eager(pull_back.function, pull_back.kwargs, pull_back.domain)
+
+    @property
     def point(self) -> Any:
         """The point ``x₀``: a copy of what was given."""
         pull_back = self._linearization.callable

@@ -10,6 +10,7 @@ from typing import Any
 
 Rows = Sequence[tuple[str, str]]
 Grid = tuple[tuple[float, ...], ...]
+Curve = tuple[str, tuple[tuple[float, float], ...]]
 
 _CELL = "padding:2px 10px 2px 0;text-align:left;vertical-align:top"
 _DARK = (33, 49, 104)  # the colour of the largest entry; zero is white
@@ -83,4 +84,51 @@ def heat_map(title: str, grid: Grid, side: int = 128) -> str:
         f'<rect width="{w:.2f}" height="{h:.2f}" fill="white"/>{"".join(squares)}'
         f'<rect x="0.5" y="0.5" width="{w - 1:.2f}" height="{h - 1:.2f}" fill="none" stroke="#999"/></svg>'
         f'<figcaption style="font-size:smaller;max-width:16em">{label}</figcaption></figure>'
+    )
+
+
+def log_plot(title: str, x_label: str, curves: Sequence[Curve], guides: Sequence[Curve], side: int = 300) -> str:
+    """Return curves of positive numbers on logarithmic axes as inline SVG; guides are dashed and named."""
+    shown = [[(math.log10(x), math.log10(y)) for x, y in curve if x > 0 and y > 0] for _, curve in (*curves, *guides)]
+    points = [point for curve in shown[: len(curves)] for point in curve]
+    if not points:
+        return ""
+    (left, right), (bottom, top) = [(math.floor(min(axis)), math.ceil(max(axis))) for axis in zip(*points, strict=True)]
+    bottom, top, right = min(bottom, top - 1), max(top, bottom + 1), max(right, left + 1)
+    margin, width, height = 44, float(side), 0.8 * side
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return margin + (x - left) / (right - left) * width, 8 + (top - y) / (top - bottom) * height
+
+    parts = []
+    for ends, sign in ((range(left, right + 1), "x"), (range(bottom, top + 1), "y")):
+        for exponent in ends[:: max(1, -(-len(ends) // 6))]:
+            u, v = place(exponent, bottom) if sign == "x" else place(left, exponent)
+            u, v, anchor = (u, v + 15, "middle") if sign == "x" else (u - 5, v + 4, "end")
+            power = f'10<tspan dy="-4" font-size="8">{str(exponent).replace("-", "−")}</tspan>'
+            parts.append(f'<text x="{u:.1f}" y="{v:.1f}" text-anchor="{anchor}">{power}</text>')
+    for number, ((name, _), curve) in enumerate(zip((*curves, *guides), shown, strict=True)):
+        is_guide = number >= len(curves)
+        line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in curve)
+        look = 'stroke="#888" stroke-dasharray="4 3"' if is_guide else 'stroke="rgb(33,49,104)" stroke-width="1.6"'
+        parts.append(f'<polyline points="{line}" fill="none" {look} clip-path="url(#frame)"/>')
+        if is_guide and curve:
+            (x, y), (x_end, y_end) = curve[0], curve[-1]
+            part = min(1.0, (y - bottom) / (y - y_end)) if y > y_end else 1.0  # of it is seen
+            u, v = place(x + 0.85 * part * (x_end - x), y + 0.85 * part * (y_end - y))
+            parts.append(
+                f'<text x="{u - 4:.1f}" y="{v - 5:.1f}" text-anchor="end" fill="#666">{html.escape(name)}</text>'
+            )
+        else:
+            spots = [place(*point) for point in curve]
+            parts.extend(f'<circle cx="{u:.1f}" cy="{v:.1f}" r="2.2" fill="rgb(33,49,104)"/>' for u, v in spots)
+    frame = f'x="{margin}" y="8" width="{width:.1f}" height="{height:.1f}"'
+    w, h, label = margin + width + 12, height + 48, html.escape(title)
+    return (
+        '<figure style="display:inline-block;vertical-align:top;margin:4px 12px 4px 0">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}" width="{w:.0f}" height="{h:.0f}" '
+        f'viewBox="0 0 {w:.0f} {h:.0f}" font-family="sans-serif" font-size="11" fill="currentColor">'
+        f'<clipPath id="frame"><rect {frame}/></clipPath><rect {frame} fill="none" stroke="#999"/>{"".join(parts)}'
+        f'<text x="{margin + width / 2:.0f}" y="{h - 6:.0f}" text-anchor="middle">{html.escape(x_label)}</text></svg>'
+        f'<figcaption style="font-size:smaller;max-width:24em">{label}</figcaption></figure>'
     )

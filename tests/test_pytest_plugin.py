@@ -13,7 +13,7 @@ import adjointlab as al
 pytestmark = pytest.mark.slow
 
 # Pytester forgets what its tests import, and these must not be imported twice: run alone, this file would fail.
-IMPORTED = (torch._dynamo, al.linear_operator, al.affine_operator, al.check_adjoint)
+IMPORTED = (torch._dynamo, al.linear_operator, al.affine_operator, al.check_adjoint, al.check_derivative)
 
 pytest_plugins = ["pytester"]
 
@@ -130,6 +130,35 @@ def test_skipped(adjoint_check):
     done.assert_outcomes(passed=2, skipped=1)
 
 
+def test_derivatives(project) -> None:
+    done = project("""
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, v):
+        return ctx.saved_tensors[0] * v
+
+@pytest.mark.derivative({"sin": (torch.sin, torch.ones(3)), "made": lambda: (torch.exp, torch.ones(2))}, seed=3)
+def test_derivatives(derivative_check):
+    assert derivative_check().passed
+
+@pytest.mark.derivative([(Square.apply, torch.ones(3)), (torch.sqrt, torch.zeros(3))])
+def test_wrong(derivative_check):
+    derivative_check()
+
+def test_alone(derivative_check):
+    assert derivative_check(torch.sin, torch.ones(3), batch_dims=1).passed
+""")
+    done.assert_outcomes(passed=3, failed=2)
+    shown = [line for line in done.outlines if line.startswith("E ")]
+    assert shown[0].endswith("AdjointMismatchError: the backward of f is wrong: J is 2 × too small")
+    assert any("NotDifferentiableError" in line for line in shown)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -139,8 +168,24 @@ def test_skipped(adjoint_check):
         ("@pytest.mark.adjoint([A])\ndef test_x(adjoint_check):\n    pass", "*was never called*"),
         ("@pytest.mark.adjoint(A)\ndef test_x(adjoint_check):\n    adjoint_check()", "*expected one mapping or list*"),
         ("@pytest.mark.adjoint([A], [A])\ndef test_x(adjoint_check):\n    pass", "*expected one mapping or list*"),
+        ("@pytest.mark.derivative([1])\ndef test_x(adjoint_check):\n    pass", "*take the fixture derivative_check*"),
+        (
+            "@pytest.mark.derivative([1])\ndef test_x(derivative_check):\n    pass",
+            "*derivative_check was never called*",
+        ),
+        ("def test_x(derivative_check):\n    derivative_check()", "*needs a function and a point*"),
     ],
-    ids=["without the fixture", "no operators", "nothing to test", "not called", "one operator", "two lists"],
+    ids=[
+        "without the fixture",
+        "no operators",
+        "nothing to test",
+        "not called",
+        "one operator",
+        "two lists",
+        "without derivative_check",
+        "derivative not called",
+        "no function",
+    ],
 )
 def test_tests_that_would_test_nothing_are_errors(project, text: str, message: str) -> None:
     done = project(text)

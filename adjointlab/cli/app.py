@@ -99,6 +99,7 @@ _ENGINE = typer.Option(help="How the adjoint is computed.")
 _EVAL = typer.Option("--eval", help="Put the module into evaluation mode first (dropout, batch-norm).")
 _SEED = typer.Option(min=0, max=2**63 - 1, help="Of a module's initial weights and of the random draws.")
 _TRIALS = typer.Option(min=1, max=10**6, help="Number of random draws.")
+_JACOBIAN = typer.Option("--jacobian", help="Check the derivative at a random point, of a map that is not linear.")
 _JSON = typer.Option("--json", help="Print one JSON object, or a list of them for several targets.")
 _HTML = typer.Option("--html", help="Write the reports to this HTML file.")
 _DEBUG = typer.Option("--debug", help="Show tracebacks.")
@@ -139,6 +140,13 @@ class CheckOptions(Options):
     """The options of the command ``check``."""
 
     trials: Annotated[int | None, _TRIALS] = None
+    jacobian: Annotated[bool, _JACOBIAN] = False
+
+    def check(self, memory: int) -> None:
+        """Raise ``UnusableError`` for options that do not go together too."""
+        super().check(memory)
+        if self.jacobian and self.trials is not None:
+            raise UnusableError("expected --jacobian or --trials, got both: leave --trials out")
 
 
 # -- the commands --------------------------------------------------------------------------------------------------
@@ -200,6 +208,8 @@ class Subject:
 
 def _check(subject: Subject) -> Outcome:
     options = subject.options
+    if options.jacobian:
+        return _check_derivative(subject)
     linearity = al.check_linearity(subject.function, subject.domain, **subject.settings, seed=options.seed)
     record: dict[str, Any] = {"domain": subject.describe(), "linearity": linearity.to_dict()}
     try:
@@ -215,6 +225,24 @@ def _check(subject: Subject) -> Outcome:
         text = f"{_AFFINE} Its linear part x ↦ f(x) − f(0) was checked.\n\n"
         html_ = f"<p>{html.escape(text.strip())}</p>"
     return Outcome(code, f"{text}{report}\n\n{linearity}", record, html_ + page(report, linearity))
+
+
+def _check_derivative(subject: Subject) -> Outcome:
+    import torch
+
+    from adjointlab.verify.derivative import check_jacobian
+
+    options, record = subject.options, {"domain": subject.describe(), "passed": False}
+    space = al.Space.of(subject.domain, batch_dims=options.batch_dims)
+    x0 = space.randn(torch.Generator().manual_seed(options.seed))
+    try:
+        report = check_jacobian(
+            al.jacobian(subject.function, x0, **subject.settings, engine=options.engine), options.seed
+        )
+    except _FAILURES as failure:
+        return _failed(failure, record)
+    record |= {"passed": report.passed, "derivative": report.to_dict()}
+    return Outcome(PASSED if report.passed else FAILED, str(report), record, page(report))
 
 
 def _explain(subject: Subject) -> Outcome:
@@ -326,7 +354,8 @@ def _command(work: Callable[[Subject], Outcome], options: type[Options]) -> Call
 app.command(
     "check",
     short_help="Check a map and its adjoint.",
-    help="Check that a map is linear and ⟨A x, y⟩ = ⟨x, Aᴴ y⟩; exit with 0 if so, 1 if not, 2 if it cannot be said.",
+    help="Check that a map is linear and ⟨A x, y⟩ = ⟨x, Aᴴ y⟩; with --jacobian, the derivative of one that is not. "
+    "Exit with 0 if so, 1 if not, 2 if it cannot be said.",
 )(_command(_check, CheckOptions))
 app.command(
     "explain",

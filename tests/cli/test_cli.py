@@ -78,6 +78,19 @@ def test_nothing_is_said_to_be_refuted_beside_what_has_passed():
     assert not any(word in biased.stdout for word in ("refuted", "fails", "counterexample"))
 
 
+def test_derivatives_are_checked():
+    done = invoke("check", "torch:sin", "--jacobian", "--shape", "4", "--dtype", "float64", "--json")
+    record = json.loads(done.stdout)
+    assert (done.exit_code, record["status"], record["passed"]) == (0, "passed", True)
+    assert 1.9 < record["derivative"]["slope"] < 2.1
+    done = invoke("check", "torch:round", "--jacobian", "--shape", "40")
+    assert done.exit_code == 0  # whose derivative is zero
+    done = invoke("check", "torch.nn:Dropout()", "--jacobian", "--shape", "40")
+    assert done.exit_code == 1
+    assert "NotDifferentiableError" in done.stdout
+    assert "--trials" in unusable("check", "torch:sin", "--jacobian", "--shape", "4", "--trials", "3")
+
+
 @pytest.mark.parametrize(
     ("target", "error"),
     [

@@ -1,0 +1,129 @@
+"""Diagnosis of a wrong derivative in words: which of J and J.H is wrong, where, and how."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adjointlab.jacobians import Jacobian
+from adjointlab.verify.differences import Along, Differences, flat
+
+
+def diagnose(test: Differences, J: Jacobian, seen: Sequence[Along], dot_holds: bool) -> str:
+    """Return what is wrong, for a test that has failed; finite differences tell which of J and J.H it is."""
+    wrong = [along for along in seen if bool(along.wrong.any())]
+    if wrong:
+        adjoint_is_right = all(_agrees(test, J, along) for along in seen)
+        if adjoint_is_right and not dot_holds:
+            why = "the derivative of the backward is wrong"
+            return f"J is wrong, though J.H is right ({why}): {_mistake(test, J, seen, wrong)}"
+        return f"the backward of f is wrong: {_mistake(test, J, seen, wrong)}"
+    if any(bool(along.kinks.any()) for along in seen):
+        along = next(along for along in seen if bool(along.kinks.any()))
+        count = int(torch.stack([a.kinks for a in seen]).any(0).sum())
+        where = entry_of(test, int(along.kinks.nonzero()[0]))
+        more = f" and {count - 1} more" if count > 1 else ""
+        return (
+            f"f has a kink at x0: one-sided differences stay apart in {where}{more}, so f has no derivative there; "
+            "move x0"
+        )
+    return "J.H is wrong: it is not the adjoint of J, and finite differences agree with J"
+
+
+def _agrees(test: Differences, J: Jacobian, along: Along) -> bool:
+    """Return whether ``Re⟨d, Jᴴ v⟩`` is what finite differences make of ``Re⟨J d, v⟩``."""
+    v = test.codomain.leaves(test.codomain.randn(test.generator))
+    back = flat(test.domain.leaves(J.H(test.codomain.unflatten(v))))
+    left, right = (along.estimate.conj() * flat(v)).sum().real, (flat(along.direction).conj() * back).sum().real
+    return bool((left - right).abs() <= (along.bound * flat(v).abs()).sum())
+
+
+def _mistake(test: Differences, J: Jacobian, seen: Sequence[Along], wrong: Sequence[Along]) -> str:
+    """Return a common mistake that reproduces J d in all directions, and where it is made."""
+    where, rows = _where(test, seen, wrong)
+    for words, change in (("transposed", _transposed), ("conjugated", _conjugated)):
+        changed = [(along, change(test, J, along)) for along in wrong]
+        if all(c is not None and bool(((a.estimate - c).abs() <= a.bound).all()) for a, c in changed):
+            return f"J is {words}"
+    factor = _factor(wrong, rows)
+    if factor is not None:
+        return f"J is {factor}{where}"
+    entries = torch.stack([along.wrong for along in wrong]).any(0) & rows
+    count, of = int(entries.sum()), int(rows.sum())
+    worst = max(wrong, key=lambda along: float((along.gap / along.bound.clamp(min=1e-300))[rows].max()))
+    share = float(worst.gap[rows].norm() / worst.estimate[rows].norm().clamp(min=1e-300))
+    places = (
+        f" in {entry_of(test, int(entries.nonzero()[0]))} alone"
+        if count == 1 and of > 1
+        else f" in {count} of {of} entries"
+    )
+    return f"J d is off by {share:.2g} of its size{places}{where}"
+
+
+def _transposed(test: Differences, J: Jacobian, along: Along) -> Tensor | None:
+    if test.domain.specs != test.codomain.specs:
+        return None
+    leaves = test.codomain.leaves(test.codomain.unflatten(along.direction))
+    real = tuple(t.conj() for t in leaves)  # Jᵀ d is conj(Jᴴ conj(d))
+    return flat(test.domain.leaves(J.H(test.codomain.unflatten(real)))).conj()
+
+
+def _conjugated(_: Differences, __: Jacobian, along: Along) -> Tensor | None:
+    return along.predicted.conj() if along.predicted.is_complex() else None
+
+
+def _where(test: Differences, seen: Sequence[Along], wrong: Sequence[Along]) -> tuple[str, Tensor]:
+    """Return in words the leaves that are wrong, where others are right, and the entries of those of f."""
+    parts = torch.stack([along.wrong for along in wrong]).any(0).split(test.sizes)
+    leaves = [bool(part.any()) for part in parts]
+    rows = torch.cat([torch.full_like(part, is_wrong) for part, is_wrong in zip(parts, leaves, strict=True)])
+    words = []
+    if not all(leaves):
+        words.append(f"in leaf {', '.join(str(k) for k, is_wrong in enumerate(leaves) if is_wrong)} of f")
+    alone = [along for along in seen if along.name.startswith("leaf")]
+    if alone and any(map(_is_wrong, alone)) and not all(map(_is_wrong, alone)):
+        words.append(f"with respect to {', '.join(a.name.removesuffix(' alone') for a in alone if _is_wrong(a))}")
+    return "".join(f" {word}" for word in words), rows
+
+
+def _is_wrong(along: Along) -> bool:
+    return bool(along.wrong.any())
+
+
+def _factor(wrong: Sequence[Along], rows: Tensor) -> str | None:
+    """Return the factor between J and the derivative in words, if one factor explains all that is wrong."""
+    alone = [along for along in wrong if along.name.startswith("leaf")] or list(wrong)
+    found = torch.cat([along.predicted[rows] for along in alone])
+    right, bound = (torch.cat([getattr(along, name)[rows] for along in alone]) for name in ("estimate", "bound"))
+    if not bool(found.any()):
+        return "zero (detached, or never written)"
+    factor = complex((right.conj() * found).sum() / right.abs().square().sum().clamp(min=1e-300))
+    if not bool(((found - factor * right).abs() <= (1 + abs(factor)) * bound).all()):
+        return None
+    if abs(factor.imag) > 1e-3 * abs(factor):
+        return f"off by the complex factor {factor.real:.3f}{factor.imag:+.3f}j"
+    size = abs(factor.real)
+    sign = "of the wrong sign" if factor.real < 0 else ""
+    scale = (
+        "" if abs(size - 1) < 1e-3 and sign else f"{max(size, 1 / size):.4g} × too {'large' if size > 1 else 'small'}"
+    )
+    return ", and ".join(filter(None, (sign, scale)))
+
+
+def entry_of(test: Differences, number: int) -> str:
+    """Return the place of an entry of f in words."""
+    leaf = 0
+    while number >= test.sizes[leaf]:
+        number -= test.sizes[leaf]
+        leaf += 1
+    shape = test.codomain.specs[leaf].shape
+    index = []
+    for size in reversed(shape):
+        number, place = divmod(number, size)
+        index.append(place)
+    spot = f"entry {tuple(reversed(index))}" if len(index) != 1 else f"entry {index[0]}"
+    of = f" of leaf {leaf}" if len(test.sizes) > 1 else ""
+    return f"{spot}{of} of f" if math.prod(shape) > 1 or of else "f"
