@@ -264,10 +264,8 @@ curves(records)
 # %% [markdown]
 # A step of Adam costs one $f$ and one backward pass. A step of the solvers costs up to thirty $J$ and $J^H$, but there
 # are few of them, and the last ones gain most, because near the minimum the linear model is nearly exact. So Adam leads
-# at first, and the solvers overtake it. They have no rate to choose, and they know when to stop. Of the rates of Adam,
-# the largest falls fastest and nearly to the minimum, before it is thrown off; the smaller ones are safe and slow. An
-# easier problem leaves less to gain: with masks that differ from pixel to pixel (`cell = 1`), Adam with its
-# best rate is no slower than the solvers.
+# at first, and the solvers catch up. They have no rate to choose, and they know when to stop. Of the rates of Adam, the
+# largest falls fastest and nearly to the minimum, but then it is thrown off; the smaller ones are safe and slow.
 #
 # Below is what each had found in the time that Gauss–Newton took, Adam with the rate that was best by then.
 
@@ -422,7 +420,7 @@ methods = (al.solvers.gauss_newton, al.solvers.levenberg_marquardt)
 records_mri = {"Gauss–Newton": record_newton, "Levenberg–Marquardt": record_marquardt}
 results_mri = {}
 for speed in (0.1, 0.3, 1.0):
-    x, record, early = adam(cost_mri, beginning, speed, 200, error=error_image, until=record_newton.times[-1])
+    x, record, early = adam(cost_mri, beginning, speed, 300, error=error_image, until=record_newton.times[-1])
     records_mri[f"Adam, rate {speed}"], results_mri[speed] = record, (x, early)
 
 curves(records_mri, window=(8, 40))
@@ -430,10 +428,11 @@ curves(records_mri, window=(8, 40))
 # %% [markdown]
 # At first Adam is ahead: it makes many steps while the Jacobian is derived. Then it stays behind at each rate. With a
 # small one it is slow, with a large one it goes round the minimum. The unknowns are of different kinds and sizes, and
-# they depend on each other; the linear model of Gauss–Newton knows both.
+# they depend on each other; the linear model of Gauss–Newton knows both. The images of Adam are again those of the rate
+# that was best by the time at which Gauss–Newton had finished.
 
 # %%
-best_mri = min(results_mri, key=lambda speed: float(cost_mri(*results_mri[speed][1])))
+best_mri = min(results_mri, key=lambda speed: error_image(results_mri[speed][1]))
 columns_mri = {
     "truth": (anatomy, rate),
     "start": (image_of(beginning).abs(), typical + beginning[1]),
