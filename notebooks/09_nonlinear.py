@@ -46,7 +46,7 @@ def show(axes, image, title, **options):
 # The object is complex: a photograph is its magnitude (how much light passes), another one its phase (how much it
 # delays the light). The masks are simulated, and so is the noise.
 
-# %%
+# %% The magnitude and the phase of the object, the phase of a mask, and its data
 size, count, cell, noise = 192, 5, 4, 0.01
 
 
@@ -244,7 +244,7 @@ for rate in (0.03, 0.1, 0.3):
     records[f"Adam, rate {rate}"], results[rate] = record, (x, early)
 
 
-# %%
+# %% Cost and error over time: Adam leads at first, the solvers catch up, the largest rate is thrown off
 
 
 def curves(records, window=None):
@@ -269,7 +269,7 @@ curves(records)
 #
 # Below is what each had found in the time that Gauss–Newton took, Adam with the rate that was best by then.
 
-# %%
+# %% Magnitude, phase and error: Gauss–Newton and Adam have both found the object in the same time
 best = min(results, key=lambda rate: error(results[rate][1]))
 adam_x, adam_early = results[best]
 images = {"truth": truth, "start": start, "Gauss–Newton": newton, f"Adam {best}, same time": adam_early}
@@ -384,7 +384,7 @@ al.check_adjoint(J_mri)
 # A penalty $(\lambda, L)$ adds $\tfrac12\lambda\lVert L x\rVert^2$. Here $L$ takes the differences of $q$ between
 # neighbours: the map of rates is made a little smoother.
 
-# %%
+# %% Cost and error over time: the solvers end below each rate of Adam
 differences = al.linear_operator(lambda image, q, coefficients: (q.diff(dim=0), q.diff(dim=1)), J_mri.domain)
 damp, strength = 0.05, 1e-3
 
@@ -431,7 +431,7 @@ curves(records_mri, window=(8, 40))
 # they depend on each other; the linear model of Gauss–Newton knows both. The images of Adam are again those of the rate
 # that was best by the time at which Gauss–Newton had finished.
 
-# %%
+# %% Images, relaxation times and their errors: those of Gauss–Newton are smaller than those of Adam
 best_mri = min(results_mri, key=lambda speed: error_image(results_mri[speed][1]))
 columns_mri = {
     "truth": (anatomy, rate),
@@ -466,7 +466,7 @@ plt.show()
 # The coils come out as well, each up to a phase that all of them share with the image. Where there is no tissue, no
 # data tell anything about them.
 
-# %%
+# %% The sensitivities of six coils, true above and found below: they look alike
 found = model.sensitivities(newton_mri[2])
 found = found / found.abs().square().sum(0).sqrt()
 fig, panels = plt.subplots(2, coils, figsize=(11, 4.2))
