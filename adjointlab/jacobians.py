@@ -89,8 +89,8 @@ def jacobian(
 ) -> Jacobian:
     r"""Return the Jacobian J of f at x₀: ``f(x₀ + d) = f(x₀) + J d + o(‖d‖)``, with ``⟨J d, v⟩ = ⟨d, Jᴴ v⟩``.
 
-    What depends on x₀ alone is computed once for a point; neither J nor ``J.H`` runs f again. Where f is not
-    holomorphic, as ``|z|²`` is not, J is real-linear, and its adjoint is that for ``Re⟨·, ·⟩``; then
+    What depends on x₀ alone is computed once for a point; where there is a graph, neither J nor ``J.H`` runs f again.
+    Where f is not holomorphic, as ``|z|²`` is not, J is real-linear, and its adjoint is that for ``Re⟨·, ·⟩``; then
     ``J.is_complex_linear`` is false. Where x₀ or parameters of f require gradients, results can be differentiated with
     respect to them.
 

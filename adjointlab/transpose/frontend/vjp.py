@@ -249,9 +249,15 @@ class PullBack:
             return self.value(leaves)[0]
 
         if torch.compiler.is_compiling():
-            found = vjp_by_func(flat, self.point, cotangents)
-        elif self._choice is None:
-            self._choice, _, found = choose(flat, self.point, cotangents)
+            return self.domain.unflatten(vjp_by_func(flat, self.point, cotangents))
+        if self._choice is None:
+            self._choice, at_point, found = choose(flat, self.point, cotangents)
         else:
-            found = self._choice.linearize(flat, self.point, once=True).pull_back(cotangents)
+            at_point = self._choice.linearize(flat, self.point, once=True)
+            found = at_point.pull_back(cotangents)
+        if at_point.inputs and any(t.requires_grad for t in found):  # in what autograd had to be told to follow?
+            leaves = {id(node.variable) for node in nodes_of(found) if hasattr(node, "variable")}
+            given = {id(t) for t in (*self.point, *cotangents)}
+            if leaves.issubset({id(t) for t in at_point.inputs} - given):
+                found = tuple(t.detach() for t in found)
         return self.domain.unflatten(found)
