@@ -100,8 +100,10 @@ def _factor(wrong: Sequence[Along], rows: Tensor) -> str | None:
     right, bound = (torch.cat([getattr(along, name)[rows] for along in alone]) for name in ("estimate", "bound"))
     if not bool(found.any()):
         return "zero (detached, or never written)"
-    factor = complex((right.conj() * found).sum() / right.abs().square().sum().clamp(min=1e-300))
-    if not bool(((found - factor * right).abs() <= (1 + abs(factor)) * bound).all()):
+    power = right.abs().square().sum().clamp(min=1e-300)
+    factor = complex((right.conj() * found).sum() / power)
+    unsure = bound + (right.abs() * bound).sum() / power * right.abs()  # of an entry, and of the factor
+    if not bool(((found - factor * right).abs() <= (1 + abs(factor)) * unsure).all()):
         return None
     if abs(factor.imag) > 1e-3 * abs(factor):
         return f"off by the complex factor {factor.real:.3f}{factor.imag:+.3f}j"

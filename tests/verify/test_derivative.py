@@ -36,7 +36,7 @@ def test_right_derivatives_pass(name: str, of: Callable[[Case], Case]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(ZOO)[::5])
+@pytest.mark.parametrize("name", ["in place", "spectrum", "signal", "two results", "conjugate"])
 def test_wrong_backwards_are_found(name: str) -> None:
     found = [*injected([name]), *injected([name], single)]
     assert len(found) >= 2 * 6
@@ -54,6 +54,7 @@ def test_right_backwards_raise_no_alarm() -> None:
         ("sin", "factor 2", "the backward of f is wrong: J is 2 × too large"),
         ("sin", "sign", "the backward of f is wrong: J is of the wrong sign"),
         ("sin", "detached", r"the backward of f is wrong: J is zero \(detached, or never written\)"),
+        ("two results", "sign", "the backward of f is wrong: J is of the wrong sign"),
         ("unit", "wrong row", "in entry 2 of f alone"),
         ("in place", "transposed", "the backward of f is wrong: J is transposed"),
         ("autoconvolution", "conjugated", "the backward of f is wrong"),
