@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adjointlab.derive import modules_named
 from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
 from adjointlab.linearity import assess
+from adjointlab.modules import buffers_kept
 from adjointlab.notation import Notation, name_of
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
@@ -39,7 +40,7 @@ class Jacobian(LinearOperator):
     def point(self) -> Any:
         """The point ``x₀``: a copy of what was given."""
         pull_back = self._linearization.callable
-        return pull_back.domain.unflatten(pull_back.point)
+        return pull_back.domain.unflatten([leaf.clone() for leaf in pull_back.point])
 
     @property
     def value(self) -> Any:
@@ -75,7 +76,7 @@ class Jacobian(LinearOperator):
         space = self.domain.with_batch(leaves[0].shape[: self.domain.batch_dims])
         if space.batch_shape != self.domain.batch_shape:
             return _derived(source.callable.function, source.callable.kwargs, space, leaves, source.options)
-        return _operator(source.at(tuple([leaf.clone() for leaf in leaves])))
+        return _operator(source.at(_copied(leaves)))
 
 
 def jacobian(
@@ -156,15 +157,27 @@ def _are_parameters(module: nn.Module, x0: Any) -> bool:
 
 
 def _with_parameters(module: nn.Module, parameters: dict[str, Any], **kwargs: Any) -> Any:
-    return torch.func.functional_call(module, parameters, (), kwargs)
+    held = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+    are_tied = len({id(held[name]) for name in parameters}) == len(parameters)  # else each name has a tensor of its own
+    return torch.func.functional_call(module, parameters, (), kwargs, tie_weights=are_tied)
 
 
 def _derived(f: Any, kwargs: dict[str, Any], space: Space, leaves: Any, options: Options) -> Jacobian:
     eager = Eager(f, kwargs, space)
-    value = eager.called(tuple(leaf.detach() for leaf in leaves))
+    with space.without_autocast(), buffers_kept(eager.modules):
+        value = eager.called(tuple(leaf.detach() for leaf in leaves))
     codomain = space_of(value, eager.structure, space, None)
-    pull_back = PullBack(f, kwargs, space, tuple([leaf.clone() for leaf in leaves]))
-    return _operator(Linearization(pull_back, codomain, options, _require_derivative))
+    pull_back = PullBack(f, kwargs, space, _copied(leaves))
+    with torch.inference_mode(False):
+        return _operator(Linearization(pull_back, codomain, options, _require_derivative))
+
+
+def _copied(leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the leaves of a point of its own, with the gradients of those given, in their usual form in memory."""
+    with torch.inference_mode(False):
+        return tuple(
+            [leaf.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format) for leaf in leaves]
+        )
 
 
 def _operator(source: Linearization) -> Jacobian:

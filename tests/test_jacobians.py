@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import Any
 
@@ -252,3 +253,81 @@ def test_residuals_are_computed_once_for_a_point_and_take_no_more_than_autograd(
         z = torch.exp(y.sin()) * y.cos()
     assert z.requires_grad
     assert sum(t.nbytes for t in kept[J]) <= sum(saved.values())
+
+
+def test_what_is_detached_in_the_function_stays_so_in_derivatives() -> None:
+    w, d = point(3).requires_grad_(), point(3, seed=1)
+    found = [
+        torch.autograd.grad(al.jacobian(lambda x: x * w.detach() * w, point(3, seed=2), engine=engine)(d).sum(), w)[0]
+        for engine in ("auto", "eager")
+    ]
+    assert torch.equal(found[0], w.detach() * d)
+    assert torch.equal(found[1], found[0])
+
+
+def test_results_may_be_written_to() -> None:
+    J = al.jacobian(torch.exp, point(3))
+    expected = J(torch.ones(3, dtype=D)).clone()
+    J.value.zero_()
+    J.point.zero_()
+    assert torch.equal(J(torch.ones(3, dtype=D)), expected)
+    assert torch.equal(J.value, expected)
+
+
+def test_points_that_nobody_holds_are_freed() -> None:
+    J = al.jacobian(torch.exp, point(3))
+    for k in range(5):
+        J.at(point(3, seed=k))(point(3))
+    gc.collect()
+    derivation = J.source.nominal
+    J.at(point(3, seed=9))(point(3))
+    assert derivation.value is not None
+    assert sum(held() is not None for held, _ in derivation.value._kept) <= 2
+
+
+@pytest.mark.parametrize("f", [torch.linalg.cholesky, torch.linalg.inv])
+def test_a_point_that_the_function_refuses_is_refused(f: Any) -> None:
+    J = al.jacobian(f, torch.eye(2, dtype=D))
+    with pytest.raises(torch.linalg.LinAlgError, match="linalg"):
+        J.at(torch.diag(torch.tensor([-1.0, 0.0], dtype=D)))
+
+
+def test_it_is_built_in_the_dtypes_of_the_function() -> None:
+    f, x = nn.Linear(3, 3), torch.rand(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        J = al.jacobian(f, x)
+    assert J.codomain.specs[0].dtype == J(x).dtype == J.value.dtype == torch.float32
+
+
+def test_a_function_that_is_refused_is_left_as_it_was() -> None:
+    norm = nn.BatchNorm1d(3)
+    with pytest.raises(NotDifferentiableError, match="eval"):
+        al.jacobian(norm, torch.rand(4, 3))
+    assert int(norm.num_batches_tracked) == 0
+    assert norm.running_mean is not None
+    assert not norm.running_mean.any()
+
+
+def test_tied_parameters_together_and_apart() -> None:
+    first, second = nn.Linear(3, 3, bias=False).double(), nn.Linear(3, 3, bias=False).double()
+    second.weight = first.weight
+    f, x, v = nn.Sequential(first, nn.Tanh(), second), point(3), point(3, seed=1)
+    together = al.jacobian(f, dict(f.named_parameters()), kwargs={"input": x}).H(v)["0.weight"]
+    apart = al.jacobian(f, dict(f.named_parameters(remove_duplicate=False)), kwargs={"input": x}).H(v)
+    assert torch.dist(apart["0.weight"] + apart["2.weight"], together) <= 64 * EPS * torch.linalg.vector_norm(together)
+
+
+def test_a_point_of_inference_mode_and_one_that_is_written_to() -> None:
+    linear = nn.Linear(3, 2)
+    with torch.inference_mode():
+        J = al.jacobian(linear, torch.rand(3))
+    assert J.engine == "traced"
+    J(torch.ones(3)).sum().backward()
+    assert torch.equal(linear.weight.grad, torch.ones(2, 3))
+
+    def writes(x: Tensor) -> Tensor:
+        x.mul_(2)
+        return x**2
+
+    for engine in ("auto", "eager"):
+        assert_is_derivative(al.jacobian(writes, point(3), engine=engine), torch.diag(8 * point(3)))

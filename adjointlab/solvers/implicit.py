@@ -131,15 +131,20 @@ def of_minimum(gradient: Callable[[Any], Any], solution: Solution, space: Space,
             image = domain.copy(as_vector(found))
             return image, domain.dot(r, image)
 
-        w, _, has_kernel = _pseudo_inverse(domain, hessian, v, tol, most, decide=True)
+        unit, size = domain.scale_to_one(v), float(domain.norm(as_vector(fixed)))
+        # Where the gradient is not quite zero, the curvature along a valley of minima is not either: of the order of
+        # the gradient over x.
+        valley = 4 * float(domain.norm(as_vector(tuple(t.detach() for t in at_x)))) / size if size else 0.0
+        w, _, has_kernel = _pseudo_inverse(domain, hessian, times(v, unit), tol, most, decide=True, floor=valley)
         if bool(has_kernel.any()):
             warnings.warn(
-                "the minimum is not isolated: its derivative is not determined, and NaN; add a penalty, or damp",
+                "the minimum is not isolated, or x is not near enough to it: its derivative is not determined, and "
+                "NaN; add a penalty or damp, or lower tol",
                 RuntimeWarning,
                 stacklevel=2,
             )
             domain.fill(w, has_kernel, math.nan)
-        return {"gradient": [-t for t in w]}
+        return {"gradient": times(w, -1 / unit)}
 
     return _as_function_of(
         domain, solution, {"gradient": space.leaves(gradient(space.unflatten(fixed)))}, None, cotangents
@@ -248,7 +253,7 @@ _differentiable_once: Any = _DifferentiableOnce.apply
 
 
 def _pseudo_inverse(
-    space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int, *, decide: bool = False
+    space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int, *, decide: bool = False, floor: float = 0.0
 ) -> tuple[Vector, Vector, Tensor]:
     """Return ``M⁺v``, ``v − MM⁺v``, and whether that is in the kernel of M, self-adjoint and positive semidefinite."""
     # E. Stiefel, Relaxationsmethoden bester Strategie, Comment. Math. Helv. 29 (1955) 157-179. It minimises ‖v − Mw‖:
@@ -271,7 +276,9 @@ def _pseudo_inverse(
         image = space.norm(mr)
         largest = torch.fmax(largest, torch.where(length > 0, image / length, 0))
         solved = solved | (~finished & (length <= tol * size))
-        vanished = vanished | (~finished & ~solved & (image <= _ROUNDING * space.space.eps * largest * length))
+        vanished = vanished | (
+            ~finished & ~solved & (image <= (_ROUNDING * space.space.eps * largest + floor) * length)
+        )
         finished = finished | solved | vanished | ~(energy > 0)
         if steps:
             finished = finished | (energy <= target)

@@ -12,127 +12,33 @@ Eisenstat, H. F. Walker, *Choosing the forcing terms in an inexact Newton method
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adjointlab.blocks import block_diag, identity, vstack
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.jacobians import Jacobian, jacobian
 from adjointlab.least_squares import weight_operator
 from adjointlab.operators import LinearOperator
 from adjointlab.progress import Line, progress_of
 from adjointlab.solvers import implicit
-from adjointlab.solvers.conjugate_gradients import cgls
+from adjointlab.solvers.objective import Iterate, Objective
 from adjointlab.solvers.problem import count, nonnegative
 from adjointlab.solvers.solution import CONVERGED, REASONS, Callback, Info, Solution, Status
 from adjointlab.space.algebra import added, scaled
+from adjointlab.tree import map_leaves
 
 Penalty = Sequence[Any]  # (λ, L) or (λ, L, b)
 
 _INNER = 100  # steps of cgls for one step, unless told
 _DECREASE = 1e-4  # of what a linear model promises, at least (Armijo)
 _FORCING = 0.1, 0.9  # of the first step; factor of the others (Eisenstat and Walker, choice 2)
-_ROUNDING = 8  # a decrease of so many units of rounding of the objective cannot be seen
-
-
-@dataclass(frozen=True)
-class Objective:
-    """``½‖f(x) − y‖²_W + ½ damp² ‖x‖² + ½ Σ λ ‖Lx − b‖²``, apart from f: as ``½‖r − S d‖²`` in the norm of a weight."""
-
-    y: Any
-    weight: LinearOperator | None
-    damp: float | Tensor
-    penalties: tuple[tuple[Any, LinearOperator, Any], ...]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether there is nothing but the data term."""
-        return not self.penalties and not isinstance(self.damp, Tensor) and self.damp == 0
-
-    def weights(self, J: LinearOperator) -> LinearOperator | None:
-        """Return the weight of the residuals."""
-        if self.is_plain:
-            return self.weight
-        parts = [identity(J.codomain) if self.weight is None else self.weight, self.damp**2 * identity(J.domain)]
-        return block_diag([*parts, *[number * identity(L.codomain) for number, L, _ in self.penalties]])
-
-    def stacked(self, J: LinearOperator) -> LinearOperator:
-        """Return ``S``, from steps to changes of all residuals."""
-        return J if self.is_plain else vstack([J, identity(J.domain), *[L for _, L, _ in self.penalties]])
-
-    def residual(self, value: Any, x: Any) -> Any:
-        """Return the residuals ``(y − f(x), −x, b − Lx, …)``."""
-        apart = added(self.y, scaled(-1, value))
-        if self.is_plain:
-            return apart
-        rest = [(scaled(-1, L(x)), b) for _, L, b in self.penalties]
-        return (apart, scaled(-1, x), *[r if b is None else added(r, b) for r, b in rest])
-
-
-@dataclass(frozen=True)
-class Iterate:
-    """The objective at a point, with its gradient and its linear model."""
-
-    objective: Objective
-    J: Jacobian
-    x: Any
-
-    @cached_property
-    def S(self) -> LinearOperator:
-        """From steps to changes of the residuals."""
-        return self.objective.stacked(self.J)
-
-    @cached_property
-    def weight(self) -> LinearOperator | None:
-        """Of the residuals."""
-        return self.objective.weights(self.J)
-
-    @cached_property
-    def residual(self) -> Any:
-        """The residuals."""
-        return self.objective.residual(self.J.value, self.x)
-
-    @cached_property
-    def _weighted(self) -> Any:
-        return self.residual if self.weight is None else self.weight(self.residual)
-
-    @cached_property
-    def value(self) -> float:
-        """The objective."""
-        return float(self.S.codomain.inner(self.residual, self._weighted).real) / 2
-
-    @cached_property
-    def descent(self) -> Any:
-        """The negative gradient ``SᴴWr``."""
-        return self.S.H(self._weighted)
-
-    @cached_property
-    def slope(self) -> float:
-        """The norm of the gradient."""
-        return float(self.J.domain.norm(self.descent))
-
-    def step(self, forcing: float, most: int, damp: float = 0.0) -> Any:
-        """Return the step that minimises the model, ``damp²`` of its own norm added, up to a part of the gradient."""
-        return cgls(self.S, self.residual, weight=self.weight, damp=damp, tol=forcing, maxiter=most).x
-
-    def promise(self, d: Any) -> float:
-        """Return how far the model falls along a step, ``⟨−g, d⟩ − ½‖S d‖²_W``."""
-        image = self.S(d)
-        image_weighted = image if self.weight is None else self.weight(image)
-        bend = float(self.S.codomain.inner(image, image_weighted).real)
-        return float(self.J.domain.inner(self.descent, d).real) - bend / 2
-
-    def moved(self, d: Any, length: float = 1.0) -> Iterate:
-        """Return the iterate after a step."""
-        x = added(self.x, d if length == 1 else scaled(length, d))
-        return replace(self, J=self.J.at(x), x=x)
+_FREE = 0.1  # of the gradient, up to which the damping of a step plays no part in it
+_EASE = 1e-3  # of a damping that keeps steps too short to be seen
 
 
 # From an iterate and a forcing term to the next one, and whether the step was not shortened; else why there is none.
@@ -147,28 +53,25 @@ def _line_search(most: int) -> Advance:
         along = -float(at.J.domain.inner(at.descent, d).real)
         if not -math.inf < along < 0:
             return Status.NOT_FINITE if math.isnan(along) else Status.NO_DESCENT
-        if -along <= _noise(at):
+        if -along <= at.noise:
             return _settled(at, at.moved(d))
-        while -along * length > _noise(at):  # beyond, equal values would be taken for a decrease
+        seen = at.noise
+        while -along * length > at.noise:
             new = at.moved(d, length)
-            if new.value <= at.value + _DECREASE * length * along:
+            if new.value < at.value and new.value <= at.value + _DECREASE * length * along:
                 return new, length == 1
             excess = new.value - at.value - length * along  # of the curve over its tangent: the parabola's minimum
             best = -along * length**2 / (2 * excess) if excess > 0 and math.isfinite(excess) else 0.0
             length = min(max(best, length / 10), length / 2)
-        return Status.NO_DESCENT
+            seen = abs(new.value - at.value)  # of the last and shortest step, the rounding of the objective
+        return Status.PRECISION if -along <= 16 * max(seen, at.noise) else Status.NO_DESCENT
 
     return advance
 
 
-def _noise(at: Iterate) -> float:
-    """Return how far rounding moves the objective."""
-    return _ROUNDING * at.J.codomain.eps * at.value
-
-
 def _settled(at: Iterate, new: Iterate) -> tuple[Iterate, bool] | Status:
     """Return an iterate whose objective equals the last one's within rounding, as long as its gradient is smaller."""
-    is_better = new.value <= at.value + _noise(at) and new.slope < at.slope
+    is_better = new.value <= at.value + at.noise and new.slope < at.slope
     return (new, True) if is_better else Status.PRECISION
 
 
@@ -180,31 +83,36 @@ def _trust(most: int, tau: float) -> Advance:
         nonlocal mu, factor
         if math.isnan(mu):  # a curvature of the model stands for the largest entry of its diagonal
             mu = tau * _curvature(at)
-        for tries in itertools.count():
+        tries = 0
+        while True:
             if not mu < math.inf:
                 return Status.NO_DESCENT if tries else Status.NOT_FINITE
             d = at.step(forcing, most, math.sqrt(mu))
-            promised = at.promise(d)
+            promised, is_free = at.promise(d), 0 < mu * float(at.J.domain.norm(d)) <= _FREE * at.slope
             if not math.isfinite(promised):
                 return Status.NOT_FINITE
-            if promised <= _noise(at):
-                return Status.NO_DESCENT if tries else _settled(at, at.moved(d))
+            if promised <= at.noise and tries:
+                return Status.NO_DESCENT
+            if promised <= at.noise and (is_free or not mu):
+                return _settled(at, at.moved(d))
+            if promised <= at.noise:  # a step that is short for its damping tells nothing
+                mu *= _EASE
+                continue
             new = at.moved(d)
             gain = (at.value - new.value) / promised
             if gain > 0:
                 mu, factor = mu * max(1 / 3, 1 - (2 * gain - 1) ** 3), 2.0
-                return new, not tries
-            mu, factor = mu * factor, 2 * factor
-        raise AssertionError("there is a next try")
+                return new, is_free and not tries
+            mu, factor, tries = mu * factor, 2 * factor, tries + 1
 
     return advance
 
 
 def _curvature(at: Iterate) -> float:
     """Return ``‖S g‖²_W / ‖g‖²``, the curvature of the model along the gradient."""
-    image = at.S(at.descent)
+    image = at.S(scaled(1 / at.slope, at.descent))
     weighted = image if at.weight is None else at.weight(image)
-    return float(at.S.codomain.inner(image, weighted).real) / at.slope**2 if at.slope else 1.0
+    return float(at.S.codomain.inner(image, weighted).real)
 
 
 def gauss_newton(
@@ -281,7 +189,7 @@ def gauss_newton(
     tensor([2.0000, 0.5000])
     """
     return _solved(
-        _prepared(f, y, x0, kwargs, (weight, damp, penalties)), _line_search(count("inner", inner)),
+        _prepared(f, y, x0, kwargs, (weight, damp, penalties)), _line_search(count("inner", inner, least=1)),
         name="gauss_newton", maxiter=maxiter, tol=tol, callback=callback, progress=progress,
     )  # fmt: skip
 
@@ -338,7 +246,8 @@ def levenberg_marquardt(
     tensor([1.0000, 1.0000])
     """
     return _solved(
-        _prepared(f, y, x0, kwargs, (weight, damp, penalties)), _trust(count("inner", inner), nonnegative("tau", tau)),
+        _prepared(f, y, x0, kwargs, (weight, damp, penalties)),
+        _trust(count("inner", inner, least=1), _positive("tau", tau)),
         name="levenberg_marquardt", maxiter=maxiter, tol=tol, callback=callback, progress=progress,
     )  # fmt: skip
 
@@ -349,20 +258,36 @@ def _prepared(f: Any, y: Any, x0: Any, kwargs: dict[str, Any] | None, terms: tup
     J = f.at(x0) if isinstance(f, Jacobian) else jacobian(f, x0, kwargs=kwargs)
     J.codomain.leaves(y, "y")
     found = []
-    for number, L, *b in penalties:
-        if not isinstance(L, LinearOperator) or L.domain != J.domain or len(b) > 1:
+    for penalty in penalties:
+        if not isinstance(penalty, (tuple, list)) or len(penalty) not in {2, 3}:
+            raise SpaceMismatchError(
+                f"expected penalties as a list of (λ, L) or (λ, L, b), got {penalty!r} in it: put each into brackets"
+            )
+        number, L, *b = penalty
+        if not isinstance(L, LinearOperator) or L.domain != J.domain:
             raise SpaceMismatchError(
                 f"expected penalties (λ, L) or (λ, L, b) with operators L on {J.domain}, got {type(L).__name__}"
                 f"{f' on {L.domain}' if isinstance(L, LinearOperator) else ''}: wrap L with al.linear_operator"
             )
         if b:
             L.codomain.leaves(b[0], "b")
-        nonnegative("λ", float(number.detach() if isinstance(number, Tensor) else number))
+        _require_number("λ", number)
         found.append((number, L, b[0] if b else None))
-    if not isinstance(damp, Tensor):
-        nonnegative("damp", damp)
+    _require_number("damp", damp)
     W = None if weight is None else weight_operator(J, weight)
     return Iterate(Objective(y, W, damp, tuple(found)), J, J.point)
+
+
+def _positive(name: str, value: float) -> float:
+    if not nonnegative(name, value):
+        raise ValueError(f"expected {name} to be positive, got {value!r}")
+    return float(value)
+
+
+def _require_number(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.ndim:
+        raise ValueError(f"expected {name} to be one number, got a tensor of shape {tuple(value.shape)}")
+    nonnegative(name, value.detach().item() if isinstance(value, Tensor) else value)
 
 
 def _solved(
@@ -401,8 +326,9 @@ def _run(
         at = new
         values.append(at.value)
         line.step(note=lambda: f"objective {values[-1]:.3e}")
-        told = None if callback is None else callback(at.x, Info(len(values) - 1, math.sqrt(2 * at.value), at.slope))
-        if told is True:
-            return at, Status.STOPPED, values
+        if callback is not None:
+            info = Info(len(values) - 1, math.sqrt(2 * at.value), at.slope)
+            if callback(map_leaves(torch.clone, at.x), info) is True:
+                return at, Status.STOPPED, values
         if is_full and length <= tol * size:
             return at, Status.SHORT, values

@@ -186,10 +186,10 @@ def _product(w: Tensor, r: Tensor) -> Tensor:
     return torch.view_as_complex(w[..., None] * torch.view_as_real(r.resolve_conj()))
 
 
-def count(name: str, value: int) -> int:
+def count(name: str, value: int, least: int = 0) -> int:
     """Return a number of steps; raise if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"expected {name} to be an integer of 0 or more, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"expected {name} to be an integer of {least} or more, got {value!r}")
     return value
 
 

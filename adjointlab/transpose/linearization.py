@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
@@ -39,7 +40,9 @@ class Linearization(Transposition):
         derivation, state = self._at(self.domain.batch_shape)
         if derivation.value is None:
             return self.domain.unflatten(self.callable.value(self.callable.point)[0])
-        return self.domain.unflatten(derivation.value.value(state))
+        return self.domain.unflatten(
+            [leaf.clone() for leaf in derivation.value.value(state)]
+        )  # results may be written to
 
     def _derived(self, batch: tuple[int, ...]) -> Derivation:
         if batch != self.callable.domain.batch_shape:
@@ -65,6 +68,9 @@ class Linearization(Transposition):
         """Return the same at another point: nothing is derived again."""
         found = copy.copy(self)
         found.callable = self.callable.at(point)
+        if any(derivation.has_checks for known in self._derivations.values() for derivation in known):
+            with torch.no_grad():
+                found.callable.value(point)  # raises where the function does
         found.eager = self.eager.calling(found.callable)
         moved = dict(zip(self.callable.sources, found.callable.sources, strict=True))
 

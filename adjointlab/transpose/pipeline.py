@@ -32,6 +32,7 @@ from adjointlab.transpose.frontend.capture import Capture
 from adjointlab.transpose.frontend.trace import hides, trace_forward, trace_pull_back, trace_vjp
 from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.graph.ops import CHECKS
 from adjointlab.transpose.kernels.convolution import ConvSpec
 from adjointlab.transpose.kernels.registry import transformed
 from adjointlab.transpose.kernels.select import Chooser, MapChooser, choose, quickest, suits_transform
@@ -113,6 +114,7 @@ class Graphs:
     holds: Callable[[], bool]
     explanation: Explanation  # what is known before they are programs
     value: Graph | None = None  # of the function whose pull-back at a point the forward is
+    has_checks: bool = False  # whether that raises on some values, which a graph does not
 
     def stateful(self, is_stateful: bool) -> Graphs:
         """Return the same of a function of which calls change what the next ones do, or not."""
@@ -127,10 +129,11 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     """Return the graphs of a function that was captured: steps 2 to 4."""
     n = len(domain.specs)
     by_forward = options.derivative == "forward"
-    forward, value = own_outputs(normalise(trace_forward(captured, options.seconds), detached=not by_forward)), None
+    traced = trace_forward(captured, options.seconds)
+    forward, value = own_outputs(normalise(traced, detached=not by_forward)), None
     if captured.point:
-        traced = normalise(trace_pull_back(forward, captured.point, options.seconds), detached=False)
-        forward, value = own_outputs(traced), forward
+        pull_back = normalise(trace_pull_back(forward, captured.point, options.seconds), detached=False)
+        forward, value = own_outputs(pull_back), forward
     linear = linear_part(forward) if options.affine else forward
 
     def adjoint_of(graph: Graph) -> Adjoint:
@@ -146,7 +149,16 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
         cut=cut_off(forward),
         hidden=hides(captured), partly=captured.partly,
     )  # fmt: skip
-    return Graphs(forward, linear, adjoint, of_state, captured.holds, explanation, value)
+    return Graphs(
+        forward,
+        linear,
+        adjoint,
+        of_state,
+        captured.holds,
+        explanation,
+        value,
+        any(node.target in CHECKS for node in traced.body.nodes),
+    )
 
 
 def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: Options, seen: Sketch | None,
@@ -168,7 +180,11 @@ def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: O
         said = selfcheck.disagreement(
             candidate, seen, eager.called, affine=options.affine, compiled=mode == "compiled", tol=options.tol
         )
-        if not said and explanation.hidden and graphs.value is None:  # else that was autograd's own pull-back
+        if (
+            not said and explanation.hidden and graphs.value is not None
+        ):  # it was compared with autograd's own pull-back
+            said = _of_gradients(candidate, derivation, eager)
+        elif not said and explanation.hidden:
             said, explanation = _against_autograd(candidate, derivation, eager, options)
         if not said:
             gap = explanation.autograd_gap
@@ -193,9 +209,14 @@ def _against_autograd(
         return "", explanation
     if not candidate.domain.every(agree):
         return f"autograd's own adjoint differs from that of the forward's operations by {gap:.1e}", explanation
+    return _of_gradients(candidate, derivation, eager), explanation
+
+
+def _of_gradients(candidate: Candidate, derivation: Derivation, eager: Eager) -> str:
+    """Return how gradients in the state differ from autograd's own, or nothing where they do not."""
     wanted = [(source.name, tensor) for source in derivation.state if (tensor := source.read()).requires_grad]
     said = selfcheck.gradient_disagreement(candidate, eager.flat, wanted) if wanted else ""
-    return ("" if candidate.domain.every(not said) else said or "gradients differ on another process"), explanation
+    return "" if candidate.domain.every(not said) else said or "gradients differ on another process"
 
 
 def eager_derivation(eager: Eager, options: Options, reason: str, known: Explanation | None = None) -> Derivation:
@@ -250,7 +271,7 @@ def assemble(
         tuple(metadata_of(source.read()) for source in state), graphs.forward.specialized, graphs.mapping(),
         of_storage=any(map(of_storage, graphs.mapping().values())),
         is_doubtful=bool(graphs.adjoint.readers) or (value is None and not options.affine and adds_state(forward)),
-        value=value,
+        value=value, has_checks=graphs.has_checks,
     )  # fmt: skip
     return replace(
         derivation,

@@ -172,7 +172,10 @@ def test_data_that_are_not_finite(solver: Solver) -> None:
         ({"penalties": [(-1.0, al.identity(al.Space.of(START)))]}, ValueError, "λ"),
         ({"weight": -torch.ones(6, dtype=D)}, SpaceMismatchError, "weights of 0 or more"),
         ({"maxiter": -1}, ValueError, "maxiter"),
-        ({"inner": 1.5}, ValueError, "inner"),
+        ({"inner": 0}, ValueError, "inner to be an integer of 1 or more"),
+        ({"penalties": (0.25, al.identity(al.Space.of(START)))}, SpaceMismatchError, "put each into brackets"),
+        ({"damp": torch.tensor([0.5, 0.5])}, ValueError, "damp to be one number"),
+        ({"damp": torch.tensor(torch.nan)}, ValueError, "damp"),
         ({"tol": -1.0}, ValueError, "tol"),
         ({"damp": -1.0}, ValueError, "damp"),
     ],
@@ -183,3 +186,53 @@ def test_what_does_not_fit_is_refused(
     given = {"y": data(), **options}
     with pytest.raises(error, match=message):
         solver(decay, x0=START, **given)
+
+
+@pytest.mark.parametrize("tau", [1e-12, 1e8, 1e200])
+def test_a_step_that_damping_keeps_short_is_no_convergence(tau: float) -> None:
+    y = torch.tensor([4.0, 9.0], dtype=D)
+    solution = levenberg_marquardt(lambda x: x**2, y, START, tau=tau, maxiter=500, tol=1e-10)
+    assert not solution.converged or torch.dist(solution.x, y.sqrt()) < 1e-8
+
+
+@both
+def test_steps_end_where_rounding_does(solver: Solver) -> None:
+    t = torch.linspace(0, 3, 20, dtype=D)
+    f = lambda p: p[0] * torch.exp(-1.3 * p[1] * t) + p[2]  # noqa: E731
+    solution = solver(f, f(torch.tensor([2.0, 0.7, 0.3], dtype=D)), torch.tensor([1.0, 1.0, 0.0], dtype=D), tol=0.0)
+    assert solution.converged
+    assert solution.iterations < 40
+    assert (solution.residual_norms.diff() <= EPS).all()
+
+
+@both
+@pytest.mark.parametrize("unit", [1e-12, 1e12])
+def test_units_do_not_matter(solver: Solver, unit: float) -> None:
+    y = unit * torch.tensor([4.0, 9.0])
+    solution = solver(lambda x: unit * x**2, y, torch.ones(2))
+    assert solution.converged
+    assert torch.dist(solution.x, torch.tensor([2.0, 3.0])) < 1e-3
+
+
+@both
+def test_a_callback_gets_a_copy(solver: Solver) -> None:
+    solution = solver(decay, data(0), START, tol=1e-12, callback=lambda x, info: bool(x.zero_().any()))
+    assert torch.dist(solution.x, torch.tensor([2.0, 0.5], dtype=D)) < 1e-9
+
+
+def test_a_valley_of_minima_is_seen_from_near_it() -> None:
+    y = torch.tensor([1.0, 2.0], dtype=D, requires_grad=True)
+    x = gauss_newton(lambda x: torch.stack([x[0] * x[1], (x[0] * x[1]) ** 2]), y, torch.tensor([1.0, 2.0], dtype=D)).x
+    with pytest.warns(RuntimeWarning, match="not isolated"):
+        (found,) = torch.autograd.grad(x[0], y)
+    assert found.isnan().all()
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_cotangents_of_extreme_size(scale: float) -> None:
+    y = torch.tensor([4.0, 9.0, 1.0], dtype=D, requires_grad=True)
+    f = lambda x: torch.stack([x[0] ** 2, x[1] ** 2, x.sum()])  # noqa: E731
+    x = gauss_newton(f, y, START, tol=1e-10).x
+    (expected,) = torch.autograd.grad(x.sum(), y, retain_graph=True)
+    (found,) = torch.autograd.grad(scale * x.sum(), y)
+    assert torch.dist(found / scale, expected) <= 1e-9 * expected.norm()

@@ -236,7 +236,7 @@ class PullBack:
 
     def value(self, leaves: Tensors) -> tuple[Tensors, Structure | None]:
         """Return the leaves of ``f(x)``, and how they hang together."""
-        x = self.domain.unflatten([leaf.view_as(leaf) for leaf in leaves])
+        x = self.domain.unflatten([leaf.clone() for leaf in leaves])  # which the function may write to
         return flatten_outputs(
             self.function(*x, **self.kwargs) if type(x) is tuple else self.function(x, **self.kwargs)
         )

@@ -38,6 +38,9 @@ LIKE = {
     aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like,
     aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided, aten.fill, aten.zero,
 }  # fmt: skip
+# Operations that raise, and return nothing.
+CHECKS = {aten._linalg_check_errors.default, aten._assert_async.default, aten._assert_async.msg}
+
 # Operations whose derivative is that of a part of the result, or zero, at every input.
 STEPS = {
     aten.detach, aten.floor, aten.ceil, aten.round, aten.trunc, aten.frac, aten.fmod, aten.remainder,

@@ -44,6 +44,7 @@ class Derivation:
     user: Eager | None = None  # the user's function, where there are no programs
     functions: Callable[[Eager], Mapping[str, Callable[[Tensors], Tensors]]] = lambda _: {}  # of it, by name
     value: AtPoint | None = None  # what is computed once for a point, where the function is a pull-back
+    has_checks: bool = False  # whether the function raises on some points, which the programs do not
     checked: bool = False  # whether the functions were compared with the user's forward, and with each other
 
     def state_now(self) -> Tensors | None:

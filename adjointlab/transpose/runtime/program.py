@@ -157,7 +157,7 @@ def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: froze
     Dear results are not made of a state that changes at nearly every call: then ``HasNoPiecesError`` is raised, until
     it has been the same for a while.
     """
-    last: tuple[list[tuple[int, Tensor]], tuple[Tensor, ...] | None] | None = None
+    last: tuple[list[tuple[int, Any]], tuple[Tensor, ...] | None] | None = None
     served, remade = 0, 0
 
     def call(tensors: tuple[Tensor, ...], constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -177,7 +177,7 @@ def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: froze
             else:
                 remade, served = (remade + 1 if served < _WORTH else 0), 0
         # Before anything is made: another thread may change the state meanwhile.
-        copies = [(i, t if i in private else _copy(t)) for i in watched for t in [tensors[i]]]
+        copies = [(i, weakref.ref(t) if i in private else _copy(t)) for i in watched for t in [tensors[i]]]
         if dear and remade > _MOST_REMADE and served < _WORTH:
             last = copies, None
             raise HasNoPiecesError("what they are made of changes again and again")
@@ -193,8 +193,8 @@ def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: froze
     def kept() -> list[Tensor]:
         return [] if last is None else [*(copy for i, copy in last[0] if i not in private), *(last[1] or ())]
 
-    def is_same(before: list[tuple[int, Tensor]], tensors: tuple[Tensor, ...]) -> bool:
-        return all(tensors[i] is tensor if i in private else same(tensors[i], tensor) for i, tensor in before)
+    def is_same(before: list[tuple[int, Any]], tensors: tuple[Tensor, ...]) -> bool:
+        return all(tensors[i] is kept() if i in private else same(tensors[i], kept) for i, kept in before)
 
     call.kept = kept  # type: ignore[attr-defined]
     return call

@@ -1,0 +1,119 @@
+"""The objective of non-linear least squares at a point: its value, its gradient, and the linear model of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from adjointlab.blocks import block_diag, identity, vstack
+from adjointlab.jacobians import Jacobian
+from adjointlab.operators import LinearOperator
+from adjointlab.solvers.conjugate_gradients import cgls
+from adjointlab.space.algebra import added, scaled
+
+_ROUNDING = 8  # units
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``½‖f(x) − y‖²_W + ½ damp² ‖x‖² + ½ Σ λ ‖Lx − b‖²``, apart from f: as ``½‖r − S d‖²`` in the norm of a weight."""
+
+    y: Any
+    weight: LinearOperator | None
+    damp: float | Tensor
+    penalties: tuple[tuple[Any, LinearOperator, Any], ...]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing but the data term."""
+        return not self.penalties and not isinstance(self.damp, Tensor) and self.damp == 0
+
+    def weights(self, J: LinearOperator) -> LinearOperator | None:
+        """Return the weight of the residuals."""
+        if self.is_plain:
+            return self.weight
+        parts = [identity(J.codomain) if self.weight is None else self.weight, self.damp**2 * identity(J.domain)]
+        return block_diag([*parts, *[number * identity(L.codomain) for number, L, _ in self.penalties]])
+
+    def stacked(self, J: LinearOperator) -> LinearOperator:
+        """Return ``S``, from steps to changes of all residuals."""
+        return J if self.is_plain else vstack([J, identity(J.domain), *[L for _, L, _ in self.penalties]])
+
+    def residual(self, value: Any, x: Any) -> Any:
+        """Return the residuals ``(y − f(x), −x, b − Lx, …)``."""
+        apart = added(self.y, scaled(-1, value))
+        if self.is_plain:
+            return apart
+        rest = [(scaled(-1, L(x)), b) for _, L, b in self.penalties]
+        return (apart, scaled(-1, x), *[r if b is None else added(r, b) for r, b in rest])
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """The objective at a point, with its gradient and its linear model."""
+
+    objective: Objective
+    J: Jacobian
+    x: Any
+
+    @cached_property
+    def S(self) -> LinearOperator:
+        """From steps to changes of the residuals."""
+        return self.objective.stacked(self.J)
+
+    @cached_property
+    def weight(self) -> LinearOperator | None:
+        """Of the residuals."""
+        return self.objective.weights(self.J)
+
+    @cached_property
+    def residual(self) -> Any:
+        """The residuals."""
+        return self.objective.residual(self.J.value, self.x)
+
+    @cached_property
+    def _weighted(self) -> Any:
+        return self.residual if self.weight is None else self.weight(self.residual)
+
+    @cached_property
+    def value(self) -> float:
+        """The objective."""
+        return float(self.S.codomain.inner(self.residual, self._weighted).real) / 2
+
+    @cached_property
+    def noise(self) -> float:
+        """How far rounding moves the objective: the residual is a difference, and as uncertain as ``f(x)``."""
+        value, W = self.J.value, self.objective.weight
+        size = math.sqrt(max(float(self.J.codomain.inner(value, value if W is None else W(value)).real), 0.0))
+        apart, eps = math.sqrt(2 * max(self.value, 0.0)), self.J.codomain.eps
+        return _ROUNDING * eps * (self.value + size * (apart + eps * size))
+
+    @cached_property
+    def descent(self) -> Any:
+        """The negative gradient ``SᴴWr``."""
+        return self.S.H(self._weighted)
+
+    @cached_property
+    def slope(self) -> float:
+        """The norm of the gradient."""
+        return float(self.J.domain.norm(self.descent))
+
+    def step(self, forcing: float, most: int, damp: float = 0.0) -> Any:
+        """Return the step that minimises the model, ``damp²`` of its own norm added, up to a part of the gradient."""
+        return cgls(self.S, self.residual, weight=self.weight, damp=damp, tol=forcing, maxiter=most).x
+
+    def promise(self, d: Any) -> float:
+        """Return how far the model falls along a step, ``⟨−g, d⟩ − ½‖S d‖²_W``."""
+        image = self.S(d)
+        image_weighted = image if self.weight is None else self.weight(image)
+        bend = float(self.S.codomain.inner(image, image_weighted).real)
+        return float(self.J.domain.inner(self.descent, d).real) - bend / 2
+
+    def moved(self, d: Any, length: float = 1.0) -> Iterate:
+        """Return the iterate after a step."""
+        x = added(self.x, d if length == 1 else scaled(length, d))
+        return replace(self, J=self.J.at(x), x=x)
