@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,10 +22,10 @@ def point(*shape: int, dtype: torch.dtype = D) -> Tensor:
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("of", [lambda case: case, single], ids=["double", "single"])
 @pytest.mark.parametrize("name", ZOO)
-def test_right_derivatives_pass(name: str, of: Callable[[Case], Case]) -> None:
-    case = of(ZOO[name])
+def test_right_derivatives_pass(name: str) -> None:
+    is_single = list(ZOO).index(name) % 2  # dtypes take turns
+    case = single(ZOO[name]) if is_single else ZOO[name]
     report = al.check_derivative(case.function, case.point())
     assert report.passed, report.details()
     assert not report.diagnosis
@@ -36,7 +35,7 @@ def test_right_derivatives_pass(name: str, of: Callable[[Case], Case]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["in place", "spectrum", "signal", "two results", "conjugate"])
+@pytest.mark.parametrize("name", ["in place", "conjugate"])
 def test_wrong_backwards_are_found(name: str) -> None:
     found = [*injected([name]), *injected([name], single)]
     assert len(found) >= 2 * 6
