@@ -118,7 +118,11 @@ class Solution(Generic[X]):
         low, high = int(steps.min()), int(steps.max())
         rows = [
             ("iterations", str(low) if low == high else f"{low} to {high}"),
-            ("residual norm", f"{float(first.max()):.4g} at the start, {float(last.max()):.4g} at the end"),
+            (
+                "residual norm",
+                f"{float(first.max()):.4g} at the start, {float(last.max()):.4g} at the end"
+                + " (the largest of all)" * bool(converged.ndim),
+            ),
             ("reason", self.reason.removeprefix("converged: ")),
         ]
         return f"Solution: {title}", rows

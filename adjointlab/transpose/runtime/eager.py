@@ -85,9 +85,11 @@ class Eager:
         except (SpaceMismatchError, NotDifferentiableError):
             raise
         except Exception as error:  # a third-party forward may raise anything
+            is_missing = isinstance(error, TypeError) and "missing" in str(error)
+            remedy = "pass fixed arguments in kwargs={…}" if is_missing else "check the shape and dtype of the domain"
             raise SpaceMismatchError(
                 f"expected the forward to take an element of {self.domain}, but it raised {type(error).__name__}: "
-                f"{vjp.first_line(error)}; check the shape and dtype of the domain"
+                f"{vjp.first_line(error)}; {remedy}"
             ) from error
 
     def tried(self, leaves: Tensors, *, copied: bool = True) -> Tensors:
