@@ -152,12 +152,15 @@ def _options(engine: str, check: bool) -> Options:
 
 def _are_parameters(module: nn.Module, x0: Any) -> bool:
     """Return whether a point is some parameters or buffers of a module, by their names."""
-    held = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return isinstance(x0, dict) and bool(x0) and x0.keys() <= dict(held).keys()
+    return isinstance(x0, dict) and bool(x0) and x0.keys() <= _held(module).keys()
+
+
+def _held(module: nn.Module) -> dict[str, Tensor]:
+    return dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
 
 
 def _with_parameters(module: nn.Module, parameters: dict[str, Any], **kwargs: Any) -> Any:
-    held = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+    held = _held(module)
     are_tied = len({id(held[name]) for name in parameters}) == len(parameters)  # else each name has a tensor of its own
     return torch.func.functional_call(module, parameters, (), kwargs, tie_weights=are_tied)
 
@@ -207,9 +210,14 @@ def _require_derivative(source: Transposition, derivation: Derivation, domain: S
             "expected f to have a derivative at x0, but it is NaN or infinite there: move x0, or mend f where it is "
             "not differentiable (a root at zero, say)"
         )
+    evidence = "; ".join(report.evidence)
+    if not report.deterministic:
+        raise NotDifferentiableError(
+            "expected f to return the same at each call and to change nothing: call .eval() on dropout, batch-norm and "
+            f"the like [{evidence}]"
+        )
     if not report.is_affine or not report.differentiable or report.verdict == "refuted":
         raise NotDifferentiableError(
-            "expected the pull-back of f to be linear in cotangents, and to be differentiable itself, but "
-            f"{'; '.join(report.evidence)}: call .eval() on dropout and batch-norm, and write backwards of your own "
-            "with differentiable operations"
+            "expected a backward of f that is linear and can itself be differentiated, as J is the adjoint of J.H: "
+            f"write it with differentiable operations [{evidence}]"
         )

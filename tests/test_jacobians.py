@@ -238,9 +238,9 @@ def test_residuals_are_computed_once_for_a_point_and_take_no_more_than_autograd(
     for A in (J, K):
         (derivation,) = A.source.current()
         state = tuple(source.read() for source in derivation.state)
-        kept[A] = derivation.value(state)
+        kept[A] = derivation.residuals(state)
         J(x), K(x), J.H(x), K.H(x)
-        assert all(a is b for a, b in zip(derivation.value(state), kept[A], strict=True))
+        assert all(a is b for a, b in zip(derivation.residuals(state), kept[A], strict=True))
     assert not torch.equal(kept[J][0], kept[K][0])
     saved = {}
 
@@ -281,8 +281,8 @@ def test_points_that_nobody_holds_are_freed() -> None:
     gc.collect()
     derivation = J.source.nominal
     J.at(point(3, seed=9))(point(3))
-    assert derivation.value is not None
-    assert sum(held() is not None for held, _ in derivation.value._kept) <= 2
+    assert derivation.residuals is not None
+    assert sum(held() is not None for held, _ in derivation.residuals._kept) <= 2
 
 
 @pytest.mark.parametrize("f", [torch.linalg.cholesky, torch.linalg.inv])

@@ -82,7 +82,7 @@ def _trust(most: int, tau: float) -> Advance:
     def advance(at: Iterate, forcing: float) -> tuple[Iterate, bool] | Status:
         nonlocal mu, factor
         if math.isnan(mu):  # a curvature of the model stands for the largest entry of its diagonal
-            mu = tau * _curvature(at)
+            mu = tau * at.energy(scaled(1 / at.slope, at.descent))
         tries = 0
         while True:
             if not mu < math.inf:
@@ -106,13 +106,6 @@ def _trust(most: int, tau: float) -> Advance:
             mu, factor, tries = mu * factor, 2 * factor, tries + 1
 
     return advance
-
-
-def _curvature(at: Iterate) -> float:
-    """Return ``‖S g‖²_W / ‖g‖²``, the curvature of the model along the gradient."""
-    image = at.S(scaled(1 / at.slope, at.descent))
-    weighted = image if at.weight is None else at.weight(image)
-    return float(at.S.codomain.inner(image, weighted).real)
 
 
 def gauss_newton(

@@ -108,10 +108,12 @@ class Iterate:
 
     def promise(self, d: Any) -> float:
         """Return how far the model falls along a step, ``⟨−g, d⟩ − ½‖S d‖²_W``."""
+        return float(self.J.domain.inner(self.descent, d).real) - self.energy(d) / 2
+
+    def energy(self, d: Any) -> float:
+        """Return ``‖S d‖²_W``."""
         image = self.S(d)
-        image_weighted = image if self.weight is None else self.weight(image)
-        bend = float(self.S.codomain.inner(image, image_weighted).real)
-        return float(self.J.domain.inner(self.descent, d).real) - bend / 2
+        return float(self.S.codomain.inner(image, image if self.weight is None else self.weight(image)).real)
 
     def moved(self, d: Any, length: float = 1.0) -> Iterate:
         """Return the iterate after a step."""

@@ -38,11 +38,10 @@ class Linearization(Transposition):
     def value(self) -> Any:
         """Return ``f(x₀)``."""
         derivation, state = self._at(self.domain.batch_shape)
-        if derivation.value is None:
+        if derivation.residuals is None:
             return self.domain.unflatten(self.callable.value(self.callable.point)[0])
-        return self.domain.unflatten(
-            [leaf.clone() for leaf in derivation.value.value(state)]
-        )  # results may be written to
+        leaves = derivation.residuals.value(state)
+        return self.domain.unflatten([leaf.clone() for leaf in leaves])  # results may be written to
 
     def _derived(self, batch: tuple[int, ...]) -> Derivation:
         if batch != self.callable.domain.batch_shape:
@@ -54,14 +53,14 @@ class Linearization(Transposition):
 
     def account(self, letter: str = "A", *, adjoint: bool) -> str:
         """Return in words how J, the adjoint of the pull-back, is computed, or how the pull-back is."""
-        value, programs = self.nominal.value, self.nominal.programs
+        residuals, programs = self.nominal.residuals, self.nominal.programs
         explanation = replace(self.explanation, programs=self.explanation.programs and self.explanation.programs[::-1])
         kept = [programs[name][0].kept() if programs else 0 for name in ("adjoint", "linear")]
         lines = [explanation.account(adjoint=not adjoint, kept=(kept[0], kept[1]), letter=letter)]
-        if value is not None:
-            state = tuple(source.read() for source in self.nominal.state)
-            size = sum(memory.nbytes() for memory in {t.data_ptr(): t.untyped_storage() for t in value(state)}.values())
-            lines.append(f"kept at the point, for both: {size:,} B in {len(value(state))} residuals")
+        if residuals is not None:
+            found = residuals(tuple(source.read() for source in self.nominal.state))
+            size = sum(memory.nbytes() for memory in {t.data_ptr(): t.untyped_storage() for t in found}.values())
+            lines.append(f"kept at the point, for both: {size:,} B in {len(found)} residuals")
         return "\n".join(lines)
 
     def at(self, point: Tensors) -> Linearization:

@@ -48,7 +48,7 @@ from adjointlab.transpose.passes.partition import value_of_state
 from adjointlab.transpose.runtime import autodiff
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
-from adjointlab.transpose.runtime.program import AtPoint, Program, of_storage
+from adjointlab.transpose.runtime.program import Program, Residuals, of_storage
 from adjointlab.transpose.selfcheck import Candidate, Sketch
 
 ENGINES = ("auto", "eager", "traced", "compiled")
@@ -242,11 +242,13 @@ def assemble(
     """Return the programs of some graphs, run in one of the modes, as they are before the self-check."""
     program = functools.partial(_program, options=options, mode=mode)
     forward, state, n = graphs.forward, graphs.forward.state, len(graphs.forward.state)
-    rest, value = (forward, graphs.adjoint.graph), None
+    rest, residuals = (forward, graphs.adjoint.graph), None
     if graphs.value is not None:
         parts = at_point(graphs.value, *rest)
-        rest, value = parts.rest, AtPoint(program(parts.once), state, len(graphs.value.outputs), graphs.value)
-    programs = {"function": program(rest[0], forward, value), "adjoint": program(rest[1], graphs.adjoint.graph, value)}
+        rest = parts.rest
+        residuals = Residuals(program(parts.once), state, len(graphs.value.outputs), graphs.value)
+    programs = {"function": program(rest[0], forward, residuals)}
+    programs["adjoint"] = program(rest[1], graphs.adjoint.graph, residuals)
     programs["linear"] = program(graphs.linear) if graphs.linear is not graphs.forward else programs["function"]
     if mode == "compiled":
         for name, each in programs.items() if compiled is not None else ():
@@ -270,8 +272,8 @@ def assemble(
         explanation, {}, {name: (programs[name], linked[name]) for name in programs}, graphs.holds, state,
         tuple(metadata_of(source.read()) for source in state), graphs.forward.specialized, graphs.mapping(),
         of_storage=any(map(of_storage, graphs.mapping().values())),
-        is_doubtful=bool(graphs.adjoint.readers) or (value is None and not options.affine and adds_state(forward)),
-        value=value, has_checks=graphs.has_checks,
+        is_doubtful=bool(graphs.adjoint.readers) or (residuals is None and not options.affine and adds_state(forward)),
+        residuals=residuals, has_checks=graphs.has_checks,
     )  # fmt: skip
     return replace(
         derivation,
@@ -281,15 +283,15 @@ def assemble(
 
 
 def _program(
-    graph: Graph, reference: Graph | None = None, point: AtPoint | None = None, *, options: Options, mode: str
+    graph: Graph, reference: Graph | None = None, residuals: Residuals | None = None, *, options: Options, mode: str
 ) -> Program:
     """Return a graph as a program, with fused slices and kernels of its own unless that is turned off."""
     reference = reference or graph
     if mode == "plain" or not options.lowering:
-        return Program(graph, reference, point)
+        return Program(graph, reference, residuals)
     mapped = maps_by_index(graph, options.choose_map) if mode == "lowered" and options.choose_map else graph
     fused = fuse_slices(mapped) if options.fuse else mapped
-    return Program(convolutions.lower(fused, options.chooser, options.transform), reference, point)
+    return Program(convolutions.lower(fused, options.chooser, options.transform), reference, residuals)
 
 
 def _gradient(

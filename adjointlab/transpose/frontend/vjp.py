@@ -83,7 +83,10 @@ def linearized_by_grad(function: Function, primals: Tensors, *, once: bool = Fal
         if not attached:
             return tuple(torch.zeros_like(p) for p in primals)
         tracked, given = zip(*attached, strict=True)
-        create = torch.is_grad_enabled()
+        # In what nobody else asks for, results are not to require gradients: autograd was told to follow the inputs.
+        create = torch.is_grad_enabled() and (
+            any(t.requires_grad for t in (*primals, *cotangents)) or not _is_alone(outputs, inputs)
+        )
         gradients = torch.autograd.grad(
             tracked, inputs, given, create_graph=create, retain_graph=create or not once, allow_unused=True
         )
@@ -102,8 +105,13 @@ def measured(function: Function, primals: Tensors) -> Linearized:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         found = linearized_by_grad(function, primals)
-    leaves = {id(node.variable) for node in nodes_of(found.outputs) if hasattr(node, "variable")}
-    return replace(found, kept=sum(seen.values()), is_alone=leaves.issubset(map(id, found.inputs)))
+    return replace(found, kept=sum(seen.values()), is_alone=_is_alone(found.outputs, found.inputs))
+
+
+def _is_alone(outputs: Tensors, inputs: Tensors) -> bool:
+    """Return whether no other tensors than the inputs, of those that require gradients, play a part in the outputs."""
+    leaves = {id(node.variable) for node in nodes_of(outputs) if hasattr(node, "variable")}
+    return leaves.issubset(map(id, inputs))
 
 
 def nodes_of(outputs: Sequence[Tensor]) -> list[Any]:
@@ -251,13 +259,7 @@ class PullBack:
         if torch.compiler.is_compiling():
             return self.domain.unflatten(vjp_by_func(flat, self.point, cotangents))
         if self._choice is None:
-            self._choice, at_point, found = choose(flat, self.point, cotangents)
+            self._choice, _, found = choose(flat, self.point, cotangents)
         else:
-            at_point = self._choice.linearize(flat, self.point, once=True)
-            found = at_point.pull_back(cotangents)
-        if at_point.inputs and any(t.requires_grad for t in found):  # in what autograd had to be told to follow?
-            leaves = {id(node.variable) for node in nodes_of(found) if hasattr(node, "variable")}
-            given = {id(t) for t in (*self.point, *cotangents)}
-            if leaves.issubset({id(t) for t in at_point.inputs} - given):
-                found = tuple(t.detach() for t in found)
+            found = self._choice.linearize(flat, self.point, once=True).pull_back(cotangents)
         return self.domain.unflatten(found)

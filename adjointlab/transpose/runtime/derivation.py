@@ -15,7 +15,7 @@ from adjointlab.modules import Source, Watch, sources_named, sources_of
 from adjointlab.transpose.explanation import Explanation
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.runtime.eager import Eager
-from adjointlab.transpose.runtime.program import AtPoint, Program, Tensors, at_start, canonical
+from adjointlab.transpose.runtime.program import Program, Residuals, Tensors, at_start, canonical
 
 Linked = Callable[..., Tensors]
 GONE = (KeyError, IndexError, AttributeError, TypeError)  # raised where what held a tensor holds none any more
@@ -43,7 +43,7 @@ class Derivation:
     is_doubtful: bool = False  # whether the map may be linear only for the values that its state has
     user: Eager | None = None  # the user's function, where there are no programs
     functions: Callable[[Eager], Mapping[str, Callable[[Tensors], Tensors]]] = lambda _: {}  # of it, by name
-    value: AtPoint | None = None  # what is computed once for a point, where the function is a pull-back
+    residuals: Residuals | None = None  # what is computed once for a point, where the function is a pull-back
     has_checks: bool = False  # whether the function raises on some points, which the programs do not
     checked: bool = False  # whether the functions were compared with the user's forward, and with each other
 

@@ -51,10 +51,10 @@ class Program:
     ``reference`` is an equal graph of differentiable ATen operations alone: transforms and compilers get to see that.
     """
 
-    def __init__(self, graph: Graph, reference: Graph, point: AtPoint | None = None) -> None:
+    def __init__(self, graph: Graph, reference: Graph, residuals: Residuals | None = None) -> None:
         self.graph = graph
         self.whole = reference.function
-        self._residuals: Callable[[Tensors], Tensors] | None = point
+        self._residuals: Callable[[Tensors], Tensors] | None = residuals
         self._n_state = len(reference.state)
         parts = partition(graph)
         self._make_constants, self._main = parts.constants, parts.main
@@ -119,7 +119,7 @@ class Program:
         self._main = lambda *tensors: function(*tensors[n_state:])
 
 
-class AtPoint:
+class Residuals:
     """``state → residuals``: what is computed once for each point, that is for each state whose private tensors differ.
 
     ``program`` computes the ``count`` leaves of ``f(x₀)`` before the residuals; ``reference`` is the graph of f itself.
@@ -194,7 +194,7 @@ def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: froze
         return [] if last is None else [*(copy for i, copy in last[0] if i not in private), *(last[1] or ())]
 
     def is_same(before: list[tuple[int, Any]], tensors: tuple[Tensor, ...]) -> bool:
-        return all(tensors[i] is kept() if i in private else same(tensors[i], kept) for i, kept in before)
+        return all(tensors[i] is known() if i in private else same(tensors[i], known) for i, known in before)
 
     call.kept = kept  # type: ignore[attr-defined]
     return call
