@@ -79,7 +79,7 @@ class Expression:
 
 
 def meaning(operator: Any) -> str:
-    """Return what the letter of an operator stands for, in words."""
+    """Return the meaning of an operator's letter, in words."""
     body = operator._body
     if body.notation is not None:
         return str(body.notation.meaning)

@@ -36,12 +36,12 @@ _MARKERS = (
     "function: a mapping or list of (function, x0), or a function without arguments that makes one of these; options, "
     "such as seed=1, go to adjointlab.check_derivative",
 )
-# What is marked by each marker, and how it is written.
+# Each marker with its meaning, and how it is written.
 _WHAT = {"adjoint": ("operators", "A"), "derivative": ("functions", "(f, x0)")}
 
 
 class _Check:
-    """What both fixtures share: the case of the marker, its options, and whether the test has checked it."""
+    """The common part of both fixtures: the case of the marker, its options, and whether the test has checked it."""
 
     def __init__(self, case: Any, options: Mapping[str, Any]) -> None:
         self._case = case

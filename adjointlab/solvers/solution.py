@@ -45,7 +45,7 @@ REASONS = {
 
 @dataclass(frozen=True, eq=False)
 class Info:
-    """What a solver knows after a step, for its callback.
+    """The state of a solver after a step, for its callback.
 
     Attributes
     ----------

@@ -16,7 +16,7 @@ from adjointlab.errors import SpaceMismatchError
 if TYPE_CHECKING:
     from adjointlab.space.space import Space
 
-# What describes a space of tensors, of pairs and of dictionaries of them, and of other containers.
+# The types of a description of a space of tensors, of pairs and of dictionaries of them, and of other containers.
 OfTensor: TypeAlias = "Tensor | TensorSpec | Space[Tensor] | tuple[int, ...] | list[int]"
 OfPair: TypeAlias = "tuple[OfTensor, OfTensor] | Space[tuple[Tensor, Tensor]]"
 OfDict: TypeAlias = "Mapping[str, OfTensor] | Space[dict[str, Tensor]]"

@@ -1,4 +1,4 @@
-"""What a call of a program is expected to cost: arithmetic operations, and bytes that are read and written."""
+"""The expected cost of a call of a program: arithmetic operations, and bytes that are read and written."""
 
 from __future__ import annotations
 

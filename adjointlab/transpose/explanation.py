@@ -19,7 +19,7 @@ from adjointlab.transpose.passes.partition import kept_nodes
 
 @dataclass(frozen=True)
 class Account:
-    """What there is to say about the program of A, or that of Aᴴ, without running it."""
+    """Facts about the program of A, or that of Aᴴ, known without running it."""
 
     graph: Graph
     is_lowered: bool
@@ -31,7 +31,7 @@ class Account:
 
     @property
     def cost(self) -> str:
-        """What a call is expected to cost, in words."""
+        """The expected cost of a call, in words."""
         work, moved = cost(self.graph)
         return f"about {_short(work).strip()} operations a call, and {_short(moved)}B read and written"
 

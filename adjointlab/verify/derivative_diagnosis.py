@@ -13,7 +13,7 @@ from adjointlab.verify.differences import Along, Differences, flat
 
 
 def diagnose(test: Differences, J: Jacobian, seen: Sequence[Along], dot_holds: bool) -> str:
-    """Return what is wrong, for a test that has failed; finite differences tell which of J and J.H it is."""
+    """Return the mistake in words, for a test that has failed; finite differences tell which of J and J.H it is."""
     wrong = [along for along in seen if bool(along.wrong.any())]
     if wrong:
         adjoint_is_right = all(_agrees(test, J, along) for along in seen)

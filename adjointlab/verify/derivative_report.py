@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
-from adjointlab.reporting import Curve, aligned, html_folded, html_table, log_plot, strict_json
+from adjointlab.reporting import Curve, log_plot
+from adjointlab.verify.printed import Report
 
 
 @dataclass(frozen=True)
-class DerivativeReport:
+class DerivativeReport(Report):
     """The result of a test of the Jacobian J of f at x₀; made by :func:`check_derivative`.
 
     It prints as three lines; :meth:`details` returns all of it as text.
@@ -46,6 +47,7 @@ class DerivativeReport:
         Taylor's remainder for each direction, in the leaf of f with the least slope.
     """
 
+    kind: ClassVar[str] = "derivative"
     passed: bool
     slope: float
     error: float
@@ -59,10 +61,6 @@ class DerivativeReport:
     notes: tuple[str, ...] = ()
     diagnosis: str = ""
     figure: tuple[Curve, ...] = field(default=(), repr=False)
-
-    @property
-    def _title(self) -> str:
-        return "derivative test passed" if self.passed else f"derivative test FAILED: {self.diagnosis}"
 
     def _rows(self) -> list[tuple[str, str]]:
         unknown = math.isnan(self.slope)
@@ -85,36 +83,10 @@ class DerivativeReport:
             *(("note", note) for note in self.notes),
         ]
 
-    def __str__(self) -> str:
-        return aligned(self._title, self._rows())
-
-    def details(self) -> str:
-        """Return all that the test has seen, as text."""
-        return aligned(self._title, self._detailed())
-
-    @property
-    def failure(self) -> str:
-        """The message of an error for a failed test: the diagnosis in the first line, then the details."""
-        return f"{self.diagnosis}\n{aligned('derivative test FAILED', self._detailed())}"
-
-    def _plot(self) -> str:
+    def _picture(self) -> str:
         points = [point for _, curve in self.figure for point in curve if point[1] > 0]
         if not points:
             return ""
         (first, last), top = (max(points)[0], min(points)[0]), max(y for _, y in points)
         guides = [(f"slope {n}", ((first, top), (last, top * (last / first) ** n))) for n in (1, 2)]
         return log_plot("‖f(x₀ + h d) − f(x₀) − h J d‖", "step h", self.figure, guides)
-
-    def _repr_html_(self) -> str:
-        more = html_folded("details", self._detailed())
-        return html_table(self._title, self.passed, self._rows(), f"<div>{self._plot()}</div>{more}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as a dictionary of plain values, without the figure."""
-        record = {**vars(self), "notes": list(self.notes)}
-        del record["figure"]
-        return record
-
-    def to_json(self, indent: int | None = None) -> str:
-        """Return :meth:`to_dict` as JSON; numbers that are not finite become ``null``."""
-        return strict_json(self.to_dict(), indent)

@@ -54,7 +54,7 @@ def _typical(entries: Tensor, space: Space) -> Tensor:
 
 @dataclass(frozen=True)
 class Along:
-    """What was seen along one direction: for every entry of the result, in the order of its leaves."""
+    """The differences along one direction: for every entry of the result, in the order of its leaves."""
 
     name: str
     direction: Tensors
@@ -236,7 +236,7 @@ class _Ladder:
         fine, coarse = self.central[apart:], self.central[:-apart]
         second = (RATIO**2 * self.second[apart:] - self.second[:-apart]).abs() / H
         truncation, rounding = (fine - coarse).abs() + second, (self.rounding[apart:] + SIGMAS * noise) / h + own
-        # What is not rounding shrinks with the step; where it has grown at some smaller step, the step is too large.
+        # Truncation shrinks with the step; where it has grown at some smaller step, the step is too large.
         seen = torch.where(truncation > rounding, truncation, 0.0)
         later = seen.flip(0).cummax(0).values.flip(0)[1:]
         grows = later > torch.maximum(truncation, rounding)[:-1]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
-from adjointlab.reporting import Grid, aligned, heat_map, html_folded, html_table, strict_json
+from adjointlab.reporting import Grid, heat_map
+from adjointlab.verify.printed import Report
 
 
 @dataclass(frozen=True)
-class AdjointReport:
+class AdjointReport(Report):
     """The result of a test of ``⟨Ax, y⟩ = ⟨x, By⟩``; made by :func:`check_adjoint`.
 
     It prints as two lines; :meth:`details` returns all of it as text.
@@ -44,6 +45,7 @@ class AdjointReport:
         passed.
     """
 
+    kind: ClassVar[str] = "adjoint"
     passed: bool
     error: float
     tolerance: float
@@ -59,9 +61,7 @@ class AdjointReport:
 
     @property
     def _title(self) -> str:
-        if self.passed:
-            return "adjoint test passed" + ", but it was vacuous: A and B are zero on every draw" * self.vacuous
-        return f"adjoint test FAILED: {self.diagnosis}"
+        return super()._title + ", but it was vacuous: A and B are zero on every draw" * (self.passed and self.vacuous)
 
     def _rows(self) -> list[tuple[str, str]]:
         pairs = f"largest of {self.pairs} pairs of x and y" if self.pairs != 1 else "of one pair of x and y"
@@ -77,31 +77,7 @@ class AdjointReport:
             *(("note", note) for note in self.notes),
         ]
 
-    def __str__(self) -> str:
-        return aligned(self._title, self._rows())
+    __repr__ = Report.__str__
 
-    __repr__ = __str__
-
-    def details(self) -> str:
-        """Return all that the test has seen, as text; the glossary of the documentation explains the terms."""
-        return aligned(self._title, self._detailed())
-
-    @property
-    def failure(self) -> str:
-        """The message of an error for a failed test: the diagnosis in the first line, then the details."""
-        return f"{self.diagnosis}\n{aligned('adjoint test FAILED', self._detailed())}"
-
-    def _repr_html_(self) -> str:
-        maps = "".join(heat_map(name, grid) for name, grid in self.figure)
-        more = html_folded("details", self._detailed())
-        return html_table(self._title, self.passed, self._rows(), f"<div>{maps}</div>{more}" if maps else more)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as a dictionary of plain values, without the figure."""
-        record = {**vars(self), "notes": list(self.notes)}
-        del record["figure"]
-        return record
-
-    def to_json(self, indent: int | None = None) -> str:
-        """Return :meth:`to_dict` as JSON; numbers that are not finite become ``null``."""
-        return strict_json(self.to_dict(), indent)
+    def _picture(self) -> str:
+        return "".join(heat_map(name, grid) for name, grid in self.figure)

@@ -115,7 +115,7 @@ def _kept_by_autograd(pull_back: Graph) -> int:
 
 
 def _affordable(residuals: set[fx.Node], most: int) -> list[fx.Node]:
-    """Return what to keep so that all else that is read can be computed from it, in no more than so many bytes."""
+    """Return the nodes to keep, in no more than so many bytes: all others that are read can be computed from them."""
     chosen = {node for node in residuals if node.all_input_nodes}  # constants are made where they are used
     while (size := _size(chosen)) > most:
         tries = [(cost, node, found) for node in chosen for cost, found in [_without(node, chosen)] if cost]
