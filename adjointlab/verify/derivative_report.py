@@ -14,7 +14,7 @@ from adjointlab.verify.printed import Report
 class DerivativeReport(Report):
     """The result of a test of the Jacobian J of f at x₀; made by :func:`check_derivative`.
 
-    It prints as three lines; :meth:`details` returns all of it as text.
+    It prints as three lines; ``details()`` returns all of it as text.
 
     Attributes
     ----------

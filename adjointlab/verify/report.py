@@ -13,7 +13,7 @@ from adjointlab.verify.printed import Report
 class AdjointReport(Report):
     """The result of a test of ``⟨Ax, y⟩ = ⟨x, By⟩``; made by :func:`check_adjoint`.
 
-    It prints as two lines; :meth:`details` returns all of it as text.
+    It prints as two lines; ``details()`` returns all of it as text.
 
     Attributes
     ----------
