@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from adjointlab.jacobians import Jacobian, jacobian
     from adjointlab.least_squares import LeastSquares, least_squares_gradient
+    from adjointlab.lifted import complexify, kron, map
     from adjointlab.linearity import LinearityReport, check_linearity
     from adjointlab.matrices import matrix
     from adjointlab.operators import LinearOperator
@@ -51,6 +52,7 @@ _HOME = {
         ),
         "jacobians": ("Jacobian", "jacobian"),
         "least_squares": ("LeastSquares", "least_squares_gradient"),
+        "lifted": ("complexify", "kron", "map"),
         "matrices": ("matrix",),
         "linearity": ("LinearityReport", "check_linearity"),
         "operators": ("LinearOperator",),
@@ -102,7 +104,7 @@ __all__ = [
     "AdjointMismatchError", "AdjointReport", "AffineOperator", "ConvergenceWarning", "DerivativeReport", "Jacobian",
     "LeastSquares", "LinearOperator", "LinearityReport", "NotDifferentiableError", "NotLinearError", "Space",
     "SpaceMismatchError", "TensorSpec", "affine_operator", "assert_adjoint", "assert_derivative", "block_diag",
-    "check_adjoint", "check_derivative", "check_linearity", "diagonal", "from_pair", "hstack", "identity", "jacobian",
-    "least_squares_gradient", "linear_adjoint", "linear_operator", "matrix", "operator_norm", "solvers", "to_dense",
-    "vstack",
+    "check_adjoint", "check_derivative", "check_linearity", "complexify", "diagonal", "from_pair", "hstack", "identity",
+    "jacobian", "kron", "least_squares_gradient", "linear_adjoint", "linear_operator", "map", "matrix", "operator_norm",
+    "solvers", "to_dense", "vstack",
 ]  # fmt: skip

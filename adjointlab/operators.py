@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
 
 from adjointlab.compat import differentiated
+from adjointlab.errors import ConvergenceWarning, SpaceMismatchError
 from adjointlab.linked import Linked
 from adjointlab.notation import POWER, PRODUCT, SUM, Expression, Notation, meaning, multiple, number
 from adjointlab.numerics import commutes_with_i, full_precision
 from adjointlab.space import Space
-from adjointlab.space.algebra import added, common, conjugated, is_scalar, moved, require_scalar, scaled
+from adjointlab.space.algebra import (
+    added,
+    common,
+    conjugated,
+    is_scalar,
+    moved,
+    require_scalar,
+    scaled,
+    viewed_as_real,
+)
 from adjointlab.transpose import Transposition
 from adjointlab.typed import X, Y, Z
 
@@ -131,6 +143,11 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         return [part for part in self._modules.values() if isinstance(part, LinearOperator)]
 
     @property
+    def is_pair(self) -> bool:
+        """Whether the operator is a pair of functions from outside."""
+        return self._body.linked[0] is not None
+
+    @property
     def domain(self) -> Space[X]:
         """The space of x in ``Ax``."""
         return self._body.spaces[self._side]
@@ -180,9 +197,71 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         return twin
 
     @property
+    def real_view(self) -> LinearOperator:
+        """The same map between real spaces, where a complex entry is a pair of real ones, ``torch.view_as_real``.
+
+        Its adjoint is that of A for ``Re⟨·, ·⟩``. A itself, where no entry is complex.
+        """
+        is_complex = any(spec.is_complex for spec in (*self.domain.specs, *self.codomain.specs))
+        return _real_view(self) if is_complex else self
+
+    def inverse(self, solver: Callable[..., Any], **options: Any) -> LinearOperator[Y, X]:
+        r"""Return ``A⁻¹``, or the pseudo-inverse, by a solver: ``y ↦ solver(A, y, **options).x``.
+
+        Its adjoint is ``x ↦ solver(Aᴴ, x, **options).x``. With ``damp`` it is ``(AᴴA + damp²)⁻¹Aᴴ``.
+
+        Parameters
+        ----------
+        solver : callable
+            ``al.solvers.cgls``, ``lsmr`` or, if A is self-adjoint and positive definite, ``cg``.
+        **options
+            For the solver. A weight is refused, because it belongs to one of both sides.
+
+        Returns
+        -------
+        LinearOperator
+            From the codomain to the domain, as accurate as the solver.
+
+        Raises
+        ------
+        SpaceMismatchError
+            If ``solver`` is not callable, or an option is for one side only.
+
+        Warns
+        -----
+        ConvergenceWarning
+            At a call in which the solver does not converge.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from adjointlab import diagonal, solvers
+        >>> A = diagonal(torch.tensor([1.0, 2.0]))
+        >>> A.inverse(solvers.cgls)(torch.tensor([1.0, 1.0]))
+        tensor([1.0000, 0.5000])
+        """
+        one_sided = sorted({"weight", "x0", "precondition"} & options.keys())
+        if not callable(solver) or one_sided:
+            raise SpaceMismatchError(
+                "expected a solver such as al.solvers.cgls, and options that fit A and Aᴴ alike, got "
+                f"{', '.join(one_sided) or type(solver).__name__}: write the operator with al.from_pair"
+            )
+        return _inverse(self, solver, options)
+
+    @property
     def gram(self) -> LinearOperator[X, X]:
         """The self-adjoint, positive semi-definite ``AᴴA``."""
         return _compose(self.H, self)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of entries of ``Ax`` and of x, as of a matrix."""
+        return self.codomain.size, self.domain.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of a matrix of A: that of the entries of x and of ``Ax``, the widest of all leaves."""
+        return functools.reduce(torch.promote_types, [s.dtype for s in (*self.domain.specs, *self.codomain.specs)])
 
     @property
     def is_complex_linear(self) -> bool:
@@ -309,6 +388,9 @@ class LinearOperator(nn.Module, Generic[X, Y]):
     def __add__(self, other: LinearOperator[X, Y]) -> LinearOperator[X, Y]:
         return _add(self, other) if isinstance(other, LinearOperator) else NotImplemented
 
+    def __radd__(self, other: Literal[0]) -> Self:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum([A, B]) begins with 0
+
     def __sub__(self, other: LinearOperator[X, Y]) -> LinearOperator[X, Y]:
         return _add(self, -other) if isinstance(other, LinearOperator) else NotImplemented
 
@@ -343,6 +425,11 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         if body.source is not None:
             body.source.move(fn)
             body.spaces = (body.source.domain, body.source.codomain)
+        elif self.parts:  # which have moved, each in its way: .double() leaves complex tensors as they are
+            first = body.views[0]
+            assert first is not None
+            function, arguments = first._recipe() if callable(first._recipe) else first._recipe
+            body.spaces = function(*arguments)._body.spaces
         else:
             body.spaces = tuple(moved(space, fn) for space in body.spaces)  # type: ignore[assignment]
         return self
@@ -423,4 +510,36 @@ def _transpose(a: LinearOperator) -> LinearOperator:
     return derived(
         lambda y: conjugated(a.H(conjugated(y))), lambda x: conjugated(a(conjugated(x))), a.codomain, a.domain,
         (_transpose, (a,)), a, notation=Notation("{}ᵀ", POWER, POWER + 1),
+    )  # fmt: skip
+
+
+def _real_view(a: LinearOperator) -> LinearOperator:
+    def seen(operator: LinearOperator) -> Map:
+        def function(x: Any) -> Any:
+            leaves = operator.domain.structure.leaves(x) or ()
+            pairs = zip(leaves, operator.domain.specs, strict=True)
+            given = [torch.view_as_complex(v.contiguous()) if spec.is_complex else v for v, spec in pairs]
+            image = operator.codomain.leaves(operator(operator.domain.unflatten(given)))
+            return operator.codomain.unflatten(
+                [torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for v in image]
+            )
+
+        return function
+
+    return derived(
+        seen(a), seen(a.H), viewed_as_real(a.domain), viewed_as_real(a.codomain), (_real_view, (a,)), a,
+        notation=Notation("real_view({})"),
+    )  # fmt: skip
+
+
+def _inverse(a: LinearOperator, solver: Callable[..., Any], options: dict[str, Any]) -> LinearOperator:
+    def solved(operator: LinearOperator, b: Any) -> Any:
+        solution = solver(operator, b, **options)
+        if not bool(torch.as_tensor(solution.converged).all()):
+            warnings.warn(f"A.inverse: {solution.reason}", ConvergenceWarning, stacklevel=2)
+        return solution.x
+
+    return derived(
+        lambda y: solved(a, y), lambda x: solved(a.H, x), a.codomain, a.domain, (_inverse, (a, solver, options)), a,
+        notation=Notation("{}⁻¹", POWER, POWER + 1),
     )  # fmt: skip

@@ -65,3 +65,13 @@ def moved(space: Space, function: Callable[[Tensor], Tensor]) -> Space:
         return replace(spec, dtype=probe.dtype, device=probe.device)
 
     return Space(tuple(map(move, space.specs)), space.structure, space.batch_dims)
+
+
+def viewed_as_real(space: Space) -> Space:
+    """Return the space of the same elements, where each complex leaf is ``torch.view_as_real`` of it."""
+    if space.is_sharded:
+        raise SpaceMismatchError(
+            f"expected a space of one process, got the sharded {space}: its parts have no real view"
+        )
+    specs = [replace(s, shape=(*s.shape, 2), dtype=s.dtype.to_real()) if s.is_complex else s for s in space.specs]
+    return Space(tuple(specs), space.structure, space.batch_dims)
