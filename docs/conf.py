@@ -38,7 +38,7 @@ pygments_dark_style = "native"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-autodoc_mock_imports = ["deepinv"]  # runs beside the second torch only
+autodoc_mock_imports = ["deepinv", "mrpro"]  # run beside the second torch only
 autodoc_typehints = "none"  # docstrings state the types
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}

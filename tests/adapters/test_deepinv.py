@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -114,3 +115,19 @@ def test_from_deepinv_with_parameters() -> None:
     x = torch.randn(3, 1, 4, 4)
     assert torch.equal(A(x), mask * x)
     assert A.codomain.batch_dims == 1
+
+
+@pytest.mark.parametrize(
+    "f", [torch.fft.rfft2, torch.real, torch.fft.fft2], ids=["real to complex", "to real", "complex"]
+)
+def test_maps_between_real_and_complex_images_pass_their_test_of_adjoints(f: Callable[[Tensor], Tensor]) -> None:
+    x = torch.zeros(1, 2, 4, 4, dtype=torch.float32 if f is torch.fft.rfft2 else torch.complex64)
+    A = al.linear_operator(f, x, batch_dims=1)
+    physics = bridge.to_deepinv(A)
+    given = torch.randn(1, 2, 2, 4, 4) if f is torch.real else torch.randn_like(x)  # pairs of real numbers
+    assert float(physics.adjointness_test(given, num_samples=20)) <= 64 * EPS
+    if f is not torch.fft.fft2:
+        y = physics.A(given)
+        assert not y.is_complex()
+        solved = physics.A_dagger(y, solver="lsqr", tol=1e-6)
+        assert relative(physics.A(solved), y) <= 1e-3
