@@ -108,7 +108,7 @@ def check_adjoint(
         raise ValueError(f"expected trials to be an integer of 0 or more, got {trials!r}")
     if trials == 0 and x is None and y is None:
         raise ValueError("expected trials of 1 or more, or a pair x, y, got neither: nothing would be compared")
-    claim = _claim_of(A, adjoint, domain, codomain)
+    claim, is_affine = _claim_of(A, adjoint, domain, codomain), isinstance(A, AffineOperator)
     given = None
     if x is not None or y is not None:
         given = (_finite(claim.forward.space, x, "x"), _finite(claim.adjoint.space, y, "y"))
@@ -125,16 +125,19 @@ def check_adjoint(
         try:
             test.run(trials, given)
         except BrokenError as error:
-            return _report(test, trials, str(error), broken=True)
-        return _report(test, trials, *(("",) if test.passed else diagnose(test, *trusted(), seed)))
+            return _report(test, trials, is_affine, str(error), broken=True)
+        return _report(test, trials, is_affine, *(("",) if test.passed else diagnose(test, *trusted(), seed)))
 
 
-def _report(test: DotTest, trials: int, diagnosis: str, figure: Figure = (), *, broken: bool = False) -> AdjointReport:
+def _report(
+    test: DotTest, trials: int, is_affine: bool, diagnosis: str, figure: Figure = (), *, broken: bool = False
+) -> AdjointReport:
     vacuous = test.vacuous and not broken
     rounding = "rounding inside is {:.3g} eps (cancellation): the tolerance was measured"
     avoidable = "rounding inside the adjoint is {:.3g} eps, more than it need be: the tolerance leaves it out"
     lost = ", ".join(dict.fromkeys(test.lost_in_rounding))
     notes = [
+        *(["A is affine: its linear part, without the offset, was tested"] if is_affine else []),
         *(["vacuous: A and B are zero on every draw, so nothing was compared"] if vacuous else []),
         *([rounding.format(test.used_noise)] if test.used_noise > 1.0 else []),
         *([avoidable.format(test.avoidable_noise)] if test.avoidable_noise else []),

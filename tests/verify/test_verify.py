@@ -229,3 +229,9 @@ def test_forward_may_write_to_its_argument() -> None:
     x = torch.ones(5, dtype=torch.float64)
     with no_side_effects(torch.neg, x):
         assert al.check_adjoint(lambda x: x.mul_(2), lambda y: 2 * y, domain=x).passed
+
+
+def test_the_report_on_an_affine_operator_says_that_its_linear_part_was_tested() -> None:
+    A = al.affine_operator(nn.Conv1d(1, 1, 3), (1, 1, 8))
+    assert "its linear part, without the offset, was tested" in al.check_adjoint(A).details()
+    assert "affine" not in al.check_adjoint(A.linear).details()
