@@ -71,8 +71,16 @@ $(OLDEST_STAMP): pyproject.toml $(OLDEST_CONSTRAINTS)
 	$(OLDEST_BIN)/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST_CONSTRAINTS) -e '.[dev,demo]'
 	@touch $@
 
-oldest: $(OLDEST_STAMP) ## Run all tests on the oldest supported torch, in .venv-oldest
-	$(ONE_THREAD) $(OLDEST_BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal -m "not packaging" $(ARGS)
+# All of what depends on the version of torch or needs other libraries; of the rest, the quick part unless WHOLE is set.
+ON_TORCH := tests/transpose tests/interop tests/adapters tests/test_docs.py
+define on_torch
+$(ONE_THREAD) $(1)/python -W error -m pytest -n $(WORKERS) --dist worksteal $(ON_TORCH) $(ARGS)
+$(ONE_THREAD) $(1)/python -W error -m pytest -n $(WORKERS) --dist worksteal $(if $(WHOLE),,--quick) \
+	-m "not packaging" $(ON_TORCH:%=--ignore=%) $(ARGS)
+endef
+
+oldest: $(OLDEST_STAMP) ## Run the tests on the oldest supported torch, in .venv-oldest; all of them with WHOLE=1
+	$(call on_torch,$(OLDEST_BIN))
 
 # torch and torchvision first and alone, spelt like this: see $(STAMP).
 $(INTEROP_STAMP): pyproject.toml $(INTEROP_CONSTRAINTS)
@@ -82,13 +90,8 @@ $(INTEROP_STAMP): pyproject.toml $(INTEROP_CONSTRAINTS)
 		-e '.[dev,demo]' deepinv==0.5.0 mrpro==0.261015 pylops==2.8.0 pyproximal==0.13.0 torchkbnufft==1.5.2
 	@touch $@
 
-# All of what depends on the version of torch or needs the other libraries; of the rest, the quick part.
-ON_TORCH := tests/transpose tests/interop tests/adapters tests/test_docs.py
-
-interop: $(INTEROP_STAMP) ## Run the tests beside deepinv and mrpro, on the second supported torch, in .venv-interop
-	$(ONE_THREAD) $(INTEROP_BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal $(ON_TORCH) $(ARGS)
-	$(ONE_THREAD) $(INTEROP_BIN)/python -W error -m pytest -n $(WORKERS) --dist worksteal --quick \
-		-m "not packaging" $(ON_TORCH:%=--ignore=%) $(ARGS)
+interop: $(INTEROP_STAMP) ## Run the tests beside deepinv and mrpro, on the newest supported torch, in .venv-interop; WHOLE=1
+	$(call on_torch,$(INTEROP_BIN))
 
 # What only the benchmarks need: JAX, and all that they compare with.
 $(BENCH_STAMP): $(STAMP)
