@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adjointlab.matrices import matrix
     from adjointlab.operators import LinearOperator
     from adjointlab.pair import from_pair
+    from adjointlab.recurrences import recurrence
     from adjointlab.space import Space, TensorSpec
     from adjointlab.spectral import operator_norm, to_dense
     from adjointlab.verify import (
@@ -55,6 +56,7 @@ _HOME = {
         "linearity": ("LinearityReport", "check_linearity"),
         "operators": ("LinearOperator",),
         "pair": ("from_pair",),
+        "recurrences": ("recurrence",),
         "space": ("Space", "TensorSpec"),
         "spectral": ("operator_norm", "to_dense"),
         "verify": (
@@ -103,6 +105,6 @@ __all__ = [
     "LeastSquares", "LinearOperator", "LinearityReport", "NotDifferentiableError", "NotLinearError", "Space",
     "SpaceMismatchError", "TensorSpec", "affine_operator", "assert_adjoint", "assert_derivative", "block_diag",
     "check_adjoint", "check_derivative", "check_linearity", "diagonal", "from_pair", "hstack", "identity", "jacobian",
-    "least_squares_gradient", "linear_adjoint", "linear_operator", "matrix", "operator_norm", "solvers", "to_dense",
-    "vstack",
+    "least_squares_gradient", "linear_adjoint", "linear_operator", "matrix", "operator_norm", "recurrence", "solvers",
+    "to_dense", "vstack",
 ]  # fmt: skip

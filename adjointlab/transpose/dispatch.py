@@ -142,6 +142,13 @@ class Transposition:
         """Return ``f'ᴴ v``."""
         return self._call("adjoint", v)
 
+    def now(self, batch: tuple[int, ...]) -> tuple[Derivation, Tensors]:
+        """Return the derivation for a size of the free dimensions, and the values of its state, as they are now."""
+        derivation, state = self._at(batch)
+        if derivation.user is not None:
+            modules.require_own(self._registered)
+        return derivation, state
+
     def _call(self, name: str, x: Any) -> Any:
         if self.domain.is_autocast:  # spaces have dtypes, and keep them
             with self.domain.without_autocast():

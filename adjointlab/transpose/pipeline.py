@@ -273,7 +273,7 @@ def assemble(
         tuple(metadata_of(source.read()) for source in state), graphs.forward.specialized, graphs.mapping(),
         of_storage=any(map(of_storage, graphs.mapping().values())),
         is_doubtful=bool(graphs.adjoint.readers) or (residuals is None and not options.affine and adds_state(forward)),
-        residuals=residuals, has_checks=graphs.has_checks,
+        of_state=of_linear, residuals=residuals, has_checks=graphs.has_checks,
     )  # fmt: skip
     return replace(
         derivation,

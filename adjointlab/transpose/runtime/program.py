@@ -57,10 +57,11 @@ class Program:
         self._residuals: Callable[[Tensors], Tensors] | None = residuals
         self._n_state = len(reference.state)
         parts = partition(graph)
-        self._make_constants, self._main = parts.constants, parts.main
+        self._make_constants, self._main, self._pieces = parts.constants, parts.main, parts.prepacks
         private = frozenset(i for i, source in enumerate(graph.state) if source.is_private)
         self._prepacks = tuple(_kept(p.function, p.watched, private, dear=p.is_dear) for p in parts.prepacks)
         self._constants: Tensors | None = None
+        self._reads_state = False  # whether the main part does so by itself
 
     def __call__(self, *tensors: Tensor) -> Tensors:
         """Return the outputs, under whatever transform or trace is under way."""
@@ -82,13 +83,16 @@ class Program:
 
     def prepared(self, tensors: Tensors) -> Tensors:
         """Compute all that depends on the state alone, which is the first of ``tensors``."""
+        ready = constants = self._ready_constants()
+        for prepack in self._prepacks:
+            ready = (*ready, *prepack(tensors, constants))
+        return ready
+
+    def _ready_constants(self) -> Tensors:
         if self._constants is None:
             with torch.no_grad():
                 self._constants = tuple(self._make_constants()) if self._make_constants else ()
-        ready = self._constants
-        for prepack in self._prepacks:
-            ready = (*ready, *prepack(tensors, self._constants))
-        return ready
+        return self._constants
 
     def kept(self) -> int:
         """Return how many bytes are kept between calls: constants, prepacked state, and copies to compare with."""
@@ -109,14 +113,55 @@ class Program:
             found._constants, found._prepacks, found._main, found._residuals = (), (), self.whole, None
         return found
 
+    def each(self, state: Tensors, moving: tuple[int, ...] = ()) -> Callable[[Tensors, Tensors], Tensors]:
+        """Return ``(moved, inputs) → outputs`` for calls in a row with one state, but for what moves in it."""
+        if not moving:
+            still = self.frozen(state)
+            main, kept = still._main, still._constants or ()
+            return lambda _, inputs: main(*state, *inputs, *kept)
+        if self._reads_state:
+            return self._whole_each(state, moving)
+        main, constants = self._main, self._ready_constants()
+
+        def ready(full: Tensors) -> Tensors:
+            found = constants
+            for each in made:
+                found += (
+                    each if isinstance(each, tuple) else each.function(*[full[i] for i in each.watched], *constants)
+                )
+            return found
+
+        def run(moved: Tensors, inputs: Tensors) -> Tensors:
+            full = _replaced(state, moving, moved)
+            return main(*full, *inputs, *ready(full))  # type: ignore[no-any-return]
+
+        try:
+            pieces = zip(self._pieces, self._prepacks, strict=True)
+            made = [p if {*moving}.intersection(p.watched) else prepack(state, constants) for p, prepack in pieces]
+            ready(state)
+        except HasNoPiecesError:
+            return self._whole_each(state, moving)
+        return run
+
+    def _whole_each(self, state: Tensors, moving: tuple[int, ...]) -> Callable[[Tensors, Tensors], Tensors]:
+        return lambda moved, inputs: tuple(self.whole(*_replaced(state, moving, moved), *inputs))
+
     def compile(self, options: dict[str, Any]) -> None:
         """Put the main part through ``torch.compile`` as one region: a break in it is an error, to fall back from."""
         self._main = _compiled(self._main, {"fullgraph": True, **options})
 
     def replace(self, function: Callable[..., Any], n_state: int) -> None:
         """Run an equal function of the inputs alone, which reads the state by itself."""
-        self._constants, self._prepacks = (), ()
+        self._constants, self._prepacks, self._pieces, self._reads_state = (), (), (), True
         self._main = lambda *tensors: function(*tensors[n_state:])
+
+
+def _replaced(tensors: Tensors, positions: Sequence[int], values: Tensors) -> Tensors:
+    """Return tensors with others at some positions."""
+    found = list(tensors)
+    for position, value in zip(positions, values, strict=True):
+        found[position] = value
+    return tuple(found)
 
 
 class Residuals:
