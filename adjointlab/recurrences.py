@@ -153,7 +153,7 @@ def _built(plan: _Plan) -> LinearOperator[Any, Any]:
         plan.state if final else None, outputs, "codomain", "final=True, or a step that returns u and an output"
     )
     loop = Loop(source, plan.steps, len(plan.state.specs), slots, entries, initial=initial, final=final)
-    if plan.check and plan.series and (said := loop.differs()):
+    if plan.check and (said := loop.differs()):
         raise NotLinearError(f"expected a step that is linear for each x of xs, but {said}: pass its parts in inputs")
     part = LinearOperator.of_source(
         source, lambda: (_step_of, (whole,)), modules_named(source), notation=Notation(meaning=name_of(plan.step))

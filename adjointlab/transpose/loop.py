@@ -116,27 +116,25 @@ class Loop:
         """
         domain, codomain = self.source.domain, self.source.codomain
         derivation, state = self.source.now(domain.batch_shape)
-        run, draw = (
-            Run(self, derivation, self._places(derivation), domain.batch_shape),
-            torch.Generator().manual_seed(0),
-        )
+        run = Run(self, derivation, self._places(derivation), domain.batch_shape)
+        draw, series = torch.Generator().manual_seed(0), self.series.leaves()
         x, z, v = (space.leaves(space.randn(draw)) for space in (domain, domain, codomain))
         both, bound = tuple(a + b for a, b in zip(x, z, strict=True)), allowance(UNITS, eps_of((*x, *v)))
-        certain = derivation.programs and not derivation.is_doubtful
-        for t in sorted({0, self.steps // 2, self.steps - 1}) if certain else range(self.steps):
-            moved = tuple([s[t] for s in self.series.leaves()])
+        certain = not series or (derivation.programs and not derivation.is_doubtful)
+        forth, back = (run.step(name, state) for name in ("function", "adjoint"))
+        for t in sorted({0, self.steps // 2, self.steps - 1} if series else {0}) if certain else range(self.steps):
+            moved = run.at_times(series, 0, range(t, t + 1))[0]
             with self.slots.kept():
                 self.slots.put(moved)
                 own = self.source.eager.called(x)
-                of_x, of_z, of_both = (run.tracked("function", state, moved, leaves) for leaves in (x, z, both))
-                back = run.tracked("adjoint", state, moved, v)
+                of_x, of_z, of_both, of_v = forth(moved, x), forth(moved, z), forth(moved, both), back(moved, v)
             if relative_gap(own, of_x) > bound:
                 return f"at step {t} it is not what was derived: it takes numbers or choices from its x"
-            pairs = [(domain, both, back), (codomain, of_both, v)]
-            forth, against = (space.inner(space.unflatten(a), space.unflatten(b)).real for space, a, b in pairs)
+            pairs = [(domain, both, of_v), (codomain, of_both, v)]
+            left, right = (space.inner(space.unflatten(a), space.unflatten(b)).real for space, a, b in pairs)
             scale = norm(of_both) * norm(v)
             added = tuple(a + b for a, b in zip(of_x, of_z, strict=True))
-            if relative_gap(added, of_both) > 2 * bound or abs(forth - against) > bound * scale:
+            if relative_gap(added, of_both) > 2 * bound or abs(left - right) > bound * scale:
                 return f"at step {t} it is not"
         return ""
 
@@ -190,7 +188,7 @@ class Run:
             [torch.empty(s, dtype=spec.dtype, device=spec.device) for s, spec in zip(shapes, specs, strict=True)]
         )
 
-    def _at_times(self, tensors: Sequence[Tensor], dim: int, times: range) -> list[Tensors]:
+    def at_times(self, tensors: Sequence[Tensor], dim: int, times: range) -> list[Tensors]:
         """Return the entries of stacked tensors at each of some times."""
         if not tensors:
             return [()] * len(times)
@@ -202,8 +200,10 @@ class Run:
             tensor = canonical(tensor)
         return at_start(tensor) if self.derivation.of_storage else tensor
 
-    def _step(self, name: str, state: Tensors) -> Step:
+    def step(self, name: str, state: Tensors) -> Step:
         """Return the step, or its adjoint, as a function of the entries of the series and of leaves."""
+        if not self.derivation.programs:
+            return lambda moved, leaves: self.tracked(name, state, moved, leaves)
         program, _ = self.derivation.programs[name]
         run = program.each(state, tuple(place for place, _ in self.places))
         return lambda moved, leaves: run(
@@ -216,13 +216,13 @@ class Run:
     def swept(self, way: Way, tensors: Tensors, kept: list[Tensors] | None = None) -> Tensors:
         """Return what a way makes of leaves; put the states at the beginning of each segment into ``kept``."""
         state, series, leaves = self.parts(tensors)
-        step, n, k = self._step(way.name, state), self.loop.count, len(self.batch)
+        step, n, k = self.step(way.name, state), self.loop.count, len(self.batch)
         (carry, given), room = self._given(way, leaves), self._room(way)
         for times in self._in_order(way):
             if kept is not None:
                 kept.append(carry)
             made = []
-            entries = zip(self._at_times(series, 0, times), self._at_times(given, k, times), strict=True)
+            entries = zip(self.at_times(series, 0, times), self.at_times(given, k, times), strict=True)
             for moved, read in reversed(list(entries)) if way.is_back else entries:
                 found = step(moved, (*carry, *read))
                 carry = found[:n]
@@ -234,8 +234,8 @@ class Run:
         return iter(self.loop.segments[::-1] if way.is_back else self.loop.segments)
 
     def _result(self, way: Way, carry: Tensors, room: Tensors) -> Tensors:
-        start = tuple([t.clone() for t in carry]) if way.last and not self.loop.steps else carry
-        return (*start, *room) if way.last else room
+        """Return what a way returns: the caller may write to that, and steps share memory with what they are given."""
+        return (*[t.clone() for t in carry], *room) if way.last else room
 
     @torch.no_grad()
     def gradients(
@@ -248,18 +248,18 @@ class Run:
         state, series, leaves = self.parts(tensors)
         way, n, k = self.loop.backwards, self.loop.count, len(self.batch)
         forth, back, of_state = (
-            self._step("function", state),
-            self._step(way.name, state),
+            self.step("function", state),
+            self.step(way.name, state),
             self._of_state(state, wanted),
         )
         totals, given = Totals(self, state, series, wanted), self._given(self.loop.forwards, leaves)[1]
         (carry, taken), room = self._given(way, cotangents), self._room(way)
         for times, start in zip(self._in_order(way), reversed(kept), strict=True):
-            moved, read = self._at_times(series, 0, times), self._at_times(given, k, times)
+            moved, read = self.at_times(series, 0, times), self.at_times(given, k, times)
             states = [start]
             for j in range(len(times) - 1):
                 states.append(forth(moved[j], (*states[-1], *read[j]))[:n])
-            pulled, made = self._at_times(taken, k, times), []
+            pulled, made = self.at_times(taken, k, times), []
             for j in reversed(range(len(times))):
                 v = (*carry, *pulled[j])
                 totals.add(times[j], of_state(moved[j], (*states.pop(), *read[j]), v))
@@ -375,7 +375,7 @@ class Totals:
         for place in self._summed:
             gradient, total = gradients[place], self.found[place]
             if gradient is not None:
-                self.found[place] = gradient if total is None else total.add_(gradient)
+                self.found[place] = gradient.clone() if total is None else total.add_(gradient)
         for place, slot in self._slots.items():
             gradient, series = gradients[place], self.found[self._n + slot]
             if gradient is not None and series is not None:

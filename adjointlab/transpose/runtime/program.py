@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from adjointlab import compat
 from adjointlab.modules import Source
 from adjointlab.numerics import same
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.passes.partition import HasNoPiecesError, partition
+from adjointlab.transpose.passes.partition import HasNoPiecesError, hoisted, partition
 
 Tensors = tuple[Tensor, ...]
 _SMALL = 1 << 16  # entries that are sent to the CPU to be compared
@@ -57,10 +58,12 @@ class Program:
         self._residuals: Callable[[Tensors], Tensors] | None = residuals
         self._n_state = len(reference.state)
         parts = partition(graph)
-        self._make_constants, self._main, self._pieces = parts.constants, parts.main, parts.prepacks
+        self._make_constants, self._main = parts.constants, parts.main
         private = frozenset(i for i, source in enumerate(graph.state) if source.is_private)
         self._prepacks = tuple(_kept(p.function, p.watched, private, dear=p.is_dear) for p in parts.prepacks)
         self._constants: Tensors | None = None
+        self._compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
+        self._hoisted: dict[tuple[int, ...], tuple[Callable[..., Any], Callable[..., Any]]] = {}  # by what moves
         self._reads_state = False  # whether the main part does so by itself
 
     def __call__(self, *tensors: Tensor) -> Tensors:
@@ -83,16 +86,13 @@ class Program:
 
     def prepared(self, tensors: Tensors) -> Tensors:
         """Compute all that depends on the state alone, which is the first of ``tensors``."""
-        ready = constants = self._ready_constants()
-        for prepack in self._prepacks:
-            ready = (*ready, *prepack(tensors, constants))
-        return ready
-
-    def _ready_constants(self) -> Tensors:
         if self._constants is None:
             with torch.no_grad():
                 self._constants = tuple(self._make_constants()) if self._make_constants else ()
-        return self._constants
+        ready = self._constants
+        for prepack in self._prepacks:
+            ready = (*ready, *prepack(tensors, self._constants))
+        return ready
 
     def kept(self) -> int:
         """Return how many bytes are kept between calls: constants, prepacked state, and copies to compare with."""
@@ -114,45 +114,35 @@ class Program:
         return found
 
     def each(self, state: Tensors, moving: tuple[int, ...] = ()) -> Callable[[Tensors, Tensors], Tensors]:
-        """Return ``(moved, inputs) → outputs`` for calls in a row with one state, but for what moves in it."""
-        if not moving:
-            still = self.frozen(state)
-            main, kept = still._main, still._constants or ()
-            return lambda _, inputs: main(*state, *inputs, *kept)
+        """Return ``(moved, inputs) → outputs`` for calls in a row with one state, but for what moves in it.
+
+        What depends on the state alone is computed now. Results may share memory with inputs.
+        """
         if self._reads_state:
             return self._whole_each(state, moving)
-        main, constants = self._main, self._ready_constants()
-
-        def ready(full: Tensors) -> Tensors:
-            found = constants
-            for each in made:
-                found += (
-                    each if isinstance(each, tuple) else each.function(*[full[i] for i in each.watched], *constants)
-                )
-            return found
-
-        def run(moved: Tensors, inputs: Tensors) -> Tensors:
-            full = _replaced(state, moving, moved)
-            return main(*full, *inputs, *ready(full))  # type: ignore[no-any-return]
-
+        if moving not in self._hoisted:
+            once, main = hoisted(self.graph, frozenset(moving))
+            self._hoisted[moving] = once, self._compile(main)
+        once, main = self._hoisted[moving]
         try:
-            pieces = zip(self._pieces, self._prepacks, strict=True)
-            made = [p if {*moving}.intersection(p.watched) else prepack(state, constants) for p, prepack in pieces]
-            ready(state)
+            ready = once(*state)
         except HasNoPiecesError:
             return self._whole_each(state, moving)
-        return run
+        if not moving:
+            return lambda _, inputs: main(*state, *inputs, *ready)
+        return lambda moved, inputs: main(*_replaced(state, moving, moved), *inputs, *ready)
 
     def _whole_each(self, state: Tensors, moving: tuple[int, ...]) -> Callable[[Tensors, Tensors], Tensors]:
         return lambda moved, inputs: tuple(self.whole(*_replaced(state, moving, moved), *inputs))
 
     def compile(self, options: dict[str, Any]) -> None:
         """Put the main part through ``torch.compile`` as one region: a break in it is an error, to fall back from."""
-        self._main = _compiled(self._main, {"fullgraph": True, **options})
+        self._compile = functools.partial(_compiled, options={"fullgraph": True, **options})
+        self._main = self._compile(self._main)
 
     def replace(self, function: Callable[..., Any], n_state: int) -> None:
         """Run an equal function of the inputs alone, which reads the state by itself."""
-        self._constants, self._prepacks, self._pieces, self._reads_state = (), (), (), True
+        self._constants, self._prepacks, self._reads_state = (), (), True
         self._main = lambda *tensors: function(*tensors[n_state:])
 
 
