@@ -247,11 +247,7 @@ class Run:
         """
         state, series, leaves = self.parts(tensors)
         way, n, k = self.loop.backwards, self.loop.count, len(self.batch)
-        forth, back, of_state = (
-            self.step("function", state),
-            self.step(way.name, state),
-            self._of_state(state, wanted),
-        )
+        forth, both = self.step("function", state), self._both(state, wanted)
         totals, given = Totals(self, state, series, wanted), self._given(self.loop.forwards, leaves)[1]
         (carry, taken), room = self._given(way, cotangents), self._room(way)
         for times, start in zip(self._in_order(way), reversed(kept), strict=True):
@@ -261,29 +257,35 @@ class Run:
                 states.append(forth(moved[j], (*states[-1], *read[j]))[:n])
             pulled, made = self.at_times(taken, k, times), []
             for j in reversed(range(len(times))):
-                v = (*carry, *pulled[j])
-                totals.add(times[j], of_state(moved[j], (*states.pop(), *read[j]), v))
-                found = back(moved[j], v)
+                of_state, found = both(moved[j], (*states.pop(), *read[j]), (*carry, *pulled[j]))
+                totals.add(times[j], of_state)
                 carry = found[:n]
                 made.append(found[n:])
             _stack(made[::-1], room, k, times)
         return totals.found, self._result(way, carry, room)
 
-    def _of_state(
-        self, state: Tensors, wanted: tuple[bool, ...]
-    ) -> Callable[[Tensors, Tensors, Tensors], Sequence[Any]]:
-        """Return ``(moved, x, v) → ∂θ Re⟨S_θ x, v⟩`` for each tensor of the state."""
-        places = tuple(place for place, _ in self.places)
-        chosen = [i for i, _ in enumerate(state) if self._is_wanted(i, wanted)]
-        known = self.derivation.of_state
-        if known is not None and all(node is not None for i, node in enumerate(known.graph.outputs) if i in chosen):
-            run = known.each(state, places)
-            return lambda moved, x, v: run(
-                tuple([moved[slot] for _, slot in self.places]), tuple(map(self._ready, (*x, *v)))
-            )
+    def _both(self, state: Tensors, wanted: tuple[bool, ...]) -> Callable[..., tuple[Sequence[Any], Tensors]]:
+        """Return ``(moved, x, v) → ∂θ Re⟨S_θ x, v⟩, Sᴴ v`` with a gradient for each tensor of the state."""
+        chosen, n = tuple(self._is_wanted(i, wanted) for i, _ in enumerate(state)), len(self.loop.source.domain.specs)
+        joint = self.derivation.joint()
+        if joint is not None and not any(
+            asked and node is None for node, asked in zip(joint.graph.outputs[n:], chosen, strict=True)
+        ):
+            run = joint.each(state, tuple(place for place, _ in self.places))
+
+            def at_once(moved: Tensors, x: Tensors, v: Tensors) -> tuple[Sequence[Any], Tensors]:
+                moving = tuple([moved[slot] for _, slot in self.places])
+                found = run(moving, tuple(map(self._ready, (*x, *v))))
+                return found[n:], found[:n]
+
+            return at_once
+        back = self.step("adjoint", state)
         gradient = state_gradient(self.derivation.programs["function"][0].whole, None, len(state), adjoint_side=False)
-        asked = tuple(i in chosen for i, _ in enumerate(state))
-        return lambda moved, x, v: gradient(self._state_at(state, moved), x, v, asked)
+
+        def apart(moved: Tensors, x: Tensors, v: Tensors) -> tuple[Sequence[Any], Tensors]:
+            return gradient(self._state_at(state, moved), x, v, chosen), back(moved, v)
+
+        return apart
 
     def _is_wanted(self, place: int, wanted: tuple[bool, ...]) -> bool:
         slot = dict(self.places).get(place)
