@@ -273,7 +273,8 @@ def assemble(
         tuple(metadata_of(source.read()) for source in state), graphs.forward.specialized, graphs.mapping(),
         of_storage=any(map(of_storage, graphs.mapping().values())),
         is_doubtful=bool(graphs.adjoint.readers) or (residuals is None and not options.affine and adds_state(forward)),
-        joint=functools.cache(functools.partial(_joint, graphs, options, mode, compiled)), residuals=residuals, has_checks=graphs.has_checks,
+        joint=functools.cache(functools.partial(_joint, graphs, options, mode, compiled)),
+        residuals=residuals, has_checks=graphs.has_checks,
     )  # fmt: skip
     return replace(
         derivation,

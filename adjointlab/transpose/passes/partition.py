@@ -103,7 +103,7 @@ def hoisted(graph: Graph, moving: frozenset[int]) -> tuple[Callable[..., Any], C
         if node.op == "call_function" and node not in varying and isinstance(node.meta.get("val"), Tensor)
         and any(user in varying for user in node.users)
     ]  # fmt: skip
-    outputs = [node and _uncopied(node) for node in graph.outputs]
+    outputs = [None if node is None else _uncopied(node) for node in graph.outputs]
     return extract(graph, state, pieces), extract(graph, [*graph.placeholders, *pieces], outputs)
 
 
