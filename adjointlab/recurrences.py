@@ -154,7 +154,7 @@ def _built(plan: _Plan) -> LinearOperator[Any, Any]:
     )
     loop = Loop(source, plan.steps, len(plan.state.specs), slots, entries, initial=initial, final=final)
     if plan.check and (said := loop.differs()):
-        raise NotLinearError(f"expected a step that is linear for each x of xs, but {said}: pass its parts in inputs")
+        raise NotLinearError(f"expected a step that is linear for each x of xs, but {said}")
     part = LinearOperator.of_source(
         source, lambda: (_step_of, (whole,)), modules_named(source), notation=Notation(meaning=name_of(plan.step))
     )

@@ -222,6 +222,41 @@ def test_results_are_the_callers_own() -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
+def rolled(u: Tensor, x: Tensor) -> Tensor:
+    return u.roll(int(x))
+
+
+def test_numbers_taken_from_a_series_need_the_eager_engine() -> None:
+    shifts = torch.tensor([0, 1, 1])
+    with pytest.raises(NotLinearError, match='choose engine="eager"'):
+        al.recurrence(rolled, (3,), xs=shifts)
+    A, x = al.recurrence(rolled, (3,), xs=shifts, engine="eager"), torch.tensor([1.0, 2, 3])
+    assert torch.equal(A(x), x.roll(2))
+    assert torch.equal(A.H(x), x.roll(-2))
+
+
+def test_a_state_that_was_changed_before_the_backward_is_noticed() -> None:
+    step = nn.Linear(2, 2, bias=False)
+    loss = al.recurrence(step, (2,), steps=9)(torch.ones(2)).sum()
+    with torch.no_grad():
+        step.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradients_follow_what_is_frozen_later() -> None:
+    step = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)).requires_grad_(False)
+    A, x = al.recurrence(step, (2,), steps=4), torch.ones(2)
+    assert not A(x).requires_grad
+    step[1].requires_grad_(True)
+    A(x).sum().backward()
+    expected = step[1].weight.grad.clone()
+    step.requires_grad_(True).zero_grad()
+    A(x).sum().backward()
+    assert torch.allclose(step[1].weight.grad, expected)
+    assert step[0].weight.grad is not None
+
+
 def thresholded(u: Tensor, x: Tensor) -> Tensor:
     return torch.where(x > 0, u, u.abs())
 

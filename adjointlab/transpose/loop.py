@@ -129,13 +129,16 @@ class Loop:
                 own = self.source.eager.called(x)
                 of_x, of_z, of_both, of_v = forth(moved, x), forth(moved, z), forth(moved, both), back(moved, v)
             if relative_gap(own, of_x) > bound:
-                return f"at step {t} it is not what was derived: it takes numbers or choices from its x"
+                return (
+                    f"at step {t} it is not what was derived: it takes Python numbers or choices from its x; compute with "
+                    'tensors alone, or choose engine="eager"'
+                )
             pairs = [(domain, both, of_v), (codomain, of_both, v)]
             left, right = (space.inner(space.unflatten(a), space.unflatten(b)).real for space, a, b in pairs)
             scale = norm(of_both) * norm(v)
             added = tuple(a + b for a, b in zip(of_x, of_z, strict=True))
             if relative_gap(added, of_both) > 2 * bound or abs(left - right) > bound * scale:
-                return f"at step {t} it is not"
+                return f"at step {t} it is not: an offset has to come in by inputs, a choice to be made before"
         return ""
 
     def _places(self, derivation: Derivation) -> tuple[tuple[int, int], ...]:
