@@ -130,7 +130,7 @@ class Loop:
                 of_x, of_z, of_both, of_v = forth(moved, x), forth(moved, z), forth(moved, both), back(moved, v)
             if relative_gap(own, of_x) > bound:
                 return (
-                    f"at step {t} it is not what was derived: it takes Python numbers or choices from its x; compute with "
+                    f"at step {t} it is not what was derived: it takes numbers or choices from its x; compute with "
                     'tensors alone, or choose engine="eager"'
                 )
             pairs = [(domain, both, of_v), (codomain, of_both, v)]
