@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adjointlab.matrices import matrix
     from adjointlab.operators import LinearOperator
     from adjointlab.pair import from_pair
+    from adjointlab.recurrences import recurrence
     from adjointlab.space import Space, TensorSpec
     from adjointlab.spectral import operator_norm, to_dense
     from adjointlab.verify import (
@@ -57,6 +58,7 @@ _HOME = {
         "linearity": ("LinearityReport", "check_linearity"),
         "operators": ("LinearOperator",),
         "pair": ("from_pair",),
+        "recurrences": ("recurrence",),
         "space": ("Space", "TensorSpec"),
         "spectral": ("operator_norm", "to_dense"),
         "verify": (
@@ -106,5 +108,5 @@ __all__ = [
     "SpaceMismatchError", "TensorSpec", "affine_operator", "assert_adjoint", "assert_derivative", "block_diag",
     "check_adjoint", "check_derivative", "check_linearity", "complexify", "diagonal", "from_pair", "hstack", "identity",
     "jacobian", "kron", "least_squares_gradient", "linear_adjoint", "linear_operator", "map", "matrix", "operator_norm",
-    "solvers", "to_dense", "vstack",
+    "recurrence", "solvers", "to_dense", "vstack",
 ]  # fmt: skip

@@ -6,9 +6,10 @@ import functools
 from collections.abc import Sequence
 from typing import Any, overload
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.modules import Entries
 from adjointlab.notation import Notation, outline
 from adjointlab.operators import LinearOperator, derived
 from adjointlab.space import Space
@@ -217,22 +218,6 @@ def _identity(x: Any) -> Any:
     return x
 
 
-class _Entries(nn.Module):
-    """The entries of a diagonal: parameters are registered as parameters, other tensors as buffers."""
-
-    def __init__(self, leaves: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.count = len(leaves)
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, nn.Parameter):
-                self.register_parameter(f"entries_{index}", leaf)
-            else:
-                self.register_buffer(f"entries_{index}", leaf)
-
-    def leaves(self) -> list[Tensor]:
-        return [getattr(self, f"entries_{index}") for index in range(self.count)]
-
-
 @overload
 def diagonal(d: Tensor, space: Space[Tensor] | None = None) -> LinearOperator[Tensor, Tensor]: ...
 
@@ -268,7 +253,7 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator[Any, Any]:
     tensor([3., 8.])
     """
     where = Space.of(d) if space is None else space
-    entries = _Entries(where.leaves(d, "d"))
+    entries = Entries(where.leaves(d, "d"))
 
     def product(d: Sequence[Tensor], x: Any) -> Any:
         return where.unflatten([a * b for a, b in zip(d, where.structure.leaves(x) or (), strict=True)])
@@ -285,4 +270,4 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator[Any, Any]:
 def diagonal_entries(operator: LinearOperator) -> Any:
     """Return the diagonal of an operator made by :func:`diagonal`, or None for any other operator."""
     entries = getattr(operator, "operator_0", None)
-    return operator.domain.unflatten(entries.leaves()) if isinstance(entries, _Entries) else None
+    return operator.domain.unflatten(entries.leaves()) if isinstance(entries, Entries) else None

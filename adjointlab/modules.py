@@ -10,7 +10,7 @@ import copy
 import functools
 import itertools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -346,3 +346,20 @@ def require_own(registered: Mapping[int, Registered]) -> None:
                 f"expected {each.name} to be the tensor that the function closes over, but it was replaced, which a "
                 "function that is not traced cannot see: change its values in place, with copy_"
             )
+
+
+class Entries(nn.Module):
+    """Tensors as parameters and buffers of a module: parameters stay parameters."""
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.count = len(leaves)
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, nn.Parameter):
+                self.register_parameter(f"entries_{index}", leaf)
+            else:
+                self.register_buffer(f"entries_{index}", leaf)
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Return the tensors."""
+        return tuple([getattr(self, f"entries_{index}") for index in range(self.count)])

@@ -26,7 +26,7 @@ from adjointlab.space.algebra import moved
 from adjointlab.space.codomain import require_outputs, space_of
 from adjointlab.transpose import pipeline
 from adjointlab.transpose.explanation import Explanation
-from adjointlab.transpose.frontend.budget import CAPTURING, TRACING, counted, excess
+from adjointlab.transpose.frontend.budget import CAPTURING, TRACING, counted, excess, repeats
 from adjointlab.transpose.frontend.capture import capture
 from adjointlab.transpose.frontend.trace import UntraceableError
 from adjointlab.transpose.frontend.vjp import Tensors
@@ -86,7 +86,7 @@ class Transposition:
             self._codomain: Space | None = None
             self.untraceable: UntraceableError | None = None
             self._frozen: dict[tuple[int, ...], tuple[Derivation, Tensors]] | None = None
-            self._rebuilds, self._served, self._operations = 0, 0, 0
+            self._rebuilds, self._served, self._operations, self._repeats = 0, 0, 0, ""
             self._restart()
 
     def switch(self, engine: str, *, autotune: bool = False, options: dict[str, Any] | None = None) -> None:
@@ -142,6 +142,13 @@ class Transposition:
         """Return ``f'ᴴ v``."""
         return self._call("adjoint", v)
 
+    def now(self, batch: tuple[int, ...]) -> tuple[Derivation, Tensors]:
+        """Return the derivation for a size of the free dimensions, and the values of its state, as they are now."""
+        derivation, state = self._at(batch)
+        if derivation.user is not None:
+            modules.require_own(self._registered)
+        return derivation, state
+
     def _call(self, name: str, x: Any) -> Any:
         if self.domain.is_autocast:  # spaces have dtypes, and keep them
             with self.domain.without_autocast():
@@ -195,6 +202,8 @@ class Transposition:
     def explanation(self) -> Explanation:
         """How the nominal size is served."""
         explanation, user = self.nominal.explanation, self.nominal.user
+        if self._repeats not in explanation.reason:
+            explanation = replace(explanation, repeats=self._repeats)
         return explanation if user is None else replace(explanation, path=user.path, is_kept=user.is_kept)
 
     def account(self, letter: str = "A", *, adjoint: bool) -> str:
@@ -361,7 +370,8 @@ class Transposition:
         else:
             has_guards = modules.has_guards(self.callable, self.modules)
             with modules.buffers_kept(self.modules) as changed:
-                result, self._operations = counted(lambda: eager.called(x, copied=False), has_guards=has_guards)
+                result, calls = counted(lambda: eager.called(x, copied=False), has_guards=has_guards)
+            self._operations, self._repeats = len(calls), repeats(calls)
             del x
         self.eager.structure = eager.structure
         if not self.domain.every(not changed):
@@ -382,7 +392,7 @@ class Transposition:
         graphs, options = None, replace(self.options, choose=self._chooser)
         expect((CAPTURING + TRACING) * self._operations)
         if said := excess(self._operations, options.seconds):
-            self.untraceable = UntraceableError(said)
+            self.untraceable = UntraceableError("; ".join(filter(None, (said, self._repeats))))
         if self.untraceable is None:
             try:
                 with modules.attributes_kept(self.modules):

@@ -51,6 +51,7 @@ class Explanation:
     hidden: tuple[str, ...] = ()  # what hides values from autograd, or has a backward of its own
     partly: str = ""  # why Python state is watched in part only
     autograd_gap: float | None = None  # how far autograd's adjoint is from this one, of its norm, where compared
+    repeats: str = ""  # what to write instead of a loop, where the forward is one
     is_stateful: bool = False  # whether a call was seen to change Python state that the forward reads
     is_kept: bool = False  # whether a pull-back of autograd serves several calls
     programs: tuple[Account, Account] | None = None  # of A and Aᴴ
@@ -77,6 +78,7 @@ class Explanation:
         lines = [
             f"engine: {self.engine}" + ("" if self.requested == "auto" else f" (asked for: {self.requested})"),
             self.reason and f"reason: {self.reason}",
+            self.repeats,
             self.path and f"eager adjoint: torch.autograd.grad, since {self.path}",
             f"evidence of linearity: {evidence}",
             self.hidden and f"the forward has {', '.join(self.hidden)}: there, autograd's word is no proof",

@@ -273,6 +273,7 @@ def assemble(
         tuple(metadata_of(source.read()) for source in state), graphs.forward.specialized, graphs.mapping(),
         of_storage=any(map(of_storage, graphs.mapping().values())),
         is_doubtful=bool(graphs.adjoint.readers) or (residuals is None and not options.affine and adds_state(forward)),
+        joint=functools.cache(functools.partial(_joint, graphs, options, mode, compiled)),
         residuals=residuals, has_checks=graphs.has_checks,
     )  # fmt: skip
     return replace(
@@ -280,6 +281,16 @@ def assemble(
         gradient=functools.cache(functools.partial(_gradient, derivation, graphs, spaces[0], options, way)),
         multiplier=_multiplier(derivation, graphs, spaces[0], options, way),
     )
+
+
+def _joint(graphs: Graphs, options: Options, mode: str, compiled: Compiled | None) -> Program | None:
+    """Return the adjoint with the gradients in the state as one program, where there is a graph of both."""
+    if graphs.adjoint.joint is None or graphs.linear is not graphs.forward:
+        return None
+    program = _program(graphs.adjoint.joint, options=options, mode=mode)
+    if mode == "compiled" and compiled is None:
+        program.compile(options.options)
+    return program
 
 
 def _program(

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def imports() -> dict[str, float]:
@@ -86,6 +87,34 @@ def memory(size: str) -> dict[str, float]:
         return {name: peak(way) for name, way in ways.items()}
 
 
+def recurrence(way: str, steps: str, size: str) -> dict[str, float]:
+    """Return the most memory of this process above what it has before, for a wave; inputs and outputs are in it."""
+    import torch
+    from bench_recurrences import Wave
+
+    import adjointlab as al
+
+    torch.set_num_threads(1)
+    n, wave = int(size), Wave(torch.full((int(size), int(size)), 1500.0))
+
+    def run(count: int) -> None:
+        A = al.recurrence(wave, (torch.zeros(n, n), torch.zeros(n, n)), inputs=(count,))
+        if way == "gradient":
+            A(torch.randn(count)).square().sum().backward()
+            return
+        with torch.no_grad():
+            A(A.domain.randn()) if way == "A" else A.H(A.codomain.randn())
+
+    def held(name: str) -> int:
+        return 1024 * int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
+
+    run(4)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = held("VmRSS")
+    run(int(steps))
+    return {"bytes": held("VmHWM") - before}
+
+
 if __name__ == "__main__":
     kind, *rest = sys.argv[1:]
-    print(json.dumps({"import": imports, "build": build, "memory": memory}[kind](*rest)))
+    print(json.dumps({"import": imports, "build": build, "memory": memory, "recurrence": recurrence}[kind](*rest)))

@@ -31,6 +31,8 @@ SECTIONS = {
     "kept",
     "tomography",
     "jacobians",
+    "recurrences",
+    "recurrences, memory",
 }
 ABOUT = """\
 ## How it is measured
@@ -159,6 +161,7 @@ def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
     yield from _graphs(rows)
     yield from _maps(rows, drawn)
     yield from _jacobians(rows)
+    yield from _recurrences(rows)
     yield from _costs(rows)
     yield from _solvers(rows)
 
@@ -355,6 +358,31 @@ def _jacobians(rows: list[Row]) -> Iterable[str]:
         "point",
     )
     yield table(head, body)
+
+
+def _recurrences(rows: list[Row]) -> Iterable[str]:
+    found = {name: select(rows, "recurrences", map=name) for name in ("A", "A.H", "gradient", "build")}
+    if not all(found.values()):
+        return
+    yield "## Recurrences\n"
+    yield (
+        f"Milliseconds, for a {found['A'][0]['case']}, one source, a row of receivers. The gradient is that of the "
+        "speed and includes a forward. The loop is one in Python, whose gradient is autograd's.\n"
+    )
+    names = ("adjointlab", "compiled", "loop", "Deepwave")
+    body = []
+    for which in ("A", "A.H", "gradient"):
+        t = found[which][0]["seconds"]
+        body.append((f"`{which}`" if which != "gradient" else which, *[_ms(t[n]) if n in t else "–" for n in names]))
+    yield table(("", "adjointlab", "compiled", "loop", "Deepwave"), body)
+    yield f"A build takes {ours(found['build'][0]):.2f} s.\n"
+    memory = next((r for r in rows if r["section"] == "recurrences, memory"), None)
+    if memory is not None:
+        yield "The most memory that the process takes more than before, in MB, inputs and outputs included:\n"
+        counts = list(dict.fromkeys(name.rpartition(", ")[2] for name in memory["bytes"]))
+        ways = dict.fromkeys(name.rpartition(", ")[0] for name in memory["bytes"])
+        body = [(way, *[f"{memory['bytes'][f'{way}, {count}'] / 1e6:.0f}" for count in counts]) for way in ways]
+        yield table(("", *[f"{int(count):,} steps" for count in counts]), body)
 
 
 def _costs(rows: list[Row]) -> Iterable[str]:

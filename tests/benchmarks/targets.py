@@ -69,6 +69,7 @@ def targets(rows: list[Row]) -> list[tuple[str, list[Target]]]:
         ("Graphs", [*_bare(rows), *_differences(rows)]),
         ("Maps by index", [*_maps(rows), *_tomography(rows), *_kept(rows)]),
         ("Jacobians", _jacobians(rows)),
+        ("Recurrences", _recurrences(rows)),
         ("Costs", [*_overhead(rows), *_memory(rows), *_start(rows)]),
         ("Solvers", _solvers(rows)),
     ]
@@ -91,6 +92,27 @@ def _jacobians(rows: list[Row]) -> list[Target]:
             return float((t["adjointlab"] - t["J and J.H"]) / t["f"])
 
         found.append(Target("a new point, in calls of the function", 2.0, *_worst(group, calls)))
+    return found
+
+
+def _recurrences(rows: list[Row]) -> list[Target]:
+    def of(which: str) -> Row | None:
+        return next(iter(select(rows, "recurrences", map=which)), None)
+
+    found, (forth, back, gradient, build) = [], map(of, ("A", "A.H", "gradient", "build"))
+    for way, other, suffix in (("adjointlab", "A", ""), ("compiled", "A, compiled", ", compiled")):
+        if back:
+            found.append(Target(f"`A.H`{suffix}, in multiples of `A`", 1.2, ratio(back, way, other), back["case"]))
+        if gradient:
+            text = f"gradient in the speed{suffix}, in multiples of `A`"
+            found.append(Target(text, 3.5, ratio(gradient, way, other), gradient["case"]))
+    for row, text in ((forth, "`A`, compiled"), (gradient, "gradient, compiled")):
+        if row and "Deepwave" in row["seconds"]:
+            found.append(
+                Target(f"{text}, in multiples of Deepwave's C", 2.0, ratio(row, "compiled", "Deepwave"), row["case"])
+            )
+    if build:
+        found.append(Target("build", 1.0, build["seconds"]["adjointlab"], build["case"], "s"))
     return found
 
 

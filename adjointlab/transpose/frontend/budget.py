@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 from torch.overrides import TorchFunctionMode
 
 from adjointlab.errors import SpaceMismatchError
@@ -14,36 +15,52 @@ from adjointlab.errors import SpaceMismatchError
 T = TypeVar("T")
 
 _RATE = 100  # operations of a forward that a build gets through in a second
+_OFTEN, _MOSTLY, _LONGEST = 16, 0.8, 256  # times that a block repeats, its part of all operations, and its length
 CAPTURING, TRACING = 7, 9  # steps of its progress for each of them: a step of tracing is an operation of ATen
 
 
 class _Counted(TorchFunctionMode):
-    """Counts the operations that Python code calls."""
+    """Lists the operations that Python code calls."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.number = 0
+        self.calls: list[int] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.number += 1
+        self.calls.append(hash(func))
         return func(*args, **(kwargs or {}))
 
 
-def counted(run: Callable[[], T], *, has_guards: bool) -> tuple[T, int]:
-    """Return the result of a call, and how many operations it takes; 0 for one that is not to be counted.
+def counted(run: Callable[[], T], *, has_guards: bool) -> tuple[T, list[int]]:
+    """Return the result of a call, and a number for each operation that it takes; none if it is not to be counted.
 
     Guards of ``torch.compile`` see whether operations are counted: what has some would be compiled again, or fail.
     """
     if has_guards:
-        return run(), 0
+        return run(), []
     mode = _Counted()
     try:
         with mode:
-            return run(), mode.number
+            return run(), mode.calls
     except SpaceMismatchError:  # of code that cannot be counted, or fails by itself
-        return run(), 0
+        return run(), []
+
+
+def repeats(calls: Sequence[int]) -> str:
+    """Return what to write for operations that repeat one block over and over, or nothing where they do not."""
+    found = np.asarray(calls)
+    for length in range(1, min(len(calls) // _OFTEN, _LONGEST) + 1):
+        differs = np.flatnonzero(found[length:] != found[:-length])
+        run = int(np.diff(differs, prepend=-1, append=len(calls) - length).max()) - 1 + length
+        if run >= max(_OFTEN * length, _MOSTLY * len(calls)):
+            return (
+                f"the forward repeats a block of {length} operation{'s' * (length > 1)} {run // length} times: where "
+                "that is a step in time, write it with al.recurrence(step, state, steps=…), which derives the step "
+                "once, and whose adjoint runs backwards without storing a state"
+            )
+    return ""
 
 
 def excess(operations: int, seconds: float) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.graph.edit import known, reached
+from adjointlab.transpose.graph.edit import dependents, known, reached
 from adjointlab.transpose.graph.ir import Graph, compiled
 from adjointlab.transpose.graph.ops import LIKE, VIEWS, op_name
 from adjointlab.transpose.kernels.registry import Kernel, bound
@@ -89,6 +89,27 @@ def partition(graph: Graph) -> Parts:
         prepacks.append(Prepack(positions, function, any(map(is_dear, nodes))))
     main = extract(graph, [*placeholders, *constants, *pieces], graph.outputs)
     return Parts(extract(graph, [], constants) if constants else None, tuple(prepacks), main)
+
+
+def hoisted(graph: Graph, moving: frozenset[int]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return ``state → pieces``, all that calls in a row share, and ``(*state, *inputs, *pieces) → outputs``.
+
+    ``moving`` are positions of what is another tensor at each call. Outputs may share memory with inputs.
+    """
+    state = graph.placeholders[: len(graph.state)]
+    varying = dependents([*graph.inputs, *(state[i] for i in moving)])
+    pieces = [
+        node for node in graph.body.nodes
+        if node.op == "call_function" and node not in varying and isinstance(node.meta.get("val"), Tensor)
+        and any(user in varying for user in node.users)
+    ]  # fmt: skip
+    outputs = [None if node is None else _uncopied(node) for node in graph.outputs]
+    return extract(graph, state, pieces), extract(graph, [*graph.placeholders, *pieces], outputs)
+
+
+def _uncopied(node: fx.Node) -> fx.Node:
+    is_copy = node.target is aten.clone.default and not node.kwargs
+    return node.args[0] if is_copy else node  # type: ignore[return-value]
 
 
 def kept_nodes(graph: Graph) -> set[fx.Node]:

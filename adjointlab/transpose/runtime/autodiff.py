@@ -27,8 +27,8 @@ def pair(forward: Program, adjoint: Program, n_state: int, of_state: Program | N
     Both are linear in the inputs. ``of_state`` is ``(*state, *x, *v) → ∂θ Re⟨A_θ x, v⟩``, None for each θ where it does
     not know.
     """
-    of_forward = _state_gradient(forward.whole, of_state, n_state, adjoint_side=False)
-    of_adjoint = _state_gradient(forward.whole, of_state, n_state, adjoint_side=True)
+    of_forward = state_gradient(forward.whole, of_state, n_state, adjoint_side=False)
+    of_adjoint = state_gradient(forward.whole, of_state, n_state, adjoint_side=True)
 
     def run_adjoint(*tensors: Tensor) -> Tensors:  # the two refer to each other, so one must come before it exists
         return second(*tensors)
@@ -43,11 +43,11 @@ def affine(forward: Program, linear: Run, adjoint: Run, whole: Run, n_state: int
 
     ``linear`` and ``adjoint`` are a pair; ``whole`` is the adjoint as a graph of differentiable operations.
     """
-    gradient = _state_gradient(forward.whole, of_state, n_state, adjoint_side=False)
+    gradient = state_gradient(forward.whole, of_state, n_state, adjoint_side=False)
     return _link(forward, whole, adjoint, linear, gradient, n_state)
 
 
-def _state_gradient(forward: Run, known: Program | None, n_state: int, *, adjoint_side: bool) -> StateGradient:
+def state_gradient(forward: Run, known: Program | None, n_state: int, *, adjoint_side: bool) -> StateGradient:
     """Return the function that computes the gradient of ``Re⟨A_θ g, v⟩`` in the wanted θ.
 
     By the program that is ``known`` for it, where there is one and no derivative of it is asked for.

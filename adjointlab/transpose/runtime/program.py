@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from adjointlab import compat
 from adjointlab.modules import Source
 from adjointlab.numerics import same
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.passes.partition import HasNoPiecesError, partition
+from adjointlab.transpose.passes.partition import HasNoPiecesError, hoisted, partition
 
 Tensors = tuple[Tensor, ...]
 _SMALL = 1 << 16  # entries that are sent to the CPU to be compared
@@ -61,6 +62,9 @@ class Program:
         private = frozenset(i for i, source in enumerate(graph.state) if source.is_private)
         self._prepacks = tuple(_kept(p.function, p.watched, private, dear=p.is_dear) for p in parts.prepacks)
         self._constants: Tensors | None = None
+        self._compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
+        self._hoisted: dict[tuple[int, ...], tuple[Callable[..., Any], Callable[..., Any]]] = {}  # by what moves
+        self._reads_state = False  # whether the main part does so by itself
 
     def __call__(self, *tensors: Tensor) -> Tensors:
         """Return the outputs, under whatever transform or trace is under way."""
@@ -109,14 +113,45 @@ class Program:
             found._constants, found._prepacks, found._main, found._residuals = (), (), self.whole, None
         return found
 
+    def each(self, state: Tensors, moving: tuple[int, ...] = ()) -> Callable[[Tensors, Tensors], Tensors]:
+        """Return ``(moved, inputs) → outputs`` for calls in a row with one state, but for what moves in it.
+
+        What depends on the state alone is computed now. Results may share memory with inputs.
+        """
+        if self._reads_state:
+            return self._whole_each(state, moving)
+        if moving not in self._hoisted:
+            once, main = hoisted(self.graph, frozenset(moving))
+            self._hoisted[moving] = once, self._compile(main)
+        once, main = self._hoisted[moving]
+        try:
+            ready = once(*state)
+        except HasNoPiecesError:
+            return self._whole_each(state, moving)
+        if not moving:
+            return lambda _, inputs: main(*state, *inputs, *ready)
+        return lambda moved, inputs: main(*_replaced(state, moving, moved), *inputs, *ready)
+
+    def _whole_each(self, state: Tensors, moving: tuple[int, ...]) -> Callable[[Tensors, Tensors], Tensors]:
+        return lambda moved, inputs: tuple(self.whole(*_replaced(state, moving, moved), *inputs))
+
     def compile(self, options: dict[str, Any]) -> None:
         """Put the main part through ``torch.compile`` as one region: a break in it is an error, to fall back from."""
-        self._main = _compiled(self._main, {"fullgraph": True, **options})
+        self._compile = functools.partial(_compiled, options={"fullgraph": True, **options})
+        self._main = self._compile(self._main)
 
     def replace(self, function: Callable[..., Any], n_state: int) -> None:
         """Run an equal function of the inputs alone, which reads the state by itself."""
-        self._constants, self._prepacks = (), ()
+        self._constants, self._prepacks, self._reads_state = (), (), True
         self._main = lambda *tensors: function(*tensors[n_state:])
+
+
+def _replaced(tensors: Tensors, positions: Sequence[int], values: Tensors) -> Tensors:
+    """Return tensors with others at some positions."""
+    found = list(tensors)
+    for position, value in zip(positions, values, strict=True):
+        found[position] = value
+    return tuple(found)
 
 
 class Residuals:

@@ -11,7 +11,7 @@ from laws import assert_close, seeded
 from torch import Tensor, nn
 
 import adjointlab as al
-from adjointlab.transpose.frontend.budget import counted, deadline, excess
+from adjointlab.transpose.frontend.budget import counted, deadline, excess, repeats
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +31,23 @@ def test_a_long_loop_is_left_to_autograd_and_the_reason_says_what_to_do() -> Non
     assert "operations would take some 30 s, more than the budget of 20 s" in A.explain()
     assert "pass budget=30" in A.explain()
     assert al.check_adjoint(A).passed
+
+
+def test_a_loop_is_told_of_recurrences_whether_it_is_traced_left_to_autograd_or_refused() -> None:
+    for operator in (al.linear_operator(stepped(20), (8,)), al.linear_operator(stepped(400), (8,))):
+        assert operator.explain().count("write it with al.recurrence") == 1
+    assert "repeats a block of 7 operations 400 times" in operator.explain()
+    with pytest.raises(al.NotLinearError, match="repeats a block of 7 operations 400 times"):
+        al.linear_operator(lambda x: stepped(400)(x).abs(), (8,))
+    layers = nn.Sequential(*[nn.Conv1d(1, 1, 3, padding=1, bias=False) for _ in range(12)])
+    assert "repeats" not in al.linear_operator(layers, (1, 1, 8)).explain()
+
+
+def test_blocks_are_found_between_a_beginning_and_an_end() -> None:
+    assert "block of 3 operations 40 times" in repeats([7, 8, *[1, 2, 3] * 40, 9, 7, 8])
+    assert not repeats([1, 2, 3] * 10)
+    assert not repeats([*range(100), *[1, 2] * 30])
+    assert not repeats([])
 
 
 def test_a_budget_is_an_argument() -> None:
@@ -56,8 +73,8 @@ def test_an_engine_that_is_asked_for_has_all_the_time_it_takes() -> None:
 
 def test_operations_are_counted_where_nothing_is_guarded() -> None:
     f, x = stepped(3), torch.zeros(8)
-    assert counted(lambda: f(x), has_guards=False)[1] == 21
-    assert counted(lambda: f(x), has_guards=True)[1] == 0
+    assert len(counted(lambda: f(x), has_guards=False)[1]) == 21
+    assert counted(lambda: f(x), has_guards=True)[1] == []
     assert not excess(0, 0.0)
     assert not excess(2000, 20.0)
     assert excess(2001, 20.0)
@@ -72,7 +89,7 @@ def test_a_call_that_cannot_be_counted_is_made_again() -> None:
             raise al.SpaceMismatchError("a guard of compiled code")
         return 7
 
-    assert counted(run, has_guards=False) == (7, 0)
+    assert counted(run, has_guards=False) == (7, [])
 
 
 class Holder:

@@ -1,0 +1,289 @@
+"""Recurrences: ``u_{t+1}, o_t = S(u_t, i_t)`` for t = 0, …, T − 1, whose adjoint runs backwards in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adjointlab.compat import pytree
+from adjointlab.derive import modules_named, require_linear
+from adjointlab.errors import NotLinearError, SpaceMismatchError
+from adjointlab.linearity import like_parameters, require_map
+from adjointlab.modules import Entries, buffers_kept
+from adjointlab.notation import Notation, name_of, outline
+from adjointlab.operators import LinearOperator, derived
+from adjointlab.space import Space
+from adjointlab.space.codomain import space_of
+from adjointlab.space.spec import describe
+from adjointlab.transpose import Eager, Options, Transposition
+from adjointlab.transpose.loop import Loop, Slots
+from adjointlab.tree import SINGLE, Structure, tree_flatten
+
+
+def recurrence(
+    step: Callable[..., Any],
+    state: Any,
+    *,
+    steps: int | None = None,
+    inputs: Any = None,
+    outputs: bool | None = None,
+    xs: Any = None,
+    initial: bool | None = None,
+    final: bool | None = None,
+    batch_dims: int = 0,
+    engine: str = "auto",
+    check: bool = True,
+) -> LinearOperator[Any, Any]:
+    r"""Return the operator of ``u_{t+1}, o_t = S(u_t, i_t)`` for t = 0, …, T − 1; its adjoint runs backwards in time.
+
+    ``(λ_t, ī_t) = Sᴴ(λ_{t+1}, ō_t)`` for t = T − 1, …, 0: neither A nor ``A.H`` stores a state. The step is derived and
+    checked once. Gradients in its parameters take two sweeps, with the states of ``2√T`` steps in memory.
+
+    Parameters
+    ----------
+    step : nn.Module or callable
+        The linear step S, from a state, and an input if there are any, to a state, or to a pair of state and output.
+        Each of them is a tensor or a pytree of tensors.
+    state : Tensor, tuple of int, TensorSpec, Space or pytree of these
+        An example of the state ``u₀``, or its shape.
+    steps : int, optional
+        The number of steps T, which may be left out where ``inputs`` or ``xs`` show it.
+    inputs : Tensor, tuple of int, TensorSpec, Space or pytree of these, optional
+        An example of the inputs of all steps, or its shape: T entries ``i_t`` in the first dimension of each leaf.
+    outputs : bool, optional
+        Whether the operator returns what each step returns beside the state, stacked as inputs are; by default, it does
+        where there is something to return.
+    xs : pytree of tensors, optional
+        T entries ``x_t`` in the first dimension of each leaf, as further arguments of the steps that are no part of the
+        domain: ``step(u, i, x)``. Steps are linear in u and i for each of them.
+    initial : bool, optional
+        Whether the initial state is a part of the domain: that is then pairs ``(state, inputs)``. By default, it is
+        where there are no inputs, and the state is zero at first where there are.
+    final : bool, optional
+        Whether the final state is a part of the codomain: that is then pairs ``(state, outputs)``. By default, it is
+        where there are no outputs.
+    batch_dims : int
+        The first ``batch_dims`` dimensions of every leaf may change size from call to call. Times are counted by the
+        dimension after them.
+    engine : {"auto", "eager", "traced", "compiled"}
+        How the step runs, as in :func:`adjointlab.linear_operator`.
+    check : bool
+        Whether to check that the step is linear, and that its derived adjoint is its own.
+
+    Returns
+    -------
+    LinearOperator
+        From initial state, inputs, or both, to final state, outputs, or both.
+
+    Raises
+    ------
+    NotLinearError
+        If the step is not linear.
+    NotDifferentiableError
+        If autograd's derivative of the step is not the step's own.
+    SpaceMismatchError
+        If the step returns no state like the one it is given, the numbers of steps differ, or there is nothing in the
+        domain or codomain.
+
+    Examples
+    --------
+    >>> import torch
+    >>> A = recurrence(lambda u, i: (0.5 * u + i, u), torch.zeros(()), inputs=(4,))
+    >>> A(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    tensor([0.0000, 1.0000, 0.5000, 0.2500])
+    >>> A.H(torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    tensor([0.2500, 0.5000, 1.0000, 0.0000])
+    """
+    require_map(step)
+    series, structure = tree_flatten(xs) if xs is not None else ([], SINGLE)
+    _require_series(series)
+    where = like_parameters(step, state, batch_dims)
+    given = None if inputs is None else like_parameters(step, inputs, batch_dims)
+    if given is not None and initial is None:
+        _require_zero(state)
+    choices = {"outputs": outputs, "final": final, "initial": given is None if initial is None else initial}
+    return _built(_Plan(step, where, given, _count(steps, given, series), series, structure, choices, engine, check))
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What a recurrence is made of: the step, its state, the inputs of all steps, and the series that it reads."""
+
+    step: Callable[..., Any]
+    state: Space
+    inputs: Space | None
+    steps: int
+    series: list[Tensor]
+    structure: Structure
+    choices: dict[str, bool | None]
+    engine: str
+    check: bool
+
+    def again(self, loop: Loop) -> tuple[Any, ...]:
+        """Return what makes the same operator, as its spaces and series are now."""
+        n, specs, entries = len(self.state.specs), loop.source.domain.specs, loop.series.leaves()
+        state = replace(self.state, specs=specs[:n])
+        inputs = None if self.inputs is None else _stacked(replace(_entry(self.inputs), specs=specs[n:]), self.steps)
+        xs = self.structure.unflatten(entries) if entries else None
+        options = {"batch_dims": self.state.batch_dims, "engine": loop.source.options.requested, "check": self.check}
+        return _rebuild, (self.step, state, inputs, xs, {"steps": self.steps, **self.choices, **options})
+
+
+def _built(plan: _Plan) -> LinearOperator[Any, Any]:
+    """Return the operator of a plan: the step is derived here."""
+    k, parts = plan.state.batch_dims, (plan.state, *([] if plan.inputs is None else [_entry(plan.inputs)]))
+    slots, entries = Slots(plan.step, plan.series, plan.structure), Entries(plan.series)
+    function, has_outputs = _arranged(
+        slots if plan.series else plan.step, plan.state, Space.of(parts, batch_dims=k), plan.choices["outputs"]
+    )
+    source = Transposition(
+        function, Space.of(parts, batch_dims=k), options=Options(plan.engine, check=plan.check), judge=require_linear
+    )
+    outputs = None
+    if has_outputs:
+        outputs = _stacked(Space.of(source.codomain.unflatten(source.codomain.specs)[1], batch_dims=k), plan.steps)
+    initial, final = bool(plan.choices["initial"]), plan.choices["final"]
+    final = not has_outputs if final is None else final
+    domain = _pair(plan.state if initial else None, plan.inputs, "domain", "initial=True, or inputs")
+    codomain = _pair(
+        plan.state if final else None, outputs, "codomain", "final=True, or a step that returns u and an output"
+    )
+    loop = Loop(source, plan.steps, len(plan.state.specs), slots, entries, initial=initial, final=final)
+    if plan.check and (said := loop.differs()):
+        raise NotLinearError(f"expected a step that is linear for each x of xs, but {said}")
+    part = LinearOperator.of_source(
+        source, lambda: (_step_of, (whole,)), modules_named(source), notation=Notation(meaning=name_of(plan.step))
+    )
+    whole: LinearOperator[Any, Any] = derived(
+        lambda x: codomain.unflatten(loop(_leaves(domain, x), loop.forwards)),
+        lambda v: domain.unflatten(loop(_leaves(codomain, v), loop.backwards)),
+        domain, codomain, lambda: plan.again(loop), part, *([entries] if plan.series else []),
+        notation=Notation(f"recurrence({{}}, steps={plan.steps})"),
+    )  # fmt: skip
+    return whole
+
+
+def _leaves(space: Space, x: Any) -> tuple[Tensor, ...]:
+    """Return the leaves of an element that was checked."""
+    return tuple(space.structure.leaves(x) or ())
+
+
+def _rebuild(step: Any, state: Space, inputs: Space | None, xs: Any, options: dict[str, Any]) -> LinearOperator:
+    return recurrence(step, state, inputs=inputs, xs=xs, **options)
+
+
+def _step_of(operator: LinearOperator) -> LinearOperator:
+    return operator.parts[0]
+
+
+# -- what is given ----------------------------------------------------------------------------------------------------
+
+
+def _require_series(series: list[Any]) -> None:
+    for leaf in series:
+        if not isinstance(leaf, Tensor) or not leaf.ndim or not len(leaf):
+            raise SpaceMismatchError(
+                f"expected xs to be tensors with an entry for each step in the first dimension, got {describe(leaf)}: "
+                "what is the same at all steps, the step can read by itself"
+            )
+
+
+def _count(steps: Any, inputs: Space | None, series: list[Tensor]) -> int:
+    """Return the number of steps, on which all that is given has to agree."""
+    k = inputs.batch_dims if inputs is not None else 0
+    if inputs is not None and any(len(spec.shape) <= k for spec in inputs.specs):
+        raise SpaceMismatchError(
+            f"expected inputs with an entry for each step in dimension {k} of each leaf, got {inputs}: stack them there"
+        )
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
+        raise SpaceMismatchError(f"expected steps to be an integer of 0 or more, got {steps!r}")
+    shown = [] if inputs is None else [("inputs", spec.shape[k]) for spec in inputs.specs]
+    shown += [("xs", len(leaf)) for leaf in series] + ([] if steps is None else [("steps", steps)])
+    if not shown:
+        raise SpaceMismatchError(
+            "expected the number of steps, got none: pass steps=, or inputs with an entry for each"
+        )
+    if len({number for _, number in shown}) > 1:
+        said = ", ".join(f"{number} in {name}" for name, number in shown)
+        raise SpaceMismatchError(f"expected one number of steps, got {said}: give each an entry for each step")
+    return shown[0][1]
+
+
+def _require_zero(state: Any) -> None:
+    """Raise where an initial state is given whose values would be ignored."""
+    if any(isinstance(leaf, Tensor) and bool(leaf.detach().any()) for leaf in tree_flatten(state)[0]):
+        raise SpaceMismatchError(
+            "expected a state of zeros beside inputs, got one with other values, which the operator would ignore: pass "
+            "initial=True to have the initial state in the domain, or initial=False, or a state of zeros"
+        )
+
+
+def _entry(stacked: Space) -> Space:
+    """Return the space of what is given at one step."""
+    k = stacked.batch_dims
+    return replace(stacked, specs=tuple([replace(s, shape=(*s.shape[:k], *s.shape[k + 1 :])) for s in stacked.specs]))
+
+
+def _stacked(space: Space, steps: int) -> Space:
+    """Return the space of an element for each step: the inverse of :func:`_entry`."""
+    k = space.batch_dims
+    return replace(space, specs=tuple([replace(s, shape=(*s.shape[:k], steps, *s.shape[k:])) for s in space.specs]))
+
+
+def _pair(state: Space | None, rest: Space | None, name: str, remedy: str) -> Space:
+    found = [space for space in (state, rest) if space is not None]
+    if not found:
+        raise SpaceMismatchError(f"expected something in the {name} of a recurrence, got nothing: choose {remedy}")
+    return found[0] if len(found) == 1 else Space.of(tuple(found), batch_dims=found[0].batch_dims)
+
+
+# -- the step ---------------------------------------------------------------------------------------------------------
+
+
+def _arranged(step: Any, state: Space, domain: Space, outputs: bool | None) -> tuple[Callable[..., Any], bool]:
+    """Return the step as a function to ``(state, output)``, or to a state alone, and whether it has outputs."""
+    eager = Eager(step, {}, domain)
+    x = domain.randn(torch.Generator().manual_seed(0))
+    with domain.without_autocast(), buffers_kept(eager.modules):
+        found = eager.called(domain.leaves(x))
+    result = (eager.structure or SINGLE).unflatten(found)
+    is_alone = _order(result, state) is not None
+    is_pair = not is_alone and isinstance(result, tuple) and len(result) == 2
+    order = _order(result[0] if is_pair else result, state)
+    if order is None:
+        raise SpaceMismatchError(
+            f"expected the step to return a state in {state}, as the one that it is given, or a pair of state and "
+            f"output, got {outline(space_of(found, eager.structure, domain, None))}: return the next state first"
+        )
+    has_outputs = is_pair and bool(tree_flatten(result[1])[0])
+    if outputs and not has_outputs:
+        raise SpaceMismatchError(
+            "expected the step to return a pair of state and output, got a state alone: return u, o"
+        )
+    if (is_alone or (has_outputs and outputs is not False)) and order == sorted(order):
+        return step, has_outputs
+    is_kept = has_outputs and outputs is not False
+
+    def arranged(*given: Any) -> Any:
+        found = step(*given)
+        u = found[0] if is_pair else found
+        if order != sorted(order):
+            leaves = pytree.tree_leaves(u)
+            u = pytree.tree_unflatten([leaves[i] for i in order], state.structure.spec)
+        return (u, found[1]) if is_kept else u
+
+    return arranged, is_kept
+
+
+def _order(element: Any, space: Space) -> list[int] | None:
+    """Return where the leaves of an element of a space are among its own; None for what is none of the space."""
+    try:
+        space.check(element)
+    except SpaceMismatchError:
+        return None
+    leaves, structure = tree_flatten(element)
+    return space.structure.leaves(structure.unflatten(range(len(leaves))))

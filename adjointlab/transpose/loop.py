@@ -1,0 +1,412 @@
+"""A linear step S applied T times, and the adjoint of that backwards in time, for which no state is stored.
+
+Forwards, ``(u_{t+1}, o_t) = S(u_t, i_t)`` for t = 0, …, T − 1; backwards, ``(λ_t, ī_t) = Sᴴ(λ_{t+1}, ō_t)``. Gradients
+in what S depends on take both: the states are computed again, segment by segment of √T steps, from the state at the
+beginning of each, while the adjoint runs backwards through the segment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adjointlab import compat
+from adjointlab.modules import Entries
+from adjointlab.numerics import UNITS, allowance, eps_of, norm, relative_gap
+from adjointlab.space import Space
+from adjointlab.transpose.dispatch import Transposition
+from adjointlab.transpose.frontend.vjp import Tensors
+from adjointlab.transpose.runtime.autodiff import state_gradient
+from adjointlab.transpose.runtime.derivation import Derivation
+from adjointlab.transpose.runtime.program import at_start, canonical
+from adjointlab.tree import SINGLE, Structure
+
+Step = Callable[[Tensors, Tensors], Tensors]  # (what depends on time, leaves) → leaves
+
+
+class Slots(nn.Module):
+    """A step that is given one more argument, of the structure of x: the slots, which hold the first entries of x."""
+
+    def __init__(self, step: Callable[..., Any], x: Sequence[Tensor], structure: Structure) -> None:
+        super().__init__()
+        self.step, self.structure, self.count = step, structure, len(x)
+        for index, leaf in enumerate(x):
+            first = leaf.detach()[0].clone(memory_format=torch.contiguous_format).requires_grad_(leaf.requires_grad)
+            self.register_buffer(f"slot_{index}", first, persistent=False)
+
+    def forward(self, *given: Any) -> Any:
+        """Return what the step makes of its arguments and the slots."""
+        slots = self.leaves()
+        return self.step(*given, slots[0] if self.structure is SINGLE else self.structure.unflatten(slots))
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Return the tensors in the slots."""
+        return tuple([getattr(self, f"slot_{index}") for index in range(self.count)])
+
+    def put(self, leaves: Sequence[Tensor]) -> None:
+        """Put other tensors into the slots."""
+        for index, leaf in enumerate(leaves):
+            setattr(self, f"slot_{index}", leaf)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Put back what is in the slots, after a block."""
+        before = self.leaves()
+        try:
+            yield
+        finally:
+            self.put(before)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of the two directions of time: what is given to it, and what it returns."""
+
+    name: str  # of the function of the step
+    first: bool  # whether the state that it starts from is given, which is zero otherwise
+    last: bool  # whether it returns the state that it ends with
+    is_back: bool
+
+
+class Loop:
+    """A step from ``(state, input)`` to ``(state, output)``, ``steps`` times, on leaves.
+
+    ``count`` is the number of leaves of the state; ``slots`` holds tensors that the step reads, to be replaced by those
+    of each time in ``series``.
+    """
+
+    def __init__(
+        self, source: Transposition, steps: int, count: int, slots: Slots, series: Entries, *,
+        initial: bool, final: bool,
+    ) -> None:  # fmt: skip
+        self.source, self.steps, self.count, self.slots, self.series = source, steps, count, slots, series
+        self.forwards = Way("function", initial, final, is_back=False)
+        self.backwards = Way("adjoint", final, initial, is_back=True)
+        self.length = max(1, math.isqrt(max(steps - 1, 0)) + 1)  # of a segment, √T rounded up
+
+    @property
+    def segments(self) -> list[range]:
+        """The steps, in segments."""
+        starts = range(0, self.steps, self.length)
+        return [range(start, min(start + self.length, self.steps)) for start in starts]
+
+    def spaces(self, way: Way) -> tuple[Space, Space]:
+        """Return the domain and the codomain of the step, or of its adjoint."""
+        pair = self.source.domain, self.source.codomain
+        return pair[::-1] if way.is_back else pair
+
+    def __call__(self, leaves: Tensors, way: Way) -> Tensors:
+        """Return what a way makes of leaves, with a derivative where one may be asked for."""
+        k = self.source.domain.batch_dims
+        batch = tuple(leaves[0].shape[:k])
+        derivation, state = self.source.now(batch)
+        return Run(self, derivation, self._places(derivation), batch)(way, (*state, *self.series.leaves(), *leaves))
+
+    @torch.no_grad()
+    def differs(self) -> str:
+        """Return how the step is another one than was derived, or not linear, at some time; nothing where it is not.
+
+        Where the derivation holds for all values of what the step reads, three times are looked at, else all of them.
+        """
+        domain, codomain = self.source.domain, self.source.codomain
+        derivation, state = self.source.now(domain.batch_shape)
+        run = Run(self, derivation, self._places(derivation), domain.batch_shape)
+        draw, series = torch.Generator().manual_seed(0), self.series.leaves()
+        x, z, v = (space.leaves(space.randn(draw)) for space in (domain, domain, codomain))
+        both, bound = tuple(a + b for a, b in zip(x, z, strict=True)), allowance(UNITS, eps_of((*x, *v)))
+        certain = not series or (derivation.programs and not derivation.is_doubtful)
+        forth, back = (run.step(name, state) for name in ("function", "adjoint"))
+        for t in sorted({0, self.steps // 2, self.steps - 1} if series else {0}) if certain else range(self.steps):
+            moved = run.at_times(series, 0, range(t, t + 1))[0]
+            with self.slots.kept():
+                self.slots.put(moved)
+                own = self.source.eager.called(x)
+                of_x, of_z, of_both, of_v = forth(moved, x), forth(moved, z), forth(moved, both), back(moved, v)
+            if relative_gap(own, of_x) > bound:
+                return (
+                    f"at step {t} it is not what was derived: it takes numbers or choices from its x; compute with "
+                    'tensors alone, or choose engine="eager"'
+                )
+            pairs = [(domain, both, of_v), (codomain, of_both, v)]
+            left, right = (space.inner(space.unflatten(a), space.unflatten(b)).real for space, a, b in pairs)
+            scale = norm(of_both) * norm(v)
+            added = tuple(a + b for a, b in zip(of_x, of_z, strict=True))
+            if relative_gap(added, of_both) > 2 * bound or abs(left - right) > bound * scale:
+                return f"at step {t} it is not: an offset has to come in by inputs, a choice to be made before"
+        return ""
+
+    def _places(self, derivation: Derivation) -> tuple[tuple[int, int], ...]:
+        """Return where the state has which slot."""
+        slots = {id(slot): number for number, slot in enumerate(self.slots.leaves())}
+        read = [source.read() for source in derivation.state]
+        return tuple((place, slots[id(tensor)]) for place, tensor in enumerate(read) if id(tensor) in slots)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A loop as it is now. What it is called with are the state of the derivation, the series, and leaves."""
+
+    loop: Loop
+    derivation: Derivation
+    places: tuple[tuple[int, int], ...]
+    batch: tuple[int, ...]
+
+    def __call__(self, way: Way, tensors: Tensors) -> Tensors:
+        """Return what a way makes of leaves, with a derivative where one may be asked for."""
+        if not compat.plain():
+            return self.unrolled(way, tensors)
+        if not compat.differentiated(tensors):
+            return self.swept(way, tensors) if self.derivation.programs else self.unrolled(way, tensors)
+        if compat.is_forward_mode() or not self.derivation.programs:
+            return self.unrolled(way, tensors)
+        found: Tensors = _swept(self, way, *tensors)
+        return found
+
+    # -- parts of what is given, and room for what is made -------------------------------------------------------------
+
+    def parts(self, tensors: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+        """Return the state, the series and the leaves."""
+        n, m = len(self.derivation.state), len(self.loop.series.leaves())
+        return tensors[:n], tensors[n : n + m], tensors[n + m :]
+
+    def _given(self, way: Way, leaves: Tensors) -> tuple[Tensors, Tensors]:
+        """Return the state that a way starts from, and what it reads at each time."""
+        n, specs = self.loop.count, self.loop.spaces(way)[0].specs
+        if way.first:
+            return leaves[:n], leaves[n:]
+        k = len(self.batch)
+        start = [torch.zeros((*self.batch, *s.shape[k:]), dtype=s.dtype, device=s.device) for s in specs[:n]]
+        return tuple(start), leaves
+
+    def _room(self, way: Way) -> Tensors:
+        k, specs = len(self.batch), self.loop.spaces(way)[1].specs[self.loop.count :]
+        shapes = [(*self.batch, self.loop.steps, *spec.shape[k:]) for spec in specs]
+        return tuple(
+            [torch.empty(s, dtype=spec.dtype, device=spec.device) for s, spec in zip(shapes, specs, strict=True)]
+        )
+
+    def at_times(self, tensors: Sequence[Tensor], dim: int, times: range) -> list[Tensors]:
+        """Return the entries of stacked tensors at each of some times."""
+        if not tensors:
+            return [()] * len(times)
+        parts = [t.narrow(dim, times.start, len(times)).unbind(dim) for t in tensors]
+        return [tuple(map(self._ready, entries)) for entries in zip(*parts, strict=True)]
+
+    def _ready(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+            tensor = canonical(tensor)
+        return at_start(tensor) if self.derivation.of_storage else tensor
+
+    def step(self, name: str, state: Tensors) -> Step:
+        """Return the step, or its adjoint, as a function of the entries of the series and of leaves."""
+        if not self.derivation.programs:
+            return lambda moved, leaves: self.tracked(name, state, moved, leaves)
+        program, _ = self.derivation.programs[name]
+        run = program.each(state, tuple(place for place, _ in self.places))
+        return lambda moved, leaves: run(
+            tuple([moved[slot] for _, slot in self.places]), tuple(map(self._ready, leaves))
+        )
+
+    # -- sweeps --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def swept(self, way: Way, tensors: Tensors, kept: list[Tensors] | None = None) -> Tensors:
+        """Return what a way makes of leaves; put the states at the beginning of each segment into ``kept``."""
+        state, series, leaves = self.parts(tensors)
+        step, n, k = self.step(way.name, state), self.loop.count, len(self.batch)
+        (carry, given), room = self._given(way, leaves), self._room(way)
+        for times in self._in_order(way):
+            if kept is not None:
+                kept.append(carry)
+            made = []
+            entries = zip(self.at_times(series, 0, times), self.at_times(given, k, times), strict=True)
+            for moved, read in reversed(list(entries)) if way.is_back else entries:
+                found = step(moved, (*carry, *read))
+                carry = found[:n]
+                made.append(found[n:])
+            _stack(made[::-1] if way.is_back else made, room, k, times)
+        return self._result(way, carry, room)
+
+    def _in_order(self, way: Way) -> Iterator[range]:
+        return iter(self.loop.segments[::-1] if way.is_back else self.loop.segments)
+
+    def _result(self, way: Way, carry: Tensors, room: Tensors) -> Tensors:
+        """Return what a way returns: the caller may write to that, and steps share memory with what they are given."""
+        return (*[t.clone() for t in carry], *room) if way.last else room
+
+    @torch.no_grad()
+    def gradients(
+        self, tensors: Tensors, cotangents: Tensors, wanted: tuple[bool, ...], kept: Sequence[Tensors]
+    ) -> tuple[list[Tensor | None], Tensors]:
+        """Return the gradients of ``Re⟨A_θ x, v⟩`` in the wanted ones of state and series, and ``Aᴴ v``.
+
+        ``kept`` are the states at the beginning of each segment.
+        """
+        state, series, leaves = self.parts(tensors)
+        way, n, k = self.loop.backwards, self.loop.count, len(self.batch)
+        forth, both = self.step("function", state), self._both(state, wanted)
+        totals, given = Totals(self, state, series, wanted), self._given(self.loop.forwards, leaves)[1]
+        (carry, taken), room = self._given(way, cotangents), self._room(way)
+        for times, start in zip(self._in_order(way), reversed(kept), strict=True):
+            moved, read = self.at_times(series, 0, times), self.at_times(given, k, times)
+            states = [start]
+            for j in range(len(times) - 1):
+                states.append(forth(moved[j], (*states[-1], *read[j]))[:n])
+            pulled, made = self.at_times(taken, k, times), []
+            for j in reversed(range(len(times))):
+                of_state, found = both(moved[j], (*states.pop(), *read[j]), (*carry, *pulled[j]))
+                totals.add(times[j], of_state)
+                carry = found[:n]
+                made.append(found[n:])
+            _stack(made[::-1], room, k, times)
+        return totals.found, self._result(way, carry, room)
+
+    def _both(self, state: Tensors, wanted: tuple[bool, ...]) -> Callable[..., tuple[Sequence[Any], Tensors]]:
+        """Return ``(moved, x, v) → ∂θ Re⟨S_θ x, v⟩, Sᴴ v`` with a gradient for each tensor of the state."""
+        chosen, n = tuple(self._is_wanted(i, wanted) for i, _ in enumerate(state)), len(self.loop.source.domain.specs)
+        joint = self.derivation.joint()
+        if joint is not None and not any(
+            asked and node is None for node, asked in zip(joint.graph.outputs[n:], chosen, strict=True)
+        ):
+            run = joint.each(state, tuple(place for place, _ in self.places))
+
+            def at_once(moved: Tensors, x: Tensors, v: Tensors) -> tuple[Sequence[Any], Tensors]:
+                moving = tuple([moved[slot] for _, slot in self.places])
+                found = run(moving, tuple(map(self._ready, (*x, *v))))
+                return found[n:], found[:n]
+
+            return at_once
+        back = self.step("adjoint", state)
+        gradient = state_gradient(self.derivation.programs["function"][0].whole, None, len(state), adjoint_side=False)
+
+        def apart(moved: Tensors, x: Tensors, v: Tensors) -> tuple[Sequence[Any], Tensors]:
+            return gradient(self._state_at(state, moved), x, v, chosen), back(moved, v)
+
+        return apart
+
+    def _is_wanted(self, place: int, wanted: tuple[bool, ...]) -> bool:
+        slot = dict(self.places).get(place)
+        return wanted[place] if slot is None else wanted[len(self.derivation.state) + slot]
+
+    def _state_at(self, state: Tensors, moved: Tensors) -> Tensors:
+        found = list(state)
+        for place, slot in self.places:
+            found[place] = moved[slot]
+        return tuple(found)
+
+    # -- with derivatives of autograd's own, of any order, which keep each state ---------------------------------------
+
+    def unrolled(self, way: Way, tensors: Tensors) -> Tensors:
+        """Return what a way makes of leaves, step by step in the sight of autograd and of transforms."""
+        state, series, leaves = self.parts(tensors)
+        n, k, made = self.loop.count, len(self.batch), []
+        carry, given = self._given(way, leaves)
+        times = range(self.loop.steps)
+        with self.loop.slots.kept():
+            for t in reversed(times) if way.is_back else times:
+                moved = tuple([s.select(0, t) for s in series])
+                found = self.tracked(way.name, state, moved, (*carry, *[g.select(k, t) for g in given]))
+                carry = found[:n]
+                made.append(found[n:])
+        made = made[::-1] if way.is_back else made
+        return self._result(way, carry, tuple([torch.stack(entries, k) for entries in zip(*made, strict=True)]))
+
+    def tracked(self, name: str, state: Tensors, moved: Tensors, leaves: Tensors) -> Tensors:
+        """Return the step, or its adjoint, with a derivative where one may be asked for."""
+        if self.derivation.programs:
+            return self.derivation.programs[name][1](*self._state_at(state, moved), *map(self._ready, leaves))
+        self.loop.slots.put(moved)
+        user = self.derivation.user
+        if not moved or user is None:
+            return self.derivation.eager[name](leaves)
+        return self.derivation.functions(user.keeping(0))[name](leaves)  # a pull-back is of one time
+
+    def pull_back(
+        self, way: Way, tensors: Tensors, cotangents: Tensors, wanted: tuple[bool, ...], kept: Sequence[Tensors]
+    ) -> tuple[Any, ...]:
+        """Return the gradients of ``Re⟨way(x), v⟩`` in all tensors that it was called with."""
+        state, series, leaves = self.parts(tensors)
+        n = len(state) + len(series)
+        other = self.loop.forwards if way.is_back else self.loop.backwards
+        if not any(wanted[:n]):
+            found = self(other, (*state, *series, *cotangents)) if any(wanted) else [None for _ in leaves]
+            return *[None] * n, *found
+        x, v = (cotangents, leaves) if way.is_back else (leaves, cotangents)
+        if compat.differentiated((*tensors, *cotangents)):
+            found = self(other, (*state, *series, *cotangents)) if any(wanted[n:]) else [None for _ in leaves]
+            return *self._differentiable((*state, *series), x, v, wanted[:n]), *found
+        given, states, along = (*state, *series, *x), list(kept), None
+        if way.is_back:
+            along = self.swept(other, given, states)
+        gradients, back = self.gradients(given, v, wanted[:n], states)
+        return *gradients, *(back if along is None else along)
+
+    def _differentiable(self, given: Tensors, x: Tensors, v: Tensors, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+        """Return the gradients in state and series as functions that can be differentiated again."""
+        images = self.unrolled(self.loop.forwards, (*given, *x))
+        pairs = [(a, b) for a, b in zip(images, v, strict=True) if a.requires_grad]
+        gradients: list[Tensor | None] = [None] * len(given)
+        chosen = [i for i, asked in enumerate(wanted) if asked]
+        if pairs:
+            outputs, weights = zip(*pairs, strict=True)
+            found = torch.autograd.grad(
+                outputs, [given[i] for i in chosen], weights, create_graph=True, allow_unused=True
+            )
+            for i, gradient in zip(chosen, found, strict=True):
+                gradients[i] = gradient
+        return gradients
+
+
+class Totals:
+    """Gradients in the state, summed over time, and in the series, at each time."""
+
+    def __init__(self, run: Run, state: Tensors, series: Tensors, wanted: tuple[bool, ...]) -> None:
+        n = len(state)
+        self._slots = {place: slot for place, slot in run.places if wanted[n + slot]}
+        self._summed = [i for i in range(n) if wanted[i] and i not in dict(run.places)]
+        # A series that the step does not read has the gradient zero.
+        of_series = [torch.zeros_like(s) if wanted[n + j] else None for j, s in enumerate(series)]
+        self.found: list[Tensor | None] = [*[None] * n, *of_series]
+        self._n = n
+
+    def add(self, time: int, gradients: Sequence[Tensor | None]) -> None:
+        """Add the gradients in the state of the step at one time."""
+        for place in self._summed:
+            gradient, total = gradients[place], self.found[place]
+            if gradient is not None:
+                self.found[place] = gradient.clone() if total is None else total.add_(gradient)
+        for place, slot in self._slots.items():
+            gradient, series = gradients[place], self.found[self._n + slot]
+            if gradient is not None and series is not None:
+                series[time] += gradient
+
+
+def _stack(made: Sequence[Tensors], room: Tensors, dim: int, times: range) -> None:
+    """Write the results of some times to their places."""
+    for number, whole in enumerate(room):
+        torch.stack([entries[number] for entries in made], dim, out=whole.narrow(dim, times.start, len(times)))
+
+
+class _Swept(torch.autograd.Function):
+    """A way through time with the adjoint, and gradients by two sweeps, as its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, way: Way, *tensors: Tensor) -> Tensors:
+        ctx.run, ctx.way, ctx.kept = run, way, []
+        ctx.save_for_backward(*tensors)
+        n = len(tensors) - len(run.parts(tensors)[2])
+        return run.swept(way, tensors, ctx.kept if any(ctx.needs_input_grad[2 : 2 + n]) and not way.is_back else None)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        wanted = tuple(ctx.needs_input_grad[2:])
+        return None, None, *ctx.run.pull_back(ctx.way, ctx.saved_tensors, cotangents, wanted, ctx.kept)
+
+
+_swept: Any = _Swept.apply
