@@ -438,10 +438,8 @@ def derived(
     function: Map, adjoint_function: Map, domain: Space, codomain: Space, recipe: Any, *parts: nn.Module,
     notation: Notation | None = None, rows: tuple[RowsOf | None, RowsOf | None] = (None, None),
 ) -> LinearOperator:  # fmt: skip
-    """Return the operator of two functions that apply the operators and modules in ``parts``.
-
-    ``rows`` says how rows of A, and of Aᴴ, are made of those of the parts; if it does not, they are selected after.
-    """
+    """Return the operator of two functions that apply the operators and modules in ``parts``."""
+    # Rows of A, and of Aᴴ, are made by ``rows``; where that is None, they are selected after.
     named = {f"operator_{index}": part for index, part in enumerate(parts)}
     body = _Body((function, adjoint_function), (domain, codomain), notation=notation, rows=rows)
     return LinearOperator._of(body, 0, recipe, named)

@@ -46,7 +46,7 @@ def _sum_and_product(node: Any, dim: int, rows: Rows) -> Plan:
 @rule(aten.sum, aten.mean)
 def _sum(node: Any, dim: int, rows: Rows) -> Plan | None:
     given = arguments(node)
-    x, n = node.args[0], len(shape(node.args[0]))
+    n = len(shape(node.args[0]))
     gone = {d % n for d in given.get("dim") or range(n)}
     if given.get("keepdim", False):
         return None if dim in gone else same(node, dim, rows)
@@ -62,7 +62,8 @@ def _along_others(node: Any, dim: int, rows: Rows) -> Plan | None:
 
 # Operations on the last dimensions of images, by how many these are.
 _ON_IMAGES = {
-    1: ("reflection_pad1d", "replication_pad1d", "upsample_linear1d", "upsample_nearest1d", "_upsample_nearest_exact1d"),
+    1: ("reflection_pad1d", "replication_pad1d", "upsample_linear1d", "upsample_nearest1d",
+        "_upsample_nearest_exact1d"),
     2: ("reflection_pad2d", "replication_pad2d", "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d",
         "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "avg_pool2d",
         "_adaptive_avg_pool2d", "triu", "tril"),
@@ -166,7 +167,7 @@ def _col2im(node: Any, dim: int, rows: Rows) -> Plan | None:
     return same(node, dim, rows) if dim < n - 3 else None
 
 
-# --------------------------------------------------------------------------------------------------------------- indices
+# ------------------------------------------------------------------------------------------ indices
 
 
 @rule(aten.index)

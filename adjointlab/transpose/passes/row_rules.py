@@ -104,6 +104,7 @@ def broadcast(operand: Any, result: tuple[int, ...], dim: int, rows: Rows) -> An
 
 
 def pointwise(node: Any, dim: int, rows: Rows) -> Plan:
+    """Return the plan of an operation that does the same at each place, on operands that are broadcast."""
     result = shape(node)
 
     def visit(value: Any) -> Any:
@@ -130,7 +131,7 @@ def _view_as_real(node: Any, dim: int, rows: Rows) -> Plan | None:
     return same(node, dim, rows) if dim < len(shape(node)) - 1 else None
 
 
-# ------------------------------------------------------------------------------------------------------------- factories
+# ------------------------------------------------------------------------------------------ factories
 
 
 @rule(*LIKE - {aten.fill, aten.zero}, aten.zeros, aten.ones, aten.full, aten.empty)
@@ -145,7 +146,7 @@ def _filled(node: Any, dim: int, rows: Rows) -> Plan | None:
     return Call(aten.full.default, (size, fill), {"dtype": value.dtype, "device": value.device})
 
 
-# ----------------------------------------------------------------------------------------------------------------- views
+# ------------------------------------------------------------------------------------------ views
 
 
 @rule(aten.unsqueeze)
@@ -178,13 +179,14 @@ def _transpose(node: Any, dim: int, rows: Rows) -> Plan:
 
 @rule(aten.select)
 def _select(node: Any, dim: int, rows: Rows) -> Plan:
-    x, gone = node.args[0], node.args[1] % len(shape(node.args[0]))
+    gone = node.args[1] % len(shape(node.args[0]))
     return same(node, dim, rows, at=dim + (dim >= gone))
 
 
 @rule(aten.slice)
 def _slice(node: Any, dim: int, rows: Rows) -> Plan:
-    x, at, start, stop, step = [*node.args, *[0, None, None, 1][len(node.args) - 1 :]]
+    defaults: list[Any] = [0, None, None, 1]
+    x, at, start, stop, step = [*node.args, *defaults[len(node.args) - 1 :]]
     if at % len(shape(node)) != dim:
         return same(node, dim, rows)
     taken = range(shape(x)[dim])[slice(start, stop, step)]
@@ -238,7 +240,7 @@ def _view(node: Any, dim: int, rows: Rows) -> Plan | None:
     place = {row: i for i, row in enumerate(lie_in)}
     covered = Call(aten.view.default, (want(x, long[0], lie_in), replaced(after, dim, len(lie_in) * each)))
     at = [place[row // each] * each + row % each for row in rows]
-    return chosen(covered, dim, at, len(lie_in) * each)
+    return chosen(covered, dim, at, len(lie_in) * each)  # type: ignore[no-any-return]
 
 
 def chosen(value: Any, dim: int, at: Sequence[int], size: int) -> Any:
@@ -261,7 +263,7 @@ def _group(before: tuple[int, ...], after: tuple[int, ...], dim: int) -> tuple[r
             return range(first[0], i), range(first[1], j)
 
 
-# -------------------------------------------------------------------------------------------- what is put side by side
+# ------------------------------------------------------------------------------------------ what is put side by side
 
 
 def _gathered(dim: int, pieces: Sequence[tuple[int, int]], part: Callable[[int, list[int]], Any]) -> Any:
@@ -295,7 +297,8 @@ def _stack(node: Any, dim: int, rows: Rows) -> Plan:
 
 @rule(aten.slice_scatter)
 def _slice_scatter(node: Any, dim: int, rows: Rows) -> Plan:
-    base, source, along, start, stop, step = [*node.args, *[0, None, None, 1][len(node.args) - 2 :]]
+    defaults: list[Any] = [0, None, None, 1]
+    base, source, along, start, stop, step = [*node.args, *defaults[len(node.args) - 2 :]]
     if along % len(shape(node)) != dim:
         return Call(node.target, (want(base, dim, rows), want(source, dim, rows), *node.args[2:]))
     written = {row: i for i, row in enumerate(range(shape(node)[dim])[slice(start, stop, step)])}
