@@ -217,8 +217,9 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
         Examples
         --------
+        >>> import torch
         >>> from adjointlab import matrix
-        >>> A = matrix([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
+        >>> A = matrix(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
         >>> A.rows([0, 2])(torch.ones(2))
         tensor([1., 3.])
         """
@@ -249,8 +250,9 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
         Examples
         --------
+        >>> import torch
         >>> from adjointlab import matrix
-        >>> A = matrix([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
+        >>> A = matrix(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
         >>> [part(torch.ones(2)).tolist() for part in A.split(2)]
         [[1.0, 2.0], [3.0]]
         """

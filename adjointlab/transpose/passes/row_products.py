@@ -106,10 +106,10 @@ def _flip(node: Any, dim: int, rows: Rows) -> Plan:
 @rule(aten.roll)
 def _roll(node: Any, dim: int, rows: Rows) -> Plan | None:
     x, shifts, dims = [*node.args, []][:3]
-    if not dims:
-        return None
     n, size = len(shape(node)), shape(node)[dim]
-    moved = [(shift, d % n) for shift, d in zip(shifts, dims, strict=True)]
+    if not dims and n > 1:
+        return None
+    moved = [(shift, d % n) for shift, d in zip(shifts, dims or [0], strict=True)]
     by = sum(shift for shift, d in moved if d == dim)
     rest = [pair for pair in moved if pair[1] != dim]
     found = want(x, dim, [(row - by) % size for row in rows])
