@@ -206,7 +206,9 @@ def in_parts(
 def _given(A: Sequence[Any], y: Any, subsets: int | None) -> tuple[list[Any], list[Any]]:
     if subsets is not None:
         raise ValueError(f"expected no number of subsets beside a list of operators, got subsets={subsets!r}")
-    if not A or not isinstance(y, (list, tuple)) or len(y) != len(A):
+    if not A:
+        raise SpaceMismatchError("expected at least one operator, got an empty list: pass A.split(n), say")
+    if not isinstance(y, (list, tuple)) or len(y) != len(A):
         found = f"{len(y)} of them" if isinstance(y, (list, tuple)) else f"a {type(y).__name__}"
         raise SpaceMismatchError(f"expected a list of data for {len(A)} operators, one for each, got {found}")
     for operator, part in zip(A, y, strict=True):

@@ -82,7 +82,7 @@ def selection(index: Any, dim: int, space: Space) -> Selection:
         index = index.detach().cpu().numpy()
     if not isinstance(index, (bool, str, bytes)) and hasattr(index, "__index__") and not getattr(index, "shape", ()):
         return _selected(dim, [index], n, drops=True)
-    array = torch.as_tensor([] if isinstance(index, (str, bytes)) else _listed(index))
+    array = torch.as_tensor(_listed(index))
     if array.ndim != 1 or (array.numel() and (array.is_floating_point() or array.is_complex())):
         raise IndexError(
             f"expected rows as a slice, a list or tensor of integers, or a mask, all of one dimension, got {index!r}"
@@ -109,12 +109,11 @@ def pieces(n: int, dim: int, space: Space) -> list[Selection]:
 def _listed(index: Any) -> Any:
     if hasattr(index, "__array__"):
         return index
-    try:
-        return list(index)
-    except TypeError as error:
+    if isinstance(index, (str, bytes)) or not hasattr(index, "__iter__"):
         raise IndexError(
             f"expected rows as a slice, a list or tensor of integers, or a mask, got {type(index).__name__}"
-        ) from error
+        )
+    return list(index)
 
 
 def _dimension(dim: int, space: Space) -> tuple[int, int]:

@@ -183,10 +183,15 @@ def _select(node: Any, dim: int, rows: Rows) -> Plan:
     return same(node, dim, rows, at=dim + (dim >= gone))
 
 
+def _window(args: Sequence[Any], operands: int) -> list[Any]:
+    """Return the arguments of a slice with those that are left out: dimension, start, stop, step."""
+    defaults: list[Any] = [0, None, None, 1]
+    return [*args, *defaults[len(args) - operands :]]
+
+
 @rule(aten.slice)
 def _slice(node: Any, dim: int, rows: Rows) -> Plan:
-    defaults: list[Any] = [0, None, None, 1]
-    x, at, start, stop, step = [*node.args, *defaults[len(node.args) - 1 :]]
+    x, at, start, stop, step = _window(node.args, 1)
     if at % len(shape(node)) != dim:
         return same(node, dim, rows)
     taken = range(shape(x)[dim])[slice(start, stop, step)]
@@ -297,8 +302,7 @@ def _stack(node: Any, dim: int, rows: Rows) -> Plan:
 
 @rule(aten.slice_scatter)
 def _slice_scatter(node: Any, dim: int, rows: Rows) -> Plan:
-    defaults: list[Any] = [0, None, None, 1]
-    base, source, along, start, stop, step = [*node.args, *defaults[len(node.args) - 2 :]]
+    base, source, along, start, stop, step = _window(node.args, 2)
     if along % len(shape(node)) != dim:
         return Call(node.target, (want(base, dim, rows), want(source, dim, rows), *node.args[2:]))
     written = {row: i for i, row in enumerate(range(shape(node)[dim])[slice(start, stop, step)])}
