@@ -26,6 +26,7 @@ INDICES: dict[str, Any] = {
     "a range": range(2, 4),
     "a mask": torch.tensor([True, False, True, True, False, False]),
     "an array": ss.eye(6).tocsr().indices[:2],
+    "rows of blocks": [0, 1, 3, 4],
     "one row": 2,
     "the last row": -1,
 }
@@ -250,6 +251,8 @@ def test_errors_say_what_was_expected() -> None:
         ([0.5], "a list or tensor of integers"),
         ([[0, 1]], "all of one dimension"),
         (None, "got NoneType"),
+        ({0, 1}, "got set"),
+        (torch.tensor([1, 0], dtype=torch.uint8), "a list or tensor of integers"),
         ("rows", "a slice, a list or tensor of integers"),
         (True, "got bool"),
         (1.0, "got float"),

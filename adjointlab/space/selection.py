@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,19 @@ def window(rows: Rows) -> tuple[int, int, int] | None:
     return (start, stop, step) if step > 0 and rows == tuple(range(start, stop, step)) else None
 
 
+def _nested(rows: Rows, size: int) -> tuple[int, slice, slice] | None:
+    """Return the length of blocks, which of them, and which rows of each, if rows are the same ones of several blocks."""
+    count = next((i for i in range(2, len(rows)) if rows[i] - rows[i - 1] != rows[1] - rows[0]), len(rows))
+    each = rows[count] - rows[0] if count < len(rows) else 0
+    if each <= 0 or size % each:
+        return None
+    blocks, inside = tuple(row // each for row in rows[::count]), tuple(row % each for row in rows[:count])
+    if rows != tuple(block * each + row for block in blocks for row in inside):
+        return None
+    found = window(blocks), window(inside)
+    return None if None in found else (each, slice(*found[0]), slice(*found[1]))  # type: ignore[misc]
+
+
 @dataclass(frozen=True)
 class Selection:
     """The rows of a tensor along a dimension, in their order; a single one may lose that dimension, as ``y[3]`` does.
@@ -35,18 +48,26 @@ class Selection:
     rows: Rows
     size: int
     drops: bool = False
+    _window: Any = field(init=False, repr=False, compare=False)
+    _nested: Any = field(init=False, repr=False, compare=False)
+    _index: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        index = None if window(self.rows) else torch.tensor(self.rows)
-        object.__setattr__(self, "_index", index)
+        found = window(self.rows)
+        nested = None if found else _nested(self.rows, self.size)
+        index = None if found or nested else torch.tensor(self.rows)
+        vars(self).update(_window=found, _nested=nested, _index=index)  # it is frozen
 
     def __call__(self, y: Tensor) -> Tensor:
         """Return the rows of y: a view of it where they are evenly spaced."""
-        index: Tensor | None = self._index  # type: ignore[attr-defined]
-        if index is None:
-            found = y[(slice(None),) * self.dim + (slice(*window(self.rows) or ()),)]
+        before = (slice(None),) * self.dim
+        if self._window is not None:
+            found = y[(*before, slice(*self._window))]
+        elif self._nested is not None:  # copied by blocks, which is faster than row by row
+            each, blocks, inside = self._nested
+            found = y.unflatten(self.dim, (-1, each))[(*before, blocks, inside)].flatten(self.dim, self.dim + 1)
         else:
-            found = y.index_select(self.dim, index.to(y.device))
+            found = y.index_select(self.dim, self._index.to(y.device))
         return found.squeeze(self.dim) if self.drops else found
 
     def scattered(self, part: Tensor) -> Tensor:
@@ -83,7 +104,8 @@ def selection(index: Any, dim: int, space: Space) -> Selection:
     if not isinstance(index, (bool, str, bytes)) and hasattr(index, "__index__") and not getattr(index, "shape", ()):
         return _selected(dim, [index], n, drops=True)
     array = torch.as_tensor(_listed(index))
-    if array.ndim != 1 or (array.numel() and (array.is_floating_point() or array.is_complex())):
+    whole = not (array.is_floating_point() or array.is_complex() or array.dtype == torch.uint8)  # a mask, to torch
+    if array.ndim != 1 or (array.numel() and not whole):
         raise IndexError(
             f"expected rows as a slice, a list or tensor of integers, or a mask, all of one dimension, got {index!r}"
         )
@@ -109,7 +131,7 @@ def pieces(n: int, dim: int, space: Space) -> list[Selection]:
 def _listed(index: Any) -> Any:
     if hasattr(index, "__array__"):
         return index
-    if isinstance(index, (str, bytes)) or not hasattr(index, "__iter__"):
+    if not isinstance(index, (list, tuple, range)):
         raise IndexError(
             f"expected rows as a slice, a list or tensor of integers, or a mask, got {type(index).__name__}"
         )

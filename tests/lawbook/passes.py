@@ -125,7 +125,7 @@ def rows_of_a_graph_are_rows_of_its_result(case: Case) -> None:
     tensors = random(graph)
     inputs, (result,) = tensors[len(graph.state) :], run(graph, tensors)
     for dim, n in enumerate(result.shape):
-        for rows in ((n - 1, 0), (0,), (n - 1,), tuple(range(n // 2, n)), (0, n - 1, 0)):
+        for rows in ((n - 1, 0, 0), tuple(range(n // 2, n))):
             selection = Selection(dim, rows, n)
             found, _ = restrict(graph, selection)
             state = [source.read().detach() for source in found.state]

@@ -342,7 +342,8 @@ def _getitem(node: Any, dim: int, rows: Rows) -> Plan | None:
         if along == dim:
             return want(x, dim, [start + row for row in rows])  # type: ignore[no-any-return]
         return Call(aten.slice.Tensor, (want(x, dim, rows), along, start, start + shape(node)[along]))
-    if packet is aten.native_batch_norm and not arguments(parent)["training"] and which == 0:
+    evaluates = packet is aten.native_batch_norm and not arguments(parent)["training"]
+    if which == 0 and (evaluates or packet is aten._native_batch_norm_legit_no_training):
         x, *channels = parent.args[:5]
         if dim == 1:
             channels = [c if c is None else want(c, 0, rows) for c in channels]
