@@ -25,7 +25,7 @@ def window(rows: Rows) -> tuple[int, int, int] | None:
 
 
 def _nested(rows: Rows, size: int) -> tuple[int, slice, slice] | None:
-    """Return the length of blocks, which of them, and which rows of each, if rows are the same ones of several blocks."""
+    """Return the length of blocks, which of them, and which rows of each, if these are the same in all."""
     count = next((i for i in range(2, len(rows)) if rows[i] - rows[i - 1] != rows[1] - rows[0]), len(rows))
     each = rows[count] - rows[0] if count < len(rows) else 0
     if each <= 0 or size % each:
