@@ -94,7 +94,8 @@ class Parts:
     def moved(self, x: Any, direction: Any) -> Any:
         """Return x after a step against a gradient of ``½‖Ax − y‖² / n``, with damping and the proximal map."""
         n, s = len(self), self.step
-        x = map_leaves(lambda a, d: (1 - s * self.damp**2 / n) * a - s * d, x, direction)
+        x = x if not self.damp else scaled(1 - s * self.damp**2 / n, x)
+        x = map_leaves(lambda a, d: torch.add(a, d, alpha=-s), x, direction)
         return x if self.prox is None else self.prox(x, s / n)
 
 
@@ -146,8 +147,9 @@ class SVRG:
 
     def epoch(self, at: At) -> At | Status:
         """Return the iterate after every part had its turn, or why there is none."""
-        parts, n = self.parts, len(self.parts)
+        parts = self.parts
         total = parts.pulled(at.residuals)
+        mean = scaled(1 / len(parts), total)
         slope = self._slope(at.x, total)
         self.first = slope if math.isnan(self.first) else self.first
         if slope <= self.tol * self.first:
@@ -157,10 +159,10 @@ class SVRG:
         for i in parts.order():
             away = map_leaves(torch.sub, z, at.x)
             change = parts.linear[i].H(parts.linear[i](away))
-            new = parts.moved(z, map_leaves(lambda c, t: c + t / n, change, total))
+            new = parts.moved(z, added(change, mean))
             t = (1 + math.sqrt(1 + 4 * self.t**2)) / 2
             beta, self.t = (self.t - 1) / t, t
-            z = map_leaves(lambda a, b, beta=beta: a + beta * (a - b), new, x)
+            z = map_leaves(lambda a, b, w=1 + beta: torch.lerp(b, a, w), new, x)
             x = new
         found = parts.at(z, slope)
         rounding = _ROUNDING * max(A.codomain.eps for A in parts.operators) * math.sqrt(self.bound)
