@@ -12,8 +12,9 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.notation import name_of, outline
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
+from adjointlab.space.selection import Selection, pieces, selection
 from adjointlab.space.spec import OfContainer, OfDict, OfPair, OfTensor
-from adjointlab.transpose import Options, Transposition
+from adjointlab.transpose import Options, Selected, Transposition
 from adjointlab.typed import E, X, Y
 
 Operator: TypeAlias = "LinearOperator[X, Y] | AffineOperator[X, Y]"
@@ -58,6 +59,18 @@ class AffineOperator(nn.Module, Generic[X, Y]):
     def engine(self) -> str:
         """The engine in force, ``"eager"``, ``"traced"`` or ``"compiled"``."""
         return self.linear.engine
+
+    def rows(self, index: Any, dim: int = 0) -> AffineOperator[X, Any]:
+        """Return ``x ↦ f(x)[index]``, as :meth:`LinearOperator.rows` does for its linear part."""
+        return self._selected(selection(index, dim, self.codomain))
+
+    def split(self, n: int, dim: int = 0) -> list[AffineOperator[X, Any]]:
+        """Return the operators of n pieces of the rows, as :meth:`LinearOperator.split` does for its linear part."""
+        return [self._selected(piece) for piece in pieces(n, dim, self.codomain)]
+
+    def _selected(self, rows: Selection) -> AffineOperator[X, Any]:
+        function, *rest = _arguments(self._source)
+        return _rebuild(Selected(function, rows), *rest)
 
     def explain(self) -> str:
         """Return the account of how the adjoint of the linear part was derived."""

@@ -12,8 +12,9 @@ from adjointlab.linearity import assess, like_parameters, require_map
 from adjointlab.notation import name_of
 from adjointlab.operators import LinearOperator, Map, Recipe
 from adjointlab.space import Space
+from adjointlab.space.selection import Selection
 from adjointlab.space.spec import OfContainer, OfDict, OfPair, OfTensor
-from adjointlab.transpose import Derivation, Options, Transposition
+from adjointlab.transpose import Derivation, Options, Selected, Transposition
 from adjointlab.transpose.selfcheck import Sketch
 from adjointlab.typed import E, Y
 
@@ -168,13 +169,21 @@ def options_of(source: Transposition) -> dict[str, Any]:
 
 def from_source(source: Transposition, recipe: Recipe) -> LinearOperator:
     """Return the linear operator, or the linear part, of a map that is already derived."""
-    return LinearOperator.of_source(source, recipe, modules_named(source))
+
+    def rows(selection: Selection) -> LinearOperator:
+        make, (function, *rest) = recipe() if callable(recipe) else recipe
+        part: LinearOperator = make(Selected(function, selection), *rest)
+        return part
+
+    return LinearOperator.of_source(source, recipe, modules_named(source), rows=rows)
 
 
 def modules_named(source: Transposition) -> dict[str, nn.Module]:
     """Return the modules of a map by the names under which its operator has them."""
-    modules = source.modules
-    single = len(modules) == 1 and modules[0] is source.callable
+    modules, function = source.modules, source.callable
+    while isinstance(function, Selected):
+        function = function.__wrapped__
+    single = len(modules) == 1 and modules[0] is function
     names = ["module"] if single else [f"module_{index}" for index in range(len(modules))]
     return dict(zip(names, modules, strict=True))
 

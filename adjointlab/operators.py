@@ -28,6 +28,7 @@ from adjointlab.space.algebra import (
     scaled,
     viewed_as_real,
 )
+from adjointlab.space.selection import Selection, pieces, selection
 from adjointlab.transpose import Transposition
 from adjointlab.typed import X, Y, Z
 
@@ -38,6 +39,8 @@ Map = Callable[[Any], Any]
 Scalar: TypeAlias = "Tensor | complex | np.number[Any]"  # complex stands for int and float, too
 # A function and its arguments that make the operator again, for copies and pickles; or a function that returns them.
 Recipe = tuple[Callable[..., Any], tuple[Any, ...]] | Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
+
+RowsOf = Callable[[Selection], "LinearOperator"]
 
 
 @dataclass
@@ -51,6 +54,7 @@ class _Body:
     views: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     transposes: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     notation: Notation | None = None  # of A in terms of its parts
+    rows: tuple[RowsOf | None, RowsOf | None] = (None, None)  # from rows of the result to the operators of them
     main: int = 0  # the side that is written without ᴴ
 
 
@@ -120,6 +124,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         *,
         side: int = 0,
         notation: Notation | None = None,
+        rows: RowsOf | None = None,
     ) -> LinearOperator:
         """Return the operator of a map that is already derived, or (``side=1``) its adjoint; without an offset."""
         inside = {id(parameter) for module in modules.values() for parameter in module.parameters()}
@@ -127,6 +132,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         parts = {f"parameter_{index}": parameter for index, parameter in enumerate(outside)}  # of no module
         function = source.linear if source.options.affine else source.function
         body = _Body((function, source.adjoint), (source.domain, source.codomain), source, notation=notation, main=side)
+        body.rows = rows, None
         operator = cls._of(body, side, recipe, modules | parts)
         for name, parameter in parts.items():
             source.follow(parameter, name, (operator, operator.H))
@@ -252,6 +258,78 @@ class LinearOperator(nn.Module, Generic[X, Y]):
     def gram(self) -> LinearOperator[X, X]:
         """The self-adjoint, positive semi-definite ``AᴴA``."""
         return _compose(self.H, self)
+
+    def rows(self, index: Any, dim: int = 0) -> LinearOperator[X, Any]:
+        """Return ``x ↦ (Ax)[index]``, an operator that computes these rows only, forwards and backwards.
+
+        Operations of which other rows are needed are computed whole; ``explain()`` names them.
+
+        Parameters
+        ----------
+        index : slice, sequence or tensor of int, mask, or int
+            The rows of the result, in any order; negative ones count from the end. A single integer drops the
+            dimension, as ``y[3]`` does.
+        dim : int
+            The dimension of the result's tensor along which the rows are; it is none of a batch.
+
+        Returns
+        -------
+        LinearOperator
+            From the same domain to the rows. Parameters and buffers are shared with A.
+
+        Raises
+        ------
+        IndexError
+            If the index is none, is empty or out of range, or a mask has another length.
+        SpaceMismatchError
+            If the results are not one tensor on one process, or ``dim`` is none of its dimensions behind the batch.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from adjointlab import matrix
+        >>> A = matrix(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
+        >>> A.rows([0, 2])(torch.ones(2))
+        tensor([1., 3.])
+        """
+        return self._selected(selection(index, dim, self.codomain))
+
+    def split(self, n: int, dim: int = 0) -> list[LinearOperator[X, Any]]:
+        """Return ``[A₁, …, Aₙ]``, the operators of n pieces of the rows, with ``Ax = (A₁x, …, Aₙx)`` along a dimension.
+
+        Parameters
+        ----------
+        n : int
+            The number of pieces, which are as :func:`torch.tensor_split` cuts the results: one after the other, of
+            sizes that differ by one at most.
+        dim : int
+            As in :meth:`rows`.
+
+        Returns
+        -------
+        list of LinearOperator
+            The pieces, each as :meth:`rows` makes it.
+
+        Raises
+        ------
+        ValueError
+            If n is not between one and the number of rows.
+        SpaceMismatchError
+            As in :meth:`rows`.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from adjointlab import matrix
+        >>> A = matrix(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
+        >>> [part(torch.ones(2)).tolist() for part in A.split(2)]
+        [[1.0, 2.0], [3.0]]
+        """
+        return [self._selected(piece) for piece in pieces(n, dim, self.codomain)]
+
+    def _selected(self, rows: Selection) -> LinearOperator:
+        of = self._body.rows[self._side]
+        return _compose(_selector(self.codomain, rows), self) if of is None else of(rows)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -447,11 +525,12 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
 def derived(
     function: Map, adjoint_function: Map, domain: Space, codomain: Space, recipe: Any, *parts: nn.Module,
-    notation: Notation | None = None,
+    notation: Notation | None = None, rows: tuple[RowsOf | None, RowsOf | None] = (None, None),
 ) -> LinearOperator:  # fmt: skip
     """Return the operator of two functions that apply the operators and modules in ``parts``."""
+    # Rows of A, and of Aᴴ, are made by ``rows``; where that is None, they are selected after.
     named = {f"operator_{index}": part for index, part in enumerate(parts)}
-    body = _Body((function, adjoint_function), (domain, codomain), notation=notation)
+    body = _Body((function, adjoint_function), (domain, codomain), notation=notation, rows=rows)
     return LinearOperator._of(body, 0, recipe, named)
 
 
@@ -465,6 +544,7 @@ def _compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
     operator = derived(
         lambda x: a(b(x)), lambda y: b.H(a.H(y)), b.domain.with_batch_dims(free), a.codomain.with_batch_dims(free),
         (_compose, (a, b)), a, b, notation=Notation("{} {}", PRODUCT, PRODUCT),
+        rows=(lambda s: _compose(a._selected(s), b), lambda s: _compose(b.H._selected(s), a.H)),
     )  # fmt: skip
     if a._body is b._body and a._side != b._side:  # AAᴴ and AᴴA are their own adjoints
         operator._body.views[1] = operator
@@ -477,6 +557,7 @@ def _add(a: LinearOperator, b: LinearOperator) -> LinearOperator:
     return derived(
         lambda x: added(a(x), b(x)), lambda y: added(a.H(y), b.H(y)), domain, codomain, (_add, (a, b)), a, b,
         notation=Notation("{} + {}", SUM),
+        rows=(lambda s: _add(a._selected(s), b._selected(s)), lambda s: _add(a.H._selected(s), b.H._selected(s))),
     )  # fmt: skip
 
 
@@ -495,6 +576,7 @@ def _scale_output(scalar: Any, a: LinearOperator, inverse: bool = False) -> Line
         lambda x: times(scalar, a(x)), lambda y: a.H(times(_conjugate(scalar), y)), a.domain, a.codomain,
         (_scale_output, (scalar, a, inverse)), a,
         notation=Notation("{} / c", PRODUCT, PRODUCT) if inverse else multiple(scalar),
+        rows=(lambda s: _scale_output(scalar, a._selected(s), inverse), None),
     )  # fmt: skip
 
 
@@ -503,6 +585,7 @@ def _scale_input(a: LinearOperator, scalar: Any) -> LinearOperator:
     return derived(
         lambda x: a(scaled(scalar, x)), lambda y: scaled(_conjugate(scalar), a.H(y)), a.domain, a.codomain,
         (_scale_input, (a, scalar)), a, notation=Notation(f"{{}} · {number(scalar)}", PRODUCT, PRODUCT),
+        rows=(lambda s: _scale_input(a._selected(s), scalar), None),
     )  # fmt: skip
 
 
@@ -510,6 +593,7 @@ def _transpose(a: LinearOperator) -> LinearOperator:
     return derived(
         lambda y: conjugated(a.H(conjugated(y))), lambda x: conjugated(a(conjugated(x))), a.codomain, a.domain,
         (_transpose, (a,)), a, notation=Notation("{}ᵀ", POWER, POWER + 1),
+        rows=(lambda s: _transpose(a.H._selected(s).H), None),
     )  # fmt: skip
 
 
@@ -543,3 +627,12 @@ def _inverse(a: LinearOperator, solver: Callable[..., Any], options: dict[str, A
         lambda y: solved(a, y), lambda x: solved(a.H, x), a.codomain, a.domain, (_inverse, (a, solver, options)), a,
         notation=Notation("{}⁻¹", POWER, POWER + 1),
     )  # fmt: skip
+
+
+def _selector(space: Space, rows: Selection) -> LinearOperator:
+    """Return ``y ↦ y[rows]``; its adjoint puts rows among zeros."""
+    operator: LinearOperator = derived(
+        rows, rows.scattered, space, rows.of(space), lambda: (_selector, (operator.domain, rows)),
+        notation=Notation(meaning=str(rows)),
+    )  # fmt: skip
+    return operator

@@ -4,5 +4,6 @@ from adjointlab.solvers.bidiagonalization import lsmr
 from adjointlab.solvers.conjugate_gradients import cg, cgls
 from adjointlab.solvers.nonlinear import gauss_newton, levenberg_marquardt
 from adjointlab.solvers.solution import Info, Solution
+from adjointlab.solvers.subsets import saga, sgd, svrg
 
-__all__ = ["Info", "Solution", "cg", "cgls", "gauss_newton", "levenberg_marquardt", "lsmr"]
+__all__ = ["Info", "Solution", "cg", "cgls", "gauss_newton", "levenberg_marquardt", "lsmr", "saga", "sgd", "svrg"]

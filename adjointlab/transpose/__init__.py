@@ -2,6 +2,7 @@
 
 from adjointlab.transpose.dispatch import Transposition
 from adjointlab.transpose.explanation import Explanation
+from adjointlab.transpose.frontend.selected import Selected
 from adjointlab.transpose.frontend.trace import ReadsInputError, UntraceableError
 from adjointlab.transpose.frontend.vjp import PullBack
 from adjointlab.transpose.linearization import Linearization
@@ -10,6 +11,6 @@ from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.eager import Eager
 
 __all__ = [
-    "Derivation", "Eager", "Explanation", "Linearization", "Options", "PullBack", "ReadsInputError", "Transposition",
-    "UntraceableError",
+    "Derivation", "Eager", "Explanation", "Linearization", "Options", "PullBack", "ReadsInputError", "Selected",
+    "Transposition", "UntraceableError",
 ]  # fmt: skip

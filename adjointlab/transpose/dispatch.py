@@ -28,6 +28,7 @@ from adjointlab.transpose import pipeline
 from adjointlab.transpose.explanation import Explanation
 from adjointlab.transpose.frontend.budget import CAPTURING, TRACING, counted, excess, repeats
 from adjointlab.transpose.frontend.capture import capture
+from adjointlab.transpose.frontend.selected import Selected
 from adjointlab.transpose.frontend.trace import UntraceableError
 from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.kernels.select import remembered
@@ -204,6 +205,8 @@ class Transposition:
         explanation, user = self.nominal.explanation, self.nominal.user
         if self._repeats not in explanation.reason:
             explanation = replace(explanation, repeats=self._repeats)
+        if isinstance(self.callable, Selected):
+            explanation = replace(explanation, selected=str(self.callable))
         return explanation if user is None else replace(explanation, path=user.path, is_kept=user.is_kept)
 
     def account(self, letter: str = "A", *, adjoint: bool) -> str:

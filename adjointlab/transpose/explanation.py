@@ -49,6 +49,8 @@ class Explanation:
     ops_after: Counter[str] = field(default_factory=Counter)  # of the adjoint
     cut: str = ""  # an operation of the forward that cuts its input off from autograd
     hidden: tuple[str, ...] = ()  # what hides values from autograd, or has a backward of its own
+    selected: str = ""  # the rows of the result that are computed, where these are not all
+    whole: tuple[str, ...] = ()  # operations that are computed for all rows, nevertheless
     partly: str = ""  # why Python state is watched in part only
     autograd_gap: float | None = None  # how far autograd's adjoint is from this one, of its norm, where compared
     repeats: str = ""  # what to write instead of a loop, where the forward is one
@@ -81,6 +83,7 @@ class Explanation:
             self.repeats,
             self.path and f"eager adjoint: torch.autograd.grad, since {self.path}",
             f"evidence of linearity: {evidence}",
+            self.selected and self._rows(),
             self.hidden and f"the forward has {', '.join(self.hidden)}: there, autograd's word is no proof",
             self.autograd_gap is not None and f"autograd's own adjoint differs by {self.autograd_gap:.1e} of its norm",
             self.is_stateful
@@ -94,6 +97,13 @@ class Explanation:
             "function names are as they were; call A.refresh() after any other change of Python state",
         ]
         return [line for line in lines if line]
+
+    def _rows(self) -> str:
+        if self.engine == "eager":
+            return f"{self.selected}: selected from the whole result"
+        if self.whole:
+            return f"{self.selected}: computed by themselves, but for what is computed whole: {', '.join(self.whole)}"
+        return f"{self.selected}: computed by themselves"
 
     def _of_programs(self, names: tuple[str, str], kept: tuple[int, int], *, adjoint: bool) -> list[str]:
         if self.programs is None:

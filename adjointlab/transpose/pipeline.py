@@ -45,6 +45,7 @@ from adjointlab.transpose.passes.maps_by_index import maps_by_index
 from adjointlab.transpose.passes.normalise import normalise
 from adjointlab.transpose.passes.own_outputs import own_outputs
 from adjointlab.transpose.passes.partition import value_of_state
+from adjointlab.transpose.passes.restrict import restrict
 from adjointlab.transpose.runtime import autodiff
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
@@ -130,7 +131,11 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     n = len(domain.specs)
     by_forward = options.derivative == "forward"
     traced = trace_forward(captured, options.seconds)
-    forward, value = own_outputs(normalise(traced, detached=not by_forward)), None
+    plain, whole = normalise(traced, detached=not by_forward), tuple[str, ...]()
+    for selection in captured.selections:
+        plain, found = restrict(plain, selection)
+        whole = tuple(dict.fromkeys((*whole, *found)))
+    forward, value = own_outputs(plain), None
     if captured.point:
         pull_back = normalise(trace_pull_back(forward, captured.point, options.seconds), detached=False)
         forward, value = own_outputs(pull_back), forward
@@ -146,7 +151,7 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     of_state = adjoint_of(forward).of_state if apart else adjoint.of_state
     explanation = Explanation(
         "traced", options.requested, readers=choices_named(adjoint.readers, forward), ops_before=adjoint.ops_before,
-        cut=cut_off(forward),
+        cut=cut_off(forward), whole=whole,
         hidden=hides(captured), partly=captured.partly,
     )  # fmt: skip
     return Graphs(

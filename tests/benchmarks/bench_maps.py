@@ -134,6 +134,24 @@ def built(m: maps.Map) -> tuple[float, dict[str, float]]:
     return seconds, sizes
 
 
+# -- a part of the data ------------------------------------------------------------------------------------------------
+
+EIGHTH = slice(0, None, 8)
+
+
+@pytest.mark.parametrize("which", ["adjoint", "forward"])
+def test_rows(which: str, quick: bool, compare: Comparison) -> None:
+    m = maps.radon(*((16, 8) if quick else (128, 64)))
+    A = al.linear_operator(m.forward, m.x)
+    P, v = A.rows(EIGHTH), m.v[EIGHTH].contiguous()
+    maps_of: dict[str, Ways] = {
+        "adjoint": {"an eighth of the views": lambda: P.H(v), "all views": lambda: A.H(m.v)},
+        "forward": {"an eighth of the views": lambda: P(m.x), "all views": lambda: A(m.x)},
+    }
+    assert torch.allclose(P(m.x), A(m.x)[EIGHTH], atol=1e-4)
+    compare(maps_of[which], section="subsets", case=f"{m.case}, {which}", share=0.6)
+
+
 # -- a solver ----------------------------------------------------------------------------------------------------------
 
 STEPS = 50

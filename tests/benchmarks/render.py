@@ -29,6 +29,7 @@ SECTIONS = {
     "solvers",
     "maps",
     "kept",
+    "subsets",
     "tomography",
     "jacobians",
     "recurrences",
@@ -309,6 +310,9 @@ def _maps(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
             for r in found
         ]
         yield table(("map", "seconds", "matrix of A, MB", "of A.H, MB"), body)
+    if found := select(rows, "subsets"):
+        yield "`A.rows(slice(0, None, 8))` against A, milliseconds of a call.\n"
+        yield table(("", *found[0]["seconds"]), [(r["case"], *map(_ms, r["seconds"].values())) for r in found])
     if found := select(rows, "tomography"):
         yield "Tomography of a disc with 1 % of noise, 50 steps of each, no early stop; `lsqr` has the ready matrix.\n"
         body = [

@@ -67,7 +67,7 @@ def targets(rows: list[Row]) -> list[tuple[str, list[Target]]]:
     return [
         ("Kernels", [*_rows(rows), *_sweep(rows), *_gradient(rows)]),
         ("Graphs", [*_bare(rows), *_differences(rows)]),
-        ("Maps by index", [*_maps(rows), *_tomography(rows), *_kept(rows)]),
+        ("Maps by index", [*_maps(rows), *_subsets(rows), *_tomography(rows), *_kept(rows)]),
         ("Jacobians", _jacobians(rows)),
         ("Recurrences", _recurrences(rows)),
         ("Costs", [*_overhead(rows), *_memory(rows), *_start(rows)]),
@@ -243,6 +243,11 @@ def _maps(rows: list[Row]) -> list[Target]:
             text = "`A.H(v)`, faster than autograd"
             result.append(Target(text, limit, ratio(row, "eager", "adjointlab"), row["case"], least=True))
     return result
+
+
+def _subsets(rows: list[Row]) -> list[Target]:
+    part, whole = "an eighth of the views", "all views"
+    return [Target(f"`A.rows`, {part}", 0.2, ratio(r, part, whole), r["case"]) for r in select(rows, "subsets")]
 
 
 def _tomography(rows: list[Row]) -> list[Target]:

@@ -12,6 +12,7 @@ from laws import (
     frobenius,
     in_widest_dtype,
     inner,
+    is_every_tenth,
     law,
     matrix,
     norm,
@@ -135,3 +136,21 @@ def gram_is_positive(case: Case) -> None:
     x = draw(A.domain)
     bound = 16 * eps(A.domain) * frobenius(case.dense) ** 2 * norm(x) ** 2
     assert abs(inner(A.gram(x), x).real - norm(A(x)) ** 2) <= bound
+
+
+def returns_rows(case: Case) -> bool:
+    codomain = case.A.codomain
+    return len(codomain.specs) == 1 and bool(codomain.specs[0].shape) and isinstance(codomain.zeros(), torch.Tensor)
+
+
+@law(in_widest_dtype, once, is_every_tenth, returns_rows)
+def rows_are_those_of_the_result(case: Case) -> None:
+    A = case.A
+    x, shape = draw(A.domain), A.codomain.specs[0].shape
+    dim = max(range(len(shape)), key=shape.__getitem__)
+    rows = [shape[dim] - 1, 0]
+    part = A.rows(rows, dim)
+    assert_close(part(x), A(x).index_select(dim, torch.tensor(rows)), eps(A.domain), frobenius(case.dense) * norm(x))
+    v = draw(part.codomain, 1)
+    among = torch.zeros_like(A(x)).index_add(dim, torch.tensor(rows), v)
+    assert_close(part.H(v), A.H(among), eps(A.domain), frobenius(case.dense) * norm(v))

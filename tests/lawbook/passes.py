@@ -9,6 +9,7 @@ from built import first_way, last_way, prefer
 from laws import Case, in_widest_dtype, law, once, seeded
 from torch import Tensor
 
+from adjointlab.space.selection import Selection
 from adjointlab.transpose.frontend.trace import trace_vjp
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.passes.compose import linear_part, residual_and_gradient
@@ -18,6 +19,7 @@ from adjointlab.transpose.passes.fuse_slices import fuse_slices
 from adjointlab.transpose.passes.maps_by_index import maps_by_index
 from adjointlab.transpose.passes.normalise import normalise
 from adjointlab.transpose.passes.own_outputs import own_outputs
+from adjointlab.transpose.passes.restrict import restrict
 from adjointlab.transpose.runtime.program import Program
 
 PASSES: dict[str, Callable[[Graph], Graph]] = {
@@ -111,3 +113,20 @@ def _assert_the_linear_part_is_without_an_offset(forward: Graph) -> None:
     zero = run(forward, [*tensors[:n], *[torch.zeros_like(t) for t in tensors[n:]]])
     expected = [a - b for a, b in zip(run(forward, tensors), zero, strict=True)]
     assert_equal(run(linear_part(forward), tensors), expected, "linear_part")
+
+
+def returns_one_tensor(case: Case) -> bool:
+    return len(case.A.codomain.specs) == 1
+
+
+@law(has_graphs, returns_one_tensor, in_widest_dtype, once)
+def rows_of_a_graph_are_rows_of_its_result(case: Case) -> None:
+    graph = case.A.source.nominal.graphs["linear"]
+    tensors = random(graph)
+    inputs, (result,) = tensors[len(graph.state) :], run(graph, tensors)
+    for dim, n in enumerate(result.shape):
+        for rows in ((n - 1, 0, 0), tuple(range(n // 2, n))):
+            selection = Selection(dim, rows, n)
+            found, _ = restrict(graph, selection)
+            state = [source.read().detach() for source in found.state]
+            assert_equal(run(found, state + inputs), [selection(result)], f"rows {rows} along {dim}")

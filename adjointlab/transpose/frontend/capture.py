@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from adjointlab import compat
 from adjointlab.modules import Source, Watch, attributes_kept, sources_named, sources_of
 from adjointlab.space import Space, TensorSpec
+from adjointlab.space.selection import Selection
+from adjointlab.transpose.frontend.selected import Selected
 from adjointlab.transpose.frontend.vjp import PullBack, Tensors, first_line, flatten_outputs
 from adjointlab.tree import tree_flatten
 
@@ -37,6 +39,7 @@ class Capture:
     partly: str = ""  # why PyTorch's front end refused it, so that Python state is watched in part only
     is_stateful: Callable[[], bool] = lambda: False  # whether each call changes what the next one depends on
     point: tuple[Source, ...] = ()  # where the function is linearized, if its pull-back is what is asked for
+    selections: tuple[Selection, ...] = ()  # of the result, one after the other, if rows of it are what is asked for
 
 
 def _flat(*leaves: Tensor) -> Tensors:
@@ -56,6 +59,9 @@ def capture(
         return replace(
             capture(function.function, function.kwargs, function.domain, modules, call), point=function.sources
         )
+    if isinstance(function, Selected):
+        whole = capture(function.__wrapped__, kwargs, domain, modules, call)
+        return replace(whole, selections=(*whole.selections, function.selection))
     try:
         with attributes_kept(modules):
             captured = _by_compiler(function, kwargs, domain)

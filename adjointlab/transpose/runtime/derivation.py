@@ -124,6 +124,8 @@ def _as_before(tensor: Any, metadata: tuple[Any, ...]) -> bool:
 
 
 def _differs(tensor: Tensor, specialized: Tensor) -> bool:
+    if tensor is specialized:
+        return False
     if compat.is_wrapped(tensor):
         return True
     with compat._disable_current_modes():  # other people's, who are not to see what we compare

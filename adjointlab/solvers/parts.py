@@ -1,0 +1,271 @@
+"""The problem ``min ½‖Ax − y‖² + ½ damp² ‖x‖² + h(x)`` in parts, and methods that take them in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adjointlab.affine import AffineOperator, Operator, require_operator
+from adjointlab.errors import SpaceMismatchError
+from adjointlab.operators import LinearOperator
+from adjointlab.progress import progress_of
+from adjointlab.solvers.problem import count, nonnegative
+from adjointlab.solvers.solution import CONVERGED, REASONS, Callback, Info, Solution, Status
+from adjointlab.space import Space
+from adjointlab.space.algebra import added, common, scaled
+from adjointlab.space.selection import selection
+from adjointlab.spectral import operator_norm
+from adjointlab.tree import map_leaves
+
+Prox = Callable[[Any, float], Any]  # (x, step) ↦ argmin_u h(u) + ‖u − x‖² / (2 step)
+
+_SAFE = 1.01  # times the estimates of squared norms, which are from below
+_WORSE = 4.0  # times the residual, from which on steps diverge, where there is a prox
+_MOST_HALVED = 40
+_ROUNDING = 4  # units of the data, to which a residual is known
+
+
+@dataclass(frozen=True)
+class At:
+    """An iterate: x, ``Aᵢx − yᵢ`` of all parts, and ``‖Ax − y‖² + damp² ‖x‖²``."""
+
+    x: Any
+    residuals: list[Any]
+    value: float
+    gradient: float = math.nan  # the norm of the last gradient that the method has known
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The problem in n parts, with the length of the steps and the order of the parts."""
+
+    operators: list[Operator]
+    data: list[Any]
+    damp: float
+    step: float
+    prox: Prox | None
+    generator: torch.Generator
+    linear: list[LinearOperator] = field(init=False)
+
+    def __post_init__(self) -> None:
+        linear = [A.linear if isinstance(A, AffineOperator) else A for A in self.operators]
+        object.__setattr__(self, "linear", linear)
+
+    @property
+    def domain(self) -> Space:
+        """The space of x."""
+        return self.operators[0].domain
+
+    def __len__(self) -> int:
+        return len(self.operators)
+
+    def order(self) -> list[int]:
+        """Return the numbers of all parts in a random order."""
+        drawn: list[int] = torch.randperm(len(self), generator=self.generator, device=self.generator.device).tolist()
+        return drawn
+
+    def residual(self, i: int, x: Any) -> Any:
+        """Return ``Aᵢx − yᵢ``."""
+        return map_leaves(torch.sub, self.operators[i](x), self.data[i])
+
+    def at(self, x: Any, gradient: float = math.nan) -> At:
+        """Return an iterate with its residuals, by one application of every part."""
+        residuals = [self.residual(i, x) for i in range(len(self))]
+        squares = [self._square(A.codomain, r) for A, r in zip(self.operators, residuals, strict=True)]
+        return At(x, residuals, sum(squares) + self.damp**2 * self._square(self.domain, x), gradient)
+
+    @staticmethod
+    def _square(space: Space, a: Any) -> float:
+        return float(space.norm(a)) ** 2
+
+    def pulled(self, residuals: Sequence[Any]) -> Any:
+        """Return ``Aᴴr``, the sum over all parts."""
+        total = self.linear[0].H(residuals[0])
+        for A, r in zip(self.linear[1:], residuals[1:], strict=True):
+            total = added(total, A.H(r))
+        return total
+
+    def moved(self, x: Any, direction: Any) -> Any:
+        """Return x after a step against a gradient of ``½‖Ax − y‖² / n``, with damping and the proximal map."""
+        n, s = len(self), self.step
+        x = x if not self.damp else scaled(1 - s * self.damp**2 / n, x)
+        x = map_leaves(lambda a, d: torch.add(a, d, alpha=-s), x, direction)
+        return x if self.prox is None else self.prox(x, s / n)
+
+
+class SGD:
+    """``x ← x − s Aᵢᴴ(Aᵢx − yᵢ)``, with a step that shrinks from epoch to epoch."""
+
+    def __init__(self, parts: Parts, decay: float) -> None:
+        self.parts, self.decay, self.epochs = parts, decay, 0
+
+    def epoch(self, at: At) -> At | Status:
+        """Return the iterate after every part had its turn, or why there is none."""
+        parts = replace(self.parts, step=self.parts.step / (1 + self.decay * self.epochs))
+        x, self.epochs = at.x, self.epochs + 1
+        for i in parts.order():
+            x = parts.moved(x, parts.linear[i].H(parts.residual(i, x)))
+        change = float(parts.domain.norm(map_leaves(torch.sub, x, at.x)))
+        return parts.at(x, change / parts.step)
+
+
+class SAGA:
+    """The same with the mean of all gradients, of which one is renewed at each step."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.residuals: list[Any] = []  # as each part was seen last
+        self.total: Any = None  # Aᴴ of them
+
+    def epoch(self, at: At) -> At | Status:
+        """Return the iterate after every part had its turn, or why there is none."""
+        parts, x = self.parts, at.x
+        if not self.residuals:
+            self.residuals, self.total = list(at.residuals), parts.pulled(at.residuals)
+        for i in parts.order():
+            new = parts.residual(i, x)
+            change = parts.linear[i].H(map_leaves(torch.sub, new, self.residuals[i]))
+            x = parts.moved(x, map_leaves(lambda c, t: c + t / len(parts), change, self.total))
+            self.residuals[i], self.total = new, added(self.total, change)
+        return parts.at(x, float(parts.domain.norm(added(self.total, scaled(parts.damp**2, x)))))
+
+
+class SVRG:
+    """The same with the whole gradient at the start of the epoch, and momentum, as far as the objective falls."""
+
+    def __init__(self, parts: Parts, tol: float) -> None:
+        self.parts, self.tol, self.first = parts, tol, math.nan
+        self.halved, self.t = 0, 1.0
+        self.bound = sum(float(A.codomain.norm(y)) ** 2 for A, y in zip(parts.operators, parts.data, strict=True))
+        self.behind: Any = None  # the last iterate without momentum
+
+    def epoch(self, at: At) -> At | Status:
+        """Return the iterate after every part had its turn, or why there is none."""
+        parts = self.parts
+        total = parts.pulled(at.residuals)
+        mean = scaled(1 / len(parts), total)
+        slope = self._slope(at.x, total)
+        self.first = slope if math.isnan(self.first) else self.first
+        if slope <= self.tol * self.first:
+            return Status.LEAST_SQUARES
+        z = at.x
+        x = z if self.behind is None else self.behind
+        for i in parts.order():
+            away = map_leaves(torch.sub, z, at.x)
+            change = parts.linear[i].H(parts.linear[i](away))
+            new = parts.moved(z, added(change, mean))
+            t = (1 + math.sqrt(1 + 4 * self.t**2)) / 2
+            beta, self.t = (self.t - 1) / t, t
+            z = map_leaves(lambda a, b, w=1 + beta: torch.lerp(b, a, w), new, x)
+            x = new
+        found = parts.at(z, slope)
+        rounding = _ROUNDING * max(A.codomain.eps for A in parts.operators) * math.sqrt(self.bound)
+        limit = (math.sqrt(at.value) + rounding) ** 2 if parts.prox is None else _WORSE * max(at.value, self.bound)
+        if found.value <= limit:
+            self.behind = x
+            return found
+        self.parts, self.halved = replace(parts, step=parts.step / 2), self.halved + 1
+        self.t, self.behind = 1.0, None
+        return Status.BREAKDOWN if self.halved > _MOST_HALVED else replace(at, gradient=slope)
+
+    def _slope(self, x: Any, total: Any) -> float:
+        """Return the norm of the gradient or, with a proximal map, that of a step in units of its length."""
+        parts, n = self.parts, len(self.parts)
+        ahead = parts.moved(x, scaled(1 / n, total))
+        return float(parts.domain.norm(map_leaves(torch.sub, ahead, x))) * n / parts.step
+
+
+def in_parts(
+    A: Any, y: Any, subsets: int | None, dim: int, *, damp: float, prox: Prox | None, step: float | None, share: float,
+    generator: torch.Generator | None,
+) -> Parts:  # fmt: skip
+    """Return the problem in parts; steps that are not given are a share of ``1 / max ‖Aᵢ‖²``."""
+    if isinstance(A, (list, tuple)):
+        operators, data = _given(A, y, subsets)
+    else:
+        require_operator(A)
+        n = count("subsets", subsets, least=1)  # type: ignore[arg-type]
+        A.codomain.leaves(y, "y")
+        chosen = [selection(slice(i, None, n), dim, A.codomain) for i in range(n)]
+        operators, data = [A.rows(slice(i, None, n), dim) for i in range(n)], [rows(y) for rows in chosen]
+    damp, source = nonnegative("damp", damp), generator or torch.Generator().manual_seed(0)
+    parts = Parts(operators, [map_leaves(Tensor.detach, part) for part in data], damp, 1.0, prox, source)
+    if step is None:
+        with torch.no_grad():
+            size = max(float(operator_norm(A)) ** 2 for A in parts.linear) * _SAFE + damp**2 / len(parts)
+        step = share / size if size > 0 else 1.0
+    elif not nonnegative("step", step):
+        raise ValueError(f"expected step to be positive, got {step!r}")
+    return replace(parts, step=float(step))
+
+
+def _given(A: Sequence[Any], y: Any, subsets: int | None) -> tuple[list[Any], list[Any]]:
+    if subsets is not None:
+        raise ValueError(f"expected no number of subsets beside a list of operators, got subsets={subsets!r}")
+    if not A:
+        raise SpaceMismatchError("expected at least one operator, got an empty list: pass A.split(n), say")
+    if not isinstance(y, (list, tuple)) or len(y) != len(A):
+        found = f"{len(y)} of them" if isinstance(y, (list, tuple)) else f"a {type(y).__name__}"
+        raise SpaceMismatchError(f"expected a list of data for {len(A)} operators, one for each, got {found}")
+    for operator, part in zip(A, y, strict=True):
+        require_operator(operator)
+        common(A[0].domain, operator.domain, "the operators to have one domain", "build them on the same space")
+        operator.codomain.leaves(part, "y")
+    return list(A), list(y)
+
+
+def solved(
+    parts: Parts, method: SGD | SAGA | SVRG, x0: Any, *, name: str, maxiter: int, tol: float | None,
+    callback: Callback | None, progress: bool | None,
+) -> Solution:  # fmt: skip
+    """Run epochs until x settles, as a method or the change of x tells, and return the account of them."""
+    most = count("maxiter", maxiter)
+    tol = None if tol is None else nonnegative("tol", tol)
+    domain = parts.domain
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(domain.without_autocast())
+        for A in parts.linear:
+            stack.enter_context(A.frozen())
+        line = stack.enter_context(progress_of(name, progress, most, most=True))
+        at = parts.at(_start(parts, x0))
+        norms, status = [math.sqrt(at.value)], Status.EXHAUSTED
+        if not math.isfinite(at.value):
+            status, most = Status.NOT_FINITE, 0
+        while len(norms) <= most:
+            found = method.epoch(at)
+            if isinstance(found, Status):
+                status = found
+                break
+            if not math.isfinite(found.value):
+                status = Status.NOT_FINITE
+                break
+            before, at = at, found
+            norms.append(math.sqrt(at.value))
+            line.step(note=lambda: f"residual {norms[-1]:.2e}")
+            info = Info(len(norms) - 1, norms[-1], at.gradient)
+            if callback is not None and callback(map_leaves(torch.clone, at.x), info) is True:
+                status = Status.STOPPED
+                break
+            change = float(domain.norm(map_leaves(torch.sub, at.x, before.x)))
+            if tol is not None and change <= tol * float(domain.norm(at.x)):
+                status = Status.SHORT
+                break
+    return Solution(
+        at.x, status in CONVERGED, len(norms) - 1, torch.tensor(norms, dtype=torch.float64), REASONS[status]
+    )
+
+
+def _start(parts: Parts, x0: Any) -> Any:
+    batch = tuple(parts.operators[0].codomain.leaves(parts.data[0])[0].shape[: parts.domain.batch_dims])
+    space = parts.domain.with_batch(batch)
+    if x0 is None:
+        return space.zeros()
+    space.leaves(x0, "x0")
+    return map_leaves(lambda leaf: leaf.detach().clone(), x0)
