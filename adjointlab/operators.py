@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
+from adjointlab import compat
 from adjointlab.compat import differentiated
 from adjointlab.linked import Linked
 from adjointlab.notation import POWER, PRODUCT, SUM, Expression, Notation, meaning, multiple, number
@@ -40,6 +41,8 @@ class _Body:
     transposes: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     notation: Notation | None = None  # of A in terms of its parts
     main: int = 0  # the side that is written without ᴴ
+    whole: list[Transposition | None] | None = None  # of an operator made of others, once its gram was asked for
+    root: tuple[LinearOperator, LinearOperator | None] | None = None  # A and W, of AᴴWA
 
 
 class LinearOperator(nn.Module, Generic[X, Y]):
@@ -181,7 +184,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
     @property
     def gram(self) -> LinearOperator[X, X]:
-        """The self-adjoint, positive semi-definite ``AᴴA``."""
+        """The self-adjoint, positive semi-definite ``AᴴA``, from one simplified graph where A is derived."""
         return _compose(self.H, self)
 
     @property
@@ -267,8 +270,10 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         """
         with contextlib.ExitStack() as stack:
             for part in self.modules():
-                if isinstance(part, LinearOperator) and part.source is not None:
-                    stack.enter_context(part.source.frozen())
+                if isinstance(part, LinearOperator):
+                    root = part._body.root
+                    for source in (part.source, root and root[0]._as_one()):
+                        stack.enter_context(source.frozen() if source else contextlib.nullcontext())
             yield
 
     def refresh(self) -> Self:
@@ -285,7 +290,45 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         if not self.parts:
             return "\n".join([repr(self), *[part._account(letter, self._side) for letter, part in letters.items()]])
         accounts = [f"\n\n{letter} = {meaning(part)}\n{part._account(letter, 0)}" for letter, part in letters.items()]
-        return f"{self!r}\nmade of {len(letters)} operator{'s' * (len(letters) != 1)}{''.join(accounts)}"
+        count = f"made of {len(letters)} operator{'s' * (len(letters) != 1)}"
+        return "\n".join([repr(self), *self._simplified(), count]) + "".join(accounts)
+
+    def _simplified(self) -> list[str]:
+        """Return what is simplified in a gram, in words; nothing for any other operator."""
+        if self._body.root is None:
+            return []
+        (a, weight), said = self._body.root, ()
+        if (source := a._as_one()) is not None:
+            said = source.gram_simplified(swapped=a._swapped, weighted=weight is not None)
+        return [f"one graph: {', '.join(said)}" if said else "nothing to simplify: the two maps run one after the other"]
+
+    @property
+    def _swapped(self) -> bool:
+        return self._body.source is not None and self._side == 1
+
+    def _as_one(self) -> Transposition | None:
+        """Return the derivation of A, or one of A as a whole where it is made of derived operators; None elsewhere."""
+        if self._body.source is not None:
+            return self._body.source
+        if self._body.whole is None:
+            leaves = [p for p in self.modules() if isinstance(p, LinearOperator) and not p.parts]
+            traced = all(p.engine == "traced" if p.source else p._body.notation is not None for p in leaves)
+            is_one = traced and any(p.source for p in leaves) and not (self.domain.is_sharded or self.codomain.is_sharded)
+            self._body.whole = [Transposition(self, self.domain, codomain=self.codomain) if is_one else None]
+        return self._body.whole[0]
+
+    def gram_at(self, x: Any, weight: Any = None) -> Any:
+        """Return ``AᴴA x``, or ``Aᴴ w ⊙ A x`` for the entries of a diagonal weight; from one graph where that is equal."""
+        plain = compat.plain() and not compat.differentiated(self.domain.leaves(x))
+        source = self._as_one() if plain else None
+        found = None if source is None else source.gram(x, weight, swapped=self._swapped)
+        if found is not None:
+            return found
+        image = self(x)
+        if weight is not None:
+            pairs = zip(self.codomain.leaves(weight), self.codomain.leaves(image), strict=True)
+            image = self.codomain.unflatten([w * y for w, y in pairs])
+        return self.H(image)
 
     def _account(self, letter: str, side: int) -> str:
         if self._body.source is not None:
@@ -380,7 +423,8 @@ def _compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
         (_compose, (a, b)), a, b, notation=Notation("{} {}", PRODUCT, PRODUCT),
     )  # fmt: skip
     if a._body is b._body and a._side != b._side:  # AAᴴ and AᴴA are their own adjoints
-        operator._body.views[1] = operator
+        operator._body.views[1], operator._body.root = operator, (b, None)
+        operator._body.functions = b.gram_at, b.gram_at
     return operator
 
 

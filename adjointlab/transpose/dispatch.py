@@ -182,6 +182,27 @@ class Transposition:
         n = len(codomain.specs) if residual else 0
         return codomain.unflatten(outputs[:n]) if residual else None, self.domain.unflatten(outputs[n:])
 
+    def gram(self, x: Any, weight: Any, *, swapped: bool) -> Any:
+        """Return ``f'ᴴ w ⊙ f' x`` (``swapped``: ``f' w ⊙ f'ᴴ x``) from one simplified graph; None where none serves."""
+        if self.domain.is_autocast:
+            with self.domain.without_autocast():
+                return self.gram(x, weight, swapped=swapped)
+        spaces = (self.domain, self.codomain)[:: -1 if swapped else 1]
+        leaves = (*spaces[0].leaves(x), *([] if weight is None else spaces[1].leaves(weight)))
+        k = self.domain.batch_dims
+        if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves) or not compat.plain() or _is_compiling():
+            return None
+        derivation, state = self._current(leaves)
+        if not derivation.programs or derivation.of_storage or compat.differentiated((*leaves, *state)):
+            return None
+        found = derivation.gram(swapped, weight is not None)
+        return None if found is None else spaces[0].unflatten(found.program.run(*state, *map(canonical, leaves)))
+
+    def gram_simplified(self, *, swapped: bool, weighted: bool) -> tuple[str, ...]:
+        """Return what is simplified in the gram of the nominal size."""
+        found = self._at(self.domain.batch_shape)[0].gram(swapped, weighted)
+        return () if found is None else found.simplified
+
     def adjoint_multiplier(self) -> Tensor | None:
         """Return ``K`` with ``f'ᴴ v = F⁻¹(K ⊙ F v)`` where that is how ``f'ᴴ`` is computed, else None."""
         codomain = self.codomain

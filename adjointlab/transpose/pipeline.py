@@ -38,15 +38,17 @@ from adjointlab.transpose.kernels.registry import transformed
 from adjointlab.transpose.kernels.select import Chooser, MapChooser, choose, quickest, suits_transform
 from adjointlab.transpose.passes import convolutions
 from adjointlab.transpose.passes.at_point import at_point
-from adjointlab.transpose.passes.compose import adds_state, linear_part, residual_and_gradient
+from adjointlab.transpose.passes import gram_kernels
+from adjointlab.transpose.passes.compose import adds_state, gram, linear_part, residual_and_gradient
 from adjointlab.transpose.passes.drop_forward import Adjoint, choices_named, cut_off, drop_forward, ops
 from adjointlab.transpose.passes.fuse_slices import fuse_slices
+from adjointlab.transpose.passes.gram import RULES, simplified
 from adjointlab.transpose.passes.maps_by_index import maps_by_index
 from adjointlab.transpose.passes.normalise import normalise
 from adjointlab.transpose.passes.own_outputs import own_outputs
 from adjointlab.transpose.passes.partition import value_of_state
 from adjointlab.transpose.runtime import autodiff
-from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
+from adjointlab.transpose.runtime.derivation import Derivation, Gram, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import Program, Residuals, of_storage
 from adjointlab.transpose.selfcheck import Candidate, Sketch
@@ -278,6 +280,7 @@ def assemble(
     return replace(
         derivation,
         gradient=functools.cache(functools.partial(_gradient, derivation, graphs, spaces[0], options, way)),
+        gram=functools.cache(functools.partial(_gram, derivation, graphs, spaces, options, way)),
         multiplier=_multiplier(derivation, graphs, spaces[0], options, way),
     )
 
@@ -316,6 +319,38 @@ def _gradient(
     shapes = [node.meta["val"] for node in graph.inputs]
     same = selfcheck.alike(lambda leaves: program.run(*state, *leaves), parts, shapes)
     return program if domain.every(same) else None
+
+
+def _gram(
+    derivation: Derivation, graphs: Graphs, spaces: tuple[Space, Space], options: Options, mode: str, swapped: bool,
+    weighted: bool,
+) -> Gram | None:  # fmt: skip
+    """Return ``AᴴWA`` (``swapped``: ``AWAᴴ``) as one simplified program, None where nothing is simplified or equal."""
+    if not options.lowering or mode != "lowered" or spaces[0].is_sharded:
+        return None
+    names = ("adjoint", "linear") if swapped else ("linear", "adjoint")
+    first, second = (graphs.linear if name == "linear" else graphs.adjoint.graph for name in names)
+    count = len(first.inputs)
+    graph, said = simplified(gram(first, second, weighted=weighted), RULES, count)
+    if said:
+        lowered = _program(graph, options=options, mode=mode).graph
+    else:
+        kernels = (derivation.programs[name][0].graph for name in names)
+        lowered = gram(*kernels, weighted=weighted)
+    lowered, more = simplified(lowered, gram_kernels.RULES, count)
+    if not said and not more:
+        return None
+    program = Program(lowered, graph)
+    state = tuple(source.read() for source in graph.state)
+
+    def parts(leaves: Tensors) -> Tensors:
+        images = derivation.function(names[0])(leaves[:count])
+        weighed = tuple(w * r for w, r in zip(leaves[count:], images, strict=True)) if weighted else images
+        return derivation.function(names[1])(weighed)
+
+    shapes = [node.meta["val"] for node in graph.inputs]
+    same = selfcheck.alike(lambda leaves: program.run(*state, *leaves), parts, shapes)
+    return Gram(program, (*said, *more)) if spaces[0].every(same) else None
 
 
 def _multiplier(

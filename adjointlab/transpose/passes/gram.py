@@ -1,0 +1,415 @@
+"""A gram ``AᴴA`` as one graph, by equalities: what A does and Aᴴ undoes goes, products with fixed factors meet.
+
+A *factor* is a value that does not depend on the input: products with it are taken entry by entry. A *rule* is an
+equality: from a node to one that is equal in exact arithmetic, with its name, or to None where it does not hold. Rules
+see nodes that nothing else uses; they are applied until none does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adjointlab.transpose.graph.edit import call, clean, copied, dependents, known
+from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.passes import strides
+from adjointlab.transpose.passes.partition import extract, roots_of
+
+aten = torch.ops.aten
+
+Fixed = Callable[[Any], bool]  # whether a node does not depend on the input
+Found = tuple[Any, str] | None
+Rule = Callable[[fx.Graph, Any, Fixed], Found]
+
+
+def simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, tuple[str, ...]]:
+    """Return an equal graph, and the names of the rules that made it; ``count`` inputs are x, the others are fixed."""
+    given = graph
+    graph, names = _simplified(graph, rules, count)
+    if names and strides.strided(graph):
+        dependent = dependents(graph.inputs[:count])
+        graph = strides.swapped(graph, lambda n: n not in dependent)
+        if strides.strided(graph):  # to transform two dimensions is faster than one whose entries lie apart
+            rest = [rule if rule is not transforms else whole_transforms for rule in rules]
+            graph, names = _simplified(given, rest, count)
+    return (_kept(graph, count) if names else graph), tuple(names)
+
+
+def _simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, dict[str, None]]:
+    graph, names = copied(graph), dict[str, None]()
+    _merge_fixed(graph, dependents(graph.inputs[:count]))
+    while (name := _applied(graph, rules, count)) is not None:
+        names[name] = None
+    return graph, names
+
+
+def _applied(graph: Graph, rules: Sequence[Rule], count: int) -> str | None:
+    """Apply the first rule that holds, in place; return its name, None where none does."""
+    dependent = dependents(graph.inputs[:count])
+    for node in list(graph.body.nodes):
+        for rule in rules if node.op == "call_function" and node in dependent else ():
+            with graph.body.inserting_before(node):
+                found = rule(graph.body, node, lambda n: n not in dependent)
+            if found is not None:
+                node.replace_all_uses_with(found[0])
+                clean(graph.body)
+                return found[1]
+    return None
+
+
+def _merge_fixed(graph: Graph, dependent: set[fx.Node]) -> None:
+    """Have equal calls that depend on no input computed once: A and Aᴴ have indices and factors in common."""
+    known_calls: dict[Any, fx.Node] = {}
+    for node in graph.body.nodes:
+        if node.op == "call_function" and node not in dependent:
+            first = known_calls.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+    clean(graph.body)
+
+
+def _kept(graph: Graph, count: int) -> Graph:
+    """Return the graph with factors that rules made of the state alone as one call each, kept while the state is."""
+    dependent, roots = dependents(graph.inputs[:count]), roots_of(graph)
+    inputs = set(graph.inputs)
+    for node in list(graph.body.nodes):
+        users = [user for user in node.users if user in dependent]
+        made = node.op == "call_function" and node not in dependent and bool(users) and "factor" in node.meta
+        if made and inputs.isdisjoint(roots[node]) and roots[node]:
+            above = sorted(roots[node], key=graph.placeholders.index)
+            if sum(n.meta["val"].numel() for n in above) <= max(user.meta["val"].numel() for user in users):
+                with graph.body.inserting_before(node):
+                    factor = known(graph.body.call_function(_once(graph, above, node), tuple(above)), node.meta["val"])
+                node.replace_all_uses_with(factor)
+    clean(graph.body)
+    return graph
+
+
+def _once(graph: Graph, above: list[fx.Node], node: fx.Node) -> Callable[..., Tensor]:
+    run = extract(graph, above, [node])
+
+    def factor(*state: Tensor) -> Tensor:
+        return run(*state)[0]  # type: ignore[no-any-return]
+
+    factor.is_dear = True  # type: ignore[attr-defined]
+    return factor
+
+
+# -- what rules read off nodes ----------------------------------------------------------------------------------------
+
+
+def _value(node: Any) -> Tensor:
+    return node.meta["val"]  # type: ignore[no-any-return]
+
+
+def _factor(node: Any, fixed: Fixed) -> tuple[Any, Any] | None:
+    """Return the operand and the factor, a node or a number, of a product entry by entry; None for any other node."""
+    if node.op != "call_function" or node.kwargs:
+        return None
+    if node.target in {aten.mul.Tensor, aten.mul.Scalar}:
+        a, b = node.args
+        if not isinstance(b, fx.Node) or (fixed(b) and not fixed(a)):
+            return a, b
+        return (b, a) if fixed(a) else None
+    return (node.args[0], -1) if node.target is aten.neg.default else None
+
+
+def _extent(factor: Any, node: Any, dim: int) -> int:
+    """Return the size of a factor along a dimension of the product with it."""
+    if not isinstance(factor, fx.Node):
+        return 1
+    shape, k = _value(factor).shape, dim - _value(node).ndim
+    return int(shape[k]) if -k <= len(shape) else 1
+
+
+def _made(node: Any) -> Any:
+    """Mark a factor as made by a rule."""
+    node.meta["factor"] = True
+    return node
+
+
+def _times(body: fx.Graph, a: Any, b: Any) -> Any:
+    """Return the product of two factors."""
+    if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
+        return a * b
+    return _made(call(body, aten.mul.Tensor, *((a, b) if isinstance(a, fx.Node) else (b, a))))
+
+
+def _dims(dims: Sequence[int], node: Any) -> list[int]:
+    return [d % _value(node).ndim for d in dims]
+
+
+def _shifts(node: Any) -> dict[int, int] | None:
+    """Return the shift along each dimension of a roll; None for any other node."""
+    if node.target is not aten.roll.default or len(node.args) < 3 or not node.args[2]:
+        return None
+    found: dict[int, int] = {}
+    for dim, shift in zip(_dims(node.args[2], node), node.args[1], strict=True):
+        found[dim] = (found.get(dim, 0) + shift) % max(1, _value(node).shape[dim])
+    return found
+
+
+def _rolled(body: fx.Graph, source: Any, shifts: dict[int, int]) -> Any:
+    shifts = {dim: shift for dim, shift in shifts.items() if shift}
+    return call(body, aten.roll.default, source, list(shifts.values()), list(shifts)) if shifts else source
+
+
+def _transform(node: Any) -> tuple[list[int], int, bool] | None:
+    """Return the dimensions, norm and direction of a complex Fourier transform; None for any other node."""
+    if node.target is not aten._fft_c2c.default:
+        return None
+    return _dims(node.args[1], node), node.args[2], node.args[3]
+
+
+def _above(node: Any, fixed: Fixed) -> Iterator[tuple[Any, Any]]:
+    """Yield the nodes above one that keep its shape and that nothing else uses, with the factor of each product."""
+    node = node.args[0]
+    while node.op == "call_function" and len(node.users) == 1:
+        found = _factor(node, fixed)
+        if found is not None and _value(found[0]).shape == _value(node).shape:
+            yield node, found[1]
+            node = found[0]
+        elif _transform(node) or _shifts(node):
+            yield node, None
+            node = node.args[0]
+        else:
+            return
+
+
+# -- the rules --------------------------------------------------------------------------------------------------------
+
+
+def factors(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """``f ⊙ (g ⊙ x) = (f g) ⊙ x``."""
+    outer = _factor(node, fixed)
+    inner = _factor(outer[0], fixed) if outer and not fixed(outer[0]) and len(outer[0].users) == 1 else None
+    if outer is None or inner is None or not _value(node).dtype.is_floating_point and not _value(node).dtype.is_complex:
+        return None
+    product = call(body, aten.mul.Tensor, inner[0], _times(body, inner[1], outer[1]))
+    alike = _value(product).dtype == _value(node).dtype and _value(product).shape == _value(node).shape
+    number = not isinstance(outer[1], fx.Node) or not isinstance(inner[1], fx.Node)
+    return (product, "scalar merged" if number else "diagonal · diagonal merged") if alike else None
+
+
+def rolls(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """``roll(roll(x, s), t) = roll(x, s + t)``."""
+    outer = _shifts(node)
+    inner = _shifts(node.args[0]) if outer is not None and len(node.args[0].users) == 1 else None
+    if outer is None or inner is None:
+        return None
+    shifts = {
+        dim: (outer.get(dim, 0) + inner.get(dim, 0)) % _value(node).shape[dim] for dim in dict.fromkeys((*outer, *inner))
+    }
+    return _rolled(body, node.args[0].args[0], shifts), "roll · roll merged"
+
+
+def shifts_around(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """``roll(f ⊙ roll(x, −s), s) = roll(f, s) ⊙ x``, and a shift goes past a diagonal between transforms."""
+    for dim, shift in (_shifts(node) or {}).items():
+        met = _opposite(node, dim, shift, fixed)
+        if met is None:
+            continue
+        inner, products = met
+        for product, factor in products:
+            with body.inserting_before(product):
+                k = dim - _value(product).ndim
+                product.replace_input_with(factor, _made(call(body, aten.roll.default, factor, [shift], [k])))
+        for each in (inner, node):
+            with body.inserting_before(each):
+                found = _rolled(body, each.args[0], {d: s for d, s in (_shifts(each) or {}).items() if d != dim})
+            if each is inner:
+                each.replace_all_uses_with(found)
+        return found, "roll · roll cancelled"
+    return None
+
+
+def _opposite(node: Any, dim: int, shift: int, fixed: Fixed) -> tuple[Any, list[tuple[Any, Any]]] | None:
+    """Return the roll above one that undoes it along a dimension, and the products in between whose factors vary."""
+    products, between = [], None  # what is between two transforms commutes with shifts
+    for each, factor in _above(node, fixed):
+        transform, shifts = _transform(each), _shifts(each)
+        if transform is not None and dim in transform[0]:
+            if between is not None and between is transform[2]:
+                return None
+            between = transform[2] if between is None else None
+        elif shifts is not None and dim in shifts:
+            undone = between is None and (shifts[dim] + shift) % _value(node).shape[dim] == 0
+            return (each, products) if undone else None
+        elif between is None and factor is not None and _extent(factor, each, dim) > 1:
+            products.append((each, factor))
+    return None
+
+
+def transforms(body: fx.Graph, node: Any, fixed: Fixed, *, some: bool = True) -> Found:
+    """``F⁻¹ F = 1`` up to the norms, along each dimension in which all that is between them is the same."""
+    outer, blocked = _transform(node), set[int]()
+    for each, factor in _above(node, fixed) if outer is not None else ():
+        assert outer is not None
+        inner = _transform(each)
+        if inner is None:
+            blocked |= set(_shifts(each) or ()) | {d for d in outer[0] if _extent(factor, each, d) > 1}
+            continue
+        shared = [d for d in outer[0] if d in inner[0] and d not in blocked]
+        if inner[2] is not outer[2] and shared and (some or set(shared) == {*outer[0], *inner[0]}):
+            return _cancelled(body, node, each, shared)
+        blocked |= set(inner[0])
+    return None
+
+
+def whole_transforms(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """``F⁻¹ F = 1`` in all dimensions at once."""
+    return transforms(body, node, fixed, some=False)
+
+
+def _cancelled(body: fx.Graph, node: Any, inner: Any, shared: list[int]) -> Found:
+    """Take dimensions out of two transforms."""
+    size, scale = math.prod(_value(node).shape[d] for d in shared), 1.0
+    whole = all(set(shared) >= set((_transform(each) or ([],))[0]) for each in (inner, node))
+    some = "" if whole else f" along dimension{'s' * (len(shared) > 1)} {', '.join(map(str, shared))}"
+    for each in (inner, node):
+        dims, norm, forward = _transform(each) or ([], 0, True)
+        rest = [d for d in dims if d not in shared]
+        scale *= {0: 1.0, 1: size**-0.5, 2: 1 / size}[norm]
+        with body.inserting_before(each):
+            found: Any = call(body, aten._fft_c2c.default, each.args[0], rest, norm, forward) if rest else each.args[0]
+        if each is inner:
+            each.replace_all_uses_with(found)
+            name = _name(len(shared), not forward), _name(len(shared), forward)
+    unit = math.isclose(scale * size, 1.0, rel_tol=1e-9)
+    return found if unit else call(body, aten.mul.Tensor, found, scale * size), f"{name[0]} · {name[1]} cancelled{some}"
+
+
+def _name(dims: int, forward: bool) -> str:
+    return ("fft" if forward else "ifft") + {1: "", 2: "2"}.get(dims, "n")
+
+
+def real_parts(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """``Re(f ⊙ x) = Re f ⊙ x`` where x is real."""
+    pair = node.args[0] if node.target is aten.select.int else None
+    if pair is None or pair.target is not aten.view_as_real.default or len(pair.users) > 1:
+        return None
+    (z,), (_, dim, index) = pair.args, node.args
+    if dim % _value(pair).ndim != _value(pair).ndim - 1 or index != 0 or len(z.users) > 1:
+        return None
+    source, factor = _factor(z, fixed) or (z, None)
+    if source.target is not aten._to_copy.default or len(source.users) > 1:
+        return None
+    (x,) = source.args
+    if _value(x).is_complex() or _value(x).dtype != _value(node).dtype:
+        return None
+    if isinstance(factor, fx.Node):
+        factor = _made(call(body, aten.real.default, factor)) if _value(factor).is_complex() else factor
+    elif isinstance(factor, complex):
+        factor = factor.real
+    return x if factor is None else call(body, aten.mul.Tensor, x, factor), "real part of a real image dropped"
+
+
+def conjugates(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """The conjugate of the conjugate is the number itself."""
+    if node.target is not aten._conj.default:
+        return None
+    source = node.args[0]
+    if source.target is aten.clone.default and len(source.users) == 1:
+        source = source.args[0]
+    twice = source.target is aten._conj.default and len(source.users) == 1
+    return (source.args[0], "conj · conj cancelled") if twice else None
+
+
+def sums(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """``Σᵢ fᵢ ⊙ x = (Σᵢ fᵢ) ⊙ x``."""
+    product = node.args[0] if node.target is aten.sum.dim_IntList and not node.kwargs else None
+    found = _factor(product, fixed) if product is not None and len(product.users) == 1 else None
+    if found is None or not isinstance(found[1], fx.Node) or not node.args[1]:
+        return None
+    (x, factor), dims = found, _dims(node.args[1], product)
+    if any(_extent(x, product, d) > 1 or _extent(factor, product, d) != _value(product).shape[d] for d in dims):
+        return None
+    k = [d - _value(product).ndim for d in dims]
+    total = call(body, aten.mul.Tensor, x, _made(call(body, aten.sum.dim_IntList, factor, k, True)))
+    shape = list(_value(node).shape)
+    same = _value(total).dtype == _value(node).dtype and _value(total).numel() == _value(node).numel()
+    if not same:
+        return None
+    total = total if list(_value(total).shape) == shape else call(body, aten.view.default, total, shape)
+    return total, "sum of diagonals merged"
+
+
+def pads(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """What is cut off again was not worth padding with zeros."""
+    outer = _padding(node)
+    source = node.args[0] if outer is not None else None
+    inner = _padding(source) if source is not None and len(source.users) == 1 else None
+    if outer is None or inner is None or any(p < 0 for p in inner):
+        return None
+    total = [a + b for a, b in zip(outer, inner, strict=True)]
+    cut = [min(0, a) + min(0, b) for a, b in zip(total[::2], total[1::2], strict=True)]
+    left = all(n + c > 0 for n, c in zip(reversed(_value(source.args[0]).shape), cut, strict=True))
+    if not any(p < 0 for p in outer) or not left:
+        return None
+    if any(total):
+        return call(body, aten.constant_pad_nd.default, source.args[0], total), "pad · crop merged"
+    return source.args[0], "pad · crop cancelled"
+
+
+def _padding(node: Any) -> list[int] | None:
+    """Return how many zeros are put before and after, last dimension first, negative ones cut; None for other nodes."""
+    if node.target is aten.constant_pad_nd.default and node.args[2:] in {(), (0,), (0.0,)}:
+        given = list(node.args[1])
+        return given + [0] * (2 * _value(node).ndim - len(given))
+    if node.target is aten.slice.Tensor:
+        _, dim, start, stop, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+        size = _value(node.args[0]).shape[dim]
+        first, last, _ = slice(start, stop).indices(size)
+        window = -first, last - size
+    elif node.target is aten.slice_backward.default:
+        _, shape, dim, start, stop, step = node.args
+        first, last, _ = slice(start, stop).indices(shape[dim])
+        window = first, shape[dim] - last
+    else:
+        return None
+    if step != 1 or last < first:
+        return None
+    found, ndim = [0] * (2 * _value(node).ndim), _value(node).ndim
+    k = 2 * (ndim - 1 - dim % ndim)
+    found[k : k + 2] = window
+    return found
+
+
+def samples(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """What is read by index and added by the same index is multiplied by how often each entry was read."""
+    if node.target is aten.index_put.default and node.args[3:] == (True,):
+        (zero, *where, values), reads = node.args[:3], aten.index.Tensor
+    elif node.target is aten.index_add.default and not node.kwargs and len(node.args) == 4:
+        (zero, *where, values), reads = node.args, aten.index_select.default
+    else:
+        return None
+    if zero.target not in {aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default}:
+        return None
+    read, weight = _factor(values, fixed) or (values, None)
+    alone = len(values.users) == len(read.users) == 1
+    if read.target is not reads or not alone or list(read.args[1:]) != where or not all(map(fixed, read.all_input_nodes[1:])):
+        return None
+    x = read.args[0]
+    if _value(x).shape != _value(node).shape or fixed(x) or _value(x).dtype != _value(node).dtype:
+        return None
+    dtype = _value(weight).dtype if isinstance(weight, fx.Node) else _value(x).real.dtype
+    options: dict[str, Any] = {"dtype": dtype, "device": _value(x).device}
+    start = body.call_function(aten.zeros.default, (list(_value(x).shape),), options)
+    known(start, _value(x).new_empty(_value(x).shape, dtype=dtype))
+    ones = body.call_function(aten.ones.default, (list(_value(values).shape),), options)
+    known(ones, _value(values).new_empty(_value(values).shape, dtype=dtype))
+    if weight is not None:
+        ones = _times(body, ones, weight)
+    if _value(ones).dtype != dtype:
+        return None
+    count = call(body, node.target, start, *where, ones, *node.args[3:][: reads is aten.index.Tensor])
+    return call(body, aten.mul.Tensor, x, _made(count)), "index · index_add to a mask"
+
+
+RULES: tuple[Rule, ...] = (
+    rolls, shifts_around, transforms, samples, pads, conjugates, real_parts, factors, sums,
+)  # fmt: skip
