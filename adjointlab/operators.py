@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from adjointlab import compat
+from adjointlab import grams
 from adjointlab.compat import differentiated
 from adjointlab.linked import Linked
 from adjointlab.notation import POWER, PRODUCT, SUM, Expression, Notation, meaning, multiple, number
@@ -42,7 +42,7 @@ class _Body:
     notation: Notation | None = None  # of A in terms of its parts
     main: int = 0  # the side that is written without ᴴ
     whole: list[Transposition | None] | None = None  # of an operator made of others, once its gram was asked for
-    root: tuple[LinearOperator, LinearOperator | None] | None = None  # A and W, of AᴴWA
+    root: tuple[LinearOperator, bool] | None = None  # A, and whether there is a W, of AᴴWA
 
 
 class LinearOperator(nn.Module, Generic[X, Y]):
@@ -272,7 +272,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
             for part in self.modules():
                 if isinstance(part, LinearOperator):
                     root = part._body.root
-                    for source in (part.source, root and root[0]._as_one()):
+                    for source in (part.source, root and grams.as_one(root[0])):
                         stack.enter_context(source.frozen() if source else contextlib.nullcontext())
             yield
 
@@ -291,44 +291,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
             return "\n".join([repr(self), *[part._account(letter, self._side) for letter, part in letters.items()]])
         accounts = [f"\n\n{letter} = {meaning(part)}\n{part._account(letter, 0)}" for letter, part in letters.items()]
         count = f"made of {len(letters)} operator{'s' * (len(letters) != 1)}"
-        return "\n".join([repr(self), *self._simplified(), count]) + "".join(accounts)
-
-    def _simplified(self) -> list[str]:
-        """Return what is simplified in a gram, in words; nothing for any other operator."""
-        if self._body.root is None:
-            return []
-        (a, weight), said = self._body.root, ()
-        if (source := a._as_one()) is not None:
-            said = source.gram_simplified(swapped=a._swapped, weighted=weight is not None)
-        return [f"one graph: {', '.join(said)}" if said else "nothing to simplify: the two maps run one after the other"]
-
-    @property
-    def _swapped(self) -> bool:
-        return self._body.source is not None and self._side == 1
-
-    def _as_one(self) -> Transposition | None:
-        """Return the derivation of A, or one of A as a whole where it is made of derived operators; None elsewhere."""
-        if self._body.source is not None:
-            return self._body.source
-        if self._body.whole is None:
-            leaves = [p for p in self.modules() if isinstance(p, LinearOperator) and not p.parts]
-            traced = all(p.engine == "traced" if p.source else p._body.notation is not None for p in leaves)
-            is_one = traced and any(p.source for p in leaves) and not (self.domain.is_sharded or self.codomain.is_sharded)
-            self._body.whole = [Transposition(self, self.domain, codomain=self.codomain) if is_one else None]
-        return self._body.whole[0]
-
-    def gram_at(self, x: Any, weight: Any = None) -> Any:
-        """Return ``AᴴA x``, or ``Aᴴ w ⊙ A x`` for the entries of a diagonal weight; from one graph where that is equal."""
-        plain = compat.plain() and not compat.differentiated(self.domain.leaves(x))
-        source = self._as_one() if plain else None
-        found = None if source is None else source.gram(x, weight, swapped=self._swapped)
-        if found is not None:
-            return found
-        image = self(x)
-        if weight is not None:
-            pairs = zip(self.codomain.leaves(weight), self.codomain.leaves(image), strict=True)
-            image = self.codomain.unflatten([w * y for w, y in pairs])
-        return self.H(image)
+        return "\n".join([repr(self), *grams.simplified(self), count]) + "".join(accounts)
 
     def _account(self, letter: str, side: int) -> str:
         if self._body.source is not None:
@@ -380,7 +343,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move parameters, buffers and spaces together; ``.to``, ``.double`` and ``.cuda`` call this method."""
-        self._body.transposes = [None, None]
+        self._body.transposes, self._body.whole = [None, None], None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         body = self._body
         if body.source is not None:
@@ -423,8 +386,8 @@ def _compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
         (_compose, (a, b)), a, b, notation=Notation("{} {}", PRODUCT, PRODUCT),
     )  # fmt: skip
     if a._body is b._body and a._side != b._side:  # AAᴴ and AᴴA are their own adjoints
-        operator._body.views[1], operator._body.root = operator, (b, None)
-        operator._body.functions = b.gram_at, b.gram_at
+        operator._body.views[1] = operator
+        grams.as_gram(operator, b)
     return operator
 
 

@@ -36,9 +36,8 @@ from adjointlab.transpose.graph.ops import CHECKS
 from adjointlab.transpose.kernels.convolution import ConvSpec
 from adjointlab.transpose.kernels.registry import transformed
 from adjointlab.transpose.kernels.select import Chooser, MapChooser, choose, quickest, suits_transform
-from adjointlab.transpose.passes import convolutions
+from adjointlab.transpose.passes import convolutions, gram_indices, gram_kernels, gram_real
 from adjointlab.transpose.passes.at_point import at_point
-from adjointlab.transpose.passes import gram_kernels
 from adjointlab.transpose.passes.compose import adds_state, gram, linear_part, residual_and_gradient
 from adjointlab.transpose.passes.drop_forward import Adjoint, choices_named, cut_off, drop_forward, ops
 from adjointlab.transpose.passes.fuse_slices import fuse_slices
@@ -331,7 +330,9 @@ def _gram(
     names = ("adjoint", "linear") if swapped else ("linear", "adjoint")
     first, second = (graphs.linear if name == "linear" else graphs.adjoint.graph for name in names)
     count = len(first.inputs)
-    graph, said = simplified(gram(first, second, weighted=weighted), RULES, count)
+    graph, said = simplified(
+        gram(first, second, weighted=weighted), (*RULES, *gram_indices.RULES, *gram_real.RULES), count
+    )
     if said:
         lowered = _program(graph, options=options, mode=mode).graph
     else:

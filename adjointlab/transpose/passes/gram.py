@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.graph.edit import call, clean, copied, dependents, known
+from adjointlab.transpose.graph.edit import call, clean, copied, dependents, known, zeros
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.passes import strides
 from adjointlab.transpose.passes.partition import extract, roots_of
@@ -41,6 +41,11 @@ def simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, 
 
 def _simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, dict[str, None]]:
     graph, names = copied(graph), dict[str, None]()
+    for node in list(graph.body.nodes):
+        if node.target in {aten.new_zeros.default, aten.zeros_like.default}:  # of which a shape only is read
+            with graph.body.inserting_before(node):
+                node.replace_all_uses_with(zeros(graph.body, value(node)))
+    clean(graph.body)
     _merge_fixed(graph, dependents(graph.inputs[:count]))
     while (name := _applied(graph, rules, count)) is not None:
         names[name] = None
@@ -102,11 +107,12 @@ def _once(graph: Graph, above: list[fx.Node], node: fx.Node) -> Callable[..., Te
 # -- what rules read off nodes ----------------------------------------------------------------------------------------
 
 
-def _value(node: Any) -> Tensor:
+def value(node: Any) -> Tensor:
+    """Return the fake value of a node."""
     return node.meta["val"]  # type: ignore[no-any-return]
 
 
-def _factor(node: Any, fixed: Fixed) -> tuple[Any, Any] | None:
+def factor_of(node: Any, fixed: Fixed) -> tuple[Any, Any] | None:
     """Return the operand and the factor, a node or a number, of a product entry by entry; None for any other node."""
     if node.op != "call_function" or node.kwargs:
         return None
@@ -118,29 +124,36 @@ def _factor(node: Any, fixed: Fixed) -> tuple[Any, Any] | None:
     return (node.args[0], -1) if node.target is aten.neg.default else None
 
 
-def _extent(factor: Any, node: Any, dim: int) -> int:
+def weighed(node: Any, fixed: Fixed) -> tuple[Any, Any]:
+    """Return the operand and the factor of a product of one shape; else a node itself, and None."""
+    found = factor_of(node, fixed)
+    return found if found is not None and value(found[0]).shape == value(node).shape else (node, None)
+
+
+def extent(factor: Any, node: Any, dim: int) -> int:
     """Return the size of a factor along a dimension of the product with it."""
     if not isinstance(factor, fx.Node):
         return 1
-    shape, k = _value(factor).shape, dim - _value(node).ndim
+    shape, k = value(factor).shape, dim - value(node).ndim
     return int(shape[k]) if -k <= len(shape) else 1
 
 
-def _made(node: Any) -> Any:
+def made(node: Any) -> Any:
     """Mark a factor as made by a rule."""
     node.meta["factor"] = True
     return node
 
 
-def _times(body: fx.Graph, a: Any, b: Any) -> Any:
+def times(body: fx.Graph, a: Any, b: Any) -> Any:
     """Return the product of two factors."""
     if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
         return a * b
-    return _made(call(body, aten.mul.Tensor, *((a, b) if isinstance(a, fx.Node) else (b, a))))
+    return made(call(body, aten.mul.Tensor, *((a, b) if isinstance(a, fx.Node) else (b, a))))
 
 
-def _dims(dims: Sequence[int], node: Any) -> list[int]:
-    return [d % _value(node).ndim for d in dims]
+def dims_of(dims: Sequence[int], node: Any) -> list[int]:
+    """Return dimensions of a node, counted from the first."""
+    return [d % value(node).ndim for d in dims]
 
 
 def _shifts(node: Any) -> dict[int, int] | None:
@@ -148,8 +161,8 @@ def _shifts(node: Any) -> dict[int, int] | None:
     if node.target is not aten.roll.default or len(node.args) < 3 or not node.args[2]:
         return None
     found: dict[int, int] = {}
-    for dim, shift in zip(_dims(node.args[2], node), node.args[1], strict=True):
-        found[dim] = (found.get(dim, 0) + shift) % max(1, _value(node).shape[dim])
+    for dim, shift in zip(dims_of(node.args[2], node), node.args[1], strict=True):
+        found[dim] = (found.get(dim, 0) + shift) % max(1, value(node).shape[dim])
     return found
 
 
@@ -162,15 +175,15 @@ def _transform(node: Any) -> tuple[list[int], int, bool] | None:
     """Return the dimensions, norm and direction of a complex Fourier transform; None for any other node."""
     if node.target is not aten._fft_c2c.default:
         return None
-    return _dims(node.args[1], node), node.args[2], node.args[3]
+    return dims_of(node.args[1], node), node.args[2], node.args[3]
 
 
 def _above(node: Any, fixed: Fixed) -> Iterator[tuple[Any, Any]]:
     """Yield the nodes above one that keep its shape and that nothing else uses, with the factor of each product."""
     node = node.args[0]
     while node.op == "call_function" and len(node.users) == 1:
-        found = _factor(node, fixed)
-        if found is not None and _value(found[0]).shape == _value(node).shape:
+        found = factor_of(node, fixed)
+        if found is not None and value(found[0]).shape == value(node).shape:
             yield node, found[1]
             node = found[0]
         elif _transform(node) or _shifts(node):
@@ -185,12 +198,12 @@ def _above(node: Any, fixed: Fixed) -> Iterator[tuple[Any, Any]]:
 
 def factors(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     """``f ⊙ (g ⊙ x) = (f g) ⊙ x``."""
-    outer = _factor(node, fixed)
-    inner = _factor(outer[0], fixed) if outer and not fixed(outer[0]) and len(outer[0].users) == 1 else None
-    if outer is None or inner is None or not _value(node).dtype.is_floating_point and not _value(node).dtype.is_complex:
+    outer = factor_of(node, fixed)
+    inner = factor_of(outer[0], fixed) if outer and not fixed(outer[0]) and len(outer[0].users) == 1 else None
+    if outer is None or inner is None:
         return None
-    product = call(body, aten.mul.Tensor, inner[0], _times(body, inner[1], outer[1]))
-    alike = _value(product).dtype == _value(node).dtype and _value(product).shape == _value(node).shape
+    product = call(body, aten.mul.Tensor, inner[0], times(body, inner[1], outer[1]))
+    alike = value(product).dtype == value(node).dtype and value(product).shape == value(node).shape
     number = not isinstance(outer[1], fx.Node) or not isinstance(inner[1], fx.Node)
     return (product, "scalar merged" if number else "diagonal · diagonal merged") if alike else None
 
@@ -202,7 +215,7 @@ def rolls(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     if outer is None or inner is None:
         return None
     shifts = {
-        dim: (outer.get(dim, 0) + inner.get(dim, 0)) % _value(node).shape[dim] for dim in dict.fromkeys((*outer, *inner))
+        dim: (outer.get(dim, 0) + inner.get(dim, 0)) % value(node).shape[dim] for dim in dict.fromkeys((*outer, *inner))
     }
     return _rolled(body, node.args[0].args[0], shifts), "roll · roll merged"
 
@@ -216,8 +229,8 @@ def shifts_around(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
         inner, products = met
         for product, factor in products:
             with body.inserting_before(product):
-                k = dim - _value(product).ndim
-                product.replace_input_with(factor, _made(call(body, aten.roll.default, factor, [shift], [k])))
+                k = dim - value(product).ndim
+                product.replace_input_with(factor, made(call(body, aten.roll.default, factor, [shift], [k])))
         for each in (inner, node):
             with body.inserting_before(each):
                 found = _rolled(body, each.args[0], {d: s for d, s in (_shifts(each) or {}).items() if d != dim})
@@ -229,7 +242,8 @@ def shifts_around(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
 
 def _opposite(node: Any, dim: int, shift: int, fixed: Fixed) -> tuple[Any, list[tuple[Any, Any]]] | None:
     """Return the roll above one that undoes it along a dimension, and the products in between whose factors vary."""
-    products, between = [], None  # what is between two transforms commutes with shifts
+    products: list[tuple[Any, Any]] = []
+    between = None  # what is between two transforms commutes with shifts
     for each, factor in _above(node, fixed):
         transform, shifts = _transform(each), _shifts(each)
         if transform is not None and dim in transform[0]:
@@ -237,9 +251,9 @@ def _opposite(node: Any, dim: int, shift: int, fixed: Fixed) -> tuple[Any, list[
                 return None
             between = transform[2] if between is None else None
         elif shifts is not None and dim in shifts:
-            undone = between is None and (shifts[dim] + shift) % _value(node).shape[dim] == 0
+            undone = between is None and (shifts[dim] + shift) % value(node).shape[dim] == 0
             return (each, products) if undone else None
-        elif between is None and factor is not None and _extent(factor, each, dim) > 1:
+        elif between is None and factor is not None and extent(factor, each, dim) > 1:
             products.append((each, factor))
     return None
 
@@ -251,7 +265,7 @@ def transforms(body: fx.Graph, node: Any, fixed: Fixed, *, some: bool = True) ->
         assert outer is not None
         inner = _transform(each)
         if inner is None:
-            blocked |= set(_shifts(each) or ()) | {d for d in outer[0] if _extent(factor, each, d) > 1}
+            blocked |= set(_shifts(each) or ()) | {d for d in outer[0] if extent(factor, each, d) > 1}
             continue
         shared = [d for d in outer[0] if d in inner[0] and d not in blocked]
         if inner[2] is not outer[2] and shared and (some or set(shared) == {*outer[0], *inner[0]}):
@@ -267,7 +281,7 @@ def whole_transforms(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
 
 def _cancelled(body: fx.Graph, node: Any, inner: Any, shared: list[int]) -> Found:
     """Take dimensions out of two transforms."""
-    size, scale = math.prod(_value(node).shape[d] for d in shared), 1.0
+    size, scale = math.prod(value(node).shape[d] for d in shared), 1.0
     whole = all(set(shared) >= set((_transform(each) or ([],))[0]) for each in (inner, node))
     some = "" if whole else f" along dimension{'s' * (len(shared) > 1)} {', '.join(map(str, shared))}"
     for each in (inner, node):
@@ -293,16 +307,16 @@ def real_parts(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     if pair is None or pair.target is not aten.view_as_real.default or len(pair.users) > 1:
         return None
     (z,), (_, dim, index) = pair.args, node.args
-    if dim % _value(pair).ndim != _value(pair).ndim - 1 or index != 0 or len(z.users) > 1:
+    if dim % value(pair).ndim != value(pair).ndim - 1 or index != 0 or len(z.users) > 1:
         return None
-    source, factor = _factor(z, fixed) or (z, None)
+    source, factor = factor_of(z, fixed) or (z, None)
     if source.target is not aten._to_copy.default or len(source.users) > 1:
         return None
     (x,) = source.args
-    if _value(x).is_complex() or _value(x).dtype != _value(node).dtype:
+    if value(x).is_complex() or value(x).dtype != value(node).dtype:
         return None
     if isinstance(factor, fx.Node):
-        factor = _made(call(body, aten.real.default, factor)) if _value(factor).is_complex() else factor
+        factor = made(call(body, aten.real.default, factor)) if value(factor).is_complex() else factor
     elif isinstance(factor, complex):
         factor = factor.real
     return x if factor is None else call(body, aten.mul.Tensor, x, factor), "real part of a real image dropped"
@@ -322,94 +336,20 @@ def conjugates(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
 def sums(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     """``Σᵢ fᵢ ⊙ x = (Σᵢ fᵢ) ⊙ x``."""
     product = node.args[0] if node.target is aten.sum.dim_IntList and not node.kwargs else None
-    found = _factor(product, fixed) if product is not None and len(product.users) == 1 else None
+    found = factor_of(product, fixed) if product is not None and len(product.users) == 1 else None
     if found is None or not isinstance(found[1], fx.Node) or not node.args[1]:
         return None
-    (x, factor), dims = found, _dims(node.args[1], product)
-    if any(_extent(x, product, d) > 1 or _extent(factor, product, d) != _value(product).shape[d] for d in dims):
+    (x, factor), dims = found, dims_of(node.args[1], product)
+    if any(extent(x, product, d) > 1 or extent(factor, product, d) != value(product).shape[d] for d in dims):
         return None
-    k = [d - _value(product).ndim for d in dims]
-    total = call(body, aten.mul.Tensor, x, _made(call(body, aten.sum.dim_IntList, factor, k, True)))
-    shape = list(_value(node).shape)
-    same = _value(total).dtype == _value(node).dtype and _value(total).numel() == _value(node).numel()
+    k = [d - value(product).ndim for d in dims]
+    total = call(body, aten.mul.Tensor, x, made(call(body, aten.sum.dim_IntList, factor, k, True)))
+    shape = list(value(node).shape)
+    same = value(total).dtype == value(node).dtype and value(total).numel() == value(node).numel()
     if not same:
         return None
-    total = total if list(_value(total).shape) == shape else call(body, aten.view.default, total, shape)
+    total = total if list(value(total).shape) == shape else call(body, aten.view.default, total, shape)
     return total, "sum of diagonals merged"
 
 
-def pads(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
-    """What is cut off again was not worth padding with zeros."""
-    outer = _padding(node)
-    source = node.args[0] if outer is not None else None
-    inner = _padding(source) if source is not None and len(source.users) == 1 else None
-    if outer is None or inner is None or any(p < 0 for p in inner):
-        return None
-    total = [a + b for a, b in zip(outer, inner, strict=True)]
-    cut = [min(0, a) + min(0, b) for a, b in zip(total[::2], total[1::2], strict=True)]
-    left = all(n + c > 0 for n, c in zip(reversed(_value(source.args[0]).shape), cut, strict=True))
-    if not any(p < 0 for p in outer) or not left:
-        return None
-    if any(total):
-        return call(body, aten.constant_pad_nd.default, source.args[0], total), "pad · crop merged"
-    return source.args[0], "pad · crop cancelled"
-
-
-def _padding(node: Any) -> list[int] | None:
-    """Return how many zeros are put before and after, last dimension first, negative ones cut; None for other nodes."""
-    if node.target is aten.constant_pad_nd.default and node.args[2:] in {(), (0,), (0.0,)}:
-        given = list(node.args[1])
-        return given + [0] * (2 * _value(node).ndim - len(given))
-    if node.target is aten.slice.Tensor:
-        _, dim, start, stop, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
-        size = _value(node.args[0]).shape[dim]
-        first, last, _ = slice(start, stop).indices(size)
-        window = -first, last - size
-    elif node.target is aten.slice_backward.default:
-        _, shape, dim, start, stop, step = node.args
-        first, last, _ = slice(start, stop).indices(shape[dim])
-        window = first, shape[dim] - last
-    else:
-        return None
-    if step != 1 or last < first:
-        return None
-    found, ndim = [0] * (2 * _value(node).ndim), _value(node).ndim
-    k = 2 * (ndim - 1 - dim % ndim)
-    found[k : k + 2] = window
-    return found
-
-
-def samples(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
-    """What is read by index and added by the same index is multiplied by how often each entry was read."""
-    if node.target is aten.index_put.default and node.args[3:] == (True,):
-        (zero, *where, values), reads = node.args[:3], aten.index.Tensor
-    elif node.target is aten.index_add.default and not node.kwargs and len(node.args) == 4:
-        (zero, *where, values), reads = node.args, aten.index_select.default
-    else:
-        return None
-    if zero.target not in {aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default}:
-        return None
-    read, weight = _factor(values, fixed) or (values, None)
-    alone = len(values.users) == len(read.users) == 1
-    if read.target is not reads or not alone or list(read.args[1:]) != where or not all(map(fixed, read.all_input_nodes[1:])):
-        return None
-    x = read.args[0]
-    if _value(x).shape != _value(node).shape or fixed(x) or _value(x).dtype != _value(node).dtype:
-        return None
-    dtype = _value(weight).dtype if isinstance(weight, fx.Node) else _value(x).real.dtype
-    options: dict[str, Any] = {"dtype": dtype, "device": _value(x).device}
-    start = body.call_function(aten.zeros.default, (list(_value(x).shape),), options)
-    known(start, _value(x).new_empty(_value(x).shape, dtype=dtype))
-    ones = body.call_function(aten.ones.default, (list(_value(values).shape),), options)
-    known(ones, _value(values).new_empty(_value(values).shape, dtype=dtype))
-    if weight is not None:
-        ones = _times(body, ones, weight)
-    if _value(ones).dtype != dtype:
-        return None
-    count = call(body, node.target, start, *where, ones, *node.args[3:][: reads is aten.index.Tensor])
-    return call(body, aten.mul.Tensor, x, _made(count)), "index · index_add to a mask"
-
-
-RULES: tuple[Rule, ...] = (
-    rolls, shifts_around, transforms, samples, pads, conjugates, real_parts, factors, sums,
-)  # fmt: skip
+RULES: tuple[Rule, ...] = (rolls, shifts_around, transforms, conjugates, real_parts, factors, sums)

@@ -22,15 +22,16 @@ def _product(node: Any) -> ConvSpec | None:
 def spectra(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     """``F⁻¹(L ⊙ F F⁻¹(K ⊙ F x)) = F⁻¹(L K ⊙ F x)``, where the first image is whole."""
     second = _product(node)
-    inner = node.args[0] if second is not None else None
-    first = _product(inner) if inner is not None and len(inner.users) == 1 else None
+    inner: Any = node.args[0] if second is not None else node
+    first = _product(inner) if inner is not node and len(inner.users) == 1 else None
     if first is None or second is None or not spectra_meet(first, second) or first.groups != second.groups:
         return None
     sources, images, results = (n // first.groups for n in (first.input_shape[0], *_channels(first, second)))
     alone = _is_alone(first), _is_alone(second)
     if alone[0] is not alone[1] or sources * results > 2 * images * max(sources, results):
         return None  # products with more entries take longer than the transforms in between
-    factor = known(body.call_function(_both if alone[0] else _channelwise, (inner.args[1], node.args[1])), node.meta["val"])
+    product = body.call_function(_both if alone[0] else _channelwise, (inner.args[1], node.args[1]))
+    factor = known(product, node.meta["val"])
     found = body.call_function(FFT.bind(second), (inner.args[0], factor, None))
     return known(found, node.meta["val"]), "ifft · fft between convolutions cancelled"
 

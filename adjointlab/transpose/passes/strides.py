@@ -6,6 +6,7 @@ and the last in each other's place where less enters and leaves the region than 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ def swapped(graph: Graph, fixed: Fixed) -> Graph:
     pending = strided(graph)
     while pending:
         seed, k = pending[0], _dims(pending[0])
-        region = reached([seed], lambda node: _neighbours(node, k[0], fixed)) if len(k) == 1 else {seed}
+        region = reached([seed], functools.partial(_neighbours, k=k[0], fixed=fixed)) if len(k) == 1 else {seed}
         pending = [node for node in pending if node not in region]
         entries = {n for node in region for n in node.all_input_nodes if n not in region and not fixed(n)}
         exits = {node for node in region if any(user not in region for user in node.users)}

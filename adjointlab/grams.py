@@ -1,0 +1,62 @@
+"""Grams ``AᴴA`` and ``AᴴWA`` from one simplified graph, where A is derived, or made of operators that are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from adjointlab import compat
+from adjointlab.transpose import Transposition
+
+Operator = Any  # a LinearOperator, which is made of what is here
+
+
+def as_gram(operator: Operator, a: Operator, weight: Callable[[], Any] | None = None) -> None:
+    """Have ``AᴴA``, or ``AᴴWA`` with the entries of a real diagonal W, computed from one graph where that is equal."""
+
+    def fused(maps: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def function(x: Any) -> Any:
+            found = _at(a, x, None if weight is None else weight())
+            return maps(x) if found is None else found
+
+        return function
+
+    first, second = operator._body.functions
+    operator._body.functions = fused(first), fused(second)
+    operator._body.root = a, weight is not None
+
+
+def _at(a: Operator, x: Any, weight: Any) -> Any:
+    """Return ``AᴴA x``, or ``Aᴴ w ⊙ A x``, from one simplified graph; None where A and Aᴴ are to run."""
+    if not compat.plain() or compat.differentiated(a.domain.leaves(x)):
+        return None
+    is_new = a._body.source is None and a._body.whole is None
+    source = None if is_new and compat.differentiated(tuple(a.parameters())) else as_one(a)
+    return None if source is None else source.gram(x, weight, swapped=_is_swapped(a))
+
+
+def as_one(a: Operator) -> Transposition | None:
+    """Return the derivation of A, or one of A as a whole where it is made of derived operators; None elsewhere."""
+    body = a._body
+    if body.source is not None or body.whole:
+        return body.source or body.whole[0]  # type: ignore[no-any-return]
+    leaves = [part for part in a.modules() if getattr(part, "derived_operator", False) and not part.parts]
+    traced = all(p.engine == "traced" if p.source else p._body.notation is not None for p in leaves)
+    sharded = a.domain.is_sharded or a.codomain.is_sharded
+    is_one = traced and not sharded and any(p.source for p in leaves)
+    body.whole = [Transposition(a, a.domain, codomain=a.codomain) if is_one else None]
+    return body.whole[0]  # type: ignore[no-any-return]
+
+
+def simplified(operator: Operator) -> list[str]:
+    """Return a line on what is simplified in a gram; nothing for any other operator."""
+    if operator._body.root is None:
+        return []
+    a, weighted = operator._body.root
+    source = as_one(a)
+    said = () if source is None else source.gram_simplified(swapped=_is_swapped(a), weighted=weighted)
+    return [f"one graph: {', '.join(said)}" if said else "nothing to simplify: one map runs after the other"]
+
+
+def _is_swapped(a: Operator) -> bool:
+    return a._body.source is not None and a._side == 1
