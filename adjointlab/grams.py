@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from adjointlab import compat
@@ -41,10 +42,18 @@ def as_one(a: Operator) -> Transposition | None:
     if body.source is not None or body.whole:
         return body.source or body.whole[0]  # type: ignore[no-any-return]
     leaves = [part for part in a.modules() if getattr(part, "derived_operator", False) and not part.parts]
+    known = [part.source.options for part in leaves if part.source]
     traced = all(p.engine == "traced" if p.source else p._body.notation is not None for p in leaves)
-    sharded = a.domain.is_sharded or a.codomain.is_sharded
-    is_one = traced and not sharded and any(p.source for p in leaves)
-    body.whole = [Transposition(a, a.domain, codomain=a.codomain) if is_one else None]
+    is_one = traced and bool(known) and not (a.domain.is_sharded or a.codomain.is_sharded)
+    spread = isinstance(a.domain.unflatten(a.domain.specs), tuple)  # over the arguments of a function
+    whole = (lambda *x: a(x)) if spread else a
+    body.whole = [None]
+    if is_one:
+        lowering, tol = all(o.lowering for o in known), max((o.tol for o in known if o.tol is not None), default=None)
+        options = replace(known[0], requested="auto", affine=False, derivative="autograd", lowering=lowering, tol=tol)
+        body.whole = [
+            Transposition(whole, a.domain, options=replace(options, check=True, for_gram=True), codomain=a.codomain)
+        ]
     return body.whole[0]  # type: ignore[no-any-return]
 
 

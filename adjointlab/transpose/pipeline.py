@@ -32,7 +32,7 @@ from adjointlab.transpose.frontend.capture import Capture
 from adjointlab.transpose.frontend.trace import hides, trace_forward, trace_pull_back, trace_vjp
 from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import CHECKS
+from adjointlab.transpose.graph.ops import CHECKS, op_name
 from adjointlab.transpose.kernels.convolution import ConvSpec
 from adjointlab.transpose.kernels.registry import transformed
 from adjointlab.transpose.kernels.select import Chooser, MapChooser, choose, quickest, suits_transform
@@ -63,7 +63,8 @@ class Options:
 
     ``budget`` is in seconds; ``progress`` says whether builds show theirs; ``choose`` is the rule for kernels,
     ``choose_map`` that for maps by index, None for none; ``transform`` that for gradients in a kernel; ``fuse`` says
-    whether slices become sums of pieces; ``options`` are for torch.compile.
+    whether slices become sums of pieces; ``options`` are for torch.compile. ``for_gram`` says that of an operator made
+    of others nothing but the gram is wanted: only that is lowered.
     """
 
     requested: str = "auto"
@@ -80,6 +81,7 @@ class Options:
     fuse: bool = True
     transform: Callable[[ConvSpec], bool] = suits_transform
     options: dict[str, Any] = field(default_factory=dict)
+    for_gram: bool = False
 
     def __post_init__(self) -> None:
         if self.requested not in ENGINES:
@@ -100,7 +102,7 @@ class Options:
     @property
     def modes(self) -> list[str]:
         """The ways to run a graph, the most wanted first; the first that passes the self-check is used."""
-        modes = ["lowered", "plain"] if self.lowering else ["plain"]
+        modes = ["lowered", "plain"] if self.lowering and not self.for_gram else ["plain"]
         return ["compiled", *modes] if self.requested == "compiled" else modes
 
 
@@ -325,16 +327,19 @@ def _gram(
     weighted: bool,
 ) -> Gram | None:  # fmt: skip
     """Return ``AᴴWA`` (``swapped``: ``AWAᴴ``) as one simplified program, None where nothing is simplified or equal."""
-    if not options.lowering or mode != "lowered" or spaces[0].is_sharded:
-        return None
+    served = mode == "lowered" or options.for_gram
+    if not options.lowering or not served or spaces[0].is_sharded or graphs.value is not None:
+        return None  # at a point, the two maps share what is computed once
     names = ("adjoint", "linear") if swapped else ("linear", "adjoint")
     first, second = (graphs.linear if name == "linear" else graphs.adjoint.graph for name in names)
     count = len(first.inputs)
     graph, said = simplified(
         gram(first, second, weighted=weighted), (*RULES, *gram_indices.RULES, *gram_real.RULES), count
     )
-    if said:
-        lowered = _program(graph, options=options, mode=mode).graph
+    graph = own_outputs(graph)
+    if said or options.for_gram:
+        has_kernels = any("convolution" in op_name(node.target) for node in graph.body.nodes)
+        lowered = _program(graph, options=options, mode="lowered").graph if said or has_kernels else graph
     else:
         kernels = (derivation.programs[name][0].graph for name in names)
         lowered = gram(*kernels, weighted=weighted)

@@ -40,10 +40,12 @@ def gram(forward: Graph, adjoint: Graph, *, weighted: bool) -> Graph:
     outputs = enumerate(forward.outputs) if weighted else ()
     weights = [known(graph.placeholder(f"w_{i}"), out.meta["val"]) for i, out in outputs]
     images: Any = graph.graph_copy(forward.body, dict(zip(forward.placeholders, given, strict=True)))
+    images = [n.args[0] if n.target is aten.clone.default and not n.kwargs else n for n in images]  # they stay inside
     if weighted:
         images = [call(graph, aten.mul.Tensor, *pair) for pair in zip(images, weights, strict=True)]
     gradient: Any = graph.graph_copy(adjoint.body, dict(zip(adjoint.placeholders, [*given[:n], *images], strict=True)))
     graph.output(tuple(gradient))
+    clean(graph)
     return Graph(graph, forward.state, forward.specialized)
 
 
