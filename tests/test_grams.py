@@ -195,3 +195,14 @@ def test_no_state_is_changed(A: al.LinearOperator) -> None:
     A.gram(x)
     assert torch.equal(x, kept)
     assert all(map(torch.equal, (A.module.coils, A.module.lines), before))
+
+
+def test_a_mask_of_whole_lines_is_taken_for_one_as_long_as_it_is(A: al.LinearOperator) -> None:
+    A.module.lines = A.module.lines.expand(N, N).clone()
+    gram = A.gram
+    assert "cancelled along dimension 2" in gram.explain()
+    equal(A, gram)
+    A.module.lines[0, 0] += 1
+    equal(A, gram)
+    A.module.lines = A.module.lines[:, 1:2].expand(N, N).clone()
+    equal(A, gram)

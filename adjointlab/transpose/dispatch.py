@@ -196,7 +196,8 @@ class Transposition:
         if not derivation.programs or derivation.of_storage or compat.differentiated((*leaves, *state)):
             return None
         found = derivation.gram(swapped, weight is not None)
-        return None if found is None else spaces[0].unflatten(found.program.run(*state, *map(canonical, leaves)))
+        outputs = None if found is None else found.program.run_if_prepared(*state, *map(canonical, leaves))
+        return None if outputs is None else spaces[0].unflatten(outputs)
 
     def gram_simplified(self, *, swapped: bool, weighted: bool) -> tuple[str, ...]:
         """Return what is simplified in the gram of the nominal size."""

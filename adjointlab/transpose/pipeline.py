@@ -333,9 +333,8 @@ def _gram(
     names = ("adjoint", "linear") if swapped else ("linear", "adjoint")
     first, second = (graphs.linear if name == "linear" else graphs.adjoint.graph for name in names)
     count = len(first.inputs)
-    graph, said = simplified(
-        gram(first, second, weighted=weighted), (*RULES, *gram_indices.RULES, *gram_real.RULES), count
-    )
+    whole = gram(first, second, weighted=weighted)
+    graph, said = simplified(whole, (*RULES, *gram_indices.RULES, *gram_real.RULES), count)
     graph = own_outputs(graph)
     if said or options.for_gram:
         has_kernels = any("convolution" in op_name(node.target) for node in graph.body.nodes)
@@ -346,7 +345,7 @@ def _gram(
     lowered, more = simplified(lowered, gram_kernels.RULES, count)
     if not said and not more:
         return None
-    program = Program(lowered, graph)
+    program = Program(lowered, whole)
     state = tuple(source.read() for source in graph.state)
 
     def parts(leaves: Tensors) -> Tensors:

@@ -17,13 +17,12 @@ from torch import Tensor, fx
 from adjointlab.transpose.graph.edit import call, clean, copied, dependents, known, zeros
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.passes import strides
-from adjointlab.transpose.passes.partition import extract, roots_of
+from adjointlab.transpose.passes.gram_terms import (
+    Fixed, Found, Rule, dims_of, extent, factor_of, is_constant, made, times, value,
+)  # fmt: skip
+from adjointlab.transpose.passes.partition import HasNoPiecesError, extract, roots_of
 
 aten = torch.ops.aten
-
-Fixed = Callable[[Any], bool]  # whether a node does not depend on the input
-Found = tuple[Any, str] | None
-Rule = Callable[[fx.Graph, Any, Fixed], Found]
 
 
 def simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, tuple[str, ...]]:
@@ -31,8 +30,7 @@ def simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, 
     given = graph
     graph, names = _simplified(graph, rules, count)
     if names and strides.strided(graph):
-        dependent = dependents(graph.inputs[:count])
-        graph = strides.swapped(graph, lambda n: n not in dependent)
+        graph = strides.swapped(graph, Fixed(graph, count))
         if strides.strided(graph):  # to transform two dimensions is faster than one whose entries lie apart
             rest = [rule if rule is not transforms else whole_transforms for rule in rules]
             graph, names = _simplified(given, rest, count)
@@ -45,6 +43,8 @@ def _simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph,
         if node.target in {aten.new_zeros.default, aten.zeros_like.default}:  # of which a shape only is read
             with graph.body.inserting_before(node):
                 node.replace_all_uses_with(zeros(graph.body, value(node)))
+        elif node.target is aten.expand.default and value(node).shape == value(node.args[0]).shape:
+            node.replace_all_uses_with(node.args[0])
     clean(graph.body)
     _merge_fixed(graph, dependents(graph.inputs[:count]))
     while (name := _applied(graph, rules, count)) is not None:
@@ -54,11 +54,11 @@ def _simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph,
 
 def _applied(graph: Graph, rules: Sequence[Rule], count: int) -> str | None:
     """Apply the first rule that holds, in place; return its name, None where none does."""
-    dependent = dependents(graph.inputs[:count])
+    fixed = Fixed(graph, count)
     for node in list(graph.body.nodes):
-        for rule in rules if node.op == "call_function" and node in dependent else ():
+        for rule in rules if node.op == "call_function" and not fixed(node) else ():
             with graph.body.inserting_before(node):
-                found = rule(graph.body, node, lambda n: n not in dependent)
+                found = rule(graph.body, node, fixed)
             if found is not None:
                 node.replace_all_uses_with(found[0])
                 clean(graph.body)
@@ -105,55 +105,6 @@ def _once(graph: Graph, above: list[fx.Node], node: fx.Node) -> Callable[..., Te
 
 
 # -- what rules read off nodes ----------------------------------------------------------------------------------------
-
-
-def value(node: Any) -> Tensor:
-    """Return the fake value of a node."""
-    return node.meta["val"]  # type: ignore[no-any-return]
-
-
-def factor_of(node: Any, fixed: Fixed) -> tuple[Any, Any] | None:
-    """Return the operand and the factor, a node or a number, of a product entry by entry; None for any other node."""
-    if node.op != "call_function" or node.kwargs:
-        return None
-    if node.target in {aten.mul.Tensor, aten.mul.Scalar}:
-        a, b = node.args
-        if not isinstance(b, fx.Node) or (fixed(b) and not fixed(a)):
-            return a, b
-        return (b, a) if fixed(a) else None
-    return (node.args[0], -1) if node.target is aten.neg.default else None
-
-
-def weighed(node: Any, fixed: Fixed) -> tuple[Any, Any]:
-    """Return the operand and the factor of a product of one shape; else a node itself, and None."""
-    found = factor_of(node, fixed)
-    return found if found is not None and value(found[0]).shape == value(node).shape else (node, None)
-
-
-def extent(factor: Any, node: Any, dim: int) -> int:
-    """Return the size of a factor along a dimension of the product with it."""
-    if not isinstance(factor, fx.Node):
-        return 1
-    shape, k = value(factor).shape, dim - value(node).ndim
-    return int(shape[k]) if -k <= len(shape) else 1
-
-
-def made(node: Any) -> Any:
-    """Mark a factor as made by a rule."""
-    node.meta["factor"] = True
-    return node
-
-
-def times(body: fx.Graph, a: Any, b: Any) -> Any:
-    """Return the product of two factors."""
-    if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
-        return a * b
-    return made(call(body, aten.mul.Tensor, *((a, b) if isinstance(a, fx.Node) else (b, a))))
-
-
-def dims_of(dims: Sequence[int], node: Any) -> list[int]:
-    """Return dimensions of a node, counted from the first."""
-    return [d % value(node).ndim for d in dims]
 
 
 def _shifts(node: Any) -> dict[int, int] | None:
@@ -260,18 +211,44 @@ def _opposite(node: Any, dim: int, shift: int, fixed: Fixed) -> tuple[Any, list[
 
 def transforms(body: fx.Graph, node: Any, fixed: Fixed, *, some: bool = True) -> Found:
     """``F⁻¹ F = 1`` up to the norms, along each dimension in which all that is between them is the same."""
-    outer, blocked = _transform(node), set[int]()
+    outer, blocked, varying = _transform(node), set[int](), list[tuple[Any, Any, int]]()
     for each, factor in _above(node, fixed) if outer is not None else ():
         assert outer is not None
         inner = _transform(each)
         if inner is None:
-            blocked |= set(_shifts(each) or ()) | {d for d in outer[0] if extent(factor, each, d) > 1}
+            for d in outer[0]:
+                if extent(factor, each, d) > 1:
+                    is_same = fixed.is_constant(factor, d - value(each).ndim)
+                    varying, blocked = [*varying, (each, factor, d)], blocked | (set() if is_same else {d})
+            blocked |= set(_shifts(each) or ())
             continue
         shared = [d for d in outer[0] if d in inner[0] and d not in blocked]
         if inner[2] is not outer[2] and shared and (some or set(shared) == {*outer[0], *inner[0]}):
+            for product, fact in dict.fromkeys((product, fact) for product, fact, _ in varying):
+                _narrow(body, product, fact, [d for p, _, d in varying if p is product and d in shared])
             return _cancelled(body, node, each, shared)
         blocked |= set(inner[0])
     return None
+
+
+def _narrow(body: fx.Graph, product: Any, factor: Any, dims: list[int]) -> None:
+    """Have a product read the first entries of a factor that is the same along dimensions, as long as it is."""
+    along = [d - value(product).ndim for d in dims]
+
+    def first(tensor: Tensor) -> Tensor:
+        for k in along:
+            tensor = tensor.narrow(k, 0, 1)
+        return tensor
+
+    def first_along(tensor: Tensor) -> Tensor:
+        if not all(is_constant(tensor, k) for k in along):
+            raise HasNoPiecesError("a factor is not the same along a dimension any more")
+        return first(tensor)
+
+    first_along.is_dear = True  # type: ignore[attr-defined]
+    with body.inserting_before(product):
+        narrow = made(known(body.call_function(first_along, (factor,)), first(value(factor))))
+    product.replace_input_with(factor, narrow)
 
 
 def whole_transforms(body: fx.Graph, node: Any, fixed: Fixed) -> Found:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import call, known
-from adjointlab.transpose.passes.gram import Fixed, Found, Rule, dims_of, made, times, value, weighed
+from adjointlab.transpose.passes.gram_terms import Fixed, Found, Rule, dims_of, made, times, value, weighed
 
 aten = torch.ops.aten
 
@@ -22,6 +22,9 @@ def samples(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     elif node.target is aten.index_add.default and not node.kwargs and len(node.args) == 4:
         (zero, *given, values), reads = node.args, aten.index_select.default
         indexed = dims_of([given[0]], node)
+    elif node.target is aten.scatter_add.default:
+        (zero, *given, values), reads = node.args, aten.gather.default
+        indexed = list(range(value(node).ndim))
     else:
         return None
     read, weight = weighed(values, fixed)

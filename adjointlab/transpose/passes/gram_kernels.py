@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from adjointlab.transpose.graph.edit import known
 from adjointlab.transpose.kernels.convolution import ConvSpec, spectra_meet
 from adjointlab.transpose.kernels.registry import FFT, bound
-from adjointlab.transpose.passes.gram import Fixed, Found, Rule
+from adjointlab.transpose.passes.gram_terms import Fixed, Found, Rule
 
 
 def _product(node: Any) -> ConvSpec | None:

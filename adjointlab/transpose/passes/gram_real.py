@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import call, known
-from adjointlab.transpose.passes.gram import Fixed, Found, Rule, made, value, weighed
+from adjointlab.transpose.passes.gram_terms import Fixed, Found, Rule, made, value, weighed
 
 aten = torch.ops.aten
 

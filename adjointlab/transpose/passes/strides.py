@@ -18,7 +18,7 @@ from adjointlab.transpose.graph.ir import Graph
 
 aten = torch.ops.aten
 
-Fixed = Callable[[Any], bool]  # whether a node does not depend on the input
+Fixed = Callable[[Any], bool]
 _ENTRYWISE = {aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor, aten.neg.default}
 
 

@@ -92,7 +92,8 @@ class Derivation:
         @functools.cache
         def gram(swapped: bool, weighted: bool) -> Gram | None:
             found = self.gram(swapped, weighted)
-            return None if found is None else replace(found, program=found.program.frozen(state))
+            is_ready = found is not None and found.program.is_prepared(state)
+            return replace(found, program=found.program.frozen(state)) if found is not None and is_ready else None
 
         return replace(self, programs=programs, gram=gram)
 
