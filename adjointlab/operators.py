@@ -184,7 +184,21 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
     @property
     def gram(self) -> LinearOperator[X, X]:
-        """The self-adjoint, positive semi-definite ``AᴴA``, from one simplified graph where A is derived."""
+        """The self-adjoint, positive semi-definite ``AᴴA``.
+
+        Where A is derived, or made of operators that are, it is one program, without what Aᴴ undoes: transforms,
+        shifts and samples cancel, factors are multiplied. It is built at the first call; :meth:`explain` says what is
+        simplified.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from adjointlab import linear_operator
+        >>> mask = torch.tensor([1.0, 0.0, 2.0])
+        >>> A = linear_operator(lambda x: torch.fft.fft(mask * x, norm="ortho"), torch.zeros(3, dtype=torch.complex64))
+        >>> print(A.gram.explain().splitlines()[2])
+        one graph: ifft · fft cancelled, diagonal · diagonal merged
+        """
         return _compose(self.H, self)
 
     @property

@@ -69,6 +69,7 @@ def targets(rows: list[Row]) -> list[tuple[str, list[Target]]]:
         ("Graphs", [*_bare(rows), *_differences(rows)]),
         ("Maps by index", [*_maps(rows), *_tomography(rows), *_kept(rows)]),
         ("Jacobians", _jacobians(rows)),
+        ("Grams", _grams(rows)),
         ("Costs", [*_overhead(rows), *_memory(rows), *_start(rows)]),
         ("Solvers", _solvers(rows)),
     ]
@@ -91,6 +92,19 @@ def _jacobians(rows: list[Row]) -> list[Target]:
             return float((t["adjointlab"] - t["J and J.H"]) / t["f"])
 
         found.append(Target("a new point, in calls of the function", 2.0, *_worst(group, calls)))
+    return found
+
+
+def _grams(rows: list[Row]) -> list[Target]:
+    wanted = {
+        "mrpro": ("`A.gram(x)` in multiples of mrpro's gram", 1.1),
+        "by hand": ("`A.gram(x)` in multiples of what one writes by hand", 1.25),
+        "two maps": ("`A.gram(x)` in multiples of the two maps", 1.1),
+    }
+    found = []
+    for way, (text, limit) in wanted.items():
+        if group := [r for r in select(rows, "grams") if way in r["seconds"]]:
+            found.append(Target(text, limit, *_worst(group, lambda r, way=way: ratio(r, "adjointlab", way))))
     return found
 
 

@@ -18,15 +18,27 @@ from adjointlab.transpose.graph.edit import call, clean, copied, dependents, kno
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.passes import strides
 from adjointlab.transpose.passes.gram_terms import (
-    Fixed, Found, Rule, dims_of, extent, factor_of, is_constant, made, times, value,
-)  # fmt: skip
+    Fixed,
+    Found,
+    Rule,
+    dims_of,
+    extent,
+    factor_of,
+    is_constant,
+    made,
+    times,
+    value,
+)
 from adjointlab.transpose.passes.partition import HasNoPiecesError, extract, roots_of
 
 aten = torch.ops.aten
 
 
 def simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, tuple[str, ...]]:
-    """Return an equal graph, and the names of the rules that made it; ``count`` inputs are x, the others are fixed."""
+    """Return an equal graph, and the names of the rules that made it; ``count`` inputs are x, the others are fixed.
+
+    Where none of them has a name, the graph is no simpler.
+    """
     given = graph
     graph, names = _simplified(graph, rules, count)
     if names and strides.strided(graph):
@@ -48,7 +60,7 @@ def _simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph,
     clean(graph.body)
     _merge_fixed(graph, dependents(graph.inputs[:count]))
     while (name := _applied(graph, rules, count)) is not None:
-        names[name] = None
+        names |= {name: None} if name else {}
     return graph, names
 
 
@@ -157,6 +169,21 @@ def factors(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     alike = value(product).dtype == value(node).dtype and value(product).shape == value(node).shape
     number = not isinstance(outer[1], fx.Node) or not isinstance(inner[1], fx.Node)
     return (product, "scalar merged" if number else "diagonal · diagonal merged") if alike else None
+
+
+_LINEAR = {
+    aten._fft_c2c.default, aten._fft_r2c.default, aten._fft_c2r.default, aten.roll.default, aten._to_copy.default,
+    aten.select.int, aten.view_as_real.default, aten.sum.dim_IntList, aten.slice.Tensor, aten.view.default,
+}  # fmt: skip
+
+
+def numbers(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """``F(c x) = c F(x)``: numbers move on, until they meet a factor. That in itself saves nothing, and has no name."""
+    found = factor_of(node.args[0], fixed) if node.target in _LINEAR and len(node.args[0].users) == 1 else None
+    if found is None or isinstance(found[1], (fx.Node, complex)) or value(found[0]).dtype != value(node.args[0]).dtype:
+        return None
+    moved = call(body, node.target, found[0], *node.args[1:], **node.kwargs)
+    return (moved if found[1] == 1 else call(body, aten.mul.Tensor, moved, found[1])), ""
 
 
 def rolls(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
@@ -307,7 +334,7 @@ def conjugates(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     if source.target is aten.clone.default and len(source.users) == 1:
         source = source.args[0]
     twice = source.target is aten._conj.default and len(source.users) == 1
-    return (source.args[0], "conj · conj cancelled") if twice else None
+    return (source.args[0], "") if twice else None
 
 
 def sums(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
@@ -329,4 +356,4 @@ def sums(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     return total, "sum of diagonals merged"
 
 
-RULES: tuple[Rule, ...] = (rolls, shifts_around, transforms, conjugates, real_parts, factors, sums)
+RULES: tuple[Rule, ...] = (numbers, rolls, shifts_around, transforms, conjugates, real_parts, factors, sums)

@@ -62,8 +62,8 @@ def crops(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
         inner = min(outer) >= 0 and padding == [-p for p in outer]
         pairs = list(zip(outer[::2], outer[1::2], strict=False))
         changed = {len(pairs) - 1 - i for i, pair in enumerate(pairs) if any(pair)}
-    if not inner:
-        return None
+    if not inner or not _is_of_transform(x):
+        return None  # elsewhere, what reads or adds windows is no faster as a product
     small = [n if i in changed else 1 for i, n in enumerate(value(cut).shape)]
     ones = _constant(body, aten.ones, small, _like(x, weight))
     ones = ones if weight is None else times(body, ones, weight)
@@ -86,6 +86,8 @@ def pads(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     if not any(p < 0 for p in outer) or not left:
         return None
     if any(total):
+        if not _is_of_transform(source.args[0]):
+            return None
         return call(body, aten.constant_pad_nd.default, source.args[0], total), "pad · crop merged"
     return source.args[0], "pad · crop cancelled"
 
@@ -109,6 +111,14 @@ def _padding(node: Any) -> list[int] | None:
     k = 2 * (ndim - 1 - dim)
     found[k : k + 2] = window
     return found
+
+
+def _is_of_transform(node: Any) -> bool:
+    """Return whether an image is a Fourier transform, cut or padded or with factors: there, a mask may meet others."""
+    through = {aten.slice.Tensor, aten.slice_backward.default, aten.constant_pad_nd.default, aten.mul.Tensor}
+    while node.target in through:
+        node = node.args[0]
+    return node.target in {aten._fft_c2c.default, aten._fft_r2c.default}
 
 
 def _window(shape: Sequence[int], dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> tuple[int, ...]:
@@ -138,7 +148,7 @@ def views(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     if x is None or value(x).shape != value(node).shape:
         return None
     if factor is None or not isinstance(factor, fx.Node):
-        return (x if factor is None else call(body, aten.mul.Tensor, x, factor)), "views cancelled"
+        return (x if factor is None else call(body, aten.mul.Tensor, x, factor)), ""
     same = 0
     for m, n in zip(value(x).shape, value(seen).shape, strict=False):
         if m != n:
@@ -148,7 +158,7 @@ def views(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     if list(value(factor).shape[-rest:] if rest else ()) != list(value(seen).shape[same:]):
         return None
     shape = [*value(factor).shape[: value(factor).ndim - rest], *value(x).shape[same:]]
-    return call(body, aten.mul.Tensor, x, made(call(body, aten.view.default, factor, shape))), "views cancelled"
+    return call(body, aten.mul.Tensor, x, made(call(body, aten.view.default, factor, shape))), ""
 
 
 RULES: tuple[Rule, ...] = (samples, crops, pads, views)

@@ -189,7 +189,7 @@ def embedded(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     image, shape, dim, index = pair.args
     if dim % len(shape) != len(shape) - 1 or index != 0:
         return None
-    return call(body, aten._to_copy.default, image, dtype=value(node).dtype), "real image as complex"
+    return call(body, aten._to_copy.default, image, dtype=value(node).dtype), ""
 
 
 RULES: tuple[Rule, ...] = (embedded, real_images, real_part_of_inverse, doubled, there_and_back)

@@ -61,7 +61,9 @@ CASES: dict[str, Case] = {
     "index_select": (lambda x: x.index_select(1, INDEX), IMAGE, "by index to a mask", True),
     "an index, then sums": (lambda x: x[INDEX].cumsum(0), IMAGE, "by index to a mask", False),
     "every other line": (lambda x: fft2(x)[::2], COMPLEX, "crop and padding with zeros to a mask", True),
-    "a crop": (lambda x: x[2:7, 3:], IMAGE, "crop and padding with zeros to a mask", True),
+    "a crop of a spectrum": (lambda x: fft2(x)[2:7, 3:], COMPLEX, "crop and padding with zeros to a mask", True),
+    "a crop of an image": (lambda x: x[2:7, 3:], IMAGE, "crop and padding with zeros to a mask", False),
+    "a crop in one dimension": (lambda x: fft2(x)[2:7], COMPLEX, "ifft · fft cancelled along dimension 1", True),
     "a crop, then sums": (lambda x: x[2:7].cumsum(0), IMAGE, "crop and padding", False),
     "padding": (lambda x: nn.functional.pad(x, (1, 2, 0, 3)), IMAGE, "pad · crop cancelled", True),
     "padding with reflections": (
@@ -80,6 +82,9 @@ CASES: dict[str, Case] = {
     "a blur by fft, its imaginary part": (lambda x: ifft2(fft2(x) * K).imag, IMAGE, "irfft2 cancelled", False),
     "a blur, masked": (lambda x: REAL * ifft2(fft2(x) * K).real, IMAGE, "irfft2 cancelled", False),
     "a blur of a masked image": (lambda x: ifft2(fft2(REAL * x) * K).real, IMAGE, "rfft2 · irfft2 cancelled", True),
+    "a number between transforms": (
+        lambda x: 2 * torch.fft.irfft2(3 * torch.fft.rfft2(x) * K[:, :7]), IMAGE, "rfft2 · irfft2 cancelled", True
+    ),
     "another norm": (
         lambda x: ifft2(fft2(x, norm="ortho") * K, norm="forward").real, IMAGE, "rfft2 · irfft2 cancelled", True
     ),
