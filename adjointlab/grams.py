@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adjointlab import compat
+from adjointlab.space.algebra import conjugated
 from adjointlab.transpose import Transposition
 
 Operator = Any  # a LinearOperator, which is made of what is here
 
 
+@dataclass(frozen=True)
+class Whole:
+    """The derivation of an operator that is made of others, if there is one, and how often these were made then."""
+
+    transposition: Transposition | None
+    side: int  # which of A and Aᴴ it is of
+    sources: list[Transposition]
+    made: list[int]
+
+
 def as_gram(operator: Operator, a: Operator, weight: Callable[[], Any] | None = None) -> None:
     """Have ``AᴴA``, or ``AᴴWA`` with the entries of a real diagonal W, computed from one graph where that is equal."""
 
-    def fused(maps: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def fused(maps: Callable[[Any], Any], entries: Callable[[], Any]) -> Callable[[Any], Any]:
         def function(x: Any) -> Any:
-            found = _at(a, x, None if weight is None else weight())
+            found = _at(a, x, entries())
             return maps(x) if found is None else found
 
         return function
 
+    def nothing() -> None:
+        return None
+
+    forth, back = (nothing, nothing) if weight is None else (weight, lambda: conjugated(weight()))
     first, second = operator._body.functions
-    operator._body.functions = fused(first), fused(second)
+    operator._body.functions = fused(first, forth), fused(second, back)
     operator._body.root = a, weight is not None
 
 
@@ -39,22 +54,23 @@ def _at(a: Operator, x: Any, weight: Any) -> Any:
 def as_one(a: Operator) -> Transposition | None:
     """Return the derivation of A, or one of A as a whole where it is made of derived operators; None elsewhere."""
     body = a._body
-    if body.source is not None or body.whole:
-        return body.source or body.whole[0]  # type: ignore[no-any-return]
+    if body.source is not None:
+        return body.source  # type: ignore[no-any-return]
+    if body.whole is not None and body.whole.made == [source.made for source in body.whole.sources]:
+        return body.whole.transposition  # type: ignore[no-any-return]
     leaves = [part for part in a.modules() if getattr(part, "derived_operator", False) and not part.parts]
     known = [part.source.options for part in leaves if part.source]
     traced = all(p.engine == "traced" if p.source else p._body.notation is not None for p in leaves)
     is_one = traced and bool(known) and not (a.domain.is_sharded or a.codomain.is_sharded)
     spread = isinstance(a.domain.unflatten(a.domain.specs), tuple)  # over the arguments of a function
     whole = (lambda *x: a(x)) if spread else a
-    body.whole = [None]
+    sources, found = [part.source for part in leaves if part.source], None
     if is_one:
         lowering, tol = all(o.lowering for o in known), max((o.tol for o in known if o.tol is not None), default=None)
         options = replace(known[0], requested="auto", affine=False, derivative="autograd", lowering=lowering, tol=tol)
-        body.whole = [
-            Transposition(whole, a.domain, options=replace(options, check=True, for_gram=True), codomain=a.codomain)
-        ]
-    return body.whole[0]  # type: ignore[no-any-return]
+        found = Transposition(whole, a.domain, None, replace(options, check=True, for_gram=True), codomain=a.codomain)
+    body.whole = Whole(found, a._side, sources, [source.made for source in sources])
+    return found
 
 
 def simplified(operator: Operator) -> list[str]:
@@ -68,4 +84,6 @@ def simplified(operator: Operator) -> list[str]:
 
 
 def _is_swapped(a: Operator) -> bool:
-    return a._body.source is not None and a._side == 1
+    """Return whether the derivation is that of Aᴴ."""
+    body = a._body
+    return bool(a._side != (0 if body.source is not None or body.whole is None else body.whole.side))

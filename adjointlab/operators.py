@@ -41,7 +41,7 @@ class _Body:
     transposes: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     notation: Notation | None = None  # of A in terms of its parts
     main: int = 0  # the side that is written without ᴴ
-    whole: list[Transposition | None] | None = None  # of an operator made of others, once its gram was asked for
+    whole: grams.Whole | None = None  # of an operator made of others, once its gram was asked for
     root: tuple[LinearOperator, bool] | None = None  # A, and whether there is a W, of AᴴWA
 
 

@@ -133,6 +133,11 @@ def test_of_algebra(A: al.LinearOperator) -> None:
     for B in (A / 2 + A, al.vstack([A, A @ D]), al.hstack([A, A]), A.T):
         equal(B)
     assert "cancelled" in (A @ D).gram.explain()
+    wide = A @ D
+    for B in (wide.H, wide, al.vstack([A, 2 * A]).H):
+        equal(B)
+    (other := (A @ D)).H.gram(draw(other.codomain))  # the first that is asked for
+    equal(other)
     scaled = c * A
     equal(scaled, gram := scaled.gram)
     c.mul_(2)
@@ -206,3 +211,81 @@ def test_a_mask_of_whole_lines_is_taken_for_one_as_long_as_it_is(A: al.LinearOpe
     equal(A, gram)
     A.module.lines = A.module.lines[:, 1:2].expand(N, N).clone()
     equal(A, gram)
+
+
+def test_a_refresh_of_a_part_is_followed() -> None:
+    scale = {"of": 2.0}
+
+    def hidden() -> float:
+        return scale["of"]
+
+    A = al.linear_operator(lambda x: hidden() * torch.fft.fft(x, norm="ortho"), torch.zeros(8, dtype=torch.complex128))
+    B = al.diagonal(draw(A.codomain)) @ A
+    gram = B.gram
+    equal(B, gram)
+    scale["of"] = 3.0
+    B.refresh()
+    equal(B, gram)
+    scale["of"] = 4.0
+    A.refresh()
+    equal(B, gram)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32, torch.bool])
+def test_factors_of_less_precision(dtype: torch.dtype) -> None:
+    mask = (100 * torch.rand(6, 1, generator=seeded(4))).to(dtype)
+    module = nn.Module()
+    module.register_buffer("mask", mask)
+    module.forward = lambda x: module.mask * torch.fft.fft2(module.mask * x)
+    for f in (lambda x: module.mask * x, lambda x: module.mask * torch.fft.fft2(x)):
+        A = al.linear_operator(f, torch.zeros(6, 6, dtype=torch.complex128))
+        equal(A, gram := A.gram)
+        module.mask.copy_((300 * torch.rand(6, 1, generator=seeded(5))).clamp(max=127).to(dtype))
+        assert "one graph" in gram.explain()
+        equal(A, gram)
+
+
+def test_a_complex_weight_has_its_own_adjoint(A: al.LinearOperator) -> None:
+    weighted = al.LeastSquares(A, draw(A.codomain), al.diagonal(draw(A.codomain, 5))).hessian
+    assert al.check_adjoint(weighted).passed
+
+
+def test_inside_compiled_code(A: al.LinearOperator) -> None:
+    x = draw(A.domain)
+    found = torch.compile(lambda x: A.gram(x) + x, backend="eager")(x)
+    assert_close(found, A.gram(x) + x, A.domain.eps)
+
+
+def test_cgls_on_the_normal_equations(A: al.LinearOperator) -> None:
+    y = draw(A.codomain)
+    weight = 0.5 + torch.rand(3, N, N, generator=seeded(9), dtype=torch.float64)
+    for options in ({}, {"damp": 0.1}, {"weight": weight}, {"damp": 0.2, "weight": weight}):
+        one, two = (al.solvers.cgls(A, y, normal=normal, tol=1e-12, **options) for normal in (True, False))
+        assert one.converged
+        assert two.converged
+        assert torch.dist(one.x, two.x) <= 1e-9 * two.x.norm()
+    x0 = draw(A.domain, 2)
+    again = al.solvers.cgls(A, y, normal=True, x0=x0, damp=0.1, tol=1e-12)
+    assert torch.dist(again.x, al.solvers.cgls(A, y, damp=0.1, tol=1e-12).x) <= 1e-9 * again.x.norm()
+
+
+def test_cgls_on_the_normal_equations_of_batches() -> None:
+    A = al.linear_operator(Sampled(), torch.zeros(2, N, N, dtype=torch.complex128), batch_dims=1)
+    y = torch.randn(4, 3, N, N, generator=seeded(1), dtype=torch.complex128)
+    weight = 0.5 + torch.rand(4, 3, N, N, generator=seeded(9), dtype=torch.float64)
+    for options in ({"damp": 0.1}, {"damp": torch.tensor([0.1, 0.2, 0.3, 1.0]), "weight": weight}):
+        one, two = (al.solvers.cgls(A, y, normal=normal, tol=1e-12, **options) for normal in (True, False))
+        assert bool(one.converged.all())
+        assert torch.dist(one.x, two.x) <= 1e-9 * two.x.norm()
+
+
+def test_the_normal_equations_end_with_a_reason() -> None:
+    A = al.linear_operator(lambda x: torch.logspace(0, -6, 20) * x, (20,))
+    y = torch.ones(20)
+    solution = al.solvers.cgls(A, y, normal=True, tol=0.0, maxiter=500)
+    assert "precision" in solution.reason
+    nothing = al.solvers.cgls(A, 0 * y, normal=True)
+    assert nothing.converged
+    assert not nothing.x.any()
+    bad = al.solvers.cgls(A, y / 0, normal=True)
+    assert not bad.converged

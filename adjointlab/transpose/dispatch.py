@@ -65,6 +65,7 @@ class Transposition:
         self.callable, self.kwargs = function, dict(kwargs or {})
         self.options = options or pipeline.Options()
         self._judge = judge
+        self.made = 0  # how often it was derived afresh
         self._target = codomain  # where results live, which the results of one of several processes do not show
         self._derivations: OrderedDict[tuple[int, ...], list[Derivation]] = OrderedDict()
         self._registered: dict[int, modules.Registered] = {}  # parameters of a closure, by their ids
@@ -96,6 +97,7 @@ class Transposition:
             self._restart()
 
     def _restart(self) -> None:
+        self.made += 1
         self._chooser = remembered(self.options.chooser)
         self._listings: set[Any] = set()  # of programs that were checked: at another size they are the same
         # Copies of the state that derivations were judged with, where that matters.

@@ -21,6 +21,7 @@ from adjointlab.transpose.passes.gram_terms import (
     Fixed,
     Found,
     Rule,
+    cast,
     dims_of,
     extent,
     factor_of,
@@ -82,7 +83,8 @@ def _merge_fixed(graph: Graph, dependent: set[fx.Node]) -> None:
     """Have equal calls that depend on no input computed once: A and Aᴴ have indices and factors in common."""
     known_calls: dict[Any, fx.Node] = {}
     for node in graph.body.nodes:
-        if node.op == "call_function" and node not in dependent:
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op == "call_function" and node not in dependent and not is_random:
             first = known_calls.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
             if first is not node:
                 node.replace_all_uses_with(first)
@@ -165,7 +167,7 @@ def factors(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     inner = factor_of(outer[0], fixed) if outer and not fixed(outer[0]) and len(outer[0].users) == 1 else None
     if outer is None or inner is None:
         return None
-    product = call(body, aten.mul.Tensor, inner[0], times(body, inner[1], outer[1]))
+    product = call(body, aten.mul.Tensor, inner[0], times(body, inner[1], outer[1], value(node)))
     alike = value(product).dtype == value(node).dtype and value(product).shape == value(node).shape
     number = not isinstance(outer[1], fx.Node) or not isinstance(inner[1], fx.Node)
     return (product, "scalar merged" if number else "diagonal · diagonal merged") if alike else None
@@ -193,7 +195,8 @@ def rolls(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     if outer is None or inner is None:
         return None
     shifts = {
-        dim: (outer.get(dim, 0) + inner.get(dim, 0)) % value(node).shape[dim] for dim in dict.fromkeys((*outer, *inner))
+        dim: (outer.get(dim, 0) + inner.get(dim, 0)) % max(1, value(node).shape[dim])
+        for dim in dict.fromkeys((*outer, *inner))
     }
     return _rolled(body, node.args[0].args[0], shifts), "roll · roll merged"
 
@@ -347,7 +350,8 @@ def sums(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     if any(extent(x, product, d) > 1 or extent(factor, product, d) != value(product).shape[d] for d in dims):
         return None
     k = [d - value(product).ndim for d in dims]
-    total = call(body, aten.mul.Tensor, x, made(call(body, aten.sum.dim_IntList, factor, k, True)))
+    factor = made(call(body, aten.sum.dim_IntList, cast(body, factor, value(node)), k, True))
+    total = call(body, aten.mul.Tensor, x, factor)
     shape = list(value(node).shape)
     same = value(total).dtype == value(node).dtype and value(total).numel() == value(node).numel()
     if not same:

@@ -37,7 +37,7 @@ def samples(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     whole = [1 if weight is None and i not in indexed else n for i, n in enumerate(value(x).shape)]
     start = _constant(body, aten.zeros, whole, _like(x, weight))
     ones = _constant(body, aten.ones, value(call(body, reads, start, *given)).shape, _like(x, weight))
-    ones = ones if weight is None else times(body, ones, weight)
+    ones = ones if weight is None else times(body, ones, weight, value(x))
     if value(ones).dtype != value(start).dtype:
         return None
     count = call(body, node.target, start, *given, ones, *([True] if reads is aten.index.Tensor else []))
@@ -66,7 +66,7 @@ def crops(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
         return None  # elsewhere, what reads or adds windows is no faster as a product
     small = [n if i in changed else 1 for i, n in enumerate(value(cut).shape)]
     ones = _constant(body, aten.ones, small, _like(x, weight))
-    ones = ones if weight is None else times(body, ones, weight)
+    ones = ones if weight is None else times(body, ones, weight, value(x))
     shape = [value(x).shape[i] if i in changed else n for i, n in enumerate(value(ones).shape)]
     options = (shape, *node.args[2:]) if node.target is aten.slice_backward.default else node.args[1:]
     mask = made(call(body, node.target, ones, *options))
@@ -128,9 +128,8 @@ def _window(shape: Sequence[int], dim: int = 0, start: Any = None, stop: Any = N
 
 def _like(x: Any, weight: Any) -> Tensor:
     """Return a value of the dtype that a factor with a weight has."""
-    if isinstance(weight, fx.Node) and (value(weight).dtype.is_floating_point or value(weight).is_complex()):
-        return value(weight)
-    return value(x).real if value(x).is_complex() else value(x)
+    like, is_complex = value(x), isinstance(weight, fx.Node) and value(weight).is_complex()
+    return like.real if like.is_complex() and not is_complex else like
 
 
 def _constant(body: fx.Graph, op: Any, shape: Sequence[int], like: Tensor) -> Any:

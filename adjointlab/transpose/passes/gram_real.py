@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import call, known
-from adjointlab.transpose.passes.gram_terms import Fixed, Found, Rule, made, value, weighed
+from adjointlab.transpose.passes.gram_terms import Fixed, Found, Rule, cast, made, value, weighed
 
 aten = torch.ops.aten
 
@@ -57,7 +57,7 @@ def real_images(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
         return None
     half = call(body, aten._fft_r2c.default, image.args[0], dims, spectrum.args[2], True)
     if isinstance(kernel, fx.Node):
-        kernel = _half(body, kernel, dims, ndim, value(half).shape[dims[-1]])
+        kernel = _half(body, kernel, dims, value(node), value(half).shape[dims[-1]])
     elif kernel is not None:
         kernel = kernel.real
     half = half if kernel is None else call(body, aten.mul.Tensor, half, kernel)
@@ -65,9 +65,9 @@ def real_images(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     return found, "real part of ifft · fft to irfft · rfft"
 
 
-def _half(body: fx.Graph, kernel: Any, dims: list[int], ndim: int, count: int) -> Any:
+def _half(body: fx.Graph, kernel: Any, dims: list[int], like: Tensor, count: int) -> Any:
     """Return half of the Hermitian part of a kernel, ``(K(ω) + conj K(−ω)) / 2``."""
-    offset = ndim - value(kernel).ndim
+    kernel, offset = cast(body, kernel, like), like.ndim - value(kernel).ndim
     there = [d - offset for d in dims if d >= offset and value(kernel).shape[d - offset] > 1]
     parts = [call(body, aten.mul.Tensor, each, 0.5) for each in (kernel, _mirrored(body, kernel, there))]
     found = call(body, aten.add.Tensor, *parts)
@@ -139,7 +139,7 @@ def there_and_back(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
 
 def _hermitian(body: fx.Graph, kernel: Any, dims: list[int], ndim: int, like: Tensor, n: int) -> Any:
     """Return a kernel with, where a frequency of the halved dimension is its own mirror image, its Hermitian part."""
-    offset = ndim - value(kernel).ndim
+    kernel, offset = cast(body, kernel, like), ndim - value(kernel).ndim
     others = [d - offset for d in dims[:-1] if d >= offset and value(kernel).shape[d - offset] > 1]
     mirrored = _mirrored(body, kernel, others)
     ends = [1.0 if k == 0 or 2 * k == n else 0.0 for k in range(n // 2 + 1)]

@@ -86,10 +86,18 @@ def made(node: Any) -> Any:
     return node
 
 
-def times(body: fx.Graph, a: Any, b: Any) -> Any:
-    """Return the product of two factors."""
+def cast(body: fx.Graph, factor: Any, like: Tensor) -> Any:
+    """Return a factor in the precision of a value: there, products and sums of factors round as those with it do."""
+    dtype = like.real.dtype if like.is_complex() else like.dtype
+    dtype = dtype.to_complex() if value(factor).is_complex() else dtype
+    return factor if value(factor).dtype == dtype else made(call(body, aten._to_copy.default, factor, dtype=dtype))
+
+
+def times(body: fx.Graph, a: Any, b: Any, like: Tensor) -> Any:
+    """Return the product of two factors, in the precision of a value."""
     if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
         return a * b
+    a, b = (cast(body, each, like) if isinstance(each, fx.Node) else each for each in (a, b))
     return made(call(body, aten.mul.Tensor, *((a, b) if isinstance(a, fx.Node) else (b, a))))
 
 
