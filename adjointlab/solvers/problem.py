@@ -174,7 +174,10 @@ class Problem:
 
     def by_gram(self, x: Vector) -> Vector:
         """Return ``(AᴴWA + damp²) x`` by one product with ``AᴴWA``."""
-        image = times(times(self.domain.vector(self.gram(self.domain.element(x))), self.gain), self.gain)
+        if self.gain == 1:
+            image = self.domain.vector(self.gram(self.domain.element(x)))
+        else:  # so large or small that its square may be no number
+            image = self.pull_back(self.apply(x))[0]
         return self.domain.plus(image, self.square, x) if self.is_damped else image
 
 

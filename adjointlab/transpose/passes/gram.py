@@ -69,7 +69,8 @@ def _applied(graph: Graph, rules: Sequence[Rule], count: int) -> str | None:
     """Apply the first rule that holds, in place; return its name, None where none does."""
     fixed = Fixed(graph, count)
     for node in list(graph.body.nodes):
-        for rule in rules if node.op == "call_function" and not fixed(node) else ():
+        is_one = node.op == "call_function" and not fixed(node) and isinstance(node.meta.get("val"), Tensor)
+        for rule in rules if is_one else ():
             with graph.body.inserting_before(node):
                 found = rule(graph.body, node, fixed)
             if found is not None:

@@ -13,6 +13,7 @@ from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.passes.partition import roots_of, value_of_state
 
 aten = torch.ops.aten
+_SEVERAL = torch.empty(0, dtype=torch.uint8, device="meta")
 
 
 class Fixed:
@@ -50,8 +51,9 @@ def is_constant(tensor: Tensor, k: int) -> bool:
 
 
 def value(node: Any) -> Tensor:
-    """Return the fake value of a node."""
-    return node.meta["val"]  # type: ignore[no-any-return]
+    """Return the fake value of a node; of one with several, an empty tensor, which is like no other."""
+    found = node.meta.get("val")
+    return found if isinstance(found, Tensor) else _SEVERAL
 
 
 def factor_of(node: Any, fixed: Fixed) -> tuple[Any, Any] | None:
