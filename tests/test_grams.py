@@ -127,14 +127,15 @@ def test_moves(A: al.LinearOperator) -> None:
     assert_close(moved(x), product.H(product(x)), product.domain.eps)
 
 
+@pytest.mark.slow
 def test_of_algebra(A: al.LinearOperator) -> None:
     D = al.diagonal(draw(A.domain, 3))
     c = torch.tensor(2.0 - 1j, dtype=torch.complex128)
-    for B in (A / 2 + A, al.vstack([A, A @ D]), al.hstack([A, A]), A.T):
+    for B in (A / 2 + A, al.hstack([A, A]), A.T):
         equal(B)
     assert "cancelled" in (A @ D).gram.explain()
     wide = A @ D
-    for B in (wide.H, wide, al.vstack([A, 2 * A]).H):
+    for B in (wide.H, wide, al.vstack([A, A @ D]).H):
         equal(B)
     (other := (A @ D)).H.gram(draw(other.codomain))  # the first that is asked for
     equal(other)

@@ -101,7 +101,7 @@ def _kept(graph: Graph, count: int) -> Graph:
         made = node.op == "call_function" and node not in dependent and bool(users) and "factor" in node.meta
         if made and inputs.isdisjoint(roots[node]) and roots[node]:
             above = sorted(roots[node], key=graph.placeholders.index)
-            if sum(n.meta["val"].numel() for n in above) <= max(user.meta["val"].numel() for user in users):
+            if sum(value(n).numel() for n in above) <= max(value(user).numel() for user in users):
                 with graph.body.inserting_before(node):
                     factor = known(graph.body.call_function(_once(graph, above, node), tuple(above)), node.meta["val"])
                 node.replace_all_uses_with(factor)
