@@ -9,6 +9,7 @@ from typing import Any, overload
 from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.grams import as_gram
 from adjointlab.modules import Entries
 from adjointlab.notation import Notation, outline
 from adjointlab.operators import LinearOperator, derived
@@ -271,3 +272,12 @@ def diagonal_entries(operator: LinearOperator) -> Any:
     """Return the diagonal of an operator made by :func:`diagonal`, or None for any other operator."""
     entries = getattr(operator, "operator_0", None)
     return operator.domain.unflatten(entries.leaves()) if isinstance(entries, Entries) else None
+
+
+def weighted_gram(A: LinearOperator, weight: LinearOperator) -> LinearOperator:
+    """Return ``AᴴWA`` for a self-adjoint W; from one simplified graph where W is diagonal and A is derived."""
+    operator: LinearOperator = A.H @ weight @ A
+    if diagonal_entries(weight) is not None:
+        as_gram(operator, A, lambda: diagonal_entries(weight))
+        operator._recipe = weighted_gram, (A, weight)
+    return operator

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adjointlab.affine import AffineOperator, Operator, require_operator, residual_and_gradient
-from adjointlab.blocks import diagonal, diagonal_entries
+from adjointlab.blocks import diagonal, diagonal_entries, weighted_gram
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.typed import X, Y
@@ -105,9 +105,9 @@ class LeastSquares(nn.Module, Generic[X, Y]):
 
     @property
     def hessian(self) -> LinearOperator[X, X]:
-        """The Hessian ``Aᴴ W A``, self-adjoint and positive semi-definite."""
+        """The Hessian ``Aᴴ W A``, self-adjoint and positive semi-definite; a simplified graph as ``A.gram`` is."""
         A = self.A.linear if isinstance(self.A, AffineOperator) else self.A
-        return A.gram if self.weight is None else A.H @ self.weight @ A
+        return A.gram if self.weight is None else weighted_gram(A, self.weight)
 
     def _value(self, residual: Any, weighted: Any) -> Tensor:
         codomain = self.A.codomain

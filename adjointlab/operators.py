@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, overlo
 import torch
 from torch import Tensor, nn
 
+from adjointlab import grams
 from adjointlab.compat import differentiated
 from adjointlab.errors import ConvergenceWarning, SpaceMismatchError
 from adjointlab.linked import Linked
@@ -56,6 +57,8 @@ class _Body:
     notation: Notation | None = None  # of A in terms of its parts
     rows: tuple[RowsOf | None, RowsOf | None] = (None, None)  # from rows of the result to the operators of them
     main: int = 0  # the side that is written without ᴴ
+    whole: grams.Whole | None = None  # of an operator made of others, once its gram was asked for
+    root: tuple[LinearOperator, bool] | None = None  # A, and whether there is a W, of AᴴWA
 
 
 class LinearOperator(nn.Module, Generic[X, Y]):
@@ -256,7 +259,21 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
     @property
     def gram(self) -> LinearOperator[X, X]:
-        """The self-adjoint, positive semi-definite ``AᴴA``."""
+        """The self-adjoint, positive semi-definite ``AᴴA``.
+
+        Where A is derived, or made of operators that are, it is one program, without what Aᴴ undoes: transforms,
+        shifts and samples cancel, factors are multiplied. It is built at the first call; :meth:`explain` says what is
+        simplified.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from adjointlab import linear_operator
+        >>> mask = torch.tensor([1.0, 0.0, 2.0])
+        >>> A = linear_operator(lambda x: torch.fft.fft(mask * x, norm="ortho"), torch.zeros(3, dtype=torch.complex64))
+        >>> print(A.gram.explain().splitlines()[2])
+        one graph: ifft · fft cancelled, diagonal · diagonal merged
+        """
         return _compose(self.H, self)
 
     def rows(self, index: Any, dim: int = 0) -> LinearOperator[X, Any]:
@@ -424,8 +441,10 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         """
         with contextlib.ExitStack() as stack:
             for part in self.modules():
-                if isinstance(part, LinearOperator) and part.source is not None:
-                    stack.enter_context(part.source.frozen())
+                if isinstance(part, LinearOperator):
+                    root = part._body.root
+                    for source in (part.source, root and grams.as_one(root[0])):
+                        stack.enter_context(source.frozen() if source else contextlib.nullcontext())
             yield
 
     def refresh(self) -> Self:
@@ -442,7 +461,8 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         if not self.parts:
             return "\n".join([repr(self), *[part._account(letter, self._side) for letter, part in letters.items()]])
         accounts = [f"\n\n{letter} = {meaning(part)}\n{part._account(letter, 0)}" for letter, part in letters.items()]
-        return f"{self!r}\nmade of {len(letters)} operator{'s' * (len(letters) != 1)}{''.join(accounts)}"
+        count = f"made of {len(letters)} operator{'s' * (len(letters) != 1)}"
+        return "\n".join([repr(self), *grams.simplified(self), count]) + "".join(accounts)
 
     def _account(self, letter: str, side: int) -> str:
         if self._body.source is not None:
@@ -497,7 +517,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move parameters, buffers and spaces together; ``.to``, ``.double`` and ``.cuda`` call this method."""
-        self._body.transposes = [None, None]
+        self._body.transposes, self._body.whole = [None, None], None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         body = self._body
         if body.source is not None:
@@ -548,6 +568,7 @@ def _compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
     )  # fmt: skip
     if a._body is b._body and a._side != b._side:  # AAᴴ and AᴴA are their own adjoints
         operator._body.views[1] = operator
+        grams.as_gram(operator, b)
     return operator
 
 

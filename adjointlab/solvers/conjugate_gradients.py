@@ -165,6 +165,7 @@ def cgls(
     x0: X | None = None,
     damp: float | Tensor = 0.0,
     weight: LinearOperator[Y, Y] | Y | None = None,
+    normal: bool = False,
     maxiter: int | None = None,
     tol: float = 1e-6,
     callback: Callback[X] | None = None,
@@ -187,6 +188,9 @@ def cgls(
         ``damp²`` is the weight of the penalty ``‖x‖²``; a tensor has no dimensions, or one entry for each problem.
     weight : LinearOperator, or pytree of real tensors, optional
         The weight ``W``, a self-adjoint positive operator or the entries of a diagonal one.
+    normal : bool
+        Whether to take one product with ``AᴴWA``, as ``A.gram`` computes it, for each step in place of one with A and
+        one with Aᴴ: faster where the gram is simplified, and less accurate.
     tol : float
         Relative tolerance of the gradient.
     x0, maxiter, callback, progress
@@ -234,12 +238,12 @@ def cgls(
     tol = nonnegative("tol", tol)
     problem = Problem.of(A, y, weight, damp)
     most = problem.steps(maxiter)
-    run = partial(_cgls, tol=tol)
+    run = partial(_cgls, tol=tol, normal=normal)
     solution = solve(run, problem, x0, name="cgls", maxiter=most, callback=callback, progress=progress)
     return implicit.of_least_squares(problem, solution, tol, most, x0)
 
 
-def _cgls(problem: Problem, x: Vector, monitor: Monitor, started: bool, *, tol: float) -> None:
+def _cgls(problem: Problem, x: Vector, monitor: Monitor, started: bool, *, tol: float, normal: bool) -> None:
     """Run CGLS on x in place, and restart it to verify convergence."""
     domain, codomain = problem.domain, problem.codomain
     r = codomain.copy(problem.data())
@@ -258,7 +262,11 @@ def _cgls(problem: Problem, x: Vector, monitor: Monitor, started: bool, *, tol: 
         del s
         norm = _damped_norm(problem, rr, x)
         rules.start(gradient, rr.sqrt(), norm, tol)
-        _cgls_steps(problem, x, r, p, rules)
+        if normal:
+            with problem.gram.frozen():
+                _normal_steps(problem, x, p, rules)
+        else:
+            _cgls_steps(problem, x, r, p, rules)
         if not monitor.reopen():
             return
         started = True
@@ -296,6 +304,43 @@ def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, rules: _Stopp
         domain.update(p, s, ratio)
         length = gamma + ratio.square() * length  # ‖p‖², since s is orthogonal to the last p
         del s
+
+
+def _normal_steps(problem: Problem, x: Vector, p: Vector, rules: _StoppingRules) -> None:
+    """Run conjugate gradients on ``(AᴴWA + damp²) x = AᴴWy`` from x with the gradient p."""
+    domain, monitor = problem.domain, rules.monitor
+    s, square = domain.copy(p), rules.damped.square()
+    gamma = length = rules.gradient.square()
+    least = problem.eps * square  # what is left of the objective is a difference: less of it is only rounding
+
+    def is_rounding() -> Tensor:  # of products with the gram
+        return rules.gradient <= _ROUNDING * problem.eps * rules.norm.square() * domain.norm(x)
+
+    monitor.stop(is_rounding(), Status.PRECISION)
+    going, some_stopped = monitor.start(rules.damped, rules.gradient)
+    while going:
+        if some_stopped:
+            domain.fill(p, ~monitor.running)
+        q = problem.by_gram(p)
+        curvature = domain.dot(p, q)
+        step = gamma / curvature
+        monitor.stop(~(curvature.abs() < math.inf), Status.NOT_FINITE)
+        monitor.stop((curvature <= 0) | ~domain.holds(step), Status.BREAKDOWN)
+        rules.raise_norm((curvature.clamp(min=0) / length).sqrt())
+        moved = monitor.running
+        step = torch.where(moved, step, 0)
+        domain.add(x, step, p)
+        domain.add(s, -step, q)
+        del q
+        square = torch.maximum(square - step * gamma, least)
+        previous, gamma = gamma, domain.dot(s, s)
+        residual = square - problem.square * domain.dot(x, x) if problem.is_damped else square
+        rules(gamma.sqrt(), torch.maximum(residual, least).sqrt(), square.sqrt())
+        monitor.stop(is_rounding(), Status.PRECISION)
+        going, some_stopped = monitor.step(x, rules.damped, rules.gradient, moved)
+        ratio = gamma / previous
+        domain.update(p, s, ratio)
+        length = gamma + ratio.square() * length
 
 
 def _damped_norm(problem: Problem, rr: Tensor, x: Vector) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adjointlab.affine import AffineOperator, require_operator
+from adjointlab.blocks import diagonal, weighted_gram
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.least_squares import weight_entries, weight_operator
 from adjointlab.operators import LinearOperator
@@ -39,6 +40,7 @@ class Problem:
     basis: FourierBasis | None = None  # in which vectors are coordinates; None: vectors are elements
     gain: float = 1.0  # the operator of the problem is gain · A
     unit: float = 1.0  # its data are unit · y
+    given: Any = None  # the weight, as an operator or entries
 
     @staticmethod
     def of(A: LinearOperator | AffineOperator, y: Any, weight: Any = None, damp: float | Tensor = 0.0) -> Problem:
@@ -52,7 +54,7 @@ class Problem:
             offset = A.codomain.leaves(A(domain.space.zeros()))
             y = A.codomain.unflatten([a - b for a, b in zip(leaves, offset, strict=True)])
             A = A.linear
-        return Problem(A, y, weigh, domain, codomain, _damping(domain, damp))
+        return Problem(A, y, weigh, domain, codomain, _damping(domain, damp), given=weight)
 
     def diagonalized(self) -> Problem:
         """Return the problem in the Fourier basis if A is diagonal there and has no weights, else this problem."""
@@ -160,6 +162,23 @@ class Problem:
         if self.is_damped:
             image, energy = self.domain.plus(image, self.square, x), energy + self.square * self.domain.dot(x, x)
         return image, energy
+
+    @cached_property
+    def gram(self) -> LinearOperator:
+        """``AᴴWA`` without damping and factors, as one operator."""
+        if self.given is None:
+            return self.A.gram
+        is_operator = isinstance(self.given, LinearOperator)
+        weight = self.given if is_operator else diagonal(weight_entries(self.A, self.given), self.A.codomain)
+        return weighted_gram(self.A, weight)
+
+    def by_gram(self, x: Vector) -> Vector:
+        """Return ``(AᴴWA + damp²) x`` by one product with ``AᴴWA``."""
+        if self.gain == 1:
+            image = self.domain.vector(self.gram(self.domain.element(x)))
+        else:  # so large or small that its square may be no number
+            image = self.pull_back(self.apply(x))[0]
+        return self.domain.plus(image, self.square, x) if self.is_damped else image
 
 
 def _weighting(A: LinearOperator | AffineOperator, y: Any, weight: Any) -> Callable[[Any], Any]:

@@ -66,6 +66,7 @@ class Transposition:
         self.callable, self.kwargs = function, dict(kwargs or {})
         self.options = options or pipeline.Options()
         self._judge = judge
+        self.made = 0  # how often it was derived afresh
         self._target = codomain  # where results live, which the results of one of several processes do not show
         self._derivations: OrderedDict[tuple[int, ...], list[Derivation]] = OrderedDict()
         self._registered: dict[int, modules.Registered] = {}  # parameters of a closure, by their ids
@@ -97,6 +98,7 @@ class Transposition:
             self._restart()
 
     def _restart(self) -> None:
+        self.made += 1
         self._chooser = remembered(self.options.chooser)
         self._listings: set[Any] = set()  # of programs that were checked: at another size they are the same
         # Copies of the state that derivations were judged with, where that matters.
@@ -189,6 +191,28 @@ class Transposition:
         outputs = program.run(*state, *map(canonical, leaves))
         n = len(codomain.specs) if residual else 0
         return codomain.unflatten(outputs[:n]) if residual else None, self.domain.unflatten(outputs[n:])
+
+    def gram(self, x: Any, weight: Any, *, swapped: bool) -> Any:
+        """Return ``f'ᴴ w ⊙ f' x`` (``swapped``: ``f' w ⊙ f'ᴴ x``) from one simplified graph; None where none serves."""
+        if self.domain.is_autocast:
+            with self.domain.without_autocast():
+                return self.gram(x, weight, swapped=swapped)
+        spaces = (self.domain, self.codomain)[:: -1 if swapped else 1]
+        leaves = (*spaces[0].leaves(x), *([] if weight is None else spaces[1].leaves(weight)))
+        k = self.domain.batch_dims
+        if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves) or not compat.plain() or _is_compiling():
+            return None
+        derivation, state = self._current(leaves)
+        if not derivation.programs or derivation.of_storage or compat.differentiated((*leaves, *state)):
+            return None
+        found = derivation.gram(swapped, weight is not None)
+        outputs = None if found is None else found.program.run_if_prepared(*state, *map(canonical, leaves))
+        return None if outputs is None else spaces[0].unflatten(outputs)
+
+    def gram_simplified(self, *, swapped: bool, weighted: bool) -> tuple[str, ...]:
+        """Return what is simplified in the gram of the nominal size."""
+        found = self._at(self.domain.batch_shape)[0].gram(swapped, weighted)
+        return () if found is None else found.simplified
 
     def adjoint_multiplier(self) -> Tensor | None:
         """Return ``K`` with ``f'ᴴ v = F⁻¹(K ⊙ F v)`` where that is how ``f'ᴴ`` is computed, else None."""

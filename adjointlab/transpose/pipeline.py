@@ -32,22 +32,23 @@ from adjointlab.transpose.frontend.capture import Capture
 from adjointlab.transpose.frontend.trace import hides, trace_forward, trace_pull_back, trace_vjp
 from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import CHECKS
+from adjointlab.transpose.graph.ops import CHECKS, op_name
 from adjointlab.transpose.kernels.convolution import ConvSpec
 from adjointlab.transpose.kernels.registry import transformed
 from adjointlab.transpose.kernels.select import Chooser, MapChooser, choose, quickest, suits_transform
-from adjointlab.transpose.passes import convolutions
+from adjointlab.transpose.passes import convolutions, gram_indices, gram_kernels, gram_real
 from adjointlab.transpose.passes.at_point import at_point
-from adjointlab.transpose.passes.compose import adds_state, linear_part, residual_and_gradient
+from adjointlab.transpose.passes.compose import adds_state, gram, linear_part, residual_and_gradient
 from adjointlab.transpose.passes.drop_forward import Adjoint, choices_named, cut_off, drop_forward, ops
 from adjointlab.transpose.passes.fuse_slices import fuse_slices
+from adjointlab.transpose.passes.gram import RULES, simplified
 from adjointlab.transpose.passes.maps_by_index import maps_by_index
 from adjointlab.transpose.passes.normalise import normalise
 from adjointlab.transpose.passes.own_outputs import own_outputs
 from adjointlab.transpose.passes.partition import value_of_state
 from adjointlab.transpose.passes.restrict import restrict
 from adjointlab.transpose.runtime import autodiff
-from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
+from adjointlab.transpose.runtime.derivation import Derivation, Gram, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import Program, Residuals, of_storage
 from adjointlab.transpose.selfcheck import Candidate, Sketch
@@ -63,7 +64,8 @@ class Options:
 
     ``budget`` is in seconds; ``progress`` says whether builds show theirs; ``choose`` is the rule for kernels,
     ``choose_map`` that for maps by index, None for none; ``transform`` that for gradients in a kernel; ``fuse`` says
-    whether slices become sums of pieces; ``options`` are for torch.compile.
+    whether slices become sums of pieces; ``options`` are for torch.compile. ``for_gram`` says that of an operator made
+    of others nothing but the gram is wanted: only that is lowered.
     """
 
     requested: str = "auto"
@@ -80,6 +82,7 @@ class Options:
     fuse: bool = True
     transform: Callable[[ConvSpec], bool] = suits_transform
     options: dict[str, Any] = field(default_factory=dict)
+    for_gram: bool = False
 
     def __post_init__(self) -> None:
         if self.requested not in ENGINES:
@@ -100,7 +103,7 @@ class Options:
     @property
     def modes(self) -> list[str]:
         """The ways to run a graph, the most wanted first; the first that passes the self-check is used."""
-        modes = ["lowered", "plain"] if self.lowering else ["plain"]
+        modes = ["lowered", "plain"] if self.lowering and not self.for_gram else ["plain"]
         return ["compiled", *modes] if self.requested == "compiled" else modes
 
 
@@ -284,6 +287,7 @@ def assemble(
     return replace(
         derivation,
         gradient=functools.cache(functools.partial(_gradient, derivation, graphs, spaces[0], options, way)),
+        gram=functools.cache(functools.partial(_gram, derivation, graphs, spaces, options, way)),
         multiplier=_multiplier(derivation, graphs, spaces[0], options, way),
     )
 
@@ -332,6 +336,42 @@ def _gradient(
     shapes = [node.meta["val"] for node in graph.inputs]
     same = selfcheck.alike(lambda leaves: program.run(*state, *leaves), parts, shapes)
     return program if domain.every(same) else None
+
+
+def _gram(
+    derivation: Derivation, graphs: Graphs, spaces: tuple[Space, Space], options: Options, mode: str, swapped: bool,
+    weighted: bool,
+) -> Gram | None:  # fmt: skip
+    """Return ``AᴴWA`` (``swapped``: ``AWAᴴ``) as one simplified program, None where nothing is simplified or equal."""
+    served = mode == "lowered" or options.for_gram
+    if not options.lowering or not served or spaces[0].is_sharded or graphs.value is not None:
+        return None  # at a point, the two maps share what is computed once
+    names = ("adjoint", "linear") if swapped else ("linear", "adjoint")
+    first, second = (graphs.linear if name == "linear" else graphs.adjoint.graph for name in names)
+    count = len(first.inputs)
+    whole = gram(first, second, weighted=weighted)
+    graph, said = simplified(whole, (*RULES, *gram_indices.RULES, *gram_real.RULES), count)
+    graph = own_outputs(graph)
+    if said or options.for_gram:
+        has_kernels = any("convolution" in op_name(node.target) for node in graph.body.nodes)
+        lowered = _program(graph, options=options, mode="lowered").graph if said or has_kernels else graph
+    else:
+        kernels = (derivation.programs[name][0].graph for name in names)
+        lowered = gram(*kernels, weighted=weighted)
+    lowered, more = simplified(lowered, gram_kernels.RULES, count)
+    if not said and not more:
+        return None
+    program = Program(lowered, whole)
+    state = tuple(source.read() for source in graph.state)
+
+    def parts(leaves: Tensors) -> Tensors:
+        images = derivation.function(names[0])(leaves[:count])
+        weighed = tuple(w * r for w, r in zip(leaves[count:], images, strict=True)) if weighted else images
+        return derivation.function(names[1])(weighed)
+
+    shapes = [node.meta["val"] for node in graph.inputs]
+    same = selfcheck.alike(lambda leaves: program.run(*state, *leaves), parts, shapes)
+    return Gram(program, (*said, *more)) if spaces[0].every(same) else None
 
 
 def _multiplier(

@@ -34,6 +34,7 @@ SECTIONS = {
     "jacobians",
     "recurrences",
     "recurrences, memory",
+    "grams",
 }
 ABOUT = """\
 ## How it is measured
@@ -163,6 +164,7 @@ def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
     yield from _maps(rows, drawn)
     yield from _jacobians(rows)
     yield from _recurrences(rows)
+    yield from _grams(rows)
     yield from _costs(rows)
     yield from _solvers(rows)
 
@@ -387,6 +389,25 @@ def _recurrences(rows: list[Row]) -> Iterable[str]:
         ways = dict.fromkeys(name.rpartition(", ")[0] for name in memory["bytes"])
         body = [(way, *[f"{memory['bytes'][f'{way}, {count}'] / 1e6:.0f}" for count in counts]) for way in ways]
         yield table(("", *[f"{int(count):,} steps" for count in counts]), body)
+
+
+def _grams(rows: list[Row]) -> Iterable[str]:
+    found = select(rows, "grams")
+    if not found:
+        return
+    yield "## Grams\n"
+    yield (
+        "Milliseconds of `A.gram(x)`, of A and Aᴴ one after the other, of the gram as one would write it by hand, and "
+        "of mrpro's; and how far the first two are apart, in eps of the norm. All within `frozen()`, as solvers call "
+        "them. The last column is what `A.gram.explain()` says.\n"
+    )
+    ways = ("adjointlab", "two maps", "by hand", "mrpro")
+    body = [
+        (r["case"], *[_ms(r["seconds"][way]) if way in r["seconds"] else "–" for way in ways],
+         f"{ratio(r, 'two maps', 'adjointlab'):.2f}", f"{r['eps']:.1f}", r["said"])
+        for r in found
+    ]  # fmt: skip
+    yield table(("case", "gram", "two maps", "by hand", "mrpro", "two maps / gram", "eps", "what is simplified"), body)
 
 
 def _costs(rows: list[Row]) -> Iterable[str]:

@@ -70,6 +70,7 @@ def targets(rows: list[Row]) -> list[tuple[str, list[Target]]]:
         ("Maps by index", [*_maps(rows), *_subsets(rows), *_tomography(rows), *_kept(rows)]),
         ("Jacobians", _jacobians(rows)),
         ("Recurrences", _recurrences(rows)),
+        ("Grams", _grams(rows)),
         ("Costs", [*_overhead(rows), *_memory(rows), *_start(rows)]),
         ("Solvers", _solvers(rows)),
     ]
@@ -113,6 +114,19 @@ def _recurrences(rows: list[Row]) -> list[Target]:
             )
     if build:
         found.append(Target("build", 1.0, build["seconds"]["adjointlab"], build["case"], "s"))
+    return found
+
+
+def _grams(rows: list[Row]) -> list[Target]:
+    wanted = {
+        "mrpro": ("`A.gram(x)` in multiples of mrpro's gram", 1.1),
+        "by hand": ("`A.gram(x)` in multiples of what one writes by hand", 1.25),
+        "two maps": ("`A.gram(x)` in multiples of the two maps", 1.1),
+    }
+    found = []
+    for way, (text, limit) in wanted.items():
+        if group := [r for r in select(rows, "grams") if way in r["seconds"]]:
+            found.append(Target(text, limit, *_worst(group, lambda r, way=way: ratio(r, "adjointlab", way))))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Graphs made of graphs: the gradient of a least-squares objective, and a map without its offset."""
+"""Graphs made of graphs: the gradient of a least-squares objective, a gram, and a map without its offset."""
 
 from __future__ import annotations
 
@@ -30,6 +30,22 @@ def residual_and_gradient(forward: Graph, adjoint: Graph, *, weighted: bool, res
     copies = dict(zip(adjoint.placeholders, [*given[:n], *cotangents], strict=True))
     gradient: Any = graph.graph_copy(adjoint.body, copies)
     graph.output((*(apart if residual else ()), *gradient))
+    return Graph(graph, forward.state, forward.specialized)
+
+
+def gram(forward: Graph, adjoint: Graph, *, weighted: bool) -> Graph:
+    """Return the graph ``(*state, *x[, *w]) → Aᴴ w ⊙ A x`` from those of ``A`` and ``Aᴴ``."""
+    graph, n = fx.Graph(), len(forward.state)
+    given = [graph.node_copy(node) for node in forward.placeholders]
+    outputs = enumerate(forward.outputs) if weighted else ()
+    weights = [known(graph.placeholder(f"w_{i}"), out.meta["val"]) for i, out in outputs]
+    images: Any = graph.graph_copy(forward.body, dict(zip(forward.placeholders, given, strict=True)))
+    images = [n.args[0] if n.target is aten.clone.default and not n.kwargs else n for n in images]  # they stay inside
+    if weighted:
+        images = [call(graph, aten.mul.Tensor, *pair) for pair in zip(images, weights, strict=True)]
+    gradient: Any = graph.graph_copy(adjoint.body, dict(zip(adjoint.placeholders, [*given[:n], *images], strict=True)))
+    graph.output(tuple(gradient))
+    clean(graph)
     return Graph(graph, forward.state, forward.specialized)
 
 

@@ -173,11 +173,11 @@ def _in_place(part: fx.Graph) -> None:
     """Have sums and products written to the result of a convolution that nothing else reads: fresh memory is slow."""
     own: set[Any] = set()  # results in memory that nothing else looks at
     for node in part.nodes:
-        if node.target is torch.convolution or bound(node.target):
+        if node.target in {torch.convolution, aten._fft_c2c.default} or bound(node.target):
             own.add(node)
         elif node.target in _IN_PLACE and not node.kwargs and isinstance(node.args[1], fx.Node):
-            first, second, result = (n.meta["val"] for n in (*node.args, node))
-            alike = first.shape == result.shape and first.dtype == second.dtype == result.dtype
+            first, result = (n.meta["val"] for n in (node.args[0], node))
+            alike = first.shape == result.shape and first.dtype == result.dtype
             if node.args[0] in own and len(node.args[0].users) == 1 and alike:
                 node.target = _IN_PLACE[node.target]
                 own.add(node)

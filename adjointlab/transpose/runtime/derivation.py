@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,14 @@ Linked = Callable[..., Tensors]
 GONE = (KeyError, IndexError, AttributeError, TypeError)  # raised where what held a tensor holds none any more
 
 
+@dataclass(frozen=True)
+class Gram:
+    """``AᴴA`` as one program, and what was simplified in it."""
+
+    program: Program
+    simplified: tuple[str, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Derivation:
     """A function, its linear part and its adjoint, for one size of everything."""
@@ -37,6 +46,8 @@ class Derivation:
     graphs: Mapping[str, Graph] = field(default_factory=dict)  # of the programs, before kernels were chosen
     # (weighted, residual) to the program of the least-squares gradient, None where the parts are to run.
     gradient: Callable[[bool, bool], Program | None] = lambda *_: None
+    # (swapped, weighted) to AᴴWA or, swapped, AWAᴴ as one program, None where the parts are to run.
+    gram: Callable[[bool, bool], Gram | None] = lambda *_: None
     # The state to what the adjoint multiplies spectra with, None where it does anything else.
     multiplier: Callable[[Tensors], Tensor | None] = lambda _: None
     of_storage: bool = False  # whether programs read memory from where a tensor starts, and not by indices
@@ -79,7 +90,14 @@ class Derivation:
         if self.user is not None:
             return self.keeping(math.inf)
         programs = {name: (program.frozen(state), linked) for name, (program, linked) in self.programs.items()}
-        return replace(self, programs=programs)
+
+        @functools.cache
+        def gram(swapped: bool, weighted: bool) -> Gram | None:
+            found = self.gram(swapped, weighted)
+            is_ready = found is not None and found.program.is_prepared(state)
+            return replace(found, program=found.program.frozen(state)) if found is not None and is_ready else None
+
+        return replace(self, programs=programs, gram=gram)
 
     def keeping(self, most: float) -> Derivation:
         """Return the user's functions with a pull-back that is kept, if it takes no more bytes than ``most``."""

@@ -79,6 +79,22 @@ class Program:
             return tuple(self.whole(*tensors))
         return self._main(*given, *ready)  # type: ignore[no-any-return]
 
+    def run_if_prepared(self, *tensors: Tensor) -> Tensors | None:
+        """Return the outputs, None where what is kept between calls cannot be made of the state as it is."""
+        try:
+            ready = self.prepared(tensors)
+        except HasNoPiecesError:
+            return None
+        return self._main(*tensors, *ready)  # type: ignore[no-any-return]
+
+    def is_prepared(self, state: Tensors) -> bool:
+        """Return whether what is kept between calls can be made of a state."""
+        try:
+            self.prepared(state)
+        except HasNoPiecesError:
+            return False
+        return True
+
     def _extended(self, tensors: Tensors, residuals: Callable[[Tensors], Tensors]) -> Tensors:
         """Return tensors with residuals after the state."""
         state = tensors[: self._n_state]

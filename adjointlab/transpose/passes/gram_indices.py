@@ -1,0 +1,163 @@
+"""Rules for what a gram reads by index, cuts out or sees in another shape: put back, it is a mask, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adjointlab.transpose.graph.edit import call, known
+from adjointlab.transpose.passes.gram_terms import Fixed, Found, Rule, dims_of, made, times, value, weighed
+
+aten = torch.ops.aten
+
+
+def samples(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """What is read by index and added by the same index is multiplied by how often each entry was read."""
+    if node.target is aten.index_put.default and node.args[3:] == (True,):
+        (zero, *given, values), reads = node.args[:3], aten.index.Tensor
+        indexed = [i for i, index in enumerate(given[0]) if index is not None]
+    elif node.target is aten.index_add.default and not node.kwargs and len(node.args) == 4:
+        (zero, *given, values), reads = node.args, aten.index_select.default
+        indexed = dims_of([given[0]], node)
+    elif node.target is aten.scatter_add.default:
+        (zero, *given, values), reads = node.args, aten.gather.default
+        indexed = list(range(value(node).ndim))
+    else:
+        return None
+    read, weight = weighed(values, fixed)
+    if zero.target is not aten.zeros.default or read.target is not reads or list(read.args[1:]) != given:
+        return None
+    x = read.args[0]
+    alone = len(values.users) == len(read.users) == 1 and all(map(fixed, read.all_input_nodes[1:]))
+    if not alone or fixed(x) or value(x).shape != value(node).shape or value(x).dtype != value(node).dtype:
+        return None
+    whole = [1 if weight is None and i not in indexed else n for i, n in enumerate(value(x).shape)]
+    start = _constant(body, aten.zeros, whole, _like(x, weight))
+    ones = _constant(body, aten.ones, value(call(body, reads, start, *given)).shape, _like(x, weight))
+    ones = ones if weight is None else times(body, ones, weight, value(x))
+    if value(ones).dtype != value(start).dtype:
+        return None
+    count = call(body, node.target, start, *given, ones, *([True] if reads is aten.index.Tensor else []))
+    return call(body, aten.mul.Tensor, x, made(count)), "reading and adding by index to a mask"
+
+
+def crops(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """What is cut out and put back between zeros is multiplied by zeros and ones."""
+    if node.target not in {aten.slice_backward.default, aten.constant_pad_nd.default}:
+        return None
+    cut, weight = weighed(node.args[0], fixed)
+    alone = len(cut.users) == len(node.args[0].users) == 1
+    x = cut.args[0] if cut.op == "call_function" and cut.args and alone else None
+    if not isinstance(x, fx.Node) or fixed(x) or value(x).shape != value(node).shape:
+        return None
+    if node.target is aten.slice_backward.default:
+        where = _window(node.args[1], *node.args[2:])
+        inner = cut.target is aten.slice.Tensor and _window(value(x).shape, *cut.args[1:]) == where
+        changed = {where[0]}
+    else:
+        outer, padding = _padding(node) or [-1], _padding(cut)
+        inner = min(outer) >= 0 and padding == [-p for p in outer]
+        pairs = list(zip(outer[::2], outer[1::2], strict=False))
+        changed = {len(pairs) - 1 - i for i, pair in enumerate(pairs) if any(pair)}
+    if not inner or not _is_of_transform(x):
+        return None  # elsewhere, what reads or adds windows is no faster as a product
+    small = [n if i in changed else 1 for i, n in enumerate(value(cut).shape)]
+    ones = _constant(body, aten.ones, small, _like(x, weight))
+    ones = ones if weight is None else times(body, ones, weight, value(x))
+    shape = [value(x).shape[i] if i in changed else n for i, n in enumerate(value(ones).shape)]
+    options = (shape, *node.args[2:]) if node.target is aten.slice_backward.default else node.args[1:]
+    mask = made(call(body, node.target, ones, *options))
+    return call(body, aten.mul.Tensor, x, mask), "crop and padding with zeros to a mask"
+
+
+def pads(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """What is cut off again was not worth padding with zeros."""
+    outer = _padding(node)
+    source: Any = node.args[0] if outer is not None else node
+    inner = _padding(source) if source is not node and len(source.users) == 1 else None
+    if outer is None or inner is None or any(p < 0 for p in inner):
+        return None
+    total = [a + b for a, b in zip(outer, inner, strict=True)]
+    cut = [min(0, a) + min(0, b) for a, b in zip(total[::2], total[1::2], strict=True)]
+    left = all(n + c > 0 for n, c in zip(reversed(value(source.args[0]).shape), cut, strict=True))
+    if not any(p < 0 for p in outer) or not left:
+        return None
+    if any(total):
+        if not _is_of_transform(source.args[0]):
+            return None
+        return call(body, aten.constant_pad_nd.default, source.args[0], total), "pad · crop merged"
+    return source.args[0], "pad · crop cancelled"
+
+
+def _padding(node: Any) -> list[int] | None:
+    """Return how many zeros are put before and after, last dimension first, negative ones cut; None for other nodes."""
+    if node.target is aten.constant_pad_nd.default and node.args[2:] in {(), (0,), (0.0,)}:
+        given = list(node.args[1])
+        return given + [0] * (2 * value(node).ndim - len(given))
+    if node.target is aten.slice.Tensor:
+        dim, first, last, step = _window(value(node.args[0]).shape, *node.args[1:])
+        window = -first, last - value(node.args[0]).shape[dim]
+    elif node.target is aten.slice_backward.default:
+        dim, first, last, step = _window(*node.args[1:])
+        window = first, node.args[1][dim] - last
+    else:
+        return None
+    if step != 1 or last < first:
+        return None
+    found, ndim = [0] * (2 * value(node).ndim), value(node).ndim
+    k = 2 * (ndim - 1 - dim)
+    found[k : k + 2] = window
+    return found
+
+
+def _is_of_transform(node: Any) -> bool:
+    """Return whether an image is a Fourier transform, cut or padded or with factors: there, a mask may meet others."""
+    through = {aten.slice.Tensor, aten.slice_backward.default, aten.constant_pad_nd.default, aten.mul.Tensor}
+    while node.target in through:
+        node = node.args[0]
+    return node.target in {aten._fft_c2c.default, aten._fft_r2c.default}
+
+
+def _window(shape: Sequence[int], dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> tuple[int, ...]:
+    """Return the dimension, and the first entry, the end and the step of a slice."""
+    return dim % len(shape), *slice(start, stop, step).indices(shape[dim])
+
+
+def _like(x: Any, weight: Any) -> Tensor:
+    """Return a value of the dtype that a factor with a weight has."""
+    like, is_complex = value(x), isinstance(weight, fx.Node) and value(weight).is_complex()
+    return like.real if like.is_complex() and not is_complex else like
+
+
+def _constant(body: fx.Graph, op: Any, shape: Sequence[int], like: Tensor) -> Any:
+    """Add zeros or ones."""
+    options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+    return known(body.call_function(op.default, (list(shape),), options), like.new_empty(list(shape)))
+
+
+def views(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
+    """A product with an image seen in another shape is one with the factor in the shape of the image."""
+    if node.target is not aten.view.default or fixed(node) or len(node.args[0].users) > 1:
+        return None
+    seen, factor = weighed(node.args[0], fixed)
+    x = seen.args[0] if seen.target is aten.view.default and len(seen.users) == 1 else None
+    if x is None or value(x).shape != value(node).shape:
+        return None
+    if factor is None or not isinstance(factor, fx.Node):
+        return (x if factor is None else call(body, aten.mul.Tensor, x, factor)), ""
+    same = 0
+    for m, n in zip(value(x).shape, value(seen).shape, strict=False):
+        if m != n:
+            break
+        same += 1
+    rest = len(value(seen).shape) - same
+    if list(value(factor).shape[-rest:] if rest else ()) != list(value(seen).shape[same:]):
+        return None
+    shape = [*value(factor).shape[: value(factor).ndim - rest], *value(x).shape[same:]]
+    return call(body, aten.mul.Tensor, x, made(call(body, aten.view.default, factor, shape))), ""
+
+
+RULES: tuple[Rule, ...] = (samples, crops, pads, views)
