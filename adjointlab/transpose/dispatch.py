@@ -6,10 +6,12 @@ function depends on besides tensors. A call takes the first whose guards hold. W
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,7 +32,7 @@ from adjointlab.transpose.frontend.budget import CAPTURING, TRACING, counted, ex
 from adjointlab.transpose.frontend.capture import capture
 from adjointlab.transpose.frontend.trace import UntraceableError
 from adjointlab.transpose.frontend.vjp import Tensors
-from adjointlab.transpose.kernels.select import remembered
+from adjointlab.transpose.kernels.select import MapChooser, remembered
 from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import canonical, is_captured
@@ -44,6 +46,10 @@ _WORTH = 64  # calls that pay for a derivation
 
 _BUILDING = threading.RLock()  # tracing replaces functions of torch for a while: one thread does so at a time
 _is_compiling = torch.compiler.is_compiling
+
+# What gives the derivation and state of a source for a size instead, in the thread at hand: an export does.
+STAND_IN: ContextVar[Callable[[Transposition, tuple[int, ...]], tuple[Derivation, Tensors]] | None]
+STAND_IN = ContextVar("STAND_IN", default=None)
 
 
 class Transposition:
@@ -166,7 +172,7 @@ class Transposition:
         given = [self.domain.leaves(x), codomain.leaves(y), *([] if weight is None else [codomain.leaves(weight)])]
         leaves = tuple(t for part in given for t in part)
         k = self.domain.batch_dims
-        if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves) or not compat.plain():
+        if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves) or not (STAND_IN.get() or compat.plain()):
             return None  # for the parts to refuse, one after the other
         derivation, state = self._current(given[0])
         if derivation.of_storage or compat.differentiated((*leaves, *state)):
@@ -227,6 +233,8 @@ class Transposition:
 
     def _at(self, batch: tuple[int, ...]) -> tuple[Derivation, Tensors]:
         """Return the derivation for a size that is up to date, and the values of its state."""
+        if (stand_in := STAND_IN.get()) is not None:
+            return stand_in(self, batch)
         if _is_compiling():  # torch.compile guards what it has seen, by itself
             known = self._derivations.get(batch)
             if known is None:
@@ -300,6 +308,24 @@ class Transposition:
             oldest = next(size for size in self._derivations if size not in {batch, self.domain.batch_shape})
             del self._derivations[oldest]
         return derivation, tuple(source.read() for source in derivation.state)
+
+    def fixed(self, batch: tuple[int, ...], choose_map: MapChooser | None = None) -> tuple[Derivation, Tensors]:
+        """Return the derivation for a size and its state as it is now, as functions without derivatives.
+
+        It is derived afresh, apart from those in use, if a rule for maps by index is given, or they are compiled.
+        """
+        if choose_map is None and self.options.requested != "compiled":
+            derivation, state = self._at(batch)
+        else:
+            twin = copy.copy(self)
+            engine = "auto" if self.options.requested == "compiled" else self.options.requested
+            rule = choose_map if self.options.choose_map else None
+            twin.options = replace(self.options, requested=engine, choose_map=rule)
+            twin._listings, twin._judged, twin._rebuilds = set(), WeakKeyDictionary(), 0
+            with self._alone():
+                derivation = twin._derived(batch)
+            state = tuple(source.read() for source in derivation.state)
+        return derivation.fixed(state), tuple(t.detach() for t in state)
 
     def current(self) -> list[Derivation]:
         """Return the derivations of all sizes, up to date."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,6 +79,17 @@ class Derivation:
             return self.keeping(math.inf)
         programs = {name: (program.frozen(state), linked) for name, (program, linked) in self.programs.items()}
         return replace(self, programs=programs)
+
+    def fixed(self, state: Tensors) -> Derivation:
+        """Return the programs for a state that does not change as functions without derivatives, also under a trace."""
+        programs = {name: program.frozen(state) for name, (program, _) in self.programs.items()}
+
+        @functools.cache
+        def gradient(weighted: bool, residual: bool) -> Program | None:
+            program = self.gradient(weighted, residual)
+            return None if program is None else program.frozen(state)
+
+        return replace(self, programs={name: (p, p.run) for name, p in programs.items()}, gradient=gradient)
 
     def keeping(self, most: float) -> Derivation:
         """Return the user's functions with a pull-back that is kept, if it takes no more bytes than ``most``."""
