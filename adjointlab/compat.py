@@ -99,7 +99,7 @@ def below_autograd(op: Any, keys: Any, *args: Any) -> Tensor:
 
 def takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> bool:
     """Return whether PyTorch's own convolution is oneDNN's; ``settings`` are those of ``torch.convolution``."""
-    found = torch._C._select_conv_backend(x, weight, bias, *settings)  # type: ignore[attr-defined]
+    found = torch._C._select_conv_backend(x, weight, bias, *settings)
     return bool(found == torch._C._ConvBackend.Mkldnn)  # type: ignore[attr-defined]
 
 

@@ -22,7 +22,7 @@ _LARGE = 1 << 25  # entries of an element at which a program is not tried
 
 
 def export(
-    map: LinearOperator[Any, Any] | AffineOperator[Any, Any] | Callable[[Any], Any],  # noqa: A002  # what it is
+    map: LinearOperator[Any, Any] | AffineOperator[Any, Any] | Callable[[Any], Any],
     path: str | os.PathLike[str],
     *,
     batch: tuple[int, int] | None = None,
@@ -88,7 +88,7 @@ def export(
         part.unlink(missing_ok=True)
 
 
-def _domain(map: Any) -> Space[Any]:  # noqa: A002
+def _domain(map: Any) -> Space[Any]:
     owner = getattr(map, "__self__", None)
     if isinstance(map, types.MethodType) and isinstance(owner, LeastSquares) and map.__name__ == "gradient":
         found: Space[Any] = owner.A.domain
@@ -105,7 +105,7 @@ def _domain(map: Any) -> Space[Any]:  # noqa: A002
     return found
 
 
-def _require_sizes(map: Any, domain: Space[Any], batch: Any) -> None:  # noqa: A002
+def _require_sizes(map: Any, domain: Space[Any], batch: Any) -> None:
     if batch is None:
         return
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(type(n) is int for n in batch)):
@@ -114,7 +114,8 @@ def _require_sizes(map: Any, domain: Space[Any], batch: Any) -> None:  # noqa: A
         raise SpaceMismatchError(f"expected batch=(smallest, largest) with 1 ≤ smallest < largest, got {batch!r}")
     if not domain.batch_dims:
         raise SpaceMismatchError(
-            f"expected a map with free dimensions for batch={batch!r}, got one of fixed sizes: build it with batch_dims=1"
+            f"expected a map with free dimensions for batch={batch!r}, got one of fixed sizes: build it with "
+            "batch_dims=1"
         )
     if isinstance(map, types.MethodType):
         raise SpaceMismatchError(
@@ -140,7 +141,7 @@ class _Structured(nn.Module):
         return self._result.unflatten(self._function(*self._buffers.values(), *leaves))
 
 
-def _program(map: Any, domain: Space[Any], batch: tuple[int, int] | None, fixed: Any) -> Any:  # noqa: A002
+def _program(map: Any, domain: Space[Any], batch: tuple[int, int] | None, fixed: Any) -> Any:
     """Return the exported program of a map."""
     from adjointlab.transpose.exported import corners, finish, reads_memory, traced, unified
 
@@ -175,9 +176,7 @@ def _random(space: Space[Any], seed: int = 0) -> tuple[Tensor, ...]:
     return space.leaves(space.randn(torch.Generator().manual_seed(seed)))
 
 
-def _require_same(
-    program: Any, map: Any, domain: Space[Any], batch: tuple[int, int] | None, fixed: Any  # noqa: A002
-) -> None:
+def _require_same(program: Any, map: Any, domain: Space[Any], batch: tuple[int, int] | None, fixed: Any) -> None:
     """Raise unless a program that was loaded computes what the map does, at other random elements."""
     tried = [domain] if batch is None else [domain.with_batch((n,) * domain.batch_dims) for n in (batch[0], batch[1])]
     for space in tried:

@@ -52,6 +52,10 @@ STAND_IN: ContextVar[Callable[[Transposition, tuple[int, ...]], tuple[Derivation
 STAND_IN = ContextVar("STAND_IN", default=None)
 
 
+def _has_stand_in() -> bool:
+    return not _is_compiling() and STAND_IN.get() is not None
+
+
 class Transposition:
     """``f`` between two spaces and ``v ↦ f'ᴴ v``, by the engine asked for or, where it cannot serve, by eager.
 
@@ -172,7 +176,7 @@ class Transposition:
         given = [self.domain.leaves(x), codomain.leaves(y), *([] if weight is None else [codomain.leaves(weight)])]
         leaves = tuple(t for part in given for t in part)
         k = self.domain.batch_dims
-        if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves) or not (STAND_IN.get() or compat.plain()):
+        if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves) or not (compat.plain() or _has_stand_in()):
             return None  # for the parts to refuse, one after the other
         derivation, state = self._current(given[0])
         if derivation.of_storage or compat.differentiated((*leaves, *state)):
@@ -233,13 +237,13 @@ class Transposition:
 
     def _at(self, batch: tuple[int, ...]) -> tuple[Derivation, Tensors]:
         """Return the derivation for a size that is up to date, and the values of its state."""
-        if (stand_in := STAND_IN.get()) is not None:
-            return stand_in(self, batch)
         if _is_compiling():  # torch.compile guards what it has seen, by itself
             known = self._derivations.get(batch)
             if known is None:
                 return self._eager("torch.compile met a size that was not seen before"), ()
             return known[0], tuple([source.read() for source in known[0].state])
+        if (stand_in := STAND_IN.get()) is not None:
+            return stand_in(self, batch)
         frozen = self._frozen
         if frozen is not None and batch in frozen:
             return frozen[batch]

@@ -52,9 +52,10 @@ class Fixed:
             finally:
                 STAND_IN.reset(token)
             if found[0].user is not None:
+                why = found[0].explanation.reason
+                remedy = "build it with engine='auto'" if source.options.requested == "eager" else "see A.explain()"
                 raise NotExportableError(
-                    f"expected a map with a graph, got one that runs its own Python code, since "
-                    f"{found[0].explanation.reason}"
+                    f"expected a map with a graph, got one that runs Python code of its own ({why}): {remedy}"
                 )
             self._known[source, batch] = found
         return self._known[source, batch]
@@ -194,7 +195,7 @@ def finish(program: Any, *, copies: bool) -> None:
 def _received(graph: fx.Graph, node: fx.Node, after: fx.Node, *, copies: bool) -> None:
     """Have an input checked and brought into its usual form, before anything else reads it."""
     value = node.meta["val"]
-    users = [user for user in node.users if user.target is not aten.sym_size.int]
+    users = [user for user in node.users if user.op != "output" and user.target is not aten.sym_size.int]
     with graph.inserting_before(after):
         graph.call_function(aten._assert_tensor_metadata.default, (node, None, None, value.dtype)).meta["val"] = None
         last = node
@@ -214,7 +215,7 @@ def traced(function: Callable[[Tensors], Tensors], leaves: Tensors, fixed: Fixed
     """Return what a function of leaves does with tensors of their sizes as a graph, each with its constants."""
 
     def run(*given: Tensor) -> Tensors:
-        with _StandingIn():
+        with _StandingIn():  # type: ignore[no-untyped-call]
             return tuple(function(given))
 
     with fixed.in_use(), compat.sources_forgotten():
@@ -232,7 +233,7 @@ def traced(function: Callable[[Tensors], Tensors], leaves: Tensors, fixed: Fixed
 
 def _dependent(graph: fx.Graph) -> set[fx.Node]:
     """Return the inputs of a graph, and what is computed from them."""
-    depend = set()
+    depend = set[fx.Node]()
     for node in graph.nodes:
         if node.op == "placeholder" or not depend.isdisjoint(node.all_input_nodes):
             depend.add(node)
@@ -297,7 +298,7 @@ def _alone(tensor: Tensor) -> Tensor:
 
 def unified(modules: Sequence[fx.GraphModule], k: int) -> fx.GraphModule:
     """Return the graphs of a map at the :func:`corners` of k free dimensions as one for all sizes of these."""
-    graphs, first = [module.graph for module in modules], modules[0]
+    graphs = [module.graph for module in modules]
     if len({len(graph.nodes) for graph in graphs}) > 1:
         raise NotExportableError(f"{_FREE}, got other operations at another size: {_ONE_EACH}")
     made, root = fx.Graph(), torch.nn.Module()
