@@ -18,8 +18,6 @@ from adjointlab.numerics import UNITS, allowance, eps_of, relative_gap
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 
-_LARGE = 1 << 25  # entries of an element at which a program is not tried
-
 
 def export(
     map: LinearOperator[Any, Any] | AffineOperator[Any, Any] | Callable[[Any], Any],
@@ -178,10 +176,8 @@ def _random(space: Space[Any], seed: int = 0) -> tuple[Tensor, ...]:
 
 def _require_same(program: Any, map: Any, domain: Space[Any], batch: tuple[int, int] | None, fixed: Any) -> None:
     """Raise unless a program that was loaded computes what the map does, at other random elements."""
-    tried = [domain] if batch is None else [domain.with_batch((n,) * domain.batch_dims) for n in (batch[0], batch[1])]
-    for space in tried:
-        if batch is not None and space.size > _LARGE:
-            continue
+    sizes = [] if batch is None else _tried(*batch)
+    for space in [domain] if batch is None else [domain.with_batch((n,) * domain.batch_dims) for n in sizes]:
         x = space.unflatten(_random(space, seed=1))
         with torch.no_grad():
             found = program(x)
@@ -197,6 +193,14 @@ def _require_same(program: Any, map: Any, domain: Space[Any], batch: tuple[int, 
                 f"expected a program that computes what the map does, got one that is off by {gap:.1e} of the result: "
                 "the map depends on something that is no tensor, or leaves PyTorch on its way"
             )
+
+
+def _tried(smallest: int, largest: int) -> list[int]:
+    """Return sizes at which a program is tried: the smallest, and one more; at least one at which it was not traced."""
+    from adjointlab.transpose.exported import SIZES
+
+    found = {smallest, min(largest, max(smallest, *SIZES))}
+    return sorted(found if found.difference(SIZES) else {smallest, largest})
 
 
 def _leaves(element: Any) -> Sequence[Tensor]:

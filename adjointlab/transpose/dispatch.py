@@ -323,7 +323,7 @@ class Transposition:
         else:
             twin = copy.copy(self)
             engine = "auto" if self.options.requested == "compiled" else self.options.requested
-            rule = choose_map if self.options.choose_map else None
+            rule = choose_map or self.options.choose_map
             twin.options = replace(self.options, requested=engine, choose_map=rule)
             twin._listings, twin._judged, twin._rebuilds = set(), WeakKeyDictionary(), 0
             with self._alone():

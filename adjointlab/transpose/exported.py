@@ -26,11 +26,11 @@ from adjointlab.numerics import same
 from adjointlab.transpose.dispatch import STAND_IN, Transposition
 from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.graph.ir import compiled
-from adjointlab.transpose.kernels.select import MapChooser, Run, Timed, quickest
+from adjointlab.transpose.kernels.select import MapChooser, Run, Timed
 from adjointlab.transpose.runtime.derivation import Derivation
 
 aten = torch.ops.aten
-_SIZES = (2, 3)  # one and two thirds of all code treats a size of one in another way
+SIZES = (2, 3)  # at which a map is traced: much code treats a size of one in a way of its own
 
 # -- the programs that are traced --------------------------------------------------------------------------------------
 
@@ -48,7 +48,7 @@ class Fixed:
         if (source, batch) not in self._known:
             token = STAND_IN.set(None)
             try:
-                found = source.fixed(batch, self._rule(source) if self._is_free else None)
+                found = source.fixed(batch, self._rule(source, source.options.choose_map) if self._is_free else None)
             finally:
                 STAND_IN.reset(token)
             if found[0].user is not None:
@@ -70,7 +70,7 @@ class Fixed:
         finally:
             STAND_IN.reset(token)
 
-    def _rule(self, source: Transposition) -> MapChooser:
+    def _rule(self, source: Transposition, rule: MapChooser | None) -> MapChooser:
         """Return a rule for maps by index that chooses at the first size, and the same ways at all others."""
         first = source not in self._chosen
         chosen = self._chosen.setdefault(source, [])
@@ -78,7 +78,8 @@ class Fixed:
 
         def choose(native: Timed, others: Callable[[], dict[Run, Timed]], device: torch.device) -> Run | None:
             if first:
-                found = quickest(native, lambda: {r: t for r, t in others().items() if not _is_loop(r)}, device)
+                fitting = lambda: {run: timed for run, timed in others().items() if not _is_loop(run)}  # noqa: E731
+                found = None if rule is None else rule(native, fitting, device)
                 chosen.append(None if found is None else found.__name__)
                 return found
             name = next(rest, None)
@@ -276,7 +277,7 @@ def reads_memory(module: fx.GraphModule) -> bool:
 
 def corners(k: int) -> list[tuple[int, ...]]:
     """Return the sizes of k free dimensions at which a map is traced."""
-    return list(itertools.product(_SIZES, repeat=k))
+    return list(itertools.product(SIZES, repeat=k))
 
 
 def lifted(module: fx.GraphModule) -> tuple[Callable[..., Tensors], list[Tensor]]:
@@ -363,7 +364,7 @@ def _number(graph: fx.Graph, sizes: list[Any], values: list[int]) -> Any:
     if len(set(values)) == 1:
         return values[0]
     half = len(values) // 2
-    low, high = _SIZES
+    low, high = SIZES
     slope = [(b - a) // (high - low) for a, b in zip(values[:half], values[half:], strict=True)]
     start = [a - low * s for a, s in zip(values[:half], slope, strict=True)]
     at, by = _number(graph, sizes[1:], start), _number(graph, sizes[1:], slope)
