@@ -79,7 +79,7 @@ def export(
     try:
         with domain.without_autocast():
             program = _program(map, domain, batch, fixed)
-            torch.export.save(program, part)
+            _save(program, part)
             _require_same(torch.export.load(part).module(), map, domain, batch, fixed)
         part.replace(file)
     finally:
@@ -168,6 +168,16 @@ def _program(map: Any, domain: Space[Any], batch: tuple[int, int] | None, fixed:
         raise NotExportableError(f"expected a map that torch.export takes for {sizes_or_one}, but: {error}") from error
     finish(program, copies=reads_memory(graph))
     return program
+
+
+def _save(program: Any, file: Path) -> None:
+    try:
+        torch.export.save(program, file)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise NotExportableError(
+            f"expected a map that torch.export.save can write, but: {lines[0]} {lines[-1]}"
+        ) from error
 
 
 def _random(space: Space[Any], seed: int = 0) -> tuple[Tensor, ...]:

@@ -3,9 +3,9 @@
 The map is run once under a trace, with its programs as they are. Of free sizes, it is traced at two of each: whatever
 differs between the graphs is a number that follows from the sizes, ``Σ c_S Π_{i∈S} bᵢ``.
 
-Two operations cannot be traced as they are: products with a CSR matrix, for a tensor of that layout is no constant of a
-program, and oneDNN's convolution, whose shape PyTorch does not know. Operations of our own stand in for them until the
-program is written.
+Some operations cannot be traced as they are: products with a CSR matrix, for a tensor of that layout is no constant of
+a program, and some whose shape PyTorch does not know, in all of its versions or (transforms of real numbers) in the
+older ones. Operations of our own stand in for them until the program is written.
 """
 
 from __future__ import annotations
@@ -110,18 +110,39 @@ def _(start: Tensor, column: Tensor, value: Tensor, columns: int, x: Tensor) -> 
     return x.new_empty(start.shape[0] - 1, *x.shape[1:])
 
 
-@torch.library.custom_op(
-    "adjointlab::onednn_convolution",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, int[] padding, int[] stride, int[] dilation, int groups) -> Tensor",
-)
-def _onednn_convolution(*args: Any) -> Tensor:
-    return torch.mkldnn_convolution(*args)
-
-
-@_onednn_convolution.register_fake
-def _(x: Tensor, weight: Tensor, bias: Any, padding: Any, stride: Any, dilation: Any, groups: int) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, bias: Any, padding: Any, stride: Any, dilation: Any, groups: int) -> Tensor:
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _half(x: Tensor, dims: list[int], norm: int, onesided: bool) -> Tensor:
+    shape = [n // 2 + 1 if d == dims[-1] and onesided else n for d, n in enumerate(x.shape)]
+    return x.new_empty(shape, dtype=x.dtype.to_complex())
+
+
+def _whole(x: Tensor, dims: list[int], norm: int, last: int) -> Tensor:
+    shape = [last if d == dims[-1] else n for d, n in enumerate(x.shape)]
+    return x.new_empty(shape, dtype=x.dtype.to_real())
+
+
+# Operations with what stands in for them: the arguments, and the function that tells the shape of the result.
+_OPERATIONS: dict[Any, tuple[str, Callable[..., Tensor]]] = {
+    aten.mkldnn_convolution.default: (
+        "Tensor x, Tensor weight, Tensor? bias, int[] padding, int[] stride, int[] dilation, int groups", _convolved,
+    ),
+    aten._fft_r2c.default: ("Tensor x, int[] dim, int normalization, bool onesided", _half),
+    aten._fft_c2r.default: ("Tensor x, int[] dim, int normalization, SymInt last_dim_size", _whole),
+}  # fmt: skip
+
+
+def _made(op: Any, arguments: str, shape: Callable[..., Tensor]) -> Any:
+    name = op.overloadpacket.__name__
+    made = torch.library.custom_op(f"adjointlab::{name}", op, mutates_args=(), schema=f"({arguments}) -> Tensor")
+    made.register_fake(shape)
+    return getattr(torch.ops.adjointlab, name).default
+
+
+_STAND_INS = {op: _made(op, *how) for op, how in _OPERATIONS.items()}
+_BEHIND = {stand_in: op for op, stand_in in _STAND_INS.items()}
 
 
 class _StandingIn(compat.TorchDispatchMode):
@@ -139,8 +160,7 @@ class _StandingIn(compat.TorchDispatchMode):
                 by_itself = compat.takes_onednn(x, weight, bias, *settings)
             if by_itself:  # which more can read
                 return aten.convolution.default(x, weight, bias, *settings)
-            return torch.ops.adjointlab.onednn_convolution(*args)
-        return func(*args, **kwargs)
+        return _STAND_INS.get(func, func)(*args, **kwargs)
 
 
 def _is_sparse(a: Any) -> bool:
@@ -182,8 +202,7 @@ def finish(program: Any, *, copies: bool) -> None:
             matrix.meta["val"] = value.meta["val"].new_empty(rows, columns)
             node.target = aten.mv.default if x.meta["val"].ndim == 1 else aten.mm.default
             node.args = (matrix, x)
-        elif node.target is torch.ops.adjointlab.onednn_convolution.default:
-            node.target = aten.mkldnn_convolution.default
+        node.target = _BEHIND.get(node.target, node.target)
     given = set(program.graph_signature.user_inputs)
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.name in given]
     after = next(node for node in graph.nodes if node.op != "placeholder")
@@ -224,6 +243,7 @@ def traced(function: Callable[[Tensors], Tensors], leaves: Tensors, fixed: Fixed
         found: fx.GraphModule = compat.make_fx(run)(*leaves)
     depend = _dependent(found.graph)
     _fold(found, depend)
+    _with_tensors(found)
     if found.graph.output_node() not in depend:
         raise NotExportableError(
             "expected a map that computes with PyTorch's operations, got one whose result does not come from its "
@@ -264,6 +284,20 @@ def _fold(module: fx.GraphModule, depend: set[fx.Node]) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op in {"call_function", "get_attr"} and not _writes(node):
             graph.erase_node(node)
+
+
+def _with_tensors(module: fx.GraphModule) -> None:
+    """Have complex factors be tensors: files of torch 2.6 have no place for complex numbers."""
+    products = {aten.mul.Scalar, aten.mul.Tensor}
+    for node in list(module.graph.nodes):
+        if node.target in products and isinstance(node.args[1], complex):
+            name = f"_factor_{node.name}"
+            setattr(
+                module, name, torch.tensor(node.args[1], dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+            )
+            with module.graph.inserting_before(node):
+                factor = module.graph.create_node("get_attr", name)
+            node.target, node.args = aten.mul.Tensor, (node.args[0], factor)
 
 
 def _writes(node: fx.Node) -> bool:
