@@ -360,6 +360,13 @@ def test_pairs_of_functions_of_arrays_are_checked():
     assert f"adjoint test FAILED: {diagnosis}" in said  # in the words of Python
 
 
+def test_pairs_of_functions_of_jax_are_checked():
+    pytest.importorskip("jax")
+    flip = "jax.numpy:flip", "--arrays", "jax"
+    assert checked(*flip, "--adjoint", "jax.numpy:flip")[0] == 0
+    assert checked(*flip, "--adjoint", "jax.numpy:negative")[0] == 1
+
+
 @pytest.mark.usefixtures("pair")
 def test_a_tolerance_is_what_is_judged_by():
     claim = "pair:forward", "--arrays", "numpy", "--adjoint", "pair:rough"
