@@ -12,9 +12,11 @@ if TYPE_CHECKING:
         AdjointMismatchError,
         ConvergenceWarning,
         NotDifferentiableError,
+        NotExportableError,
         NotLinearError,
         SpaceMismatchError,
     )
+    from adjointlab.exporting import export
     from adjointlab.jacobians import Jacobian, jacobian
     from adjointlab.least_squares import LeastSquares, least_squares_gradient
     from adjointlab.lifted import complexify, kron, map
@@ -48,9 +50,11 @@ _HOME = {
             "AdjointMismatchError",
             "ConvergenceWarning",
             "NotDifferentiableError",
+            "NotExportableError",
             "NotLinearError",
             "SpaceMismatchError",
         ),
+        "exporting": ("export",),
         "jacobians": ("Jacobian", "jacobian"),
         "least_squares": ("LeastSquares", "least_squares_gradient"),
         "lifted": ("complexify", "kron", "map"),
@@ -104,9 +108,9 @@ def _version() -> str:
 
 __all__ = [
     "AdjointMismatchError", "AdjointReport", "AffineOperator", "ConvergenceWarning", "DerivativeReport", "Jacobian",
-    "LeastSquares", "LinearOperator", "LinearityReport", "NotDifferentiableError", "NotLinearError", "Space",
-    "SpaceMismatchError", "TensorSpec", "affine_operator", "assert_adjoint", "assert_derivative", "block_diag",
-    "check_adjoint", "check_derivative", "check_linearity", "complexify", "diagonal", "from_pair", "hstack", "identity",
-    "jacobian", "kron", "least_squares_gradient", "linear_adjoint", "linear_operator", "map", "matrix", "operator_norm",
-    "recurrence", "solvers", "to_dense", "vstack",
+    "LeastSquares", "LinearOperator", "LinearityReport", "NotDifferentiableError", "NotExportableError",
+    "NotLinearError", "Space", "SpaceMismatchError", "TensorSpec", "affine_operator", "assert_adjoint",
+    "assert_derivative", "block_diag", "check_adjoint", "check_derivative", "check_linearity", "complexify", "diagonal",
+    "export", "from_pair", "hstack", "identity", "jacobian", "kron", "least_squares_gradient", "linear_adjoint",
+    "linear_operator", "map", "matrix", "operator_norm", "recurrence", "solvers", "to_dense", "vstack",
 ]  # fmt: skip

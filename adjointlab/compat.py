@@ -97,6 +97,12 @@ def below_autograd(op: Any, keys: Any, *args: Any) -> Tensor:
         return op.redispatch(keys & torch._C._after_autograd_keyset, *args)  # type: ignore[no-any-return]
 
 
+def takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> bool:
+    """Return whether PyTorch's own convolution is oneDNN's; ``settings`` are those of ``torch.convolution``."""
+    found = torch._C._select_conv_backend(x, weight, bias, *settings)
+    return bool(found == torch._C._ConvBackend.Mkldnn)  # type: ignore[attr-defined]
+
+
 def turns_gradients_off(function: Any, args: Sequence[Any]) -> bool:
     """Return whether a call, as modes see it, is the beginning of ``torch.no_grad()``."""
     return function is torch._C._set_grad_enabled and not args[0]
@@ -348,5 +354,5 @@ __all__ = [
     "inlined",
     "is_forward_mode", "is_nested_forward_mode", "is_transformed", "is_wrapped", "make_fx", "outside_of_transforms",
     "plain", "pytree", "quiet", "scripted_operation", "scripts_run", "single_level_functions", "sources_forgotten",
-    "turns_gradients_off", "without_subclass",
+    "takes_onednn", "turns_gradients_off", "without_subclass",
 ]  # fmt: skip

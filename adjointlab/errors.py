@@ -32,6 +32,10 @@ class NotDifferentiableError(RuntimeError):
     """
 
 
+class NotExportableError(RuntimeError):
+    """A map has no program that runs by PyTorch alone, or none for every size asked for; the message says why."""
+
+
 class AdjointMismatchError(AssertionError):
     """A claimed adjoint B of A fails ``⟨Ax, y⟩ = ⟨x, By⟩`` beyond rounding; the message begins with the diagnosis.
 

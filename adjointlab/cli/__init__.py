@@ -1,6 +1,6 @@
 """The command line, which checks ``⟨A x, y⟩ = ⟨x, Aᴴ y⟩`` for the operator that a ``TARGET`` names.
 
-A ``TARGET`` is ``import.path:name`` or ``import.path:name(literal, name=literal)``, as in
+A ``TARGET`` is ``import.path:name`` or ``import.path:name(literal, name=literal)``, with attributes after that, as in
 ``torch.nn:Conv3d(1, 1, 3, padding=1, bias=False)``.
 """
 

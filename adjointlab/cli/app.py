@@ -1,4 +1,4 @@
-"""The commands ``check``, ``explain`` and ``demo``.
+"""The commands ``check``, ``explain``, ``export`` and ``demo``.
 
 Exit codes: 0 passed, 1 failed the check, 2 unusable input, with one line on stderr and no traceback.
 """
@@ -6,7 +6,6 @@ Exit codes: 0 passed, 1 failed the check, 2 unusable input, with one line on std
 from __future__ import annotations
 
 import contextlib
-import html
 import importlib
 import inspect
 import json
@@ -25,24 +24,20 @@ from typer.core import TyperGroup
 import adjointlab as al
 from adjointlab.cli.demonstration import CLONE
 from adjointlab.cli.demonstration import load as load_demonstration
-from adjointlab.cli.report import FAILED, PASSED, UNUSABLE, Outcome, document, page, plain
+from adjointlab.cli.report import FAILED, PASSED, UNUSABLE, Outcome, document, plain
 from adjointlab.cli.target import (
     COMMON_DTYPES,
     UnusableError,
     check_memory,
     current_directory_importable,
-    load,
     memory_of_machine,
     one_line,
     parse_device,
     parse_dtype,
     parse_kwargs,
     parse_shape,
-    parse_target,
 )
-
-_AFFINE = "This map is affine: it has an offset, such as a bias."
-_FAILURES = (al.NotLinearError, al.NotDifferentiableError, al.AdjointMismatchError)
+from adjointlab.cli.work import Subject, check, explain, export
 
 
 def _linear_operator(*arguments: Any, **options: Any) -> al.LinearOperator:
@@ -77,7 +72,7 @@ def _complete_target(incomplete: str) -> list[str]:
 
 _TARGETS = typer.Argument(
     metavar="TARGET",
-    help="import.path:name or import.path:name(literal, name=literal); the current directory is importable.",
+    help="import.path:name or import.path:name(literal, name=literal).name; the current directory is importable.",
     autocompletion=_complete_target,
     show_default=False,
 )
@@ -100,6 +95,12 @@ _EVAL = typer.Option("--eval", help="Put the module into evaluation mode first (
 _SEED = typer.Option(min=0, max=2**63 - 1, help="Of a module's initial weights and of the random draws.")
 _TRIALS = typer.Option(min=1, max=10**6, help="Number of random draws.")
 _JACOBIAN = typer.Option("--jacobian", help="Check the derivative at a random point, of a map that is not linear.")
+_TOL = typer.Option(help="The relative accuracy to judge by, where a map computes in lower precision inside.")
+_CLAIMED = typer.Option("--adjoint", metavar="<str>", help="The hand-written adjoint to check: a target, as TARGET is.")
+_ARRAYS = typer.Option(help="What TARGET and --adjoint take and return.")
+_OUTPUT = typer.Option("--output", "-o", help="The file, which ends with .pt2.")
+_OF_ADJOINT = typer.Option("--adjoint", help="Write the adjoint, and not the map.")
+_SIZES = typer.Option("--batch", help="The smallest and largest batch size that the file is to take.")
 _JSON = typer.Option("--json", help="Print one JSON object, or a list of them for several targets.")
 _HTML = typer.Option("--html", help="Write the reports to this HTML file.")
 _DEBUG = typer.Option("--debug", help="Show tracebacks.")
@@ -116,11 +117,17 @@ class Options:
     batch_dims: Annotated[int, _BATCH] = 0
     kwargs: Annotated[Any, _KWARGS] = ""
     engine: Annotated[Literal["auto", "eager", "traced", "compiled"], _ENGINE] = "auto"
+    tol: Annotated[float | None, _TOL] = None
     evaluation: Annotated[bool, _EVAL] = False
     seed: Annotated[int, _SEED] = 0
     as_json: Annotated[bool, _JSON] = False
     html_file: Annotated[Path | None, _HTML] = None
     debug: Annotated[bool, _DEBUG] = False
+
+    @property
+    def free(self) -> int:
+        """The number of dimensions that may change size."""
+        return self.batch_dims
 
     def check(self, memory: int) -> None:
         """Raise ``UnusableError`` unless the shapes are given, have the batch dimensions, and fit into memory."""
@@ -130,6 +137,8 @@ class Options:
         dims = min(map(len, shapes))
         if self.batch_dims > dims:
             raise UnusableError(f"expected --batch-dims of at most {dims}, got {self.batch_dims}")
+        if self.tol is not None and not 0 < self.tol < 1:
+            raise UnusableError(f"expected --tol between 0 and 1, got {self.tol}")
         # A check holds some ten elements of the domain at once, in double precision.
         text = " ".join(",".join(map(str, shape)) for shape in shapes)
         check_memory(10 * 8 * sum(map(math.prod, shapes)), f"--shape {text}", memory)
@@ -141,125 +150,51 @@ class CheckOptions(Options):
 
     trials: Annotated[int | None, _TRIALS] = None
     jacobian: Annotated[bool, _JACOBIAN] = False
+    adjoint: Annotated[str | None, _CLAIMED] = None
+    arrays: Annotated[Literal["torch", "numpy", "jax"], _ARRAYS] = "torch"
+
+    @property
+    def draws(self) -> dict[str, Any]:
+        """The options of the dot test."""
+        number = {} if self.trials is None else {"trials": self.trials}  # how many is the core's to choose
+        return {"seed": self.seed, **number}
 
     def check(self, memory: int) -> None:
         """Raise ``UnusableError`` for options that do not go together too."""
         super().check(memory)
         if self.jacobian and self.trials is not None:
             raise UnusableError("expected --jacobian or --trials, got both: leave --trials out")
+        if self.jacobian and self.tol is not None:
+            raise UnusableError("expected --jacobian or --tol, got both: leave --tol out")
+        if self.adjoint is None and self.arrays != "torch":
+            raise UnusableError(
+                f"expected --adjoint beside --arrays {self.arrays}, whose functions PyTorch cannot derive"
+            )
+        if self.adjoint is not None and (self.jacobian or len(self.targets) > 1):
+            raise UnusableError("expected one TARGET and no --jacobian beside --adjoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """The options of the command ``export``."""
+
+    output: Annotated[Path, _OUTPUT]
+    adjoint: Annotated[bool, _OF_ADJOINT] = False
+    batch: Annotated[tuple[int, int] | None, _SIZES] = None
+
+    @property
+    def free(self) -> int:
+        """The number of dimensions that may change size: at least one, if their sizes are given."""
+        return self.batch_dims or int(self.batch is not None)
+
+    def check(self, memory: int) -> None:
+        """Raise ``UnusableError`` for several targets too."""
+        super().check(memory)
+        if len(self.targets) > 1:
+            raise UnusableError(f"expected one TARGET, which is written to --output, got {len(self.targets)}")
 
 
 # -- the commands --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A target made ready: the map, its domain, the options of the command, and the core that derives operators."""
-
-    function: Callable[..., Any]
-    domain: Any
-    options: Any
-    linear_operator: Callable[..., al.LinearOperator]
-
-    @classmethod
-    def of(cls, text: str, options: Options, surroundings: Surroundings) -> Subject:
-        """Return the map that ``text`` names, moved to the dtype and device asked for, with its domain."""
-        import torch
-
-        target = parse_target(text)
-        torch.manual_seed(options.seed)
-        function = load(target, surroundings.memory)
-        dtype = options.dtype
-        if isinstance(function, torch.nn.Module):
-            function = function.to(device=options.device, dtype=dtype)
-            if options.evaluation:
-                function = function.eval()
-            own = (p.dtype for p in function.parameters() if p.is_floating_point() or p.is_complex())
-            dtype = dtype or next(own, None)
-        dtype = dtype or torch.get_default_dtype()
-        specs = tuple(al.TensorSpec(shape, dtype, options.device) for shape in options.shape or ())
-        return cls(function, specs[0] if len(specs) == 1 else specs, options, surroundings.linear_operator)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The options that every function of the core takes."""
-        return {"batch_dims": self.options.batch_dims, "kwargs": self.options.kwargs or None}
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Return shape, dtype and device of every input."""
-        specs = self.domain if isinstance(self.domain, tuple) else (self.domain,)
-        return [
-            {"shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch."), "device": str(s.device)}
-            for s in specs
-        ]
-
-    def operator(self) -> tuple[al.LinearOperator, al.AffineOperator | None]:
-        """Return the operator and, where the map has an offset, the affine operator whose linear part it is."""
-        settings = {**self.settings, "engine": self.options.engine}
-        try:
-            return self.linear_operator(self.function, self.domain, **settings), None
-        except al.NotLinearError as refusal:
-            try:
-                affine = al.affine_operator(self.function, self.domain, **settings)
-            except al.NotLinearError:
-                raise refusal from None  # it says more
-            return affine.linear, affine
-
-
-def _check(subject: Subject) -> Outcome:
-    options = subject.options
-    if options.jacobian:
-        return _check_derivative(subject)
-    linearity = al.check_linearity(subject.function, subject.domain, **subject.settings, seed=options.seed)
-    record: dict[str, Any] = {"domain": subject.describe(), "linearity": linearity.to_dict()}
-    try:
-        A, affine = subject.operator()
-    except _FAILURES as failure:
-        return _failed(failure, {**record, "passed": False}, linearity)
-    number = {} if options.trials is None else {"trials": options.trials}  # how many is the core's to choose
-    report = al.check_adjoint(A, seed=options.seed, **number)
-    code = PASSED if report.passed else FAILED
-    record |= {"passed": report.passed, "engine": A.engine, "affine": affine is not None, "adjoint": report.to_dict()}
-    text = html_ = ""
-    if affine is not None:
-        text = f"{_AFFINE} Its linear part x ↦ f(x) − f(0) was checked.\n\n"
-        html_ = f"<p>{html.escape(text.strip())}</p>"
-    return Outcome(code, f"{text}{report}\n\n{linearity}", record, html_ + page(report, linearity))
-
-
-def _check_derivative(subject: Subject) -> Outcome:
-    import torch
-
-    from adjointlab.verify.derivative import check_jacobian
-
-    options, record = subject.options, {"domain": subject.describe(), "passed": False}
-    space = al.Space.of(subject.domain, batch_dims=options.batch_dims)
-    x0 = space.randn(torch.Generator().manual_seed(options.seed))
-    try:
-        report = check_jacobian(
-            al.jacobian(subject.function, x0, **subject.settings, engine=options.engine), options.seed
-        )
-    except _FAILURES as failure:
-        return _failed(failure, record)
-    record |= {"passed": report.passed, "derivative": report.to_dict()}
-    return Outcome(PASSED if report.passed else FAILED, str(report), record, page(report))
-
-
-def _explain(subject: Subject) -> Outcome:
-    try:
-        A, affine = subject.operator()
-    except _FAILURES as failure:
-        return _failed(failure, {})
-    note = "" if affine is None else f"{_AFFINE} This is about its linear part x ↦ f(x) − f(0).\n\n"
-    explanation = str(A.explain())
-    record = {"engine": A.engine, "affine": affine is not None, "explanation": explanation}
-    return Outcome(PASSED, note + explanation, record, page(note + explanation))
-
-
-def _failed(failure: Exception, record: dict[str, Any], *reports: Any) -> Outcome:
-    line = f"{type(failure).__name__}: {failure}"
-    record |= {"error": type(failure).__name__, "message": str(failure)}
-    return Outcome(FAILED, "\n\n".join(map(str, (line, *reports))), record, page(*reports, line))
 
 
 def _answer(text: str, work: Callable[[Subject], Outcome], options: Options, surroundings: Surroundings) -> Outcome:
@@ -355,13 +290,18 @@ app.command(
     "check",
     short_help="Check a map and its adjoint.",
     help="Check that a map is linear and ⟨A x, y⟩ = ⟨x, Aᴴ y⟩; with --jacobian, the derivative of one that is not. "
-    "Exit with 0 if so, 1 if not, 2 if it cannot be said.",
-)(_command(_check, CheckOptions))
+    "With --adjoint, check a hand-written pair. Exit with 0 if so, 1 if not, 2 if it cannot be said.",
+)(_command(check, CheckOptions))
 app.command(
     "explain",
     short_help="Show how the adjoint is computed.",
     help="Show how Aᴴ is computed: the engine, the derived program, and the evidence that the map is linear.",
-)(_command(_explain, Options))
+)(_command(explain, Options))
+app.command(
+    "export",
+    short_help="Write a map as a file for PyTorch alone.",
+    help="Write a map, or with --adjoint its adjoint, as a program that torch.export.load reads without adjointlab.",
+)(_command(export, ExportOptions))
 
 
 @app.command(short_help="Recover a photograph and an MRI volume.")

@@ -26,7 +26,9 @@ class Outcome:
 
     @property
     def status(self) -> str:
-        """The status behind the target, if it was checked."""
+        """The status behind the target, if it was checked or written."""
+        if "output" in self.record:
+            return ": written"
         return "" if "explanation" in self.record else f": {_STATUS[self.code]}"
 
     @property

@@ -1,4 +1,4 @@
-"""Conversion of a target ``import.path:name(literal, name=literal)`` into a callable.
+"""Conversion of a target ``import.path:name(literal, name=literal).name`` into a callable.
 
 The text is never evaluated: :mod:`ast` parses it, and :func:`ast.literal_eval` reads the arguments.
 """
@@ -35,7 +35,7 @@ class UnusableError(TyperException):
 
 @dataclass(frozen=True)
 class Target:
-    """``module:path`` or ``module:path(*args, **kwargs)``; ``called`` tells which."""
+    """``module:path`` or ``module:path(*args, **kwargs)``, ``called`` tells which, with attributes ``after`` a call."""
 
     text: str
     module: str
@@ -43,13 +43,16 @@ class Target:
     called: bool = False
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
 
 
 def parse_target(text: str) -> Target:
-    """Parse ``import.path:name(literal, name=literal)``, without importing or evaluating anything.
+    """Parse ``import.path:name(literal, name=literal).name``, without importing or evaluating anything.
 
     >>> parse_target("torch.nn:Conv2d(1, 8, (3, 5), bias=False)").args
     (1, 8, (3, 5))
+    >>> parse_target("mymodels:Physics(3).A").after
+    ('A',)
     """
     module, colon, call = (part.strip() for part in text.partition(":"))
     if not colon:
@@ -66,11 +69,16 @@ def parse_target(text: str) -> Target:
             node = ast.parse(call, mode="eval").body
     except _NOT_A_LITERAL:
         raise UnusableError(f"expected name or name(arguments) after the colon, got {call!r}") from None
+    after: list[str] = []
+    if any(isinstance(part, ast.Call) for part in ast.walk(node)):
+        while isinstance(node, ast.Attribute):
+            after.insert(0, node.attr)
+            node = node.value
     name, called = (node.func, True) if isinstance(node, ast.Call) else (node, False)
     args, kwargs = _literals(node) if isinstance(node, ast.Call) else ((), {})
     if not all(isinstance(part, (ast.Name, ast.Attribute, ast.Load)) for part in ast.walk(name)):
         raise UnusableError(f"expected name or name(arguments) after the colon, got {call!r}")
-    return Target(text, module, tuple(ast.unparse(name).split(".")), called, args, kwargs)
+    return Target(text, module, tuple(ast.unparse(name).split(".")), called, args, kwargs, tuple(after))
 
 
 def _literals(call: ast.Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -206,8 +214,23 @@ def load(target: Target, memory: float = math.inf) -> Callable[..., Any]:
         found: Any = importlib.import_module(target.module)
     except (Exception, SystemExit) as error:
         raise UnusableError(f"cannot import {target.module}: {type(error).__name__}: {one_line(error)}") from error
-    where = target.module
-    for name in target.path:
+    found, where = _inside(found, target.module, target.path)
+    if target.called:
+        found, where = _inside(_call(target, found, memory), where, target.after)
+    elif isinstance(found, type):
+        text = target.text.strip()
+        raise UnusableError(f"{where} is a class: add its arguments in parentheses, as in {text}{_signature(found)}")
+    if not callable(found):
+        what = "returned" if target.called and not target.after else "is"
+        raise UnusableError(
+            f"expected a module or a function, but {where} {what} an object of type {type(found).__name__}"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _inside(found: Any, where: str, path: tuple[str, ...]) -> tuple[Any, str]:
+    """Return an attribute of an object, or the object for no path, and what to call it."""
+    for name in path:
         try:
             found = getattr(found, name)
         except Exception as error:
@@ -215,17 +238,7 @@ def load(target: Target, memory: float = math.inf) -> Callable[..., Any]:
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UnusableError(f"{where} has no {name!r}{hint}") from error
         where = f"{where}.{name}"
-    if target.called:
-        found = _call(target, found, memory)
-    elif isinstance(found, type):
-        text = target.text.strip()
-        raise UnusableError(f"{where} is a class: add its arguments in parentheses, as in {text}{_signature(found)}")
-    if not callable(found):
-        what = "returned" if target.called else "is"
-        raise UnusableError(
-            f"expected a module or a function, but {where} {what} an object of type {type(found).__name__}"
-        )
-    return found  # type: ignore[no-any-return]
+    return found, where
 
 
 def _signature(cls: type) -> str:

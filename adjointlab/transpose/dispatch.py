@@ -6,10 +6,12 @@ function depends on besides tensors. A call takes the first whose guards hold. W
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,7 +33,7 @@ from adjointlab.transpose.frontend.capture import capture
 from adjointlab.transpose.frontend.selected import Selected
 from adjointlab.transpose.frontend.trace import UntraceableError
 from adjointlab.transpose.frontend.vjp import Tensors
-from adjointlab.transpose.kernels.select import remembered
+from adjointlab.transpose.kernels.select import MapChooser, remembered
 from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import canonical, is_captured
@@ -45,6 +47,14 @@ _WORTH = 64  # calls that pay for a derivation
 
 _BUILDING = threading.RLock()  # tracing replaces functions of torch for a while: one thread does so at a time
 _is_compiling = torch.compiler.is_compiling
+
+# What gives the derivation and state of a source for a size instead, in the thread at hand: an export does.
+STAND_IN: ContextVar[Callable[[Transposition, tuple[int, ...]], tuple[Derivation, Tensors]] | None]
+STAND_IN = ContextVar("STAND_IN", default=None)
+
+
+def _has_stand_in() -> bool:
+    return not _is_compiling() and STAND_IN.get() is not None
 
 
 class Transposition:
@@ -176,7 +186,7 @@ class Transposition:
         given = [self.domain.leaves(x), codomain.leaves(y), *([] if weight is None else [codomain.leaves(weight)])]
         leaves = tuple(t for part in given for t in part)
         k = self.domain.batch_dims
-        if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves) or not compat.plain():
+        if any(t.shape[:k] != leaves[0].shape[:k] for t in leaves) or not (compat.plain() or _has_stand_in()):
             return None  # for the parts to refuse, one after the other
         derivation, state = self._current(given[0])
         if derivation.of_storage or compat.differentiated((*leaves, *state)):
@@ -268,6 +278,8 @@ class Transposition:
             if known is None:
                 return self._eager("torch.compile met a size that was not seen before"), ()
             return known[0], tuple([source.read() for source in known[0].state])
+        if (stand_in := STAND_IN.get()) is not None:
+            return stand_in(self, batch)
         frozen = self._frozen
         if frozen is not None and batch in frozen:
             return frozen[batch]
@@ -336,6 +348,24 @@ class Transposition:
             oldest = next(size for size in self._derivations if size not in {batch, self.domain.batch_shape})
             del self._derivations[oldest]
         return derivation, tuple(source.read() for source in derivation.state)
+
+    def fixed(self, batch: tuple[int, ...], choose_map: MapChooser | None = None) -> tuple[Derivation, Tensors]:
+        """Return the derivation for a size and its state as it is now, as functions without derivatives.
+
+        It is derived afresh, apart from those in use, if a rule for maps by index is given, or they are compiled.
+        """
+        if choose_map is None and self.options.requested != "compiled":
+            derivation, state = self._at(batch)
+        else:
+            twin = copy.copy(self)
+            engine = "auto" if self.options.requested == "compiled" else self.options.requested
+            rule = choose_map or self.options.choose_map
+            twin.options = replace(self.options, requested=engine, choose_map=rule)
+            twin._listings, twin._judged, twin._rebuilds = set(), WeakKeyDictionary(), 0
+            with self._alone():
+                derivation = twin._derived(batch)
+            state = tuple(source.read() for source in derivation.state)
+        return derivation.fixed(state), tuple(t.detach() for t in state)
 
     def current(self) -> list[Derivation]:
         """Return the derivations of all sizes, up to date."""

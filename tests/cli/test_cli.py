@@ -215,6 +215,9 @@ def test_explain_of_an_affine_and_of_a_nonlinear_map():
         ("torch..nn:Conv2d(1,1,3)", "before the colon"),
         ("torch.nn:Conv2d(1,1,3", "after the colon"),
         ("torch.nn:Conv2d(1)(2)", "after the colon"),
+        ("torch.nn:Conv2d(1,1,3).weight[0]", "after the colon"),
+        ("torch.nn:Conv2d(1,1,3).forwards", "did you mean forward?"),
+        ("torch.nn:Conv2d(1,1,3).weight", "is an object of type Parameter"),
         ("torch.nn:1+1", "after the colon"),
         ("torch.nn:Conv2d(1,1,3);f", "after the colon"),
         ("torch.nn:Conv2d(1,1,k)", "must be literals"),
@@ -274,6 +277,11 @@ def test_unusable_targets_give_one_line(target, said):
         ((*SHAPE, "--kwargs", "a=b"), "name=literal"),
         ((*SHAPE, "--kwargs", "a=1)(b=2"), "name=literal"),
         ((*SHAPE, "--no-such-option"), "--no-such-option"),
+        ((*SHAPE, "--tol", "2"), "--tol"),
+        ((*SHAPE, "--tol", "nan"), "--tol"),
+        ((*SHAPE, "--arrays", "numpy"), "--adjoint"),
+        ((*SHAPE, "--adjoint", GOOD, "--jacobian"), "--jacobian"),
+        ((*SHAPE, "--adjoint", "nowhere:f"), "cannot import"),
     ],
 )
 def test_unusable_options_give_one_line(options, said):
@@ -290,6 +298,109 @@ def test_debug_shows_the_traceback():
     assert result.exit_code == 2
     assert "Traceback" in result.stderr
     assert "ModuleNotFoundError" in result.stderr
+
+
+# -- pairs of functions, and files ---------------------------------------------------------------------------------
+
+PAIR = """
+import numpy as np
+import torch
+
+def forward(x):
+    return np.cumsum(np.asarray(x) if isinstance(x, np.ndarray) else stop())
+
+def backward(y):
+    return np.cumsum(y[::-1])[::-1]
+
+def twice(y):
+    return 2 * backward(y)
+
+def rough(y):
+    return backward(y) * np.float32(1.0003)
+
+def stop():
+    raise TypeError("an array, please")
+
+class Physics:
+    def __init__(self, n):
+        self.n = n
+        self.inner = self
+
+    def A(self, x):
+        return torch.nn.functional.pad(x, (0, self.n))
+
+    def At(self, y):
+        return y[..., : -self.n]
+"""
+
+
+@pytest.fixture
+def pair(tmp_path, monkeypatch):
+    (tmp_path / "pair.py").write_text(PAIR)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("pair", None)
+
+
+def checked(*arguments):
+    done = invoke("check", *arguments, "--shape", "6", "--json")
+    return done.exit_code, json.loads(done.stdout)
+
+
+@pytest.mark.usefixtures("pair")
+def test_pairs_of_functions_of_arrays_are_checked():
+    arrays = "pair:forward", "--arrays", "numpy"
+    code, record = checked(*arrays, "--adjoint", "pair:backward")
+    assert (code, record["passed"], record["claimed"]) == (0, True, "pair:backward")
+    code, record = checked(*arrays, "--adjoint", "pair:twice")
+    assert code == 1
+    diagnosis = record["adjoint"]["diagnosis"]
+    assert "2.000 × too large" in diagnosis
+    said = invoke("check", *arrays, "--adjoint", "pair:twice", "--shape", "6").stdout
+    assert f"adjoint test FAILED: {diagnosis}" in said  # in the words of Python
+
+
+def test_pairs_of_functions_of_jax_are_checked():
+    pytest.importorskip("jax")
+    flip = "jax.numpy:flip", "--arrays", "jax"
+    assert checked(*flip, "--adjoint", "jax.numpy:flip")[0] == 0
+    assert checked(*flip, "--adjoint", "jax.numpy:negative")[0] == 1
+
+
+@pytest.mark.usefixtures("pair")
+def test_a_tolerance_is_what_is_judged_by():
+    claim = "pair:forward", "--arrays", "numpy", "--adjoint", "pair:rough"
+    assert checked(*claim)[0] == 1
+    code, record = checked(*claim, "--tol", "1e-3")
+    assert (code, record["adjoint"]["tolerance"]) == (0, 1e-3)
+    assert "within --tol" in str(record["adjoint"]["notes"])
+    assert checked(*claim, "--tol", "1e-4")[0] == 1
+
+
+@pytest.mark.usefixtures("pair")
+def test_targets_are_attributes_of_what_a_call_returns():
+    assert checked("pair:Physics(2).A")[0] == 0
+    assert checked("pair:Physics(n=2).inner.A", "--adjoint", "pair:Physics(2).At")[0] == 0
+    code, record = checked("pair:Physics(2).A", "--adjoint", "pair:Physics(1).At")
+    assert (code, record["passed"]) == (1, False)
+
+
+def test_maps_are_written_to_files(tmp_path):
+    file = tmp_path / "adjoint.pt2"
+    target = "torch.nn:Conv2d(1,2,3,padding=1,bias=False)"
+    done = invoke("export", target, *SHAPE, "--adjoint", "--batch", "1", "8", "--output", str(file), "--seed", "3")
+    assert done.exit_code == 0, done.output
+    assert f"{target}: written" in done.stdout
+    torch.manual_seed(3)
+    A = al.linear_operator(torch.nn.Conv2d(1, 2, 3, padding=1, bias=False), (1, 1, 6, 5), batch_dims=1)
+    y = torch.randn(4, 2, 6, 5)
+    torch.testing.assert_close(torch.export.load(file).module()(y), A.H(y).detach())
+    refused = invoke("export", "torch.nn:ReLU()", *SHAPE, "--output", str(file))
+    assert refused.exit_code == 1
+    assert "NotLinearError" in refused.stdout
+    assert "ends with .pt2" in unusable("export", target, *SHAPE, "--output", str(tmp_path / "a.txt"))
+    assert "--output" in unusable("export", target, *SHAPE)
+    assert "one TARGET" in unusable("export", target, target, *SHAPE, "--output", str(file))
 
 
 # -- modules of the user's own -------------------------------------------------------------------------------------

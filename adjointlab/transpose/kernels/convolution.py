@@ -91,8 +91,10 @@ def _phases(spec: ConvSpec) -> Ints:
     fitting = [block for block in itertools.product(*options) if math.prod(block) * spec.output_shape[0] <= VECTOR]
     fullest = max(map(math.prod, fitting), default=0)
     blocks = [block for block in fitting if math.prod(block) == fullest]
-    # Of equal ones, that along outer dimensions: its outputs are moved in longer pieces.
-    return min(reversed(blocks), key=lambda block: phases_cost(spec._replace(phases=block)), default=least)
+    # Of equal ones, that along outer dimensions: its outputs are moved in longer pieces. The same for all batch sizes,
+    # for which a kernel is chosen once.
+    one = spec._replace(batch=1)
+    return min(reversed(blocks), key=lambda block: phases_cost(one._replace(phases=block)), default=least)
 
 
 def phases_cost(spec: ConvSpec) -> float:

@@ -99,6 +99,17 @@ class Derivation:
 
         return replace(self, programs=programs, gram=gram)
 
+    def fixed(self, state: Tensors) -> Derivation:
+        """Return the programs for a state that does not change as functions without derivatives, also under a trace."""
+        programs = {name: program.frozen(state) for name, (program, _) in self.programs.items()}
+
+        @functools.cache
+        def gradient(weighted: bool, residual: bool) -> Program | None:
+            program = self.gradient(weighted, residual)
+            return None if program is None else program.frozen(state)
+
+        return replace(self, programs={name: (p, p.run) for name, p in programs.items()}, gradient=gradient)
+
     def keeping(self, most: float) -> Derivation:
         """Return the user's functions with a pull-back that is kept, if it takes no more bytes than ``most``."""
         assert self.user is not None
