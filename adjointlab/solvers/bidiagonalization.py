@@ -46,9 +46,8 @@ def lsmr(
     - ``cond(A) ≥ conlim``: the problem is too ill-conditioned to continue.
 
     It verifies the first two by computing r and ``Aᴴr`` from x again. With a preconditioner M, ``√⟨Aᴴr, MAᴴr⟩``
-    decreases at every step, and the norm in the rules is still that of ``Aᴴr``; ``‖A‖`` is estimated from below, and
-    ``cond(A)`` is that of the preconditioned operator. With ``batch_dims``, every entry of the batch is a separate
-    problem.
+    decreases at every step, and the norm in the rules is still that of ``Aᴴr``; ``cond(A)`` is that of the
+    preconditioned operator. With ``batch_dims``, every entry of the batch is a separate problem.
 
     Parameters
     ----------
@@ -183,7 +182,7 @@ class _LeftVector:
     problem: Problem
     u: Vector
     damping_rows: Vector = field(default_factory=list)
-    reach: Tensor = field(init=False)  # ‖Aᴴu‖ / ‖u‖, with a preconditioner
+    reach: Tensor = field(init=False)  # the norm of all Aᴴu / ‖u‖ so far, with a preconditioner
 
     def __post_init__(self) -> None:
         self.reach = self.problem.domain.scalar(0)
@@ -211,7 +210,7 @@ class _LeftVector:
             square = square + self.problem.square * domain.dot(self.damping_rows, self.damping_rows)
         beta = square.sqrt()
         if self.problem.precondition is not None:
-            self.reach = domain.norm(s) * _inverse(beta)
+            self.reach = torch.hypot(self.reach, domain.norm(s) * _inverse(beta))
         domain.scale(q, -beta)
         domain.add(q, _inverse(beta), s)
         if self.damping_rows:

@@ -105,7 +105,11 @@ def cg(
     tensor([1.0000, 0.5000])
     """
     tol = nonnegative("tol", tol)
-    problem = Problem.of(A, b, precondition=precondition)
+    if isinstance(precondition, str):  # "auto" is about AᴴWA
+        raise SpaceMismatchError(
+            f"expected an operator or a function as the preconditioner of cg, got {precondition!r}: cgls and lsmr take it"
+        )
+    problem = Problem.of(A, b, M=precondition)
     if problem.A.domain != problem.A.codomain:
         raise SpaceMismatchError(
             f"expected an operator from a space to itself, got one from {A.domain} to {A.codomain}: use cgls or lsmr"
@@ -211,9 +215,10 @@ def cgls(
         ``damp²`` is the weight of the penalty ``‖x‖²``; a tensor has no dimensions, or one entry for each problem.
     weight : LinearOperator, or pytree of real tensors, optional
         The weight ``W``, a self-adjoint positive operator or the entries of a diagonal one.
-    precondition : LinearOperator or callable, optional
+    precondition : LinearOperator, callable or "auto", optional
         The preconditioner ``M ≈ (AᴴWA + damp²)⁻¹``, self-adjoint and positive definite, an operator on the domain or a
-        function; :mod:`adjointlab.precondition` makes some. One that turns out to be neither is a ``reason``.
+        function; ``adjointlab.precondition`` makes some, and ``"auto"`` takes its :func:`~adjointlab.precondition.auto`
+        for this problem. One that turns out to be neither is a ``reason``.
     tol : float
         Relative tolerance of the gradient.
     noise : float or Tensor, optional

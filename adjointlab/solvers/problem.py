@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from adjointlab.affine import AffineOperator, require_operator
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.least_squares import weight_entries, weight_operator
 from adjointlab.operators import LinearOperator
+from adjointlab.precondition.equations import Equations
+from adjointlab.precondition.spectra import of_equations
 from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector, times
 from adjointlab.solvers.fourier import FourierBasis
 from adjointlab.typed import X
 
-Preconditioner: TypeAlias = "LinearOperator[X, X] | Callable[[X], X]"  # M
+Preconditioner: TypeAlias = "LinearOperator[X, X] | Callable[[X], X] | Literal['auto']"  # M
 _MOST_STEPS = 10_000
 
 
@@ -46,11 +48,7 @@ class Problem:
 
     @staticmethod
     def of(
-        A: LinearOperator | AffineOperator,
-        y: Any,
-        weight: Any = None,
-        damp: float | Tensor = 0.0,
-        precondition: Any = None,
+        A: LinearOperator | AffineOperator, y: Any, weight: Any = None, damp: float | Tensor = 0.0, M: Any = None
     ) -> Problem:
         """Return the problem; the offset of an affine operator is subtracted from the data."""
         require_operator(A)
@@ -62,8 +60,11 @@ class Problem:
             offset = A.codomain.leaves(A(domain.space.zeros()))
             y = A.codomain.unflatten([a - b for a, b in zip(leaves, offset, strict=True)])
             A = A.linear
-        _require_preconditioner(A, precondition)
-        return Problem(A, y, weigh, domain, codomain, of_each(domain, "damp", damp), precondition=precondition)
+        damping = of_each(domain, "damp", damp)
+        if isinstance(M, str) and M == "auto":
+            M = of_equations(Equations(A, weight, damp, batch))
+        _require_preconditioner(A, M)
+        return Problem(A, y, weigh, domain, codomain, damping, precondition=M)
 
     def diagonalized(self) -> Problem:
         """Return the problem in the Fourier basis if all of its maps are diagonal there, else this problem."""
@@ -177,7 +178,13 @@ class Problem:
         if self.precondition is None:
             return s, self.domain.dot(s, s)
         found = self.precondition(self.domain.element(s))
-        z = times(as_vector(self.domain.space.leaves(found, "what the preconditioner returns")), self.lift)
+        z = as_vector(self.domain.space.leaves(found, "what the preconditioner returns"))
+        if any(a.shape != b.shape for a, b in zip(s, z, strict=True)):
+            raise SpaceMismatchError(
+                f"expected a preconditioner for the batch sizes of the data, {self.domain.batch}, got shapes "
+                f"{[tuple(t.shape) for t in z]}: build it with these sizes"
+            )
+        z = times(z, self.lift)
         return z, self.domain.dot(s, z)
 
     def norm(self, s: Vector, square: Tensor) -> Tensor:
@@ -227,9 +234,10 @@ def _product(w: Tensor, r: Tensor) -> Tensor:
 
 def _require_preconditioner(A: LinearOperator, M: Any) -> None:
     if M is not None and not callable(M):
+        came = repr(M) if isinstance(M, str) else type(M).__name__
         raise SpaceMismatchError(
-            f"expected a preconditioner that is an operator or a function on the domain of A, got {type(M).__name__}: "
-            "al.diagonal makes an operator of the entries of a diagonal one"
+            f"expected a preconditioner that is an operator or a function on the domain of A, or, for least squares, "
+            f"'auto', got {came}: al.diagonal makes an operator of the entries of a diagonal one"
         )
     if isinstance(M, LinearOperator) and not M.domain == M.codomain == A.domain:
         raise SpaceMismatchError(
