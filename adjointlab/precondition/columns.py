@@ -92,9 +92,8 @@ def probed_norms(
     gram: Callable[[Leaves], Leaves], space: Space, samples: int, generator: torch.Generator
 ) -> tuple[list[Tensor], float]:
     """Return the diagonal of a self-adjoint map, for all places of a batch, and its relative error."""
-    # A vector that is ±1 at every p-th place of each dimension and zero elsewhere, times its image, has at these places
-    # the entries of the diagonal, apart from what couples them to others p places away. The error is that of one such
-    # vector with other signs.
+    # A vector that is ±1 at places that are apart and zero elsewhere, times its image, has at these places the entries
+    # of the diagonal, but for what couples one to another. The error is that of one such vector with other signs.
     found = [torch.zeros(s.shape, dtype=torch.float64, device=s.device) for s in space.specs]
     gap = size = 0.0
     for at, (total, spec) in enumerate(zip(found, space.specs, strict=True)):
@@ -109,26 +108,38 @@ def probed_norms(
 
 
 def _period(sizes: Sequence[int], samples: int) -> int:
-    """Return the largest odd distance of places for which so many vectors do; odd, as couplings are not by chance."""
+    """Return the largest distance of places for which so many vectors do."""
     period = 1
-    while period < max(sizes, default=1) and math.prod(min(period + 2, n) for n in sizes) <= samples:
-        period += 2
+    while period < max(sizes, default=1) and _count(sizes, period + 1) <= samples:
+        period += 1
     return period
 
 
-def _combs(shape: Sequence[int], batch_dims: int, period: int) -> Iterator[tuple[slice, ...]]:
-    free = [slice(None)] * batch_dims
-    for first in itertools.product(*[range(min(period, n)) for n in shape[batch_dims:]]):
-        yield (*free, *[slice(start, None, period) for start in first])
+def _count(sizes: Sequence[int], period: int) -> int:
+    return math.prod(len(_shifts(n, period)) for n in sizes)
+
+
+def _shifts(n: int, period: int) -> list[Tensor]:
+    """Return sets of places from 0 to n that are so far apart, also around the end, as many as cover all."""
+    count = max(1, n // period)
+    count -= 1 - count % 2  # aliases of undersampled data are n/2 or n/4 apart
+    first = torch.arange(count + 1, device="cpu") * n // count
+    return [place[place < first[1:]] for place in (first[:-1] + shift for shift in range(-(-n // count)))]
+
+
+def _combs(shape: Sequence[int], batch_dims: int, period: int) -> Iterator[tuple[Any, ...]]:
+    sizes = shape[batch_dims:]
+    for places in itertools.product(*[_shifts(n, period) for n in sizes]):
+        yield (*[slice(None)] * batch_dims, *torch.meshgrid(*places, indexing="ij"))
 
 
 def _seen(
-    gram: Callable[[Leaves], Leaves], space: Space, at: int, place: tuple[slice, ...], generator: torch.Generator
+    gram: Callable[[Leaves], Leaves], space: Space, at: int, place: tuple[Any, ...], generator: torch.Generator
 ) -> Tensor:
     """Return the entries of the diagonal at some places of a leaf, as random signs there show them."""
     leaves = [torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in space.specs]
-    part = leaves[at][place]
-    signs = torch.randint(0, 2, part.shape, generator=generator, device="cpu").mul_(2).sub_(1)
-    part.copy_(signs)
+    shape = leaves[at][place].shape
+    signs = torch.randint(0, 2, shape, generator=generator, device="cpu").mul_(2).sub_(1).to(leaves[at])
+    leaves[at][place] = signs
     image = gram(tuple(leaves))[at][place]
-    return (image.real * part.real).double()
+    return (image.real * signs.real).double()

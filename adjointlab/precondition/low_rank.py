@@ -13,7 +13,6 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.precondition.columns import Leaves
 from adjointlab.precondition.equations import Equations, of_module, seeded
-from adjointlab.space import Space
 from adjointlab.space.coordinates import common_dtype
 from adjointlab.typed import X
 
@@ -24,9 +23,9 @@ class _LowRank(nn.Module):
     basis: Tensor
     factors: Tensor
 
-    def __init__(self, space: Space, basis: Tensor, factors: Tensor, rest: float) -> None:
+    def __init__(self, basis: Tensor, factors: Tensor, rest: float) -> None:
         super().__init__()
-        self.space, self.rest = space, rest
+        self.rest = rest
         self.register_buffer("basis", basis)
         self.register_buffer("factors", factors - rest)
 
@@ -130,7 +129,7 @@ def nystrom(
     largest = float(values[0]) + square
     least = max(float(values[-1]) + square, torch.finfo(like.dtype).eps * largest) if largest > 0 else 1.0
     factors = 1 / (values + square).clamp_min(least)
-    return of_module(_LowRank(space, basis, factors, 1 / least), space)
+    return of_module(_LowRank(basis, factors, 1 / least), space)
 
 
 def _eigenvectors(draws: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:

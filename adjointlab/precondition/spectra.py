@@ -13,7 +13,7 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.precondition.columns import Leaves
 from adjointlab.precondition.equations import Equations, of_module, positive, seeded
-from adjointlab.space import Space, TensorSpec
+from adjointlab.space import TensorSpec
 from adjointlab.typed import X
 
 _SURE = 0.05  # error up to which norms may scale a gram whose spectrum is to be seen
@@ -24,9 +24,9 @@ _SAMPLES = 8
 class _Filter(nn.Module):
     """``s ↦ c F⁻¹(λ⁻¹ F(c s))``, leaf by leaf, with a Fourier transform F over the last dimensions."""
 
-    def __init__(self, space: Space, dims: list[int], scales: list[Tensor] | None, inverses: list[Tensor]) -> None:
+    def __init__(self, dims: list[int], scales: list[Tensor] | None, inverses: list[Tensor]) -> None:
         super().__init__()
-        self.structure, self.dims, self.is_scaled = space.structure, dims, scales is not None
+        self.dims, self.is_scaled = dims, scales is not None
         for index, inverse in enumerate(inverses):
             self.register_buffer(f"inverse_{index}", inverse)
         for index, scale in enumerate(scales or []):
@@ -143,7 +143,7 @@ def _circulant(
         rows = [_spectrum(q, n).abs().double().square() for q, n in zip(image, each, strict=True)]
         total = [a + b / samples for a, b in zip(total, rows, strict=True)]
     inverses = [_inverse(lengths.sqrt(), spec) for lengths, spec in zip(total, space.specs, strict=True)]
-    return of_module(_Filter(space, each, scales, inverses), space)
+    return of_module(_Filter(each, scales, inverses), space)
 
 
 def _inverse(lengths: Tensor, spec: TensorSpec) -> Tensor:

@@ -107,7 +107,8 @@ def cg(
     tol = nonnegative("tol", tol)
     if isinstance(precondition, str):  # "auto" is about AᴴWA
         raise SpaceMismatchError(
-            f"expected an operator or a function as the preconditioner of cg, got {precondition!r}: cgls and lsmr take it"
+            f"expected an operator or a function as the preconditioner of cg, got {precondition!r}: cgls and lsmr take "
+            "that"
         )
     problem = Problem.of(A, b, M=precondition)
     if problem.A.domain != problem.A.codomain:
