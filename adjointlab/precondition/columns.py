@@ -24,7 +24,7 @@ _MOST = 1 << 24  # entries of a matrix
 def squared_norms(A: LinearOperator, weight: Any | None, domain: Space) -> Tensor | None:
     """Return ``Σᵢ wᵢ |aᵢⱼ|²`` for a domain of one tensor, None where the entries of A are not known."""
     codomain = A.codomain
-    if len(domain.specs) > 1 or domain.is_sharded:
+    if len(domain.specs) > 1 or domain.is_sharded or not domain.specs[0].shape:
         return None
     spec, batch = domain.specs[0], domain.batch_shape
     try:
@@ -61,6 +61,8 @@ def _matrices(A: LinearOperator, batch: tuple[int, ...]) -> list[Rows]:
         ]
     if made is blocks.vstack:
         return [rows for part in arguments[0] for rows in _matrices(part, batch)]
+    if made is operators._scale_output and not isinstance(arguments[0], Tensor):
+        return [rows.of(rows.start, rows.column, arguments[0] * rows.value) for rows in _matrices(arguments[1], batch)]
     if made is operators._compose:
         outer, inner = (_matrices(part, batch) for part in arguments)
         if len(inner) == 1:
@@ -130,7 +132,7 @@ def _shifts(n: int, period: int) -> list[Tensor]:
 def _combs(shape: Sequence[int], batch_dims: int, period: int) -> Iterator[tuple[Any, ...]]:
     sizes = shape[batch_dims:]
     for places in itertools.product(*[_shifts(n, period) for n in sizes]):
-        yield (*[slice(None)] * batch_dims, *torch.meshgrid(*places, indexing="ij"))
+        yield (*[slice(None)] * batch_dims, *(torch.meshgrid(*places, indexing="ij") if places else ()))
 
 
 def _seen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,7 +29,10 @@ class Equations:
         self.A: LinearOperator = A.linear if isinstance(A, AffineOperator) else A
         self.weight = None if weight is None else weight_operator(self.A, weight)
         entries = None if self.weight is None else blocks.diagonal_entries(self.weight)
-        self.square = torch.as_tensor(damp, dtype=torch.float64, device=A.domain.specs[0].device).detach().square()
+        damping = torch.as_tensor(damp, dtype=torch.float64, device=A.domain.specs[0].device).detach()
+        if not bool(((damping >= 0) & (damping < math.inf)).all()):
+            raise ValueError(f"expected damp to be finite and 0 or more, got {damping}: take its absolute")
+        self.square = damping.square()
         if batch is None and entries is not None:
             batch = tuple(A.codomain.leaves(entries)[0].shape[: A.codomain.batch_dims])
         elif batch is None:

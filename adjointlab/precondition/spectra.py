@@ -45,6 +45,8 @@ class _Filter(nn.Module):
 
 def _spectrum(leaf: Tensor, dims: int) -> Tensor:
     """Return the Fourier transform over the last dimensions, half of it if the leaf is real."""
+    if not dims:
+        return leaf.to(torch.complex128)
     over = tuple(range(-dims, 0))
     leaf = leaf.float() if leaf.dtype in {torch.float16, torch.bfloat16} else leaf
     transform = torch.fft.fftn if leaf.is_complex() else torch.fft.rfftn
@@ -54,6 +56,8 @@ def _spectrum(leaf: Tensor, dims: int) -> Tensor:
 
 def _image(spectrum: Tensor, like: Tensor, dims: int) -> Tensor:
     over = tuple(range(-dims, 0))
+    if not dims:
+        return (spectrum if like.is_complex() else spectrum.real).to(like.dtype)
     if like.is_complex():
         found: Tensor = torch.fft.ifftn(spectrum, dim=over, norm="ortho")
     else:
@@ -158,9 +162,9 @@ def _transformed(spec: TensorSpec, batch_dims: int, dims: int | None) -> int:
     most = len(spec.shape) - batch_dims
     if dims is None:
         return max(1, len(spec.shape) - max(2, batch_dims)) if len(spec.shape) > 2 else most
-    if not 1 <= dims <= most:
+    if not 1 <= dims <= max(most, 1):
         raise ValueError(f"expected dims between 1 and {most}, the dimensions of a leaf that are no batch, got {dims}")
-    return dims
+    return min(dims, most)
 
 
 def _phases(spectrum: Tensor) -> Tensor:

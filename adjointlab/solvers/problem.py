@@ -60,11 +60,18 @@ class Problem:
             offset = A.codomain.leaves(A(domain.space.zeros()))
             y = A.codomain.unflatten([a - b for a, b in zip(leaves, offset, strict=True)])
             A = A.linear
-        damping = of_each(domain, "damp", damp)
+        problem = Problem(A, y, weigh, domain, codomain, of_each(domain, "damp", damp))
         if isinstance(M, str) and M == "auto":
-            M = of_equations(Equations(A, weight, damp, batch))
+            M = problem._automatic(weight)
         _require_preconditioner(A, M)
-        return Problem(A, y, weigh, domain, codomain, damping, precondition=M)
+        return replace(problem, precondition=M)
+
+    def _automatic(self, weight: Any) -> LinearOperator:
+        """Return a preconditioner for a multiple of these equations that is not of extreme size."""
+        with torch.no_grad(), self.domain.space.without_autocast():
+            gain = self.scaled().gain
+        A = self.A if gain == 1 else gain * self.A
+        return of_equations(Equations(A, weight, gain * self.damp.detach(), self.domain.batch))
 
     def diagonalized(self) -> Problem:
         """Return the problem in the Fourier basis if all of its maps are diagonal there, else this problem."""

@@ -250,3 +250,40 @@ def test_bad_arguments_are_refused() -> None:
     ):
         with pytest.raises(error, match=match):
             call()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_automatic_one_of_an_operator_of_extreme_size(scale: float) -> None:
+    A, _, damp = scaled()
+    y = A(random(1, 1, 64, 64))
+    plain, found = (
+        al.solvers.cgls(B, y, damp=s * damp, tol=1e-4, precondition="auto") for B, s in ((A, 1.0), (scale * A, scale))
+    )
+    assert found.converged
+    assert found.iterations <= plain.iterations + 4
+    assert norm(scale * found.x - plain.x) <= 0.01 * norm(plain.x)  # κ = 1e5, tol = 1e-4: as far as both are solved
+
+
+def test_leaves_without_dimensions_and_every_kind_of_damping() -> None:
+    A = al.linear_operator(
+        lambda d: d["image"] + 2 * d["offset"], {"image": torch.zeros(3, 4), "offset": torch.zeros(())}
+    )
+    y = torch.randn(3, 4)
+    assert al.solvers.cgls(A, y, precondition="auto").converged
+    for damp in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="damp to be finite and 0 or more"):
+            precondition.diagonal(A, damp=damp)
+
+
+def test_derivatives_through_the_automatic_one() -> None:
+    c = blur("reflect", width=3).requires_grad_(True)
+    A = al.linear_operator(c, (1, 1, 12, 12))
+    y, w, damp = torch.randn(1, 1, 12, 12), random(1, 1, 12, 12).requires_grad_(), torch.tensor(0.3, requires_grad=True)
+    plain, found = (
+        torch.autograd.grad(
+            al.solvers.cgls(A, y, weight=w, damp=damp, precondition=M).x.square().sum(), (c.weight, w, damp)
+        )
+        for M in (None, "auto")
+    )
+    for a, b in zip(plain, found, strict=True):
+        assert norm(a - b) <= 1e-3 * norm(a)  # κ ≤ (1 + 0.09) / 0.09, twice, and tol = 1e-6
