@@ -35,14 +35,33 @@ def squared_norms(A: LinearOperator, weight: Any | None, domain: Space) -> Tenso
     count = spec.numel // math.prod(batch)
     total = torch.zeros(math.prod(batch), count, dtype=torch.float64, device=spec.device)
     for rows, w in zip(matrices, weights, strict=True):
-        found = rows.compact(count)
-        squares = found.value.abs().double().square()
         if w is None:
-            total += squares.new_zeros(count).index_add_(0, found.column, squares)
-            continue
-        each = w.detach().real.double().reshape(len(total), -1).index_select(1, found.row)
-        total.index_add_(1, found.column, squares * each)
+            each = total.new_ones(1, len(rows.counts)).expand(len(total), -1)
+        else:
+            each = w.detach().real.double().reshape(len(total), -1)
+        twice = _rows_with_sums(rows)
+        if len(twice):
+            several = rows.take(twice).compact(count)
+            total += _sums(several, each.index_select(1, twice), count)
+            each = each.index_fill(1, twice, 0)
+        total += _sums(rows, each, count)
     return total.reshape(spec.shape)
+
+
+def _sums(rows: Rows, weights: Tensor, count: int) -> Tensor:
+    """Return the sums of weighted squares over columns, one line for each line of weights."""
+    squares = rows.value.abs().double().square()
+    lines = [squares * line.repeat_interleave(rows.counts) for line in weights]
+    found: Tensor = torch.stack([torch.bincount(rows.column, line, count) for line in lines])
+    return found
+
+
+def _rows_with_sums(rows: Rows) -> Tensor:
+    """Return the rows that may have several entries for one column: those whose columns do not rise."""
+    falls = rows.column.diff() <= 0
+    ends = rows.start[1:-1]
+    falls[ends[(ends > 0) & (ends < len(rows.column))] - 1] = False
+    return (torch.searchsorted(rows.start, falls.nonzero()[:, 0], right=True) - 1).unique()
 
 
 def _matrices(A: LinearOperator, batch: tuple[int, ...]) -> list[Rows]:
