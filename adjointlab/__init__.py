@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adjointlab import solvers
+    from adjointlab import precondition, solvers
     from adjointlab.affine import AffineOperator, affine_operator
     from adjointlab.blocks import block_diag, diagonal, hstack, identity, vstack
     from adjointlab.derive import linear_adjoint, linear_operator
@@ -83,8 +83,8 @@ if not TYPE_CHECKING:  # which is to know the names that there are, and no other
     def __getattr__(name: str) -> Any:
         if name in _HOME:
             value = getattr(import_module(_HOME[name]), name)
-        elif name == "solvers":
-            value = import_module("adjointlab.solvers")
+        elif name in {"precondition", "solvers"}:
+            value = import_module(f"adjointlab.{name}")
         elif name == "__version__":
             value = _version()
         else:
@@ -112,5 +112,5 @@ __all__ = [
     "NotLinearError", "Space", "SpaceMismatchError", "TensorSpec", "affine_operator", "assert_adjoint",
     "assert_derivative", "block_diag", "check_adjoint", "check_derivative", "check_linearity", "complexify", "diagonal",
     "export", "from_pair", "hstack", "identity", "jacobian", "kron", "least_squares_gradient", "linear_adjoint",
-    "linear_operator", "map", "matrix", "operator_norm", "recurrence", "solvers", "to_dense", "vstack",
+    "linear_operator", "map", "matrix", "operator_norm", "precondition", "recurrence", "solvers", "to_dense", "vstack",
 ]  # fmt: skip

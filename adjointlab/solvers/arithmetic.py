@@ -65,9 +65,9 @@ class Vectors:
         """Return ``value`` for every problem."""
         return torch.full(self.batch, value, dtype=torch.float64, device=self.device)
 
-    def choose_precision(self, norm: Tensor) -> None:
+    def choose_precision(self, *norms: Tensor) -> None:
         """Compute every product in double precision if entries of root mean square ``norm / √n`` need it."""
-        size = norm / self.space.size**0.5
+        size = torch.stack(norms) / self.space.size**0.5
         self.wide = bool(((size > 0) & ~((size > _SAFE[0]) & (size < _SAFE[1]))).any())
 
     def dot(self, a: Vector, b: Vector) -> Tensor:
@@ -118,6 +118,10 @@ class Vectors:
     def plus(self, y: Vector, alpha: Tensor, x: Vector) -> Vector:
         """Return ``y + αx``, in separate memory."""
         return [torch.addcmul(u, v, self._for(alpha, u)) for u, v in zip(y, x, strict=True)]
+
+    def scaled(self, x: Vector, alpha: Tensor) -> Vector:
+        """Return ``αx``, in separate memory."""
+        return [v * self._for(alpha, v) for v in x]
 
     def scale(self, y: Vector, alpha: Tensor) -> None:
         """Set ``y ← αy``."""

@@ -13,8 +13,8 @@ from adjointlab.numerics import UNITS, allowance
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers import implicit
 from adjointlab.solvers.arithmetic import Vector
-from adjointlab.solvers.problem import Problem, nonnegative
-from adjointlab.solvers.solution import Callback, Monitor, Solution, Status, solve
+from adjointlab.solvers.problem import Preconditioner, Problem, nonnegative
+from adjointlab.solvers.solution import Callback, Limits, Monitor, Solution, Status, solve
 from adjointlab.typed import X, Y
 
 
@@ -25,10 +25,14 @@ def lsmr(
     x0: X | None = None,
     damp: float | Tensor = 0.0,
     weight: LinearOperator[Y, Y] | Y | None = None,
+    precondition: Preconditioner[X] | None = None,
     maxiter: int | None = None,
     atol: float = 1e-6,
     btol: float = 1e-6,
     conlim: float = 1e8,
+    noise: float | Tensor | None = None,
+    xtol: float = 0.0,
+    max_seconds: float | None = None,
     callback: Callback[X] | None = None,
     progress: bool | None = None,
 ) -> Solution[X]:
@@ -41,12 +45,13 @@ def lsmr(
     - ``‖Aᴴr‖ ≤ atol ‖A‖ ‖r‖``: x is a least-squares solution;
     - ``cond(A) ≥ conlim``: the problem is too ill-conditioned to continue.
 
-    It verifies the first two by computing r and ``Aᴴr`` from x again. With ``batch_dims``, every entry of the batch is
-    a separate problem.
+    It verifies the first two by computing r and ``Aᴴr`` from x again. With a preconditioner M, ``√⟨Aᴴr, MAᴴr⟩``
+    decreases at every step, and the norm in the rules is still that of ``Aᴴr``; ``cond(A)`` is that of the
+    preconditioned operator. With ``batch_dims``, every entry of the batch is a separate problem.
 
     Parameters
     ----------
-    A, y, x0, damp, weight, maxiter, callback, progress
+    A, y, x0, damp, weight, precondition, maxiter, noise, xtol, max_seconds, callback, progress
         As in :func:`cgls`.
     atol, btol : float
         Relative errors of A and of y; the solution is as accurate as these errors allow.
@@ -61,21 +66,21 @@ def lsmr(
     Raises
     ------
     SpaceMismatchError
-        If A is not an operator, or y, ``x0`` or the weight does not match its spaces.
+        If A is not an operator, or y, ``x0``, the weight or M does not match its spaces.
     ValueError
-        If a tolerance, ``damp`` or ``maxiter`` is negative.
+        If a tolerance, ``damp``, ``noise``, ``maxiter`` or ``max_seconds`` is negative.
 
     Notes
     -----
     x is differentiable as in :func:`cgls`. Besides x, y and the memory of A, the solver needs memory for four elements
     of the domain and two of the codomain, for one more element of the codomain if there are weights, and for one more
-    of the domain if both ``x0`` and damping are given.
+    of the domain if both ``x0`` and damping are given. A preconditioner takes three more, and one for damping.
 
     References
     ----------
     D. C.-L. Fong and M. A. Saunders, *LSMR: an iterative algorithm for sparse least-squares problems*, SIAM J. Sci.
     Comput. 33 (2011) 2950–2971. Weights: M. Arioli, *Generalized Golub–Kahan bidiagonalization and stopping criteria*,
-    SIAM J. Matrix Anal. Appl. 34 (2013) 571–592.
+    SIAM J. Matrix Anal. Appl. 34 (2013) 571–592; a preconditioner is the same for the other space.
 
     Examples
     --------
@@ -87,11 +92,11 @@ def lsmr(
     """
     atol, btol = nonnegative("atol", atol), nonnegative("btol", btol)
     conlim = nonnegative("conlim", conlim)
-    problem = Problem.of(A, y, weight, damp)
-    most = problem.steps(maxiter)
+    problem = Problem.of(A, y, weight, damp, precondition)
+    limits = Limits(problem.steps(maxiter), callback, noise, xtol, max_seconds)
     run = partial(_lsmr, atol=atol, btol=btol, conlim=conlim)
-    solution = solve(run, problem, x0, name="lsmr", maxiter=most, callback=callback, progress=progress)
-    return implicit.of_least_squares(problem, solution, min(atol, btol), most, x0)
+    solution = solve(run, problem, x0, name="lsmr", limits=limits, progress=progress)
+    return implicit.of_least_squares(problem, solution, min(atol, btol), limits.maxiter, x0)
 
 
 def _lsmr(
@@ -104,65 +109,90 @@ def _lsmr(
     rules = _StoppingRules(monitor, problem.weighted(u)[1].sqrt(), problem.eps, atol=atol, btol=btol, conlim=conlim)
     while True:
         left = _LeftVector(problem, u)
-        if started:
-            left.start(x)
-        v = domain.zeros()
-        beta = left.pull_back(v)
-        alpha = domain.norm(v)
-        domain.choose_precision(alpha * beta)
-        domain.scale(v, _inverse(alpha))
-        rules.start(alpha, beta, domain.norm(x))
+        left.start(x, started=started)
+        q = domain.zeros()
+        beta = left.pull_back(q)
+        length = domain.norm(q)
+        domain.choose_precision(length * beta)
+        rules.start(length * beta, beta, domain.norm(x))
+        v, alpha = _right_vector(problem, q, monitor, at_end=length == 0)
         state = _Recurrence(alpha, beta, domain.scalar(0) if left.damping_rows else problem.square.sqrt())
-        _steps(left, x, v, state, rules)
+        state.gradient = length * beta
+        _steps(left, x, (q, v), state, rules)
         if not monitor.reopen():
             return
         started = True
-        del left, v, u
+        del left, q, v, u
         u = codomain.copy(problem.data())
 
 
-def _steps(left: _LeftVector, x: Vector, v: Vector, state: _Recurrence, rules: _StoppingRules) -> None:
-    """Run LSMR from x and the first vectors."""
-    domain, monitor = left.problem.domain, rules.monitor
+def _right_vector(problem: Problem, q: Vector, monitor: Monitor, *, at_end: Tensor) -> tuple[Vector, Tensor]:
+    """Set ``q ← q / α``, and return ``v = Mq`` and ``α = √⟨q, Mq⟩``; it is not M that makes it zero ``at_end``."""
+    domain = problem.domain
+    z, square = problem.preconditioned(q)
+    monitor.judge(torch.where(at_end & (square == 0), 1, square))
+    alpha = square.clamp_min(0).sqrt()
+    v = q if problem.precondition is None else domain.scaled(z, _inverse(alpha))
+    domain.scale(q, _inverse(alpha))
+    return v, alpha
+
+
+def _steps(
+    left: _LeftVector, x: Vector, right: tuple[Vector, Vector], state: _Recurrence, rules: _StoppingRules
+) -> None:
+    """Run LSMR from x and the first vectors, of which the right one is ``(q, v = Mq)``."""
+    problem, domain, monitor, (q, v) = left.problem, left.problem.domain, rules.monitor, right
     going, some_stopped = monitor.start(state.residual, state.gradient)
     alpha, beta = state.alphabar, state.residual
     h, hbar = domain.copy(v), domain.zeros()
+    f = [] if problem.precondition is None else domain.copy(q)  # the direction of Aᴴr
     while going:
         if some_stopped:
             left.problem.codomain.fill(left.u, ~monitor.running)
-            for vector in (hbar, h, v, left.damping_rows):
+            for vector in (hbar, h, q, v, f, left.damping_rows):
                 domain.fill(vector, ~monitor.running)
         left.push_forward(v, -alpha * _inverse(beta))
-        beta = left.pull_back(v)
-        alpha = domain.norm(v)
-        domain.scale(v, _inverse(alpha))
+        beta = left.pull_back(q)
+        monitor.stop(~torch.isfinite(beta + left.reach), Status.NOT_FINITE)  # for which M is not to blame
+        v, alpha = _right_vector(problem, q, monitor, at_end=beta >= 0)  # a restart finds out whether it is the end
         to_hbar, to_x, to_h = state.advance(alpha, beta)
         monitor.stop(~(torch.isfinite(alpha) & torch.isfinite(beta) & domain.holds(to_x)), Status.NOT_FINITE)
         moved = monitor.running
         domain.update(hbar, h, torch.where(moved, to_hbar, 0))
         domain.add(x, torch.where(moved, to_x, 0), hbar)
         domain.update(h, v, torch.where(moved, to_h, 0))
-        rules(state, domain.norm(x))
-        going, some_stopped = monitor.step(x, state.residual, state.gradient, moved)
+        gradient = state.gradient
+        if f:
+            domain.scale(f, -state.sbar)
+            domain.add(f, state.cbar, q)
+            gradient = gradient * domain.norm(f)
+        rules(state, gradient, state.norm if problem.precondition is None else left.reach, domain.norm(x))
+        going, some_stopped = monitor.step(x, state.residual, gradient, moved, (to_x, hbar))
 
 
 @dataclass
 class _LeftVector:
     """The left vector ``βu`` of the bidiagonalisation; not normalising it saves a pass over memory.
 
-    The recurrences of LSMR damp the correction to the start. To damp x itself from a nonzero start, A is extended by
-    the rows ``damp · x = 0``. In these rows, the left vector is ``damp · damping_rows``.
+    The recurrences of LSMR damp the correction to the start, in the norm of the preconditioner. To damp x itself from a
+    nonzero start or in its own norm, A is extended by the rows ``damp · x = 0``. In these rows, the left vector is
+    ``damp · damping_rows``.
     """
 
     problem: Problem
     u: Vector
     damping_rows: Vector = field(default_factory=list)
+    reach: Tensor = field(init=False)  # the norm of all Aᴴu / ‖u‖ so far, with a preconditioner
 
-    def start(self, x: Vector) -> None:
+    def __post_init__(self) -> None:
+        self.reach = self.problem.domain.scalar(0)
+
+    def start(self, x: Vector, *, started: bool) -> None:
         """Subtract ``Ax`` from the data and, with damping, ``damp · x`` from the rows of zeros."""
         codomain, domain = self.problem.codomain, self.problem.domain
-        codomain.add(self.u, codomain.scalar(-1), self.problem.apply(x))
-        if self.problem.is_damped:
+        if started:
+            codomain.add(self.u, codomain.scalar(-1), self.problem.apply(x))
+        if self.problem.is_damped and (started or self.problem.precondition is not None):
             self.damping_rows = domain.copy(x)
             domain.scale(self.damping_rows, domain.scalar(-1))
 
@@ -172,17 +202,19 @@ class _LeftVector:
         if self.damping_rows:
             self.problem.domain.update(self.damping_rows, v, back)
 
-    def pull_back(self, v: Vector) -> Tensor:
-        """Set ``v ← Aᴴu / β − βv``, and return ``β = ‖u‖``."""
+    def pull_back(self, q: Vector) -> Tensor:
+        """Set ``q ← Aᴴu / β − βq``, and return ``β = ‖u‖``."""
         domain = self.problem.domain
         s, square = self.problem.pull_back(self.u)
         if self.damping_rows:
             square = square + self.problem.square * domain.dot(self.damping_rows, self.damping_rows)
         beta = square.sqrt()
-        domain.scale(v, -beta)
-        domain.add(v, _inverse(beta), s)
+        if self.problem.precondition is not None:
+            self.reach = torch.hypot(self.reach, domain.norm(s) * _inverse(beta))
+        domain.scale(q, -beta)
+        domain.add(q, _inverse(beta), s)
         if self.damping_rows:
-            domain.add(v, self.problem.square * _inverse(beta), self.damping_rows)
+            domain.add(q, self.problem.square * _inverse(beta), self.damping_rows)
         return beta
 
 
@@ -260,20 +292,27 @@ class _StoppingRules:
         self.monitor, self.size, self.eps, self.atol, self.btol, self.conlim = monitor, size, eps, atol, btol, conlim
         self.norm = torch.zeros_like(monitor.status, dtype=torch.float64)  # the largest estimate of ‖A‖
 
-    def start(self, alpha: Tensor, beta: Tensor, length: Tensor) -> None:
+    def start(self, gradient: Tensor, residual: Tensor, length: Tensor) -> None:
         """Apply the rules to a start: the first one, or a restart that verifies x."""
-        self.monitor.stop(~torch.isfinite(alpha * beta), Status.NOT_FINITE)
-        self.size = torch.where(self.size == 0, beta, self.size)  # zero data: measure by the start
-        self.monitor.stop(beta == 0, Status.SOLVED)
-        self.monitor.stop(alpha == 0, Status.LEAST_SQUARES)
-        self._apply(alpha * beta, beta, self.norm * length, allowance(UNITS, self.eps))
+        self.monitor.stop(~torch.isfinite(gradient), Status.NOT_FINITE)
+        self.size = torch.where(self.size == 0, residual, self.size)  # zero data: measure by the start
+        self.monitor.stop(residual == 0, Status.SOLVED)
+        self.monitor.stop(gradient == 0, Status.LEAST_SQUARES)
+        eps = allowance(UNITS, self.eps)
+        self._compare(residual, length, eps * self.size)
+        self._apply(gradient, residual, self.norm * length, eps)
 
-    def __call__(self, state: _Recurrence, length: Tensor) -> None:
-        self.norm = torch.fmax(self.norm, state.norm)
-        self._apply(state.gradient, state.residual, state.norm * length, self.eps)
+    def __call__(self, state: _Recurrence, gradient: Tensor, norm: Tensor, length: Tensor) -> None:
+        self.norm = torch.fmax(self.norm, norm)
+        self._apply(gradient, state.residual, self.norm * length, self.eps)
+        self._compare(state.residual, length)
         if self.conlim:
             self.monitor.stop(state.condition >= self.conlim, Status.ILL_CONDITIONED)
         self.monitor.stop(state.condition >= 1 / torch.finfo(torch.float64).eps, Status.ILL_CONDITIONED)
+
+    def _compare(self, residual: Tensor, length: Tensor, rounding: Tensor | float = 0.0) -> None:
+        penalty = self.monitor.problem.square * length.square()
+        self.monitor.compare((residual.square() - penalty).clamp_min(0).sqrt(), rounding)
 
     def _apply(self, gradient: Tensor, residual: Tensor, reach: Tensor, eps: float) -> None:
         self.monitor.stop(residual <= self.btol * self.size + self.atol * reach, Status.SOLVED)

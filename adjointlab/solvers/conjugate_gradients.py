@@ -15,8 +15,8 @@ from adjointlab.numerics import UNITS, allowance
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers import implicit
 from adjointlab.solvers.arithmetic import Vector
-from adjointlab.solvers.problem import Problem, nonnegative
-from adjointlab.solvers.solution import Callback, Monitor, Solution, Status, solve
+from adjointlab.solvers.problem import Preconditioner, Problem, nonnegative
+from adjointlab.solvers.solution import Callback, Limits, Monitor, Solution, Status, solve
 from adjointlab.typed import X, Y
 
 # The gradient Aᴴr contains rounding errors of at most eps ‖A‖ ‖r‖ from each of four sources: Ap, the update of r, Aᴴr,
@@ -29,8 +29,11 @@ def cg(
     b: X,
     *,
     x0: X | None = None,
+    precondition: Preconditioner[X] | None = None,
     maxiter: int | None = None,
     tol: float = 1e-6,
+    xtol: float = 0.0,
+    max_seconds: float | None = None,
     callback: Callback[X] | None = None,
     progress: bool | None = None,
 ) -> Solution[X]:
@@ -48,10 +51,18 @@ def cg(
         The right-hand side.
     x0 : pytree of tensors, optional
         The first iterate; zero if not given.
+    precondition : LinearOperator or callable, optional
+        The preconditioner ``M ≈ A⁻¹``, self-adjoint and positive definite, an operator on the domain or a function. It
+        changes the steps, and not what ``tol`` is about. One that turns out to be neither is a ``reason``.
     maxiter : int, optional
         Largest number of steps; if not given, ten per unknown, but at most 10000.
     tol : float
         Relative tolerance of the residual.
+    xtol : float
+        Stop as well once a step changes x by no more than ``xtol · ‖x‖``; 0 for never. That says nothing about the
+        residual, and is not verified.
+    max_seconds : float, optional
+        Stop, without convergence, after this time.
     callback : callable, optional
         Function that is called with a copy of x and an :class:`Info` after each step. If it returns True, the solver
         stops.
@@ -67,9 +78,9 @@ def cg(
     Raises
     ------
     SpaceMismatchError
-        If A does not map a space to itself, or b or ``x0`` is not in that space.
+        If A does not map a space to itself, b or ``x0`` is not in that space, or M does not map it to itself.
     ValueError
-        If ``tol`` or ``maxiter`` is negative.
+        If ``tol``, ``xtol``, ``maxiter`` or ``max_seconds`` is negative.
 
     Notes
     -----
@@ -77,12 +88,14 @@ def cg(
     A, and yields the derivative of the exact solution. If A is singular, that in its parameters is refused.
 
     Besides x and b, the solver needs memory for three vectors; for four if A is a cyclic convolution (``A.multiplier``
-    is not None), for which it works in Fourier space.
+    is not None), for which it works in Fourier space; for one more, and what M needs, with a preconditioner. This is
+    applied once at each step, and three times before the first one, to random vectors, to see whether it may be one.
 
     References
     ----------
     M. R. Hestenes and E. Stiefel, *Methods of conjugate gradients for solving linear systems*, J. Res. Nat. Bur.
-    Standards 49 (1952) 409–436.
+    Standards 49 (1952) 409–436. Preconditioned: G. H. Golub and C. F. Van Loan, *Matrix Computations*, 4th ed., Johns
+    Hopkins University Press 2013, section 11.5.
 
     Examples
     --------
@@ -92,17 +105,20 @@ def cg(
     tensor([1.0000, 0.5000])
     """
     tol = nonnegative("tol", tol)
-    problem = Problem.of(A, b)
+    if isinstance(precondition, str):  # "auto" is about AᴴWA
+        raise SpaceMismatchError(
+            f"expected an operator or a function as the preconditioner of cg, got {precondition!r}: cgls and lsmr take "
+            "that"
+        )
+    problem = Problem.of(A, b, M=precondition)
     if problem.A.domain != problem.A.codomain:
         raise SpaceMismatchError(
             f"expected an operator from a space to itself, got one from {A.domain} to {A.codomain}: use cgls or lsmr"
         )
-    most = problem.steps(maxiter)
-    solution = solve(
-        partial(_cg, tol=tol), problem, x0, name="cg", maxiter=most, callback=callback, progress=progress,
-        scale_operator=False,
-    )  # fmt: skip
-    return implicit.of_system(problem, solution, tol, most, x0)
+    limits = Limits(problem.steps(maxiter), callback, xtol=xtol, max_seconds=max_seconds)
+    run = partial(_cg, tol=tol)
+    solution = solve(run, problem, x0, name="cg", limits=limits, progress=progress, scale_operator=False)
+    return implicit.of_system(problem, solution, tol, limits.maxiter, x0)
 
 
 def _cg(problem: Problem, x: Vector, monitor: Monitor, started: bool, *, tol: float) -> None:
@@ -136,7 +152,12 @@ def _cg_steps(
 ) -> None:
     """Run conjugate gradients from x with the residual r."""
     space = problem.domain
-    p, rho = space.copy(r), norm.square()
+    z, rho = problem.preconditioned(r)
+    if problem.precondition is not None:
+        space.choose_precision(norm, space.norm(z))
+    p = space.copy(z)
+    del z
+    monitor.judge(rho)
     going, some_stopped = monitor.start(norm, norm)
     while going:
         if some_stopped:
@@ -152,10 +173,13 @@ def _cg_steps(
         space.add(x, step, p)
         space.add(r, -step, q)
         del q
-        previous, rho = rho, space.dot(r, r)
-        rules(rho.sqrt())
-        going, some_stopped = monitor.step(x, rho.sqrt(), rho.sqrt(), moved)
-        space.update(p, r, rho / previous)
+        previous, (z, rho) = rho, problem.preconditioned(r)
+        norm = problem.norm(r, rho)
+        rules(norm)
+        monitor.judge(rho)
+        going, some_stopped = monitor.step(x, norm, norm, moved, (step, p))
+        space.update(p, z, rho / previous)
+        del z
 
 
 def cgls(
@@ -166,8 +190,12 @@ def cgls(
     damp: float | Tensor = 0.0,
     weight: LinearOperator[Y, Y] | Y | None = None,
     normal: bool = False,
+    precondition: Preconditioner[X] | None = None,
     maxiter: int | None = None,
     tol: float = 1e-6,
+    noise: float | Tensor | None = None,
+    xtol: float = 0.0,
+    max_seconds: float | None = None,
     callback: Callback[X] | None = None,
     progress: bool | None = None,
 ) -> Solution[X]:
@@ -175,8 +203,9 @@ def cgls(
 
     The solver stops once the gradient at x is small relative to that at zero (that at ``x0`` if ``y = 0``),
     ``‖AᴴW(y − Ax) − damp² x‖ ≤ tol · ‖AᴴWy‖``, or is only rounding, and verifies it by computing the gradient at x
-    again. Of many solutions, it finds that of least norm, if ``damp = 0`` and ``x0`` is not given. With ``batch_dims``,
-    every entry of the batch is a separate problem.
+    again. Of many solutions, it finds that of least norm, if ``damp = 0`` and ``x0`` is not given. With a
+    preconditioner M, that is the norm ``√⟨x, M⁻¹x⟩``, but the gradient that is compared with ``tol`` is the same. With
+    ``batch_dims``, every entry of the batch is a separate problem.
 
     Parameters
     ----------
@@ -191,9 +220,15 @@ def cgls(
     normal : bool
         Whether to take one product with ``AᴴWA``, as ``A.gram`` computes it, for each step in place of one with A and
         one with Aᴴ: faster where the gram is simplified, and less accurate.
+    precondition : LinearOperator, callable or "auto", optional
+        The preconditioner ``M ≈ (AᴴWA + damp²)⁻¹``, self-adjoint and positive definite, an operator on the domain or a
+        function; ``adjointlab.precondition`` makes some, and ``"auto"`` takes its :func:`~adjointlab.precondition.auto`
+        for this problem. One that turns out to be neither is a ``reason``.
     tol : float
         Relative tolerance of the gradient.
-    x0, maxiter, callback, progress
+    noise : float or Tensor, optional
+        Stop as well once ``‖Ax − y‖_W ≤ noise``, the discrepancy principle; a tensor has one entry for each problem.
+    x0, maxiter, xtol, max_seconds, callback, progress
         As in :func:`cg`.
 
     Returns
@@ -204,22 +239,25 @@ def cgls(
     Raises
     ------
     SpaceMismatchError
-        If A is not an operator, or y, ``x0`` or the weight does not match its spaces.
+        If A is not an operator, or y, ``x0``, the weight or M does not match its spaces.
     ValueError
-        If ``tol``, ``damp`` or ``maxiter`` is negative.
+        If ``tol``, ``damp``, ``noise``, ``xtol``, ``maxiter`` or ``max_seconds`` is negative.
 
     Notes
     -----
     x is differentiable, once, with respect to y, to the weight, to ``damp``, to ``x0`` (on which it depends if there
     are many solutions) and to the parameters of A: a backward pass solves one more problem of the same kind, and yields
-    the derivative of the exact minimiser. In parameters of A, that is the derivative of the pseudo-inverse, if they
-    leave the rank of A as it is; for others there is none. If A has more unknowns than equations and there is no
-    damping, this takes another solve in the forward pass. If A has no fewer equations than unknowns, but many
-    solutions, the derivative in its parameters is NaN, with a warning: use ``damp > 0``.
+    the derivative of the exact minimiser, also if ``noise`` or a limit stopped the solver before. In parameters of A,
+    that is the derivative of the pseudo-inverse, if they leave the rank of A as it is; for others there is none. If A
+    has more unknowns than equations and there is no damping, this takes another solve in the forward pass. If A has no
+    fewer equations than unknowns, but many solutions, the derivative in its parameters is NaN, with a warning: use
+    ``damp > 0``. M serves the backward pass as well; there is no derivative with respect to M, on which x depends if
+    there are many solutions.
 
     Besides x and y, the solver needs memory for two elements of the domain and two of the codomain, for one more
     element of the codomain if there are weights, and for one more of the domain if there is damping, or if A is a
-    cyclic convolution (``A.multiplier`` is not None) without weights, for which it works in Fourier space.
+    cyclic convolution (``A.multiplier`` is not None) without weights, for which it works in Fourier space; for one more
+    of the domain, and what M needs, with a preconditioner.
 
     References
     ----------
@@ -236,11 +274,10 @@ def cgls(
     tensor([1.])
     """
     tol = nonnegative("tol", tol)
-    problem = Problem.of(A, y, weight, damp)
-    most = problem.steps(maxiter)
-    run = partial(_cgls, tol=tol, normal=normal)
-    solution = solve(run, problem, x0, name="cgls", maxiter=most, callback=callback, progress=progress)
-    return implicit.of_least_squares(problem, solution, tol, most, x0)
+    problem = Problem.of(A, y, weight, damp, precondition)
+    limits = Limits(problem.steps(maxiter), callback, noise, xtol, max_seconds)
+    solution = solve(partial(_cgls, tol=tol, normal=normal), problem, x0, name="cgls", limits=limits, progress=progress)
+    return implicit.of_least_squares(problem, solution, tol, limits.maxiter, x0)
 
 
 def _cgls(problem: Problem, x: Vector, monitor: Monitor, started: bool, *, tol: float, normal: bool) -> None:
@@ -258,15 +295,19 @@ def _cgls(problem: Problem, x: Vector, monitor: Monitor, started: bool, *, tol: 
             s, rr = problem.pull_back(r)
             s = problem.penalised(s, x)
             gradient = domain.norm(s)
-        p = domain.copy(s)
-        del s
+        z, gamma = problem.preconditioned(s)
+        if problem.precondition is not None:
+            domain.choose_precision(gradient, domain.norm(z))
+        p, left = domain.copy(z), domain.copy(s) if normal else []
+        del s, z
         norm = _damped_norm(problem, rr, x)
         rules.start(gradient, rr.sqrt(), norm, tol)
+        monitor.judge(gamma)
         if normal:
             with problem.gram.frozen():
-                _normal_steps(problem, x, p, rules)
+                _normal_steps(x, left, p, gamma, rules)
         else:
-            _cgls_steps(problem, x, r, p, rules)
+            _cgls_steps(x, r, p, gamma, rules)
         if not monitor.reopen():
             return
         started = True
@@ -274,16 +315,18 @@ def _cgls(problem: Problem, x: Vector, monitor: Monitor, started: bool, *, tol: 
         r = codomain.copy(problem.data())
 
 
-def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, rules: _StoppingRules) -> None:
-    """Run CGLS from x with the residual r and the gradient p."""
-    domain, codomain, monitor = problem.domain, problem.codomain, rules.monitor
-    gamma = length = rules.gradient.square()
+def _cgls_steps(x: Vector, r: Vector, p: Vector, gamma: Tensor, rules: _StoppingRules) -> None:
+    """Run CGLS from x with the residual r and the preconditioned gradient p, ``γ = ⟨s, Ms⟩``."""
+    monitor, problem = rules.monitor, rules.monitor.problem
+    domain, codomain, length = problem.domain, problem.codomain, gamma
     going, some_stopped = monitor.start(rules.damped, rules.gradient)
     while going:
         if some_stopped:
             domain.fill(p, ~monitor.running)
         q = problem.apply(p)
         curvature = problem.weighted(q)[1]
+        if problem.precondition is not None:
+            length = domain.dot(p, p)
         if problem.is_damped:
             curvature = curvature + problem.square * domain.dot(p, p)
         step = gamma / curvature
@@ -297,20 +340,21 @@ def _cgls_steps(problem: Problem, x: Vector, r: Vector, p: Vector, rules: _Stopp
         del q
         s, rr = problem.pull_back(r)
         s = problem.penalised(s, x)
-        previous, gamma = gamma, domain.dot(s, s)
-        rules(gamma.sqrt(), rr.sqrt(), _damped_norm(problem, rr, x))
-        going, some_stopped = monitor.step(x, rules.damped, rules.gradient, moved)
-        ratio = gamma / previous
-        domain.update(p, s, ratio)
-        length = gamma + ratio.square() * length  # ‖p‖², since s is orthogonal to the last p
+        previous, (z, gamma) = gamma, problem.preconditioned(s)
+        rules(problem.norm(s, gamma), rr.sqrt(), _damped_norm(problem, rr, x))
+        monitor.judge(gamma)
         del s
+        going, some_stopped = monitor.step(x, rules.damped, rules.gradient, moved, (step, p))
+        ratio = gamma / previous
+        domain.update(p, z, ratio)
+        length = gamma + ratio.square() * length  # ‖p‖² without M, since s is orthogonal to the last p
+        del z
 
 
-def _normal_steps(problem: Problem, x: Vector, p: Vector, rules: _StoppingRules) -> None:
-    """Run conjugate gradients on ``(AᴴWA + damp²) x = AᴴWy`` from x with the gradient p."""
-    domain, monitor = problem.domain, rules.monitor
-    s, square = domain.copy(p), rules.damped.square()
-    gamma = length = rules.gradient.square()
+def _normal_steps(x: Vector, s: Vector, p: Vector, gamma: Tensor, rules: _StoppingRules) -> None:
+    """Run conjugate gradients on ``(AᴴWA + damp²) x = AᴴWy`` from x with the gradient s, p and γ as in CGLS."""
+    monitor, problem = rules.monitor, rules.monitor.problem
+    domain, length, square = problem.domain, gamma, rules.damped.square()
     least = problem.eps * square  # what is left of the objective is a difference: less of it is only rounding
 
     def is_rounding() -> Tensor:  # of products with the gram
@@ -323,6 +367,8 @@ def _normal_steps(problem: Problem, x: Vector, p: Vector, rules: _StoppingRules)
             domain.fill(p, ~monitor.running)
         q = problem.by_gram(p)
         curvature = domain.dot(p, q)
+        if problem.precondition is not None:
+            length = domain.dot(p, p)
         step = gamma / curvature
         monitor.stop(~(curvature.abs() < math.inf), Status.NOT_FINITE)
         monitor.stop((curvature <= 0) | ~domain.holds(step), Status.BREAKDOWN)
@@ -333,14 +379,16 @@ def _normal_steps(problem: Problem, x: Vector, p: Vector, rules: _StoppingRules)
         domain.add(s, -step, q)
         del q
         square = torch.maximum(square - step * gamma, least)
-        previous, gamma = gamma, domain.dot(s, s)
+        previous, (z, gamma) = gamma, problem.preconditioned(s)
         residual = square - problem.square * domain.dot(x, x) if problem.is_damped else square
-        rules(gamma.sqrt(), torch.maximum(residual, least).sqrt(), square.sqrt())
+        rules(problem.norm(s, gamma), torch.maximum(residual, least).sqrt(), square.sqrt())
+        monitor.judge(gamma)
         monitor.stop(is_rounding(), Status.PRECISION)
-        going, some_stopped = monitor.step(x, rules.damped, rules.gradient, moved)
+        going, some_stopped = monitor.step(x, rules.damped, rules.gradient, moved, (step, p))
         ratio = gamma / previous
-        domain.update(p, s, ratio)
+        domain.update(p, z, ratio)
         length = gamma + ratio.square() * length
+        del z
 
 
 def _damped_norm(problem: Problem, rr: Tensor, x: Vector) -> Tensor:
@@ -362,6 +410,7 @@ class _StoppingRules:
         """Apply the rules to a start; if the data are zero, use its gradient and residual as the reference sizes."""
         self.target = torch.where(self.size == 0, tol * gradient, self.target)
         self.size = torch.where(self.size == 0, damped, self.size)
+        self.monitor.compare(residual, allowance(UNITS, self.eps) * self.size)
         self(gradient, residual, damped)
         self.monitor.stop(damped <= allowance(UNITS, self.eps) * self.size, Status.PRECISION)
         self.monitor.stop(gradient <= allowance(UNITS, self.eps) * self.norm * residual, Status.PRECISION)
@@ -370,6 +419,7 @@ class _StoppingRules:
         self.gradient, self.residual, self.damped = gradient, residual, damped
         self.monitor.stop(~(torch.maximum(gradient, damped) < math.inf), Status.NOT_FINITE)
         self.monitor.stop(gradient <= self.target, Status.LEAST_SQUARES)
+        self.monitor.compare(residual)
         self.raise_norm(torch.where(residual > 0, gradient / residual, 0))
         self.monitor.stop(damped <= self.eps * self.size, Status.PRECISION)
 

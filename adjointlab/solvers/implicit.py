@@ -9,6 +9,10 @@ where ``dω`` is the differential at fixed x, the second one is at fixed ω and 
 belongs to the kernel of A, in which v has the part ``v − Mw``: it is zero where the solution is unique. This is the
 derivative of the pseudo-inverse by Golub and Pereyra; in the parameters of A it exists where the rank of A is constant.
 
+A preconditioner P changes the norm in which x is the smallest of many solutions, that is ``P^(−1/2) x``. The same
+formula in terms of this vector has ``w = P^(1/2) (P^(1/2) M P^(1/2))⁺ P^(1/2) v``, ``P(v − Mw)`` before ``(dAᴴ) t``,
+and ``PAᴴt = x − x₀``. The dependence on P itself is left out.
+
 So autograd sees x as a function of the tensors ``ω``, ``Aᴴω − damp² x``, ``Aᴴt`` and ``x₀``, which it can follow to y,
 to the weight, to the damping and to the parameters of A. One solve with M computes their cotangents. If A has more
 unknowns than equations, parameters that need a gradient, and no damping, another one computes t. If it has not, it
@@ -52,9 +56,11 @@ def of_system(problem: Problem, solution: Solution, tol: float, maxiter: int, x0
     residual, needs_operator = _residual(problem, solution)
 
     def cotangents(v: Vector) -> dict[str, Vector]:
-        inner, unit = problem.diagonalized(), domain.scale_to_one(v)
+        inner, unit = problem.diagonalized().leveled(), domain.scale_to_one(v)
         vector = inner.vector(domain.element(times(v, unit)))
-        *found, has_kernel = _pseudo_inverse(inner.domain, inner.system, vector, tol, maxiter, decide=needs_operator)
+        *found, has_kernel = _pseudo_inverse(
+            inner.domain, inner.system, vector, tol, maxiter, precondition=_preconditioner(inner), decide=needs_operator
+        )
         if needs_operator and bool(has_kernel.any()):
             raise RuntimeError(
                 "expected the operator of cg to be positive definite, got one with a kernel, in which the cotangent of "
@@ -79,16 +85,19 @@ def of_least_squares(problem: Problem, solution: Solution, tol: float, maxiter: 
     is_undamped = not bool((problem.damp > 0).all())
 
     def cotangents(v: Vector) -> dict[str, Vector]:
-        inner, gain, unit = problem.diagonalized(), problem.scaled().gain, domain.scale_to_one(v)
+        inner, gain, unit = problem.diagonalized().leveled(), problem.scaled().gain, domain.scale_to_one(v)
         normal = replace(inner, gain=gain, damp=gain * inner.damp.detach()).normal
         vector = inner.vector(domain.element(times(v, unit)))
         unique = needs_operator and is_undamped and not is_wide
-        *found, has_kernel = _pseudo_inverse(inner.domain, normal, vector, tol, maxiter, decide=unique)
+        *found, has_kernel = _pseudo_inverse(
+            inner.domain, normal, vector, tol, maxiter, precondition=_preconditioner(inner), decide=unique
+        )
         w, rest = (domain.vector(inner.element(t)) for t in found)
         image = problem.apply(w)
         # By one factor after the other: their product may exceed what the results do not.
         image, w = (times(times(times(t, gain), 1 / unit), gain) for t in (image, w))
         rest = times(rest, 1 / unit)
+        kernel = problem.preconditioned(rest)[0] if is_undamped and is_wide else rest
         if unique and bool(has_kernel.any()):
             warnings.warn(
                 "the least-squares problem has many solutions, although it has no fewer equations than unknowns: the "
@@ -99,7 +108,7 @@ def of_least_squares(problem: Problem, solution: Solution, tol: float, maxiter: 
             )
             w = [t.clone() for t in w]
             domain.fill(w, has_kernel, math.nan)
-        return {"residual": image, "gradient": w, "kernel": rest, "start": rest}
+        return {"residual": image, "gradient": w, "kernel": kernel, "start": rest}
 
     if needs_operator or problem.damp.requires_grad:
         inputs["gradient"] = _gradient(problem, solution, residual)
@@ -170,12 +179,29 @@ def _gradient(problem: Problem, solution: Solution, residual: Leaves) -> Leaves:
 
 
 def _preimage(problem: Problem, x: Vector, tol: float, maxiter: int) -> Leaves:
-    """Return t with ``Aᴴt = x``, the smallest one for the weight: ``t = WAq`` with ``Mq = x``."""
+    """Return t with ``Aᴴt = x``, the smallest one for the weight: ``t = WAq`` with ``Mq = x``; or ``PAᴴt = x``."""
+    codomain = problem.codomain
     with torch.no_grad(), problem.domain.space.without_autocast(), problem.A.frozen():
         gain = problem.scaled().gain
-        q, *_ = _pseudo_inverse(problem.domain, replace(problem, gain=gain).normal, x, tol, maxiter)
-        t, _ = problem.weighted(problem.apply(q))
-        return problem.codomain.space.leaves(problem.codomain.element(times(times(t, gain), gain)))
+        inner = replace(problem, gain=gain)
+        if problem.precondition is None:
+            q, *_ = _pseudo_inverse(problem.domain, inner.normal, x, tol, maxiter)
+            t, _ = problem.weighted(problem.apply(q))
+            return codomain.space.leaves(codomain.element(times(times(t, gain), gain)))
+
+        def outer(r: Vector) -> tuple[Vector, Tensor]:
+            z, energy = inner.preconditioned(inner.pull_back(r)[0])
+            return inner.weighted(inner.apply(z))[0], energy
+
+        codomain.choose_precision(codomain.norm(problem.data()))
+        right, _ = inner.weighted(inner.apply(x))
+        q, *_ = _pseudo_inverse(codomain, outer, right, tol, maxiter)
+        t, _ = problem.weighted(q)
+        return codomain.space.leaves(codomain.element(times(t, gain)))
+
+
+def _preconditioner(problem: Problem) -> Map | None:
+    return None if problem.precondition is None else problem.preconditioned
 
 
 def _required(space: Space, leaves: Leaves) -> bool:
@@ -252,28 +278,46 @@ _implicit_function: Any = _ImplicitFunction.apply
 _differentiable_once: Any = _DifferentiableOnce.apply
 
 
+def _lower_bound(space: Vectors, apply: Map, P: Map) -> Tensor:
+    """Return a lower bound of ``‖P^(1/2) M P^(1/2)‖`` that no kernel makes small."""
+    pg, size = P(space.vector(space.space.randn(torch.Generator().manual_seed(0))))
+    return (P(apply(pg)[0])[1] / size).sqrt()
+
+
 def _pseudo_inverse(
-    space: Vectors, apply: Map, v: Vector, tol: float, maxiter: int, *, decide: bool = False, floor: float = 0.0
+    space: Vectors,
+    apply: Map,
+    v: Vector,
+    tol: float,
+    maxiter: int,
+    *,
+    precondition: Map | None = None,
+    decide: bool = False,
+    floor: float = 0.0,
 ) -> tuple[Vector, Vector, Tensor]:
     """Return ``M⁺v``, ``v − MM⁺v``, and whether that is in the kernel of M, self-adjoint and positive semidefinite."""
     # E. Stiefel, Relaxationsmethoden bester Strategie, Comment. Math. Helv. 29 (1955) 157-179. It minimises ‖v − Mw‖:
     # for M = AᴴA these are the steps of CGLS for ‖v − Aᴴz‖, with z = Aw. The part of v in the kernel of M stays in r
-    # as it is, and gets into w as a multiple of r: κ. `decide` goes on until a kernel is told for sure.
+    # as it is, and gets into w as a multiple of r: κ. `decide` goes on until a kernel is told for sure. With P, all
+    # of this is about P^(1/2)MP^(1/2) and P^(1/2)v: z = Pr, and ‖P^(1/2)r‖² = ⟨r, z⟩.
     tol = max(tol, _ROUNDING * space.space.eps)
-    r, p, w = space.copy(v), space.copy(v), space.zeros()
-    size = length = space.norm(r)
-    space.choose_precision(size)
-    g = space.vector(space.space.randn(torch.Generator().manual_seed(0)))
-    largest = space.norm(apply(g)[0]) / space.norm(g)  # a lower bound of ‖M‖ that no kernel makes small
-    del g
-    mr, energy = apply(r)
+    P: Map = precondition or (lambda r: (r, space.dot(r, r)))
+    space.choose_precision(space.norm(v))
+    largest = _lower_bound(space, apply, P)
+    z, size = P(v)
+    size = length = size.sqrt()
+    r, p, w = space.copy(v), space.copy(z), space.zeros()
+    z = space.copy(z) if precondition else r
+    mr, energy = apply(z)
+    pmr, image = P(mr)
     mp, target, previous = space.copy(mr), 0 if decide else tol**2 * energy, energy
+    pmp = space.copy(pmr) if precondition else mp
     kappa_p, kappa = torch.ones_like(size), torch.zeros_like(size)
     solved, vanished = size == 0, torch.zeros_like(size, dtype=torch.bool)
     finished = solved
     steps = 0
     while True:
-        image = space.norm(mr)
+        image = image.sqrt()
         largest = torch.fmax(largest, torch.where(length > 0, image / length, 0))
         solved = solved | (~finished & (length <= tol * size))
         vanished = vanished | (
@@ -283,25 +327,30 @@ def _pseudo_inverse(
         if steps:
             finished = finished | (energy <= target)
             beta = torch.where(finished, 0, energy / previous)
-            space.update(p, r, beta)
+            space.update(p, z, beta)
             space.update(mp, mr, beta)
+            if precondition:
+                space.update(pmp, pmr, beta)
             kappa_p = 1 + beta * kappa_p
         if steps == maxiter or bool(finished.all()):
             break
-        step = torch.where(finished, 0, energy / space.dot(mp, mp))
+        step = torch.where(finished, 0, energy / space.dot(mp, pmp))
         space.add(w, step, p)
         space.add(r, -step, mp)
+        if precondition:
+            space.add(z, -step, pmp)
         kappa = kappa + step * kappa_p
         previous, steps = energy, steps + 1
-        del mr
-        mr, energy = apply(r)
-        length = space.norm(r)
+        del mr, pmr
+        mr, energy = apply(z)
+        pmr, image = P(mr)
+        length = space.dot(r, z).sqrt()
     if not bool(finished.all()):
         warnings.warn(
             f"the solve for the gradient did not converge in maxiter={maxiter} steps: raise it or tol, or use damp",
             ConvergenceWarning,
             stacklevel=2,
         )
-    space.add(w, -torch.where(solved, 0, kappa), r)
+    space.add(w, -torch.where(solved, 0, kappa), z)
     space.fill(r, solved)
     return w, r, vanished

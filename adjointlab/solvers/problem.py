@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,9 +16,13 @@ from adjointlab.blocks import diagonal, weighted_gram
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.least_squares import weight_entries, weight_operator
 from adjointlab.operators import LinearOperator
-from adjointlab.solvers.arithmetic import Vector, Vectors, times
+from adjointlab.precondition.equations import Equations
+from adjointlab.precondition.spectra import of_equations
+from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector, times
 from adjointlab.solvers.fourier import FourierBasis
+from adjointlab.typed import X
 
+Preconditioner: TypeAlias = "LinearOperator[X, X] | Callable[[X], X] | Literal['auto']"  # M
 _MOST_STEPS = 10_000
 
 
@@ -41,9 +45,13 @@ class Problem:
     gain: float = 1.0  # the operator of the problem is gain · A
     unit: float = 1.0  # its data are unit · y
     given: Any = None  # the weight, as an operator or entries
+    precondition: Callable[[Any], Any] | None = None  # M, about the inverse of the operator of the equations
+    lift: float = 1.0  # the preconditioner of the problem is lift · M
 
     @staticmethod
-    def of(A: LinearOperator | AffineOperator, y: Any, weight: Any = None, damp: float | Tensor = 0.0) -> Problem:
+    def of(
+        A: LinearOperator | AffineOperator, y: Any, weight: Any = None, damp: float | Tensor = 0.0, M: Any = None
+    ) -> Problem:
         """Return the problem; the offset of an affine operator is subtracted from the data."""
         require_operator(A)
         leaves = A.codomain.leaves(y, "y")
@@ -54,17 +62,33 @@ class Problem:
             offset = A.codomain.leaves(A(domain.space.zeros()))
             y = A.codomain.unflatten([a - b for a, b in zip(leaves, offset, strict=True)])
             A = A.linear
-        return Problem(A, y, weigh, domain, codomain, _damping(domain, damp), given=weight)
+        problem = Problem(A, y, weigh, domain, codomain, of_each(domain, "damp", damp), given=weight)
+        if isinstance(M, str) and M == "auto":
+            M = problem._automatic(weight)
+        _require_preconditioner(A, M)
+        return replace(problem, precondition=M)
+
+    def _automatic(self, weight: Any) -> LinearOperator:
+        """Return a preconditioner for a multiple of these equations that is not of extreme size."""
+        with torch.no_grad(), self.domain.space.without_autocast():
+            gain = self.scaled().gain
+        A = self.A if gain == 1 else gain * self.A
+        return of_equations(Equations(A, weight, gain * self.damp.detach(), self.domain.batch))
 
     def diagonalized(self) -> Problem:
-        """Return the problem in the Fourier basis if A is diagonal there and has no weights, else this problem."""
+        """Return the problem in the Fourier basis if all of its maps are diagonal there, else this problem."""
         # The change of basis is an isometry: a solver takes the same steps, with products instead of transforms. But
-        # weights are not diagonal in the Fourier basis.
-        basis = FourierBasis.of(self.A) if self.weight is None else None
+        # weights are not diagonal in the Fourier basis, and few preconditioners are.
+        basis, M = FourierBasis.of(self.A) if self.weight is None else None, self.precondition
         if basis is None:
             return self
+        if M is not None:
+            other = FourierBasis.of(M) if isinstance(M, LinearOperator) else None
+            if other is None:
+                return self
+            M = other.operator
         spectra = Vectors(basis.operator.domain, self.domain.batch)
-        return replace(self, A=basis.operator, domain=spectra, codomain=spectra, basis=basis)
+        return replace(self, A=basis.operator, domain=spectra, codomain=spectra, basis=basis, precondition=M)
 
     def scaled(self, *, operator: bool = True) -> Problem:
         """Return the problem with data and, if asked for, an operator of about size one, should theirs be extreme."""
@@ -74,6 +98,17 @@ class Problem:
             return problem
         gain = self.domain.scale_to_one(problem.pull_back(problem.data())[0])
         return replace(problem, gain=gain, damp=gain * self.damp)
+
+    def leveled(self) -> Problem:
+        """Return the problem with a preconditioner that keeps the size of vectors about, should its own be extreme."""
+        if self.precondition is None:
+            return self
+        found = self.preconditioned(self.probe(0))[0]
+        return replace(self, lift=self.lift * self.domain.scale_to_one(found))
+
+    def probe(self, seed: int) -> Vector:
+        """Return a random vector of the domain."""
+        return self.domain.vector(self.domain.space.randn(torch.Generator().manual_seed(seed)))
 
     @property
     def factor(self) -> float:
@@ -147,6 +182,24 @@ class Problem:
         wr = r if self.weight is None else self.codomain.vector(self.weight(self.codomain.element(r)))
         return wr, self.codomain.dot(r, wr)
 
+    def preconditioned(self, s: Vector) -> tuple[Vector, Tensor]:
+        """Return ``Ms``, which may share memory with s, and ``⟨s, Ms⟩``; s itself without a preconditioner."""
+        if self.precondition is None:
+            return s, self.domain.dot(s, s)
+        found = self.precondition(self.domain.element(s))
+        z = as_vector(self.domain.space.leaves(found, "what the preconditioner returns"))
+        if any(a.shape != b.shape for a, b in zip(s, z, strict=True)):
+            raise SpaceMismatchError(
+                f"expected a preconditioner for the batch sizes of the data, {self.domain.batch}, got shapes "
+                f"{[tuple(t.shape) for t in z]}: build it with these sizes"
+            )
+        z = times(z, self.lift)
+        return z, self.domain.dot(s, z)
+
+    def norm(self, s: Vector, square: Tensor) -> Tensor:
+        """Return ``‖s‖``, which ``⟨s, Ms⟩`` tells without a preconditioner."""
+        return square.sqrt() if self.precondition is None else self.domain.norm(s)
+
     def penalised(self, s: Vector, x: Vector) -> Vector:
         """Return ``s − damp² x``; without damping, s itself."""
         return self.domain.plus(s, -self.square, x) if self.is_damped else s
@@ -205,6 +258,20 @@ def _product(w: Tensor, r: Tensor) -> Tensor:
     return torch.view_as_complex(w[..., None] * torch.view_as_real(r.resolve_conj()))
 
 
+def _require_preconditioner(A: LinearOperator, M: Any) -> None:
+    if M is not None and not callable(M):
+        came = repr(M) if isinstance(M, str) else type(M).__name__
+        raise SpaceMismatchError(
+            f"expected a preconditioner that is an operator or a function on the domain of A, or, for least squares, "
+            f"'auto', got {came}: al.diagonal makes an operator of the entries of a diagonal one"
+        )
+    if isinstance(M, LinearOperator) and not M.domain == M.codomain == A.domain:
+        raise SpaceMismatchError(
+            f"expected a preconditioner that maps the domain of A, {A.domain}, to itself, got one from {M.domain} to "
+            f"{M.codomain}: build it on A.domain"
+        )
+
+
 def count(name: str, value: int, least: int = 0) -> int:
     """Return a number of steps; raise if it is none."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -219,16 +286,18 @@ def nonnegative(name: str, value: float) -> float:
     return float(value)
 
 
-def _damping(domain: Vectors, damp: float | Tensor) -> Tensor:
-    """Return the damping of every problem, with the gradient of a tensor; raise if it is none."""
-    if not isinstance(damp, Tensor):
-        return domain.scalar(nonnegative("damp", damp))
-    shape = tuple(damp.shape)
-    if damp.is_complex() or damp.dtype == torch.bool or shape not in {(), domain.batch}:
+def of_each(domain: Vectors, name: str, value: float | Tensor) -> Tensor:
+    """Return a number of every problem, such as its damping, with the gradient of a tensor; raise if it is none."""
+    if not isinstance(value, Tensor):
+        return domain.scalar(nonnegative(name, value))
+    shape = tuple(value.shape)
+    if value.is_complex() or value.dtype == torch.bool or shape not in {(), domain.batch}:
         raise ValueError(
-            f"expected damp to be a real number, or a real tensor of the shape () or, one for each problem of the "
-            f"batch, {domain.batch}, got {damp.dtype} of the shape {shape}: reshape it, or build A with batch_dims"
+            f"expected {name} to be a real number, or a real tensor of the shape () or, one for each problem of the "
+            f"batch, {domain.batch}, got {value.dtype} of the shape {shape}: reshape it, or build A with batch_dims"
         )
-    if not bool(((damp >= 0) & (damp < math.inf)).all()):
-        raise ValueError(f"expected damp to be finite numbers of 0 or more, got {damp.detach()}: take their absolutes")
-    return damp.to(domain.device, torch.float64).expand(domain.batch)
+    if not bool(((value >= 0) & (value < math.inf)).all()):
+        raise ValueError(
+            f"expected {name} to be finite numbers of 0 or more, got {value.detach()}: take their absolutes"
+        )
+    return value.to(domain.device, torch.float64).expand(domain.batch)

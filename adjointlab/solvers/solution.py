@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -11,22 +13,25 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
+from adjointlab.operators import LinearOperator
 from adjointlab.progress import Line, progress_of
 from adjointlab.reporting import aligned, html_table
 from adjointlab.solvers.arithmetic import Vector
-from adjointlab.solvers.problem import Problem
+from adjointlab.solvers.problem import Problem, nonnegative, of_each
 from adjointlab.typed import X
 
 Status = IntEnum(
     "Status",
-    "RUNNING SOLVED LEAST_SQUARES PRECISION SHORT STAGNATED NO_CURVATURE BREAKDOWN NO_DESCENT NOT_FINITE "
-    "ILL_CONDITIONED STOPPED EXHAUSTED",
+    "RUNNING SOLVED LEAST_SQUARES NOISE PRECISION SHORT STAGNATED NO_CURVATURE BREAKDOWN NO_DESCENT NOT_FINITE "
+    "M_NOT_FINITE M_NOT_ADJOINT M_NOT_POSITIVE ILL_CONDITIONED STOPPED LATE EXHAUSTED",
     start=0,
 )
-CONVERGED = (Status.SOLVED, Status.LEAST_SQUARES, Status.PRECISION, Status.SHORT)
+VERIFIED = (Status.SOLVED, Status.LEAST_SQUARES, Status.NOISE, Status.PRECISION)  # by a residual that is computed anew
+CONVERGED = (*VERIFIED, Status.SHORT)
 REASONS = {
     Status.SOLVED: "converged: the residual is within the tolerance",
     Status.LEAST_SQUARES: "converged: the gradient of the least-squares problem is within the tolerance",
+    Status.NOISE: "converged: the residual is within the noise",
     Status.PRECISION: "converged: as far as the precision of the dtype allows",
     Status.SHORT: "converged: the last step is within the tolerance",
     Status.STAGNATED: "the precision of the dtype keeps the residual of x above the tolerance, for A is singular or "
@@ -37,8 +42,14 @@ REASONS = {
     Status.NO_DESCENT: "no step along the direction of the model reduces the objective: check f by "
     "al.check_derivative, or start elsewhere",
     Status.NOT_FINITE: "NaN or infinity in the data, or in what the operator returned; x is the last finite iterate",
+    Status.M_NOT_FINITE: "NaN or infinity in what the preconditioner M returned; x is the last finite iterate",
+    Status.M_NOT_ADJOINT: "the preconditioner M is not self-adjoint, or not linear: ⟨g, Mh⟩ ≠ ⟨Mg, h⟩ for two random "
+    "vectors",
+    Status.M_NOT_POSITIVE: "the preconditioner M is not positive definite, or not to rounding: a vector s with "
+    "⟨s, Ms⟩ ≤ 0",
     Status.ILL_CONDITIONED: "the condition number exceeds conlim: use damp > 0, or a larger conlim",
     Status.STOPPED: "stopped by the callback",
+    Status.LATE: "max_seconds have passed before the tolerance was reached",
     Status.EXHAUSTED: "maxiter was reached before the tolerance",
 }
 
@@ -65,6 +76,23 @@ class Info:
 Callback = Callable[[X, Info], Any]
 
 
+@dataclass(frozen=True)
+class Limits:
+    """When a solver stops apart from its tolerances."""
+
+    maxiter: int
+    callback: Callback | None = None
+    noise: float | Tensor | None = None  # the residual ‖Ax − y‖_W that is small enough
+    xtol: float = 0.0
+    max_seconds: float | None = None
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        nonnegative("xtol", self.xtol)
+        if self.max_seconds is not None:
+            nonnegative("max_seconds", self.max_seconds)
+
+
 @dataclass(frozen=True, eq=False)
 class Solution(Generic[X]):
     """The approximate solution x of ``Ax = b`` or ``min ‖Ax − y‖²`` that a solver found, and how it converged.
@@ -74,8 +102,8 @@ class Solution(Generic[X]):
     x : pytree of tensors
         The last iterate, an element of the domain.
     converged : bool, or Tensor of bool
-        Whether x meets a stopping rule of the solver by its residual, computed anew; with ``batch_dims``, for each
-        problem of the batch.
+        Whether x meets a stopping rule of the solver by its residual, computed anew, or the last step is within
+        ``xtol``; with ``batch_dims``, for each problem of the batch.
     iterations : int, or Tensor of int
         Number of steps; with ``batch_dims``, for each problem.
     residual_norms : Tensor
@@ -160,10 +188,12 @@ class Monitor:
     in which it does not is not converged: it has reached the precision of the dtype.
     """
 
-    def __init__(self, problem: Problem, maxiter: int, callback: Callback | None, line: Line) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, limits: Limits, line: Line, begin: float = 0.0) -> None:
+        self.problem, self.limits = problem, limits
         vectors = self.vectors = problem.domain
-        self.maxiter = maxiter
+        self._begin = begin
+        noise = limits.noise
+        self._noise = None if noise is None else problem.unit * of_each(vectors, "noise", noise).detach()
         self.status = torch.zeros(vectors.batch, dtype=torch.int64, device=vectors.device)
         self._codes = torch.arange(Status.EXHAUSTED + 1, device=vectors.device).unbind()
         self.steps = torch.zeros_like(self.status)
@@ -172,7 +202,6 @@ class Monitor:
         self._moved = False  # since the last start
         self._bound = vectors.scalar(math.inf)  # largest error of a restart that is worth going on from: half the last
         self.total = self.status.numel()
-        self._callback = callback
         self._line = line
         self._gradient = vectors.scalar(math.nan)
 
@@ -185,6 +214,17 @@ class Monitor:
         """Stop the running problems ``where``, for the reason ``why``."""
         self.status = torch.where(where & (self.status == Status.RUNNING), self._codes[why], self.status)
 
+    def judge(self, size: Tensor) -> None:
+        """Stop the problems in which ``⟨s, Ms⟩`` is no positive number, for which a preconditioner is to blame."""
+        if self.problem.precondition is not None:
+            self.stop(~(size.abs() < math.inf), Status.M_NOT_FINITE)
+            self.stop(size <= 0, Status.M_NOT_POSITIVE)
+
+    def compare(self, residual: Tensor, rounding: Tensor | float = 0.0) -> None:
+        """Stop the problems in which the residual ``‖Ax − y‖_W`` is within the noise."""
+        if self._noise is not None:
+            self.stop(residual <= self._noise + rounding, Status.NOISE)
+
     def start(self, norm: Tensor, error: Tensor) -> tuple[bool, bool]:
         """Record the residuals of a start; return whether any problem runs, and whether some have stopped."""
         self.stop(error > self._bound, Status.STAGNATED)
@@ -193,14 +233,19 @@ class Monitor:
         self.norms.append(torch.where(self._to_verify, norm, self.norms.pop()) if self.norms else norm)
         return self._whether_running()
 
-    def step(self, x: Vector, norm: Tensor, gradient: Tensor, moved: Tensor) -> tuple[bool, bool]:
-        """Record a step of the problems ``moved``; return whether any problem runs, and whether some have stopped."""
+    def step(
+        self, x: Vector, norm: Tensor, gradient: Tensor, moved: Tensor, change: tuple[Tensor, Vector]
+    ) -> tuple[bool, bool]:
+        """Record a step αp of those ``moved``; return whether any problem runs, and whether some have stopped."""
+        if self.limits.xtol:
+            length = change[0].abs() * self.vectors.norm(change[1])
+            self.stop(moved & (length <= self.limits.xtol * self.vectors.norm(x)), Status.SHORT)
         self.norms.append(torch.where(moved, norm, self.norms[-1]))
         self.steps = self.steps + moved
         self._moved = True
-        if self._callback is not None:
+        if self.limits.callback is not None:
             self._gradient = torch.where(moved, gradient, self._gradient)
-            unstopped = self._callback(self.problem.copy(x), self._info()) is not True
+            unstopped = self.limits.callback(self.problem.copy(x), self._info()) is not True
             if not self.vectors.space.every(unstopped):  # one process stops all
                 self.stop(torch.ones_like(moved), Status.STOPPED)
         self._line.step(note=lambda: f"residual {float(self.norms[-1].max()) / self.problem.unit:.2e}")
@@ -216,7 +261,7 @@ class Monitor:
         """Set the problems that converged by steps back to running; return whether there are any."""
         if not self._moved:
             return False
-        self._to_verify = self._converged()
+        self._to_verify = self._is_any_of(VERIFIED)
         self.status = torch.where(self._to_verify, self._codes[Status.RUNNING], self.status)
         return bool(self._to_verify.any())
 
@@ -227,7 +272,7 @@ class Monitor:
             overflow = self.vectors.largest_entry(x) * self.problem.factor > self.vectors.largest
             self.status = torch.where(overflow, self._codes[Status.NOT_FINITE], self.status)
             self.vectors.fill(x, overflow)
-        converged = self._converged()
+        converged = self._is_any_of(CONVERGED)
         single = not self.vectors.batch
         norms = torch.stack(self.norms) / self.problem.unit
         rows = torch.arange(len(norms), device=norms.device).reshape(-1, *[1] * self.steps.ndim)
@@ -239,12 +284,16 @@ class Monitor:
             self._reason(),
         )
 
-    def _converged(self) -> Tensor:
-        return torch.isin(self.status, torch.tensor(CONVERGED, device=self.status.device))
+    def _is_any_of(self, statuses: tuple[Status, ...]) -> Tensor:
+        return torch.isin(self.status, torch.tensor(statuses, device=self.status.device))
 
     def _whether_running(self) -> tuple[bool, bool]:
+        if self.limits.max_seconds is not None:
+            in_time = self.limits.clock() - self._begin < self.limits.max_seconds
+            if not self.vectors.space.every(in_time):  # for all processes
+                self.stop(self.running, Status.LATE)
         count = int(self.running.sum())
-        return count > 0 and len(self.norms) <= self.maxiter, count < self.total
+        return count > 0 and len(self.norms) <= self.limits.maxiter, count < self.total
 
     def _reason(self) -> str:
         codes, counts = (found.tolist() for found in self.status.unique(return_counts=True))
@@ -261,16 +310,37 @@ def solve(
     x0: Any,
     *,
     name: str,
-    maxiter: int,
-    callback: Callback | None,
+    limits: Limits,
     progress: bool | None,
     scale_operator: bool = True,
 ) -> Solution:
     """Return the solution by ``run(problem, x, monitor, started)``, which iterates on x in place."""
-    space, shown = problem.domain.space, progress_of(name, progress, maxiter, most=True)
-    with torch.no_grad(), space.without_autocast(), problem.A.frozen(), shown as line:
-        inner = problem.diagonalized().scaled(operator=scale_operator)
-        monitor = Monitor(inner, maxiter, callback, line)
+    space, shown = problem.domain.space, progress_of(name, progress, limits.maxiter, most=True)
+    M, begin = problem.precondition, limits.clock()
+    with contextlib.ExitStack() as stack:
+        for block in (torch.no_grad(), space.without_autocast(), problem.A.frozen()):
+            stack.enter_context(block)
+        if isinstance(M, LinearOperator):
+            stack.enter_context(M.frozen())
+        line = stack.enter_context(shown)
+        inner = problem.diagonalized().scaled(operator=scale_operator).leveled()
+        monitor = Monitor(inner, limits, line, begin)
+        _judge(inner, monitor)
         x = inner.start(x0)
         run(inner, x, monitor, x0 is not None)
         return monitor.solution(x)
+
+
+def _judge(problem: Problem, monitor: Monitor) -> None:
+    """Stop the problems whose preconditioner is wrong for random vectors g and h: ``⟨g, Mh⟩ = ⟨Mg, h⟩``."""
+    if problem.precondition is None:
+        return
+    # The difference is about the Frobenius norm of M − Mᴴ, and ‖Mg‖ that of M. One in single precision is right enough.
+    domain, (g, h) = problem.domain, (problem.probe(1), problem.probe(2))
+    mg, size = problem.preconditioned(g)
+    monitor.judge(size)
+    product, scale = domain.dot(mg, h), domain.norm(mg)
+    mh, _ = problem.preconditioned(h)
+    gap, scale = (domain.dot(g, mh) - product).abs(), scale + domain.norm(mh)
+    eps = max(domain.space.eps, torch.finfo(torch.float32).eps)
+    monitor.stop(gap > eps**0.5 * scale, Status.M_NOT_ADJOINT)

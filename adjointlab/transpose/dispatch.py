@@ -34,6 +34,8 @@ from adjointlab.transpose.frontend.selected import Selected
 from adjointlab.transpose.frontend.trace import UntraceableError
 from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.kernels.select import MapChooser, remembered
+from adjointlab.transpose.passes.entries import entries
+from adjointlab.transpose.passes.rows import NotByIndexError, Rows
 from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import canonical, is_captured
@@ -232,6 +234,19 @@ class Transposition:
         derivation, state = self._at(self.domain.batch_shape)
         with torch.no_grad():
             return derivation.multiplier(state)
+
+    def entries(self, batch: tuple[int, ...], most: int) -> list[Rows]:
+        """Return the linear part as sparse matrices, one for each output; raise ``NotByIndexError`` if there are none.
+
+        Each has at most so many entries, and is the same for every place of the batch.
+        """
+        derivation, state = self._at(batch)
+        graph = derivation.graphs.get("linear")
+        if graph is None or len(self.domain.specs) > 1:
+            raise NotByIndexError("there is no graph, or more than one input")
+        spec = self.domain.with_batch(batch).specs[0]
+        like = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+        return entries(graph, state, like, self.domain.batch_dims, most)
 
     @property
     def explanation(self) -> Explanation:

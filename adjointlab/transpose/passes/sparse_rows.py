@@ -95,7 +95,7 @@ def _fits(shape: Sequence[int], batch: tuple[int, ...], *, trails: bool) -> bool
     return tuple(shape[len(shape) - len(batch) :] if trails else shape[: len(batch)]) == batch
 
 
-def _numbers(shape: Sequence[int], batch: tuple[int, ...], total: int, device: Any, *, trails: bool) -> Tensor:
+def numbers(shape: Sequence[int], batch: tuple[int, ...], total: int, device: Any, *, trails: bool) -> Tensor:
     """Return numbers of places, from one: those of the next place of the batch are larger by ``total``."""
     count = math.prod(batch)
     core = math.prod(shape) // count
@@ -105,7 +105,7 @@ def _numbers(shape: Sequence[int], batch: tuple[int, ...], total: int, device: A
     return (at.mT if trails else at).reshape(tuple(shape))
 
 
-def _common(places: Tensor, like: Sparse, total: int) -> tuple[Tensor, bool]:
+def common(places: Tensor, like: Sparse, total: int) -> tuple[Tensor, bool]:
     """Return the numbers at the first place of the batch, the same, but for that, at each; and whether it trails."""
     for trails in (like.trails, not like.trails):
         if _fits(places.shape, like.batch, trails=trails):
@@ -137,7 +137,7 @@ def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
 
     def numbered(a: Any) -> Any:
         if isinstance(a, Sparse):
-            at = _numbers(a.shape, a.batch, total, a.device, trails=a.trails) + offsets[id(a)]
+            at = numbers(a.shape, a.batch, total, a.device, trails=a.trails) + offsets[id(a)]
             return at.double() if func.overloadpacket in _OF_FLOATS else at  # exact up to 2⁵³
         if isinstance(a, Tensor):
             if a.count_nonzero():
@@ -146,7 +146,7 @@ def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
         return a
 
     def moved(places: Tensor) -> Sparse:
-        first, trails = _common(places.long() if func.overloadpacket in _OF_FLOATS else places, like, total)
+        first, trails = common(places.long() if func.overloadpacket in _OF_FLOATS else places, like, total)
         return Sparse(rows.take(first - 1), places.shape, like.batch, trails=trails)
 
     rows = like.rows
@@ -170,8 +170,8 @@ def _put(into: Any, source: Any, shape: Sequence[int], place: Callable[[Tensor],
     n = math.prod(shape) // math.prod(source.batch)
     for trails in (source.trails, not source.trails):
         if _fits(shape, source.batch, trails=trails):
-            target = place(_numbers(shape, source.batch, n, source.device, trails=trails))
-            first, where = _common(target.expand(source.shape), source, n)
+            target = place(numbers(shape, source.batch, n, source.device, trails=trails))
+            first, where = common(target.expand(source.shape), source, n)
             if where is source.trails:
                 break
     else:
@@ -253,19 +253,19 @@ def _index_put(func: Any, into: Any, indices: Any, source: Any, accumulate: bool
     if not isinstance(source, Sparse):
         raise NotByIndexError("other numbers than those of the input are added by index")
     shape = aten.index(torch.zeros((), dtype=torch.bool, device=source.device).expand(into.shape), indices).shape
-    return _put(into, _expanded(source, shape), into.shape, lambda numbers: aten.index(numbers, indices))
+    return _put(into, _expanded(source, shape), into.shape, lambda at: aten.index(at, indices))
 
 
 def _scatter_add(func: Any, into: Any, dim: int, index: Tensor, source: Any) -> Sparse:
     for d, n in enumerate(index.shape if isinstance(source, Sparse) else ()):
         source = _moved(aten.slice.Tensor, source, d, 0, n)
-    return _put(into, source, into.shape, lambda numbers: torch.gather(numbers, dim, index))
+    return _put(into, source, into.shape, lambda at: torch.gather(at, dim, index))
 
 
 def _index_add(func: Any, into: Any, dim: int, index: Tensor, source: Any, alpha: float = 1) -> Sparse:
     if isinstance(source, Sparse):
         source = _times(source, alpha)
-    return _put(into, source, into.shape, lambda numbers: torch.index_select(numbers, dim, index))
+    return _put(into, source, into.shape, lambda at: torch.index_select(at, dim, index))
 
 
 def _separable(func: Any, x: Sparse, *args: Any) -> Sparse:
