@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adjointlab import solvers
+    from adjointlab import prox, solvers
     from adjointlab.affine import AffineOperator, affine_operator
     from adjointlab.blocks import block_diag, diagonal, hstack, identity, vstack
     from adjointlab.derive import linear_adjoint, linear_operator
+    from adjointlab.differences import finite_differences, laplacian
     from adjointlab.errors import (
         AdjointMismatchError,
         ConvergenceWarning,
@@ -42,6 +43,7 @@ _HOME = {
         "affine": ("AffineOperator", "affine_operator"),
         "blocks": ("block_diag", "diagonal", "hstack", "identity", "vstack"),
         "derive": ("linear_adjoint", "linear_operator"),
+        "differences": ("finite_differences", "laplacian"),
         "errors": (
             "AdjointMismatchError",
             "ConvergenceWarning",
@@ -75,8 +77,8 @@ if not TYPE_CHECKING:  # which is to know the names that there are, and no other
     def __getattr__(name: str) -> Any:
         if name in _HOME:
             value = getattr(import_module(_HOME[name]), name)
-        elif name == "solvers":
-            value = import_module("adjointlab.solvers")
+        elif name in {"prox", "solvers"}:
+            value = import_module(f"adjointlab.{name}")
         elif name == "__version__":
             value = _version()
         else:
@@ -102,7 +104,7 @@ __all__ = [
     "AdjointMismatchError", "AdjointReport", "AffineOperator", "ConvergenceWarning", "DerivativeReport", "Jacobian",
     "LeastSquares", "LinearOperator", "LinearityReport", "NotDifferentiableError", "NotLinearError", "Space",
     "SpaceMismatchError", "TensorSpec", "affine_operator", "assert_adjoint", "assert_derivative", "block_diag",
-    "check_adjoint", "check_derivative", "check_linearity", "diagonal", "from_pair", "hstack", "identity", "jacobian",
-    "least_squares_gradient", "linear_adjoint", "linear_operator", "matrix", "operator_norm", "solvers", "to_dense",
-    "vstack",
+    "check_adjoint", "check_derivative", "check_linearity", "diagonal", "finite_differences", "from_pair", "hstack",
+    "identity", "jacobian", "laplacian", "least_squares_gradient", "linear_adjoint", "linear_operator", "matrix",
+    "operator_norm", "prox", "solvers", "to_dense", "vstack",
 ]  # fmt: skip

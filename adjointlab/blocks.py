@@ -217,7 +217,7 @@ def _identity(x: Any) -> Any:
     return x
 
 
-class _Entries(nn.Module):
+class Entries(nn.Module):
     """The entries of a diagonal: parameters are registered as parameters, other tensors as buffers."""
 
     def __init__(self, leaves: Sequence[Tensor]) -> None:
@@ -230,6 +230,7 @@ class _Entries(nn.Module):
                 self.register_buffer(f"entries_{index}", leaf)
 
     def leaves(self) -> list[Tensor]:
+        """Return the tensors."""
         return [getattr(self, f"entries_{index}") for index in range(self.count)]
 
 
@@ -268,7 +269,7 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator[Any, Any]:
     tensor([3., 8.])
     """
     where = Space.of(d) if space is None else space
-    entries = _Entries(where.leaves(d, "d"))
+    entries = Entries(where.leaves(d, "d"))
 
     def product(d: Sequence[Tensor], x: Any) -> Any:
         return where.unflatten([a * b for a, b in zip(d, where.structure.leaves(x) or (), strict=True)])
@@ -285,4 +286,4 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator[Any, Any]:
 def diagonal_entries(operator: LinearOperator) -> Any:
     """Return the diagonal of an operator made by :func:`diagonal`, or None for any other operator."""
     entries = getattr(operator, "operator_0", None)
-    return operator.domain.unflatten(entries.leaves()) if isinstance(entries, _Entries) else None
+    return operator.domain.unflatten(entries.leaves()) if isinstance(entries, Entries) else None

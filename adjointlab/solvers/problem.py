@@ -13,10 +13,10 @@ from torch import Tensor
 
 from adjointlab.affine import AffineOperator, require_operator
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.least_squares import weight_entries, weight_operator
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers.arithmetic import Vector, Vectors, times
 from adjointlab.solvers.fourier import FourierBasis
+from adjointlab.terms import weight_entries, weight_operator
 
 _MOST_STEPS = 10_000
 

@@ -19,14 +19,15 @@ from adjointlab.typed import X
 
 Status = IntEnum(
     "Status",
-    "RUNNING SOLVED LEAST_SQUARES PRECISION SHORT STAGNATED NO_CURVATURE BREAKDOWN NO_DESCENT NOT_FINITE "
-    "ILL_CONDITIONED STOPPED EXHAUSTED",
+    "RUNNING SOLVED LEAST_SQUARES OPTIMAL PRECISION SHORT STAGNATED NO_CURVATURE BREAKDOWN NO_DESCENT UPHILL "
+    "NOT_FINITE ILL_CONDITIONED STOPPED EXHAUSTED",
     start=0,
 )
-CONVERGED = (Status.SOLVED, Status.LEAST_SQUARES, Status.PRECISION, Status.SHORT)
+CONVERGED = (Status.SOLVED, Status.LEAST_SQUARES, Status.OPTIMAL, Status.PRECISION, Status.SHORT)
 REASONS = {
     Status.SOLVED: "converged: the residual is within the tolerance",
     Status.LEAST_SQUARES: "converged: the gradient of the least-squares problem is within the tolerance",
+    Status.OPTIMAL: "converged: a subgradient of the objective is within the tolerance",
     Status.PRECISION: "converged: as far as the precision of the dtype allows",
     Status.SHORT: "converged: the last step is within the tolerance",
     Status.STAGNATED: "the precision of the dtype keeps the residual of x above the tolerance, for A is singular or "
@@ -36,6 +37,7 @@ REASONS = {
     Status.BREAKDOWN: "breakdown: a step of no or of infinite length",
     Status.NO_DESCENT: "no step along the direction of the model reduces the objective: check f by "
     "al.check_derivative, or start elsewhere",
+    Status.UPHILL: "a step goes uphill: the gradient, or what is called a projection onto a convex set, is none",
     Status.NOT_FINITE: "NaN or infinity in the data, or in what the operator returned; x is the last finite iterate",
     Status.ILL_CONDITIONED: "the condition number exceeds conlim: use damp > 0, or a larger conlim",
     Status.STOPPED: "stopped by the callback",
