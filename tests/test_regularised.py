@@ -93,7 +93,8 @@ def test_derivatives_in_everything() -> None:
     *given, w = parts()
     strengths = torch.tensor([0.3, 0.2], dtype=D)
 
-    def solve(A: Tensor, L: Tensor, M: Tensor, y: Tensor, b: Tensor, w: Tensor, strengths: Tensor) -> Tensor:
+    def solve(*given: Tensor) -> Tensor:
+        A, L, M, y, b, w, strengths = given
         penalties = [(strengths[0], of(L)), (strengths[1], of(M), b)]
         return al.LeastSquares(of(A), y, weight=w, penalties=penalties).solve(tol=1e-14).x
 
@@ -209,9 +210,9 @@ def mixed(x: Tensor) -> Tensor:
 
 
 NOT_CYCLIC = {
-    "a reflected border": lambda s: al.finite_differences(s),
+    "a reflected border": al.finite_differences,
     "zeros": lambda s: al.laplacian(s, border="zero"),
-    "a diagonal": lambda s: al.diagonal(1 + torch.rand(s.specs[0].shape, dtype=D)),
+    "a diagonal": lambda s: al.diagonal(1 + torch.rand(s.specs[0].shape).to(s.specs[0].dtype)),
     "conjugates": lambda s: al.linear_operator(lambda x: x.conj(), s) if s.is_complex else al.finite_differences(s),
     "other shapes": lambda s: al.linear_operator(lambda x: x[..., ::2], s),
     "a single pixel": lambda s: (

@@ -80,7 +80,7 @@ class Composite:
             length = domain.norm(v)
             scale = torch.where(length > 0, 1 / length, 0)
             v = domain.vector(self.hessian(domain.element(domain.plus(domain.zeros(), scale, v))))
-            found = float(domain.norm(v).amax())
+            found = largest(domain.norm(v))
         return found
 
     def moved(self, z: Vector, gradient: Vector, tau: Tensor, step: float) -> Vector:
@@ -115,6 +115,12 @@ class Composite:
             for leaf, found in zip(x, new, strict=True):
                 mask = where.to(leaf.device).reshape(where.shape + (1,) * (leaf.ndim - where.ndim))
                 leaf.copy_(torch.where(mask, found, leaf))
+
+
+def largest(values: Tensor, where: Tensor | None = None) -> float:
+    """Return the largest of the values that are finite, of those of some problems; 0 if there is none."""
+    counted = values.isfinite() if where is None else values.isfinite() & where
+    return float(torch.where(counted, values, 0).amax())
 
 
 def proximal(prox: Callable[[Any, float], Any], vectors: Vectors, z: Vector, step: float, name: str) -> Vector:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
-from adjointlab.prox import Prox, box, conjugate
+from adjointlab.prox import Prox, box
 from adjointlab.solvers.arithmetic import Vector, Vectors
-from adjointlab.solvers.composite import Composite, Smooth, proximal, solve
+from adjointlab.solvers.composite import Composite, Smooth, largest, proximal, solve
 from adjointlab.solvers.problem import nonnegative
 from adjointlab.solvers.solution import Callback, Monitor, Solution, Status
 from adjointlab.typed import X
@@ -111,7 +111,7 @@ def pdhg(
             f"{f' on {L.domain}' if isinstance(L, LinearOperator) else ''}: build L with al.linear_operator"
         )
     own = bounds if bounds is None or callable(bounds) else box(*bounds)
-    run = partial(_pdhg, L=L, prox=conjugate(prox), tol=nonnegative("tol", tol))
+    run = partial(_pdhg, L=L, prox=prox, tol=nonnegative("tol", tol))
     return solve(run, F, own, x0, name="pdhg", maxiter=maxiter, callback=callback, progress=progress)
 
 
@@ -156,7 +156,7 @@ class _Saddle:
         for _ in range(_POWER):
             length = domain.norm(v)
             v = self.pull_back(self.apply(domain.plus(domain.zeros(), torch.where(length > 0, 1 / length, 0), v)))
-        self.square = _SAFE * float(domain.norm(v).amax())
+        self.square = _SAFE * largest(domain.norm(v))
         if self.steep > 0 and self.square > 0:
             self.sigma = self.steep / 2 / self.square
         return _State(x, self.dual.zeros(), gradient, self.apply(x), domain.zeros())
@@ -177,19 +177,23 @@ class _Saddle:
             length = domain.norm(d)
             noise = composite.noise(gradient) * length, 4 * dual.space.eps * dual.norm(Lx)
             bent = running & (length > 0)
-            steep = self._largest(bent, (domain.dot(d, change) - noise[0]) / length.square())
-            square = self._largest(bent, ((dual.norm(dual.plus(Lx, -one, at.Lx)) - noise[1]) / length).square())
-            if not (self.steep < steep < math.inf or self.square < square < math.inf):
+            steep = largest((domain.dot(d, change) - noise[0]) / length.square(), bent)
+            square = largest((dual.norm(dual.plus(Lx, -one, at.Lx)) - noise[1]).clamp(min=0) / length, bent) ** 2
+            if steep <= self.steep and square <= self.square:
                 break
-            self.steep = max(self.steep, _SAFE * steep) if steep > self.steep else self.steep
-            self.square = max(self.square, _SAFE * square) if square > self.square else self.square
-        moved = dual.plus(at.u, dual.scalar(self.sigma), dual.plus(dual.plus(Lx, -one, at.Lx), one, Lx))
-        u = proximal(self.prox, dual, moved, self.sigma, "prox(z, step)")
+            self.steep = _SAFE * steep if steep > self.steep else self.steep
+            self.square = _SAFE * square if square > self.square else self.square
+        u = self._ascended(at.u, dual.plus(dual.plus(Lx, -one, at.Lx), one, Lx))
         return _State(x, u, gradient, Lx, self.pull_back(u))
 
-    @staticmethod
-    def _largest(where: Tensor, values: Tensor) -> float:
-        return float(torch.where(where, values, 0).amax())
+    def _ascended(self, u: Vector, along: Vector) -> Vector:
+        """Return ``prox_g*(u + σ · along)``: ``z − σ prox_g(z / σ, 1 / σ)``, after Moreau."""
+        dual, sigma = self.dual, self.dual.scalar(self.sigma)
+        z = dual.plus(along, 1 / sigma, u)
+        found = proximal(self.prox, dual, dual.copy(z), 1 / self.sigma, "prox(z, step)")
+        apart = dual.plus(z, -torch.ones_like(sigma), found)
+        dual.scale(apart, sigma)
+        return apart
 
     def residuals(self, at: _State, new: _State) -> tuple[Tensor, Tensor]:
         """Return the norms of p and q, in units of ``‖∇F(0)‖`` and ``‖L‖ ‖x‖``."""

@@ -109,7 +109,10 @@ class _Lengths:
 def _projected(composite: Composite, x: Vector, monitor: Monitor, *, tol: float) -> None:
     """Run spectral projected gradients on x in place."""
     domain, back = composite.domain, composite.domain.scalar(-1)
-    composite.replace(x, composite.proximal(domain.copy(x), 1.0), monitor.running)
+    inside = composite.proximal(domain.copy(x), 1.0)
+    monitor.stop(~(domain.norm(inside) < math.inf), Status.NOT_FINITE)
+    composite.replace(x, inside, monitor.running)
+    del inside
     gradient = composite.start(x)
     norm = composite.curvature(gradient)
     norm = norm if 0 < norm < math.inf else 1.0
@@ -134,13 +137,14 @@ def _projected(composite: Composite, x: Vector, monitor: Monitor, *, tol: float)
         length = torch.where(is_full, 1, (-slope / bend).clamp(0, 1))
         composite.replace(x, new, moved & is_full)
         composite.replace(gradient, at_new, moved & is_full)
-        between = torch.where(moved & ~is_full, length, 0)
+        lengths.update(square, bend, domain.dot(change, change), noise)
+        between = moved & ~is_full
         if bool(between.any()):
-            domain.add(x, between, d)
-            domain.add(gradient, between, change)
+            for vector, along in ((x, d), (gradient, change)):
+                domain.fill(along, ~between)
+                domain.add(vector, torch.where(between, length, 0), along)
         value = value + torch.where(moved, length * slope + length.square() * bend / 2, 0)
         values.append(value)
-        lengths.update(square, bend, domain.dot(change, change), noise)
         del new, at_new, d, change
         going, _ = monitor.step(x, subgradient, subgradient, moved)
         if going:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adjointlab.prox import Prox
 from adjointlab.solvers.arithmetic import Vector
-from adjointlab.solvers.composite import Composite, Smooth, solve
+from adjointlab.solvers.composite import Composite, Smooth, largest, solve
 from adjointlab.solvers.problem import nonnegative
 from adjointlab.solvers.solution import Callback, Monitor, Solution, Status
 from adjointlab.typed import X
@@ -133,8 +133,8 @@ class _Steps:
             noise = composite.noise(new) * square.sqrt()
             bent = self.monitor.running & (square > 0)
             self.uphill = bent & (energy < -noise)
-            steepest = float(torch.where(bent, (energy - noise) / square, 0).amax())
-            if not steepest * self.tau > 1 or not steepest < math.inf:
+            steepest = largest((energy - noise) / square, bent)
+            if steepest * self.tau <= 1:
                 break
             self.tau = _SAFE / steepest
         domain.add(apart, domain.scalar(-1 / self.tau), d)
