@@ -18,7 +18,7 @@ from adjointlab.solvers.solution import Callback, Monitor, Solution, Status
 from adjointlab.space import Space
 from adjointlab.typed import X
 
-_POWER = 4  # products with the Hessian for an estimate of its norm
+_POWER = 2  # products with the Hessian for an estimate of its norm
 _ROUNDING = 4  # units of eps of the terms that a gradient is the difference of
 
 
@@ -88,21 +88,21 @@ class Composite:
         return self.proximal(self.domain.plus(z, -tau, gradient), step)
 
     def proximal(self, z: Vector, step: float) -> Vector:
-        """Return ``prox(z, step)``, which may overwrite z; z itself if there is no g."""
-        return z if self.prox is None else proximal(self.prox, self.domain, z, step, "prox(x, step)")
+        """Return ``prox(z, step)`` in separate memory; a copy of z if there is no g."""
+        return self.domain.copy(z) if self.prox is None else proximal(self.prox, self.domain, z, step, "prox(x, step)")
 
-    def noise(self, gradient: Vector) -> Tensor:
-        """Return how far rounding moves a gradient, at least: it is the difference of ``Hx`` and ``−∇F(0)``."""
-        return _ROUNDING * self.domain.space.eps * (self.domain.norm(gradient) + 2 * self.size)
+    def noise(self, gradient: Vector | Tensor) -> Tensor:
+        """Return how far rounding moves a gradient, or one of some norm: the difference of ``Hx`` and ``−∇F(0)``."""
+        norm = gradient if isinstance(gradient, Tensor) else self.domain.norm(gradient)
+        return _ROUNDING * self.domain.space.eps * (norm + 2 * self.size)
 
     def rules(
-        self, monitor: Monitor, subgradient: Tensor, x: Vector, gradient: Vector, *, norm: float, tol: float
+        self, monitor: Monitor, subgradient: Tensor, x: Vector, gradient: Tensor, *, norm: float, tol: float
     ) -> None:
-        """Stop the problems whose subgradient is short enough, or only rounding; ``norm`` is that of the Hessian."""
-        size = torch.where(self.size > 0, self.size, subgradient)
-        self.size = size  # where the data are zero, by the start
+        """Stop the problems whose subgradient is short enough, or rounding, by norms; ``norm`` is the Hessian's."""
+        self.size = torch.where(self.size > 0, self.size, subgradient)  # where the data are zero, by the start
         monitor.stop(~(subgradient < torch.inf), Status.NOT_FINITE)
-        monitor.stop(subgradient <= tol * size * (self.size > 0), Status.OPTIMAL)
+        monitor.stop(subgradient <= tol * self.size, Status.OPTIMAL)
         rounding = self.noise(gradient) + _ROUNDING * self.domain.space.eps * norm * self.domain.norm(x)
         monitor.stop(subgradient <= rounding, Status.PRECISION)
 
@@ -124,18 +124,26 @@ def largest(values: Tensor, where: Tensor | None = None) -> float:
 
 
 def proximal(prox: Callable[[Any, float], Any], vectors: Vectors, z: Vector, step: float, name: str) -> Vector:
-    """Return ``prox(z, step)`` as a vector of the same space and batch sizes, or raise."""
-    leaves = vectors.space.leaves(prox(vectors.element(z), step), name)
+    """Return ``prox(z, step)`` as a vector of the same space and batch sizes in separate memory, or raise."""
+    given = vectors.copy(z) if z[0].is_inference() else z  # which has no versions
+    versions = _versions(given)
+    leaves = vectors.space.leaves(prox(vectors.element(given), step), name)
     found = [leaf.detach() for leaf in as_vector(leaves)]
+    if versions != _versions(given):
+        raise ValueError(f"expected {name} to leave its argument as it is, got another one: write to a copy of it")
     if any(a.shape != b.shape for a, b in zip(found, z, strict=True)):
         raise SpaceMismatchError(
             f"expected {name} of the batch sizes of x, got leaves of shapes {[tuple(leaf.shape) for leaf in leaves]}"
         )
-    return found
+    return vectors.copy(found)  # it may be a tensor of the user
+
+
+def _versions(vector: Vector) -> list[int]:
+    return [-1 if leaf.is_inference() else leaf._version for leaf in vector]
 
 
 def solve(
-    run: Callable[[Composite, Vector, Monitor], None],
+    run: Callable[[Composite, Vector, Monitor], Vector],
     F: Smooth[X],
     prox: Callable[[Any, float], Any] | None,
     x0: X | None,
@@ -145,12 +153,11 @@ def solve(
     callback: Callback[X] | None,
     progress: bool | None,
 ) -> Solution[X]:
-    """Return the solution by ``run(composite, x, monitor)``, which iterates on x in place."""
+    """Return the solution by ``run(composite, x, monitor)``, which returns the last iterate."""
     composite, most = Composite(F, prox), count("maxiter", maxiter)
     domain = composite.domain
     problem = Problem(composite.hessian, None, None, domain, domain, domain.scalar(0))
     shown = progress_of(name, progress, most, most=True)
     with torch.no_grad(), domain.space.without_autocast(), F.frozen(), shown as line:
         monitor, x = Monitor(problem, most, callback, line), problem.start(x0)
-        run(composite, x, monitor)
-        return monitor.solution(x)
+        return monitor.solution(run(composite, x, monitor))

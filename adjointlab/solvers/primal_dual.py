@@ -190,7 +190,7 @@ class _Saddle:
         """Return ``prox_g*(u + σ · along)``: ``z − σ prox_g(z / σ, 1 / σ)``, after Moreau."""
         dual, sigma = self.dual, self.dual.scalar(self.sigma)
         z = dual.plus(along, 1 / sigma, u)
-        found = proximal(self.prox, dual, dual.copy(z), 1 / self.sigma, "prox(z, step)")
+        found = proximal(self.prox, dual, z, 1 / self.sigma, "prox(z, step)")
         apart = dual.plus(z, -torch.ones_like(sigma), found)
         dual.scale(apart, sigma)
         return apart
@@ -225,8 +225,8 @@ def _pdhg(
     L: LinearOperator,
     prox: Callable[[Any, float], Any],
     tol: float,
-) -> None:
-    """Run primal–dual steps on x in place."""
+) -> Vector:
+    """Run primal–dual steps on x in place, and return it."""
     saddle = _Saddle(composite, Vectors(L.codomain, composite.domain.batch), L, prox)
     at, taken, due = saddle.start(x), 0, _BALANCE[0]
     eps, going, is_first = composite.domain.space.eps, True, True
@@ -237,7 +237,7 @@ def _pdhg(
         if is_first:
             is_first, (going, _) = False, monitor.start(worst, worst)
             if not going:
-                return
+                return x
         monitor.stop(~(worst < math.inf), Status.NOT_FINITE)
         moved = monitor.running
         monitor.stop(worst <= tol, Status.OPTIMAL)
@@ -249,3 +249,4 @@ def _pdhg(
             due = math.ceil(_BALANCE[1] * due)
             saddle.balance(p[monitor.running], q[monitor.running])
         going, _ = monitor.step(x, worst, worst, moved)
+    return x

@@ -106,21 +106,20 @@ class _Lengths:
         self.now = torch.where(is_bent, chosen, _LONGER * self.now)
 
 
-def _projected(composite: Composite, x: Vector, monitor: Monitor, *, tol: float) -> None:
-    """Run spectral projected gradients on x in place."""
+def _projected(composite: Composite, x: Vector, monitor: Monitor, *, tol: float) -> Vector:
+    """Run spectral projected gradients on x in place, and return it."""
     domain, back = composite.domain, composite.domain.scalar(-1)
-    inside = composite.proximal(domain.copy(x), 1.0)
+    inside = composite.proximal(x, 1.0)
     monitor.stop(~(domain.norm(inside) < math.inf), Status.NOT_FINITE)
     composite.replace(x, inside, monitor.running)
     del inside
     gradient = composite.start(x)
-    norm = composite.curvature(gradient)
-    norm = norm if 0 < norm < math.inf else 1.0
+    norm = composite.curvature(gradient) or 1.0
     lengths, value = _Lengths(domain.scalar(1 / norm)), domain.scalar(0)
     values = deque([value], maxlen=_MEMORY)
     new = composite.moved(x, gradient, lengths.now, 1.0)
     mapping = domain.norm(domain.plus(new, back, x)) / lengths.now
-    composite.rules(monitor, mapping, x, gradient, norm=norm, tol=tol)
+    composite.rules(monitor, mapping, x, domain.norm(gradient), norm=norm, tol=tol)
     going, _ = monitor.start(mapping, mapping)
     while going:
         d, at_new = domain.plus(new, back, x), composite.gradient(new)
@@ -131,7 +130,7 @@ def _projected(composite: Composite, x: Vector, monitor: Monitor, *, tol: float)
         noise = composite.noise(at_new) * square.sqrt()
         monitor.stop(slope > noise, Status.UPHILL)
         moved = monitor.running
-        composite.rules(monitor, subgradient, new, at_new, norm=norm, tol=tol)
+        composite.rules(monitor, subgradient, new, domain.norm(at_new), norm=norm, tol=tol)
         is_low = value + slope + bend / 2 <= torch.stack(list(values)).amax(0) + _DECREASE * slope
         is_full = is_low | ~monitor.running | (bend <= 0)
         length = torch.where(is_full, 1, (-slope / bend).clamp(0, 1))
@@ -149,3 +148,4 @@ def _projected(composite: Composite, x: Vector, monitor: Monitor, *, tol: float)
         going, _ = monitor.step(x, subgradient, subgradient, moved)
         if going:
             new = composite.moved(x, gradient, lengths.now, 1.0)
+    return x

@@ -12,8 +12,8 @@ curvature along ``d = x − z`` is that of two gradients, ``⟨d, ∇F(x) − �
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,8 +83,8 @@ def fista(
 
     Notes
     -----
-    A step takes one gradient of F and one proximal map; a step that is too long takes another. Besides the memory of
-    these, the solver needs ten elements of the domain. x is not differentiable: unroll the steps to train through them.
+    A step takes one gradient of F and one proximal map; one that is too long is repeated. Besides the memory of these,
+    the solver needs eight elements of the domain. x is not differentiable: unroll the steps to train through them.
 
     References
     ----------
@@ -105,73 +105,76 @@ def fista(
     return solve(run, F, prox, x0, name="fista", maxiter=maxiter, callback=callback, progress=progress)
 
 
-class _Step(NamedTuple):
-    """A proximal step from z to x."""
-
-    x: Vector
-    gradient: Vector  # at x
-    d: Vector  # x − z
-    length: Tensor  # of d
-    subgradient: Tensor  # its norm at x
-
-
+@dataclass
 class _Steps:
-    """Proximal steps of a length that curvature shortens."""
+    """Proximal steps ``x = prox(p)`` from z with ``p = z − τ ∇F(z)``, of a length τ that curvature shortens."""
 
-    def __init__(self, composite: Composite, tau: float, monitor: Monitor) -> None:
-        self.composite, self.tau, self.monitor = composite, tau, monitor
-        self.uphill = torch.zeros_like(monitor.running)  # problems whose curvature was negative
+    composite: Composite
+    monitor: Monitor
+    tau: float
 
-    def __call__(self, z: Vector, gradient: Vector) -> _Step:
-        composite, domain = self.composite, self.composite.domain
+    def __call__(self, z: Vector, p: Vector) -> tuple[Vector, Vector, Tensor]:
+        """Return x, its gradient and the norm of a subgradient; z becomes ``z − x``, and p the subgradient."""
+        composite, domain, one = self.composite, self.composite.domain, self.composite.domain.scalar(1)
         while True:
-            x = composite.moved(z, gradient, domain.scalar(self.tau), self.tau)
-            d = domain.plus(x, domain.scalar(-1), z)
-            new = composite.gradient(x)
-            apart = domain.plus(new, domain.scalar(-1), gradient)
-            square, energy = domain.dot(d, d), domain.dot(d, apart)
-            noise = composite.noise(new) * square.sqrt()
+            x = composite.proximal(p, self.tau)
+            gradient = composite.gradient(x)
+            domain.add(z, -one, x)
+            domain.add(p, -one, x)
+            domain.update(p, gradient, one / self.tau)  # now it is the subgradient
+            square, slope = domain.dot(z, z), domain.dot(z, p)
+            # With d = x − z, ⟨d, Hd⟩ / ‖d‖² = 1/τ + ⟨d, s⟩ / ‖d‖² is to be at most 1/τ.
+            curvature = square / self.tau - slope
+            noise = composite.noise(gradient) * square.sqrt()
             bent = self.monitor.running & (square > 0)
-            self.uphill = bent & (energy < -noise)
-            steepest = largest((energy - noise) / square, bent)
+            self.monitor.stop(bent & (curvature < -noise), Status.NO_CURVATURE)
+            steepest = largest((curvature - noise) / square, bent)
             if steepest * self.tau <= 1:
-                break
-            self.tau = _SAFE / steepest
-        domain.add(apart, domain.scalar(-1 / self.tau), d)
-        return _Step(x, new, d, square.sqrt(), domain.norm(apart))
+                return x, gradient, domain.norm(p)
+            domain.add(p, -one, gradient)  # back to the start, for a shorter step
+            domain.update(p, x, domain.scalar(self.tau))
+            domain.add(z, one, x)
+            shorter = _SAFE / steepest
+            domain.approach(p, domain.scalar(1 - shorter / self.tau), z)
+            self.tau = shorter
 
 
 def _fista(
     composite: Composite, x: Vector, monitor: Monitor, *, first: float | None, restart: bool, tol: float
-) -> None:
-    """Run FISTA on x in place."""
-    domain = composite.domain
-    at_x = composite.start(x)
-    tau = 1 / composite.curvature(at_x) if first is None else first
-    if not 0 < tau < math.inf:  # at a stationary point of F; or its gradient is not finite
-        tau = 1.0
-    steps = _Steps(composite, tau, monitor)
-    z, at_z, t = x, at_x, domain.scalar(1)
-    found = steps(z, at_z)
-    composite.rules(monitor, found.length / steps.tau, x, at_x, norm=1 / steps.tau, tol=tol)
-    going, _ = monitor.start(found.length / steps.tau, found.length / steps.tau)
+) -> Vector:
+    """Run FISTA from x, and return the last iterate."""
+    domain, one = composite.domain, composite.domain.scalar(1)
+    gradient = composite.start(x)
+    # There is no curvature at a stationary point of F, nor where the gradient is not finite.
+    steps = _Steps(composite, monitor, first or 1 / (composite.curvature(gradient) or 1.0))
+    z, p, t = domain.copy(x), domain.plus(x, -one * steps.tau, gradient), one
+    q = domain.copy(p)  # of x what p is of z
+    before, tau = domain.norm(gradient), steps.tau
+    new, gradient, subgradient = steps(z, p)
+    start = domain.norm(z) / steps.tau
+    composite.rules(monitor, start, x, before, norm=1 / steps.tau, tol=tol)
+    going, _ = monitor.start(start, start)
     while going:
-        monitor.stop(~(found.subgradient < math.inf), Status.NOT_FINITE)
-        monitor.stop(steps.uphill, Status.NO_CURVATURE)
+        if steps.tau != tau:
+            domain.approach(q, domain.scalar(1 - steps.tau / tau), x)
+            tau = steps.tau
+        monitor.stop(~(subgradient < math.inf), Status.NOT_FINITE)
         moved = monitor.running
-        ahead = domain.plus(found.x, domain.scalar(-1), x)
-        composite.replace(x, found.x, moved)
-        composite.rules(monitor, found.subgradient, x, found.gradient, norm=1 / steps.tau, tol=tol)
-        going, _ = monitor.step(x, found.subgradient, found.subgradient, moved)
+        if not bool(moved.all()):
+            composite.replace(new, x, ~moved)
+        composite.rules(monitor, subgradient, new, domain.norm(gradient), norm=1 / tau, tol=tol)
+        going, _ = monitor.step(new, subgradient, subgradient, moved)
         if not going:
-            return
-        if restart:  # z − x and the last move point the same way: the momentum overshoots
-            t = torch.where(domain.dot(found.d, ahead) < 0, 1, t)
+            return new
+        for a, b, c in zip(p, new, x, strict=True):
+            torch.sub(b, c, out=a)
+        if restart:  # x − z and the last move point apart: the momentum overshoots
+            t = torch.where(domain.dot(z, p) > 0, 1, t)
         last, t = t, (1 + (1 + 4 * t.square()).sqrt()) / 2
-        beta = torch.where(monitor.running, (last - 1) / t, 0)
-        z = domain.plus(x, beta, ahead)
-        change = domain.plus(found.gradient, domain.scalar(-1), at_x)
-        at_x = found.gradient
-        at_z = domain.plus(at_x, beta, change)
-        del ahead, change
-        found = steps(z, at_z)
+        ahead = 1 + (last - 1) / t
+        z, x = x, new
+        domain.approach(z, ahead, x)
+        p, q = q, domain.plus(x, -one * tau, gradient)
+        domain.approach(p, ahead, q)
+        new, gradient, subgradient = steps(z, p)
+    return x
