@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adjointlab.derive import linear_operator
 from adjointlab.errors import SpaceMismatchError
@@ -67,21 +67,8 @@ def finite_differences(
     >>> finite_differences((8, 3, 32, 32), border="circular").codomain.specs[0].shape
     (2, 8, 3, 32, 32)
     """
-    domain, found, factors = _prepared(space, dims, border, spacing, batch_dims)
-    at = domain.batch_dims
-
-    def differences(x: Tensor) -> Tensor:
-        image = x.new_zeros((*x.shape[:at], len(found), *x.shape[at:]))
-        for index, (dim, factor) in enumerate(zip(found, factors, strict=True)):
-            part, n = image.select(at, index), x.shape[dim]
-            inner, last = x.narrow(dim, 1, n - 1) - x.narrow(dim, 0, n - 1), x.narrow(dim, n - 1, 1)
-            part.narrow(dim, 0, n - 1).copy_(inner if factor == 1 else factor * inner)
-            if border != "reflect":
-                beyond = x.narrow(dim, 0, 1) - last if border == "circular" else -last
-                part.narrow(dim, n - 1, 1).copy_(factor * beyond)
-        return image
-
-    return linear_operator(differences, domain)
+    domain, found, distances = _prepared(space, dims, border, spacing, batch_dims)
+    return linear_operator(FiniteDifferences(found, border, distances, domain.batch_dims), domain)
 
 
 def laplacian(
@@ -118,17 +105,51 @@ def laplacian(
     >>> laplacian((4,))(torch.tensor([1.0, 2.0, 4.0, 8.0]))
     tensor([ 1.,  1.,  2., -4.])
     """
-    domain, found, factors = _prepared(space, dims, border, spacing, batch_dims)
+    domain, found, distances = _prepared(space, dims, border, spacing, batch_dims)
+    return linear_operator(Laplacian(found, border, distances), domain)
 
-    def second(x: Tensor) -> Tensor:
-        terms = [_second(x, dim, border, factor**2) for dim, factor in zip(found, factors, strict=True)]
+
+class FiniteDifferences(nn.Module):
+    """The map of :func:`finite_differences`; ``at`` is the dimension in which the differences are stacked."""
+
+    def __init__(self, dims: tuple[int, ...], border: str, spacing: tuple[float, ...], at: int) -> None:
+        super().__init__()
+        self.dims, self.border, self.spacing, self.at = dims, border, spacing, at
+
+    def extra_repr(self) -> str:
+        """Return the settings."""
+        return f"dims={self.dims}, border={self.border!r}, spacing={self.spacing}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the differences of x."""
+        image = x.new_zeros((*x.shape[: self.at], len(self.dims), *x.shape[self.at :]))
+        for index, (dim, h) in enumerate(zip(self.dims, self.spacing, strict=True)):
+            part, n = image.select(self.at, index), x.shape[dim]
+            inner, last = x.narrow(dim, 1, n - 1) - x.narrow(dim, 0, n - 1), x.narrow(dim, n - 1, 1)
+            part.narrow(dim, 0, n - 1).copy_(inner if h == 1 else inner / h)
+            if self.border != "reflect":
+                beyond = x.narrow(dim, 0, 1) - last if self.border == "circular" else -last
+                part.narrow(dim, n - 1, 1).copy_(beyond / h)
+        return image
+
+
+class Laplacian(nn.Module):
+    """The map of :func:`laplacian`."""
+
+    def __init__(self, dims: tuple[int, ...], border: str, spacing: tuple[float, ...]) -> None:
+        super().__init__()
+        self.dims, self.border, self.spacing = dims, border, spacing
+
+    extra_repr = FiniteDifferences.extra_repr
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum of the second differences of x."""
+        terms = [_second(x, dim, self.border, h) for dim, h in zip(self.dims, self.spacing, strict=True)]
         return sum(terms[1:], start=terms[0])
 
-    return linear_operator(second, domain)
 
-
-def _second(x: Tensor, dim: int, border: str, factor: float) -> Tensor:
-    """Return ``factor · (x_{i+1} − 2 x_i + x_{i−1})`` along a dimension."""
+def _second(x: Tensor, dim: int, border: str, h: float) -> Tensor:
+    """Return ``(x_{i+1} − 2 x_i + x_{i−1}) / h²`` along a dimension."""
     n = x.shape[dim]
     first, last = x.narrow(dim, 0, 1), x.narrow(dim, n - 1, 1)
     if border == "circular":
@@ -137,13 +158,13 @@ def _second(x: Tensor, dim: int, border: str, factor: float) -> Tensor:
         first, last = torch.zeros_like(first), torch.zeros_like(last)
     longer = torch.cat([first, x, last], dim)
     inner = longer.narrow(dim, 0, n) - 2 * x + longer.narrow(dim, 2, n)
-    return inner if factor == 1 else factor * inner
+    return inner if h == 1 else inner / h**2
 
 
 def _prepared(
     space: Any, dims: int | Sequence[int] | None, border: str, spacing: float | Sequence[float], batch_dims: int
-) -> tuple[Space, tuple[int, ...], list[float]]:
-    """Return the domain, the dimensions counted from the last, and the reciprocals of the spacings."""
+) -> tuple[Space[Tensor], tuple[int, ...], tuple[float, ...]]:
+    """Return the domain, the dimensions counted from the last, and the spacings, or raise."""
     domain = space if isinstance(space, Space) else Space.of(space, batch_dims=batch_dims)
     if domain.structure is not SINGLE or domain.is_sharded:
         raise SpaceMismatchError(
@@ -153,12 +174,12 @@ def _prepared(
         raise ValueError(f"expected border to be one of {', '.join(map(repr, BORDERS))}, got {border!r}")
     shape, k = domain.specs[0].shape, domain.batch_dims
     found = _spatial(shape, k) if dims is None else _given(dims, len(shape), k)
-    spacings = list(spacing) if isinstance(spacing, Sequence) else [spacing] * len(found)
+    spacings = tuple(spacing) if isinstance(spacing, Sequence) else (spacing,) * len(found)
     if len(spacings) != len(found) or any(not 0 < h < math.inf for h in spacings):
         raise ValueError(
             f"expected spacing to be a positive number, or one for each of the {len(found)} dimensions, got {spacing!r}"
         )
-    return domain, found, [1 / h for h in spacings]
+    return domain, found, spacings
 
 
 def _spatial(shape: tuple[int, ...], batch_dims: int) -> tuple[int, ...]:

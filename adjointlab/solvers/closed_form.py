@@ -150,7 +150,9 @@ def _minimiser(transform: _Transform, terms: Sequence[_Term], tol: float) -> Sol
         norm = torch.stack([transform.total(term.misfit(again)) for term in terms]).sum(0).sqrt()
         slope, size, length = (transform.total(_squared(t)).sqrt() for t in (square * again - right, right, again))
         is_small, is_rounding = slope <= tol * size, slope <= units * (most * length + most**0.5 * norm)
-    if not bool((is_small | is_rounding).all()):
+    # Squares that overflow, or underflow, tell nothing: solvers choose other units.
+    is_told = size.isfinite() & (size > 0) if bool(right.detach().any()) else torch.ones_like(is_small)
+    if not bool(((is_small | is_rounding) & is_told).all()):
         return None
     reason = REASONS[Status.LEAST_SQUARES if bool(is_small.all()) else Status.PRECISION]
     if not domain.batch:
