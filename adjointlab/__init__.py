@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adjointlab import precondition, solvers
+    from adjointlab import precondition, prox, solvers
     from adjointlab.affine import AffineOperator, affine_operator
     from adjointlab.blocks import block_diag, diagonal, hstack, identity, vstack
     from adjointlab.derive import linear_adjoint, linear_operator
+    from adjointlab.differences import finite_differences, laplacian
     from adjointlab.errors import (
         AdjointMismatchError,
         ConvergenceWarning,
@@ -46,6 +47,7 @@ _HOME = {
         "affine": ("AffineOperator", "affine_operator"),
         "blocks": ("block_diag", "diagonal", "hstack", "identity", "vstack"),
         "derive": ("linear_adjoint", "linear_operator"),
+        "differences": ("finite_differences", "laplacian"),
         "errors": (
             "AdjointMismatchError",
             "ConvergenceWarning",
@@ -83,7 +85,7 @@ if not TYPE_CHECKING:  # which is to know the names that there are, and no other
     def __getattr__(name: str) -> Any:
         if name in _HOME:
             value = getattr(import_module(_HOME[name]), name)
-        elif name in {"precondition", "solvers"}:
+        elif name in {"precondition", "prox", "solvers"}:
             value = import_module(f"adjointlab.{name}")
         elif name == "__version__":
             value = _version()
@@ -111,6 +113,7 @@ __all__ = [
     "LeastSquares", "LinearOperator", "LinearityReport", "NotDifferentiableError", "NotExportableError",
     "NotLinearError", "Space", "SpaceMismatchError", "TensorSpec", "affine_operator", "assert_adjoint",
     "assert_derivative", "block_diag", "check_adjoint", "check_derivative", "check_linearity", "complexify", "diagonal",
-    "export", "from_pair", "hstack", "identity", "jacobian", "kron", "least_squares_gradient", "linear_adjoint",
-    "linear_operator", "map", "matrix", "operator_norm", "precondition", "recurrence", "solvers", "to_dense", "vstack",
+    "export", "finite_differences", "from_pair", "hstack", "identity", "jacobian", "kron", "laplacian",
+    "least_squares_gradient", "linear_adjoint", "linear_operator", "map", "matrix", "operator_norm", "precondition",
+    "prox", "recurrence", "solvers", "to_dense", "vstack",
 ]  # fmt: skip

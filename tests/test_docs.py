@@ -104,7 +104,7 @@ def test_the_readme_says_of_padding_what_is_found():
 def test_every_public_name_has_an_entry_in_the_reference():
     reference = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
     entries = re.findall(r"auto(?:function|class|exception):: (?:adjointlab\.)?(\w+)", reference)
-    modules = {"precondition": al.precondition, "solvers": al.solvers}
+    modules = {"precondition": al.precondition, "prox": al.prox, "solvers": al.solvers}
     assert {*al.__all__} - modules.keys() | {name for m in modules.values() for name in m.__all__} <= {*entries}
 
 

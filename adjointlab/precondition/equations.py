@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from adjointlab import blocks
 from adjointlab.affine import AffineOperator, Operator, require_operator
-from adjointlab.least_squares import weight_operator
 from adjointlab.notation import Notation
 from adjointlab.operators import LinearOperator, derived
 from adjointlab.precondition.columns import Leaves, probed_norms, squared_norms
 from adjointlab.space import Space
+from adjointlab.terms import weight_operator
 
 _LEAST = 1e-3  # of the largest norm, below which one that is probed may be an error
 

@@ -115,6 +115,11 @@ class Vectors:
         for u, v in zip(y, x, strict=True):
             torch.addcmul(v, u, self._for(alpha, u), out=u)
 
+    def approach(self, y: Vector, alpha: Tensor, x: Vector) -> None:
+        """Set ``y ← y + α(x − y)``, in one pass."""
+        for u, v in zip(y, x, strict=True):
+            u.lerp_(v, self._for(alpha, u))
+
     def plus(self, y: Vector, alpha: Tensor, x: Vector) -> Vector:
         """Return ``y + αx``, in separate memory."""
         return [torch.addcmul(u, v, self._for(alpha, u)) for u, v in zip(y, x, strict=True)]

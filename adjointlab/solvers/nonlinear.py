@@ -20,19 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adjointlab.errors import SpaceMismatchError
+from adjointlab.blocks import identity
 from adjointlab.jacobians import Jacobian, jacobian
-from adjointlab.least_squares import weight_operator
-from adjointlab.operators import LinearOperator
 from adjointlab.progress import Line, progress_of
 from adjointlab.solvers import implicit
 from adjointlab.solvers.objective import Iterate, Objective
 from adjointlab.solvers.problem import count, nonnegative
 from adjointlab.solvers.solution import CONVERGED, REASONS, Callback, Info, Solution, Status
 from adjointlab.space.algebra import added, scaled
+from adjointlab.terms import Penalty, weight_operator
 from adjointlab.tree import map_leaves
-
-Penalty = Sequence[Any]  # (λ, L) or (λ, L, b)
 
 _INNER = 100  # steps of cgls for one step, unless told
 _DECREASE = 1e-4  # of what a linear model promises, at least (Armijo)
@@ -116,7 +113,7 @@ def gauss_newton(
     kwargs: dict[str, Any] | None = None,
     weight: Any = None,
     damp: float | Tensor = 0.0,
-    penalties: Sequence[Penalty] = (),
+    penalties: Sequence[tuple[Any, ...]] = (),
     maxiter: int = 50,
     tol: float = 1e-6,
     inner: int = _INNER,
@@ -195,7 +192,7 @@ def levenberg_marquardt(
     kwargs: dict[str, Any] | None = None,
     weight: Any = None,
     damp: float | Tensor = 0.0,
-    penalties: Sequence[Penalty] = (),
+    penalties: Sequence[tuple[Any, ...]] = (),
     tau: float = 1e-3,
     maxiter: int = 100,
     tol: float = 1e-6,
@@ -250,25 +247,12 @@ def _prepared(f: Any, y: Any, x0: Any, kwargs: dict[str, Any] | None, terms: tup
     weight, damp, penalties = terms
     J = f.at(x0) if isinstance(f, Jacobian) else jacobian(f, x0, kwargs=kwargs)
     J.codomain.leaves(y, "y")
-    found = []
-    for penalty in penalties:
-        if not isinstance(penalty, (tuple, list)) or len(penalty) not in {2, 3}:
-            raise SpaceMismatchError(
-                f"expected penalties as a list of (λ, L) or (λ, L, b), got {penalty!r} in it: put each into brackets"
-            )
-        number, L, *b = penalty
-        if not isinstance(L, LinearOperator) or L.domain != J.domain:
-            raise SpaceMismatchError(
-                f"expected penalties (λ, L) or (λ, L, b) with operators L on {J.domain}, got {type(L).__name__}"
-                f"{f' on {L.domain}' if isinstance(L, LinearOperator) else ''}: wrap L with al.linear_operator"
-            )
-        if b:
-            L.codomain.leaves(b[0], "b")
-        _require_number("λ", number)
-        found.append((number, L, b[0] if b else None))
+    found = Penalty.of(penalties, J.domain, J.domain.batch_shape)
     _require_number("damp", damp)
+    if isinstance(damp, Tensor) or damp:
+        found.append(Penalty(damp**2, identity(J.domain)))
     W = None if weight is None else weight_operator(J, weight)
-    return Iterate(Objective(y, W, damp, tuple(found)), J, J.point)
+    return Iterate(Objective(y, W, tuple(found)), J, J.point)
 
 
 def _positive(name: str, value: float) -> float:

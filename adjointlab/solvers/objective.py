@@ -7,49 +7,28 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
-
-from adjointlab.blocks import block_diag, identity, vstack
 from adjointlab.jacobians import Jacobian
 from adjointlab.operators import LinearOperator
 from adjointlab.solvers.conjugate_gradients import cgls
 from adjointlab.space.algebra import added, scaled
+from adjointlab.terms import Penalty, stacked, stacked_weight
 
 _ROUNDING = 8  # units
 
 
 @dataclass(frozen=True)
 class Objective:
-    """``½‖f(x) − y‖²_W + ½ damp² ‖x‖² + ½ Σ λ ‖Lx − b‖²``, apart from f: as ``½‖r − S d‖²`` in the norm of a weight."""
+    """``½‖f(x) − y‖²_W + ½ Σ λ ‖Lx − b‖²``, apart from f: as ``½‖r − S d‖²`` in the norm of a weight."""
 
     y: Any
     weight: LinearOperator | None
-    damp: float | Tensor
-    penalties: tuple[tuple[Any, LinearOperator, Any], ...]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether there is nothing but the data term."""
-        return not self.penalties and not isinstance(self.damp, Tensor) and self.damp == 0
-
-    def weights(self, J: LinearOperator) -> LinearOperator | None:
-        """Return the weight of the residuals."""
-        if self.is_plain:
-            return self.weight
-        parts = [identity(J.codomain) if self.weight is None else self.weight, self.damp**2 * identity(J.domain)]
-        return block_diag([*parts, *[number * identity(L.codomain) for number, L, _ in self.penalties]])
-
-    def stacked(self, J: LinearOperator) -> LinearOperator:
-        """Return ``S``, from steps to changes of all residuals."""
-        return J if self.is_plain else vstack([J, identity(J.domain), *[L for _, L, _ in self.penalties]])
+    penalties: tuple[Penalty, ...]
 
     def residual(self, value: Any, x: Any) -> Any:
-        """Return the residuals ``(y − f(x), −x, b − Lx, …)``."""
+        """Return the residuals ``(y − f(x), b − Lx, …)``; without penalties, the first one alone."""
         apart = added(self.y, scaled(-1, value))
-        if self.is_plain:
-            return apart
-        rest = [(scaled(-1, L(x)), b) for _, L, b in self.penalties]
-        return (apart, scaled(-1, x), *[r if b is None else added(r, b) for r, b in rest])
+        rest = [scaled(-1, penalty.residual(x)) for penalty in self.penalties]
+        return (apart, *rest) if rest else apart
 
 
 @dataclass(frozen=True)
@@ -63,12 +42,13 @@ class Iterate:
     @cached_property
     def S(self) -> LinearOperator:
         """From steps to changes of the residuals."""
-        return self.objective.stacked(self.J)
+        return stacked(self.J, self.objective.penalties)
 
     @cached_property
     def weight(self) -> LinearOperator | None:
         """Of the residuals."""
-        return self.objective.weights(self.J)
+        found: LinearOperator | None = stacked_weight(self.J, self.objective.weight, self.objective.penalties)
+        return found
 
     @cached_property
     def residual(self) -> Any:

@@ -14,12 +14,12 @@ from torch import Tensor
 from adjointlab.affine import AffineOperator, require_operator
 from adjointlab.blocks import diagonal, weighted_gram
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.least_squares import weight_entries, weight_operator
 from adjointlab.operators import LinearOperator
 from adjointlab.precondition.equations import Equations
 from adjointlab.precondition.spectra import of_equations
 from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector, times
 from adjointlab.solvers.fourier import FourierBasis
+from adjointlab.terms import weight_entries, weight_operator
 from adjointlab.typed import X
 
 Preconditioner: TypeAlias = "LinearOperator[X, X] | Callable[[X], X] | Literal['auto']"  # M

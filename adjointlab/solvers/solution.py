@@ -22,15 +22,16 @@ from adjointlab.typed import X
 
 Status = IntEnum(
     "Status",
-    "RUNNING SOLVED LEAST_SQUARES NOISE PRECISION SHORT STAGNATED NO_CURVATURE BREAKDOWN NO_DESCENT NOT_FINITE "
-    "M_NOT_FINITE M_NOT_ADJOINT M_NOT_POSITIVE ILL_CONDITIONED STOPPED LATE EXHAUSTED",
+    "RUNNING SOLVED LEAST_SQUARES OPTIMAL NOISE PRECISION SHORT STAGNATED NO_CURVATURE BREAKDOWN NO_DESCENT UPHILL "
+    "NOT_FINITE M_NOT_FINITE M_NOT_ADJOINT M_NOT_POSITIVE ILL_CONDITIONED STOPPED LATE EXHAUSTED",
     start=0,
 )
 VERIFIED = (Status.SOLVED, Status.LEAST_SQUARES, Status.NOISE, Status.PRECISION)  # by a residual that is computed anew
-CONVERGED = (*VERIFIED, Status.SHORT)
+CONVERGED = (*VERIFIED, Status.OPTIMAL, Status.SHORT)
 REASONS = {
     Status.SOLVED: "converged: the residual is within the tolerance",
     Status.LEAST_SQUARES: "converged: the gradient of the least-squares problem is within the tolerance",
+    Status.OPTIMAL: "converged: a subgradient of the objective is within the tolerance",
     Status.NOISE: "converged: the residual is within the noise",
     Status.PRECISION: "converged: as far as the precision of the dtype allows",
     Status.SHORT: "converged: the last step is within the tolerance",
@@ -41,6 +42,7 @@ REASONS = {
     Status.BREAKDOWN: "breakdown: a step of no or of infinite length",
     Status.NO_DESCENT: "no step along the direction of the model reduces the objective: check f by "
     "al.check_derivative, or start elsewhere",
+    Status.UPHILL: "a step goes uphill: the gradient, or what is called a projection onto a convex set, is none",
     Status.NOT_FINITE: "NaN or infinity in the data, or in what the operator returned; x is the last finite iterate",
     Status.M_NOT_FINITE: "NaN or infinity in what the preconditioner M returned; x is the last finite iterate",
     Status.M_NOT_ADJOINT: "the preconditioner M is not self-adjoint, or not linear: ⟨g, Mh⟩ ≠ ⟨Mg, h⟩ for two random "
@@ -234,10 +236,10 @@ class Monitor:
         return self._whether_running()
 
     def step(
-        self, x: Vector, norm: Tensor, gradient: Tensor, moved: Tensor, change: tuple[Tensor, Vector]
+        self, x: Vector, norm: Tensor, gradient: Tensor, moved: Tensor, change: tuple[Tensor, Vector] | None = None
     ) -> tuple[bool, bool]:
-        """Record a step αp of those ``moved``; return whether any problem runs, and whether some have stopped."""
-        if self.limits.xtol:
+        """Record a step (αp, if told) of those ``moved``; return whether any problem runs, and whether some stopped."""
+        if change is not None and self.limits.xtol:
             length = change[0].abs() * self.vectors.norm(change[1])
             self.stop(moved & (length <= self.limits.xtol * self.vectors.norm(x)), Status.SHORT)
         self.norms.append(torch.where(moved, norm, self.norms[-1]))

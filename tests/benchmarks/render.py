@@ -27,6 +27,7 @@ SECTIONS = {
     "import",
     "build",
     "solvers",
+    "bounds",
     "maps",
     "kept",
     "subsets",
@@ -167,6 +168,7 @@ def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
     yield from _grams(rows)
     yield from _costs(rows)
     yield from _solvers(rows)
+    yield from _bounds(rows)
 
 
 def _contenders(found: list[Row], title: str, label: str, figure: str | None) -> Iterable[str]:
@@ -446,13 +448,28 @@ def _solvers(rows: list[Row]) -> Iterable[str]:
         "needs to reach the residual `‖Ax − y‖ / ‖y‖` of ours. One that does not get there does not count. Rows with "
         "deepinv come from the second environment, which is measured where it has been made (`make interop`).\n"
     )
+    yield _races(found, "`cgls`")
+
+
+def _bounds(rows: list[Row]) -> Iterable[str]:
+    if not (found := select(rows, "bounds")):
+        return
+    yield "## Deblurring a photograph that is not negative\n"
+    yield (
+        "As above, with `x ≥ 0`: 50 steps of `al.solvers.fista`, and the peers' accelerated proximal gradients by as "
+        "many steps as they need for its residual. Peers that are not installed are left out.\n"
+    )
+    yield _races(found, "`fista`")
+
+
+def _races(found: list[Row], own: str) -> str:
     body = [
-        (r["case"], "`cgls`" if name == "adjointlab" else name, f"{t:.3f}", f"{t / r['seconds']['adjointlab']:.2f}",
+        (r["case"], own if name == "adjointlab" else name, f"{t:.3f}", f"{t / r['seconds']['adjointlab']:.2f}",
          str(r["steps"][name]), f"{r['residuals'][name]:.6f}")
         for r in found
         for name, t in r["seconds"].items()
     ]  # fmt: skip
-    yield table(("", "", "seconds", "in multiples of ours", "steps", "residual"), body, "llrrrr")
+    return table(("", "", "seconds", "in multiples of ours", "steps", "residual"), body, "llrrrr")
 
 
 def _ms(seconds: float) -> str:
