@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -292,3 +293,14 @@ def test_the_normal_equations_end_with_a_reason() -> None:
     assert not nothing.x.any()
     bad = al.solvers.cgls(A, y / 0, normal=True)
     assert not bad.converged
+
+
+def test_threads_build_it_once(A: al.LinearOperator) -> None:
+    gram, x, found = A.gram, draw(A.domain), []
+    threads = [threading.Thread(target=lambda: found.append(gram(x))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(torch.equal(each, found[0]) for each in found)

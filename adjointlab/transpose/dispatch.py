@@ -7,7 +7,6 @@ function depends on besides tensors. A call takes the first whose guards hold. W
 from __future__ import annotations
 
 import copy
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +46,6 @@ _MOST_STATES = 4  # of one size: train() and eval() in turn, say
 _MOST_REBUILDS = 8  # in a row, each for few calls: deriving again and again is slower than eager
 _WORTH = 64  # calls that pay for a derivation
 
-_BUILDING = threading.RLock()  # tracing replaces functions of torch for a while: one thread does so at a time
 _is_compiling = torch.compiler.is_compiling
 
 # What gives the derivation and state of a source for a size instead, in the thread at hand: an export does.
@@ -124,7 +122,7 @@ class Transposition:
         """Build in one thread at a time, without autocast: a function derives from its own dtypes."""
         name = type(self.callable).__name__ if isinstance(self.callable, nn.Module) else "a function"
         shown = progress_of(f"adjoint of {name}", self.options.progress)
-        with _BUILDING, self.domain.without_autocast(), compat.sources_forgotten(), shown:
+        with pipeline.BUILDING, self.domain.without_autocast(), compat.sources_forgotten(), shown:
             yield
 
     def follow(self, parameter: Tensor, name: str, holders: tuple[nn.Module, ...]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,7 @@ from adjointlab.transpose.selfcheck import Candidate, Sketch
 
 ENGINES = ("auto", "eager", "traced", "compiled")
 DERIVATIVES = ("autograd", "forward")
+BUILDING = threading.RLock()  # tracing replaces functions of torch for a while, and graphs share what is fake
 Compiled = Callable[[], Mapping[str, Callable[..., Tensors]]]
 
 
@@ -286,8 +288,8 @@ def assemble(
     )  # fmt: skip
     return replace(
         derivation,
-        gradient=functools.cache(functools.partial(_gradient, derivation, graphs, spaces[0], options, way)),
-        gram=functools.cache(functools.partial(_gram, derivation, graphs, spaces, options, way)),
+        gradient=_once(functools.partial(_gradient, derivation, graphs, spaces[0], options, way)),
+        gram=_once(functools.partial(_gram, derivation, graphs, spaces, options, way)),
         multiplier=_multiplier(derivation, graphs, spaces[0], options, way),
     )
 
@@ -300,6 +302,20 @@ def _joint(graphs: Graphs, options: Options, mode: str, compiled: Compiled | Non
     if mode == "compiled" and compiled is None:
         program.compile(options.options)
     return program
+
+
+def _once(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what keeps the results of a function, and calls it in one thread at a time."""
+    found: dict[Any, Any] = {}
+
+    def get(*key: Any) -> Any:
+        if key not in found:
+            with BUILDING:
+                if key not in found:  # another thread may have been here
+                    found[key] = build(*key)
+        return found[key]
+
+    return get
 
 
 def _program(
