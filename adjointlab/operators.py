@@ -317,7 +317,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         Parameters
         ----------
         n : int
-            The number of pieces, which are as :func:`torch.tensor_split` cuts the results: one after the other, of
+            The number of pieces, which are as ``torch.tensor_split`` cuts the results: one after the other, of
             sizes that differ by one at most.
         dim : int
             As in :meth:`rows`.

@@ -99,27 +99,69 @@ class Parts:
         return x if self.prox is None else self.prox(x, s / n)
 
 
-class SGD:
-    """``x ← x − s Aᵢᴴ(Aᵢx − yᵢ)``, with a step that shrinks from epoch to epoch."""
+def nesterov(t: float) -> tuple[float, float]:
+    """Return Nesterov's momentum of a step, and the number that follows t."""
+    following = (1 + math.sqrt(1 + 4 * t**2)) / 2
+    return (t - 1) / following, following
 
-    def __init__(self, parts: Parts, decay: float) -> None:
-        self.parts, self.decay, self.epochs = parts, decay, 0
+
+def ahead(new: Any, x: Any, beta: float) -> Any:
+    """Return ``x' + β (x' − x)``."""
+    return map_leaves(lambda a, b: torch.lerp(b, a, 1 + beta), new, x) if beta else new
+
+
+class Method:
+    """What takes the parts in turn; steps are halved where they diverge."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.halved = parts, 0
+        self.first = math.nan  # value
+        self.bound = sum(float(A.codomain.norm(y)) ** 2 for A, y in zip(parts.operators, parts.data, strict=True))
+
+    def limit(self, at: At) -> float:
+        """Return the value from which on steps diverge."""
+        self.first = at.value if math.isnan(self.first) else self.first
+        return _WORSE * max(self.first, self.bound)
+
+    def taken_back(self, at: At) -> At | Status:
+        """Return the iterate before an epoch, and halve the steps."""
+        self.parts, self.halved = replace(self.parts, step=self.parts.step / 2), self.halved + 1
+        return Status.BREAKDOWN if self.halved > _MOST_HALVED else at
+
+
+class SGD(Method):
+    """``x ← z − s Aᵢᴴ(Aᵢz − yᵢ)``, z being ahead of x by momentum, with a step that shrinks from epoch to epoch."""
+
+    def __init__(self, parts: Parts, decay: float, momentum: float) -> None:
+        super().__init__(parts)
+        self.decay, self.momentum = decay, momentum
+        self.epochs, self.t = 0, 1.0
+        self.ahead: Any = None  # z
 
     def epoch(self, at: At) -> At | Status:
         """Return the iterate after every part had its turn, or why there is none."""
         parts = replace(self.parts, step=self.parts.step / (1 + self.decay * self.epochs))
         x, self.epochs = at.x, self.epochs + 1
+        z = at.x if self.ahead is None else self.ahead
         for i in parts.order():
-            x = parts.moved(x, parts.linear[i].H(parts.residual(i, x)))
+            new = parts.moved(z, parts.linear[i].H(parts.residual(i, z)))
+            beta, self.t = nesterov(self.t)
+            z = ahead(new, x, min(beta, self.momentum))
+            x = new
+        self.ahead = z
         change = float(parts.domain.norm(map_leaves(torch.sub, x, at.x)))
-        return parts.at(x, change / parts.step)
+        found = parts.at(x, change / parts.step)
+        if found.value <= self.limit(at):
+            return found
+        self.ahead, self.t = None, 1.0
+        return self.taken_back(at)
 
 
-class SAGA:
+class SAGA(Method):
     """The same with the mean of all gradients, of which one is renewed at each step."""
 
     def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+        super().__init__(parts)
         self.residuals: list[Any] = []  # as each part was seen last
         self.total: Any = None  # Aᴴ of them
 
@@ -133,16 +175,19 @@ class SAGA:
             change = parts.linear[i].H(map_leaves(torch.sub, new, self.residuals[i]))
             x = parts.moved(x, map_leaves(lambda c, t: c + t / len(parts), change, self.total))
             self.residuals[i], self.total = new, added(self.total, change)
-        return parts.at(x, float(parts.domain.norm(added(self.total, scaled(parts.damp**2, x)))))
+        found = parts.at(x, float(parts.domain.norm(added(self.total, scaled(parts.damp**2, x)))))
+        if found.value <= self.limit(at):
+            return found
+        self.residuals = []
+        return self.taken_back(at)
 
 
-class SVRG:
+class SVRG(Method):
     """The same with the whole gradient at the start of the epoch, and momentum, as far as the objective falls."""
 
     def __init__(self, parts: Parts, tol: float) -> None:
-        self.parts, self.tol, self.first = parts, tol, math.nan
-        self.halved, self.t = 0, 1.0
-        self.bound = sum(float(A.codomain.norm(y)) ** 2 for A, y in zip(parts.operators, parts.data, strict=True))
+        super().__init__(parts)
+        self.tol, self.start, self.t = tol, math.nan, 1.0  # start: the first norm of the gradient
         self.behind: Any = None  # the last iterate without momentum
 
     def epoch(self, at: At) -> At | Status:
@@ -151,8 +196,10 @@ class SVRG:
         total = parts.pulled(at.residuals)
         mean = scaled(1 / len(parts), total)
         slope = self._slope(at.x, total)
-        self.first = slope if math.isnan(self.first) else self.first
-        if slope <= self.tol * self.first:
+        if not math.isfinite(slope):  # of steps that are far too long
+            return self.taken_back(at)
+        self.start = slope if math.isnan(self.start) else self.start
+        if slope <= self.tol * self.start:
             return Status.LEAST_SQUARES
         z = at.x
         x = z if self.behind is None else self.behind
@@ -160,23 +207,28 @@ class SVRG:
             away = map_leaves(torch.sub, z, at.x)
             change = parts.linear[i].H(parts.linear[i](away))
             new = parts.moved(z, added(change, mean))
-            t = (1 + math.sqrt(1 + 4 * self.t**2)) / 2
-            beta, self.t = (self.t - 1) / t, t
-            z = map_leaves(lambda a, b, w=1 + beta: torch.lerp(b, a, w), new, x)
+            beta, self.t = nesterov(self.t)
+            z = ahead(new, x, beta)
             x = new
         found = parts.at(z, slope)
-        rounding = _ROUNDING * max(A.codomain.eps for A in parts.operators) * math.sqrt(self.bound)
-        limit = (math.sqrt(at.value) + rounding) ** 2 if parts.prox is None else _WORSE * max(at.value, self.bound)
-        if found.value <= limit:
+        if found.value <= self.limit(at):
             self.behind = x
             return found
-        self.parts, self.halved = replace(parts, step=parts.step / 2), self.halved + 1
         self.t, self.behind = 1.0, None
-        return Status.BREAKDOWN if self.halved > _MOST_HALVED else replace(at, gradient=slope)
+        return self.taken_back(replace(at, gradient=slope))
+
+    def limit(self, at: At) -> float:
+        """Return the value of the iterate, within rounding; if there is an h, that from which steps diverge."""
+        if self.parts.prox is not None:
+            return super().limit(at)
+        eps = max(A.codomain.eps for A in self.parts.operators)
+        return (math.sqrt(at.value) + _ROUNDING * eps * math.sqrt(self.bound)) ** 2
 
     def _slope(self, x: Any, total: Any) -> float:
         """Return the norm of the gradient or, with a proximal map, that of a step in units of its length."""
         parts, n = self.parts, len(self.parts)
+        if parts.prox is None:
+            return float(parts.domain.norm(added(total, scaled(parts.damp**2, x))))
         ahead = parts.moved(x, scaled(1 / n, total))
         return float(parts.domain.norm(map_leaves(torch.sub, ahead, x))) * n / parts.step
 
@@ -254,7 +306,7 @@ def solved(
                 status = Status.STOPPED
                 break
             change = float(domain.norm(map_leaves(torch.sub, at.x, before.x)))
-            if tol is not None and change <= tol * float(domain.norm(at.x)):
+            if tol is not None and at.x is not before.x and change <= tol * float(domain.norm(at.x)):
                 status = Status.SHORT
                 break
     return Solution(

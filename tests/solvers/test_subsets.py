@@ -58,6 +58,21 @@ def test_steps_that_shrink_come_closer_to_the_minimum() -> None:
     assert shrinking < constant / 3
 
 
+def test_momentum_gains_where_parts_agree() -> None:
+    M = torch.randn(400, 20, dtype=torch.float64, generator=seeded(0)) * torch.logspace(0, -2, 20, dtype=torch.float64)
+    A, x = parts_of(M, 4), torch.randn(20, dtype=torch.float64, generator=seeded(2))
+    plain, ahead = (sgd(A, [P(x) for P in A], momentum=b, maxiter=20, tol=0).residual_norms[-1] for b in (0.0, 0.9))
+    assert ahead < plain / 2
+    with pytest.raises(ValueError, match="expected momentum to be a number from 0 to below 1, got 1"):
+        sgd(A, [P(x) for P in A], momentum=1)
+
+
+def test_momentum_that_diverges_is_taken_back() -> None:
+    _, y, A, data = problem(m=40, n=30, parts=8)
+    solution = sgd(A, data, momentum=0.9, maxiter=60, tol=0)
+    assert bool((solution.residual_norms <= 2 * y.norm()).all())
+
+
 @every
 def test_the_account(solve: Any) -> None:
     M, y, A, data = problem()
@@ -133,12 +148,16 @@ def test_steps_that_are_too_long_are_halved() -> None:
     assert close(solution.x, minimiser(M, y, 0.0), M)
 
 
-def test_steps_that_diverge_end_with_a_reason() -> None:
-    _, _, A, data = problem()
-    solution = sgd(A, data, step=1e300, maxiter=50)
-    assert not solution.converged
-    assert "NaN or infinity" in solution.reason
+@every
+@pytest.mark.parametrize("step", [100.0, 1e300])
+def test_steps_that_diverge_are_halved_or_end_with_a_reason(solve: Any, step: float) -> None:
+    _, y, A, data = problem()
+    solution = solve(A, data, step=step, maxiter=100, tol=1e-9)
     assert bool(solution.x.isfinite().all())
+    assert bool((solution.residual_norms <= 2 * y.norm()).all())
+    if step > 1e6:
+        assert not solution.converged
+        assert solution.reason == "breakdown: a step of no or of infinite length"
 
 
 @every
