@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.notation import Notation, outline
-from adjointlab.operators import LinearOperator, derived
+from adjointlab.operators import LinearOperator, derived, in_spaces
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common
 from adjointlab.space.spec import OfDict, OfPair, OfTensor
@@ -249,7 +249,8 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator[Any, Any]:
     d : Tensor or pytree of tensors
         The diagonal, with the shape and dtype of x. Parameters stay parameters.
     space : Space, optional
-        The domain; the space of ``d`` if not given. A sharded domain must be given, because ``d`` does not show it.
+        The domain; the space of ``d`` if not given. A domain that is sharded or has a weight must be given, because
+        ``d`` does not show it.
 
     Returns
     -------
@@ -267,6 +268,8 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator[Any, Any]:
     >>> diagonal(torch.tensor([1.0, 2.0]))(torch.tensor([3.0, 4.0]))
     tensor([3., 8.])
     """
+    if space is not None and space.weight is not None:
+        return in_spaces(diagonal(d, space.plain), space, space)
     where = Space.of(d) if space is None else space
     entries = _Entries(where.leaves(d, "d"))
 

@@ -17,6 +17,9 @@ from adjointlab.typed import X, Y
 class LeastSquares(nn.Module, Generic[X, Y]):
     r"""The objective ``F(x) = ½‖A x − y‖²_W = ½ Re⟨Ax − y, W(Ax − y)⟩``.
 
+    If the spaces of A have weights, so has this inner product, and ``gradient`` is the gradient in the domain of A:
+    ``A.domain.weigh(F.gradient(x))`` is the one that autograd computes. They are equal where there are no weights.
+
     Parameters
     ----------
     A : LinearOperator or AffineOperator
@@ -111,15 +114,16 @@ class LeastSquares(nn.Module, Generic[X, Y]):
 
     def _value(self, residual: Any, weighted: Any) -> Tensor:
         codomain = self.A.codomain
-        pairs = zip(codomain.leaves(residual), codomain.leaves(weighted), strict=True)
         with codomain.without_autocast():
+            pairs = zip(codomain.leaves(residual), codomain.leaves(codomain.weigh(weighted)), strict=True)
             return codomain.total([torch.linalg.vecdot(r.reshape(-1), w.reshape(-1)).real for r, w in pairs]) / 2
 
 
 def weight_operator(A: Operator[Any, Any], weight: Any) -> LinearOperator:
     """Return W as an operator on the codomain of A, or raise."""
     if not isinstance(weight, LinearOperator):
-        return diagonal(weight_entries(A, weight), A.codomain if A.codomain.is_sharded else None)
+        space = A.codomain
+        return diagonal(weight_entries(A, weight), space if space.is_sharded or space.weight is not None else None)
     if weight.domain != A.codomain or weight.codomain != A.codomain:
         raise SpaceMismatchError(
             f"expected a weight that maps {A.codomain} to itself, got one from {weight.domain} to {weight.codomain}; "
@@ -130,7 +134,12 @@ def weight_operator(A: Operator[Any, Any], weight: Any) -> LinearOperator:
 
 def weight_entries(A: Operator[Any, Any], weight: Any) -> Any:
     """Return the entries of a diagonal W as an element of the codomain of A, or raise."""
-    given = A.codomain.structure.leaves(weight)
+    given, own = A.codomain.structure.leaves(weight), A.codomain.weight
+    if own is not None and not own.is_diagonal:
+        raise SpaceMismatchError(
+            f"expected a weight that is self-adjoint in {A.codomain}, whose own weight is an operator, got entries: "
+            "give an operator on A.codomain"
+        )
     if given is None:
         A.codomain.check(weight, "weight")  # raises
     leaves = [

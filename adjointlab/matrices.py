@@ -73,7 +73,7 @@ def matrix(
         What x is: images, say, with as many entries as M has columns. Vectors if not given. A real matrix can have
         complex domains, and a complex one real ones.
     codomain : the same, optional
-        What ``Mx`` is, with as many entries as M has rows. Vectors if not given.
+        What ``Mx`` is, with as many entries as M has rows. Vectors if not given. Spaces may have weights.
     batch_dims : int
         Number of leading dimensions of the domain that may have any size: M multiplies what is at each place of them.
     device : torch.device or str, optional
@@ -119,6 +119,7 @@ def matrix(
             f"{spec.dtype} on {spec.device}: convert the matrix, M.to(dtype=…, device=…)"
         )
     result: tuple[int, ...] = (rows,)
+    target: Space[Tensor] | None = None
     if codomain is not None:
         target = Space.of(codomain, dtype=held.dtype, device=held.device)
         result = _single(target, "codomain").shape[target.batch_dims :]
@@ -127,7 +128,8 @@ def matrix(
                 f"expected a codomain with {rows} entries, one for each row of the matrix, got the shape {result} with "
                 f"{math.prod(result)}"
             )
-    return linear_operator(_Product(held, k, result), given)
+    weighted = None if target is None or target.weight is None else target
+    return linear_operator(_Product(held, k, result), given, codomain=weighted)
 
 
 def _single(space: Space, name: str) -> TensorSpec:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adjointlab.compat import differentiated
+from adjointlab.errors import SpaceMismatchError
 from adjointlab.linked import Linked
 from adjointlab.notation import POWER, PRODUCT, SUM, Expression, Notation, meaning, multiple, number
 from adjointlab.numerics import commutes_with_i, full_precision
@@ -78,8 +79,8 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         recipe = (LinearOperator, (function, adjoint_function, domain, codomain))
         self._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
         twin = self.H
-        self._body.linked[0] = Linked(self._leaves_of_function, twin._leaves)
-        self._body.linked[1] = Linked(twin._leaves_of_function, self._leaves)
+        self._body.linked[0] = Linked(self._leaves_of_function, twin._plain_leaves)
+        self._body.linked[1] = Linked(twin._leaves_of_function, self._plain_leaves)
 
     @classmethod
     def _of(cls, *state: Any) -> LinearOperator:
@@ -163,16 +164,24 @@ class LinearOperator(nn.Module, Generic[X, Y]):
     def _leaves(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return self.codomain.leaves(self(self.domain.unflatten(x)))
 
+    def _plain_leaves(self, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the leaves of A's image for the adjoint of A.H without weights, which is autograd's: ``W A W⁻¹ y``."""
+        domain, codomain = self.domain, self.codomain
+        return codomain.leaves(codomain.weigh(self(domain.unweigh(domain.unflatten(y)))))
+
     @property
     def H(self) -> LinearOperator[Y, X]:
-        """The adjoint ``Aᴴ``, with ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩`` (for the real part, where A is only real-linear)."""
+        """The adjoint ``Aᴴ``, with ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩`` (for the real part, where A is only real-linear).
+
+        Between spaces with weights it is ``W_X⁻¹ Aᴴ W_Y``; autograd's derivative of A stays the one without weights.
+        """
         twin = self._body.views[1 - self._side]
         assert twin is not None
         return twin
 
     @property
     def T(self) -> LinearOperator[Y, X]:
-        """The transpose ``conj ∘ Aᴴ ∘ conj``, with ``Σ (Ax)ᵢ yᵢ = Σ xᵢ (Aᵀy)ᵢ``."""
+        """The transpose ``conj ∘ Aᴴ ∘ conj``, with ``Σ (Ax)ᵢ yᵢ = Σ xᵢ (Aᵀy)ᵢ``, both sums with weights if any."""
         twin = self._body.transposes[self._side]
         if twin is None:
             twin = self._body.transposes[self._side] = _transpose(self)
@@ -419,7 +428,38 @@ def _scale_input(a: LinearOperator, scalar: Any) -> LinearOperator:
     )  # fmt: skip
 
 
+def in_spaces(plain: LinearOperator[X, Y], domain: Space[X], codomain: Space[Y]) -> LinearOperator[X, Y]:
+    """Return an operator between spaces without weights as one between equal spaces with weights: ``W_X⁻¹ Aᴴ W_Y``."""
+    if domain.weight is codomain.weight is None:
+        return plain
+    operator: LinearOperator[X, Y] = derived(
+        plain, lambda y: operator.domain.unweigh(plain.H(operator.codomain.weigh(y))), domain, codomain,
+        lambda: (in_spaces, (plain, operator.domain, operator.codomain)), plain, notation=Notation("{}", POWER + 1),
+    )  # fmt: skip
+    return operator
+
+
+def without_weights(a: LinearOperator[X, Y]) -> LinearOperator[X, Y]:
+    """Return the same map between the spaces without weights, the adjoint being the plain one: ``W_X Aᴴ W_Y⁻¹``."""
+    if a.domain.weight is a.codomain.weight is None:
+        return a
+    make = a._recipe() if callable(a._recipe) else a._recipe
+    if make[0] is _adjoint_of:
+        return without_weights(make[1][0]).H
+    if make[0] is in_spaces:
+        return make[1][0]  # type: ignore[no-any-return]
+    return derived(
+        a, lambda y: a.domain.weigh(a.H(a.codomain.unweigh(y))), a.domain.plain, a.codomain.plain,
+        (without_weights, (a,)), a, notation=Notation("{}", POWER + 1),
+    )  # fmt: skip
+
+
 def _transpose(a: LinearOperator) -> LinearOperator:
+    for space in (a.domain, a.codomain):
+        if space.is_complex and space.weight is not None and not space.weight.is_diagonal:
+            raise SpaceMismatchError(
+                f"expected complex spaces with numbers as weights for a transpose, got {space}: use A.H"
+            )
     return derived(
         lambda y: conjugated(a.H(conjugated(y))), lambda x: conjugated(a(conjugated(x))), a.codomain, a.domain,
         (_transpose, (a,)), a, notation=Notation("{}ᵀ", POWER, POWER + 1),

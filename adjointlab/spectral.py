@@ -278,8 +278,11 @@ class _Sphere:
 
     def normalise(self, vector: list[Tensor]) -> float:
         """Scale a vector in place, and return its length; one of length zero stays as it is."""
-        squares = [torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in vector]
-        length = math.sqrt(self.space.total(squares)) / self.radius
+        if self.space.weight is None:
+            squares = [torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in vector]
+            length = math.sqrt(self.space.total(squares)) / self.radius
+        else:
+            length = float(self.space.norm(self.element(vector))) / self.radius
         for leaf in vector if length else ():
             leaf.div_(length)
         return length
@@ -313,7 +316,8 @@ def estimate_trace(A: LinearOperator, *, samples: int = 64, generator: torch.Gen
     # M. F. Hutchinson, A stochastic estimator of the trace of the influence matrix, Commun. Stat. Simul. Comput. 19
     # (1990) 433–450.
     with torch.no_grad():
-        return torch.stack([A.domain.inner(z, image) for z, image in _probes(A, samples, generator)]).mean()
+        inner = A.domain.plain.inner  # a trace does not depend on inner products
+        return torch.stack([inner(z, image) for z, image in _probes(A, samples, generator)]).mean()
 
 
 def estimate_diagonal(A: LinearOperator[X, X], *, samples: int = 64, generator: torch.Generator | None = None) -> X:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adjointlab.derive import linear_operator
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.operators import LinearOperator
+from adjointlab.operators import LinearOperator, without_weights
 from adjointlab.space import Space
 from adjointlab.tree import tree_flatten
 
@@ -23,7 +23,7 @@ class _Physics(LinearPhysics):  # type: ignore[misc]
     def __init__(self, A: LinearOperator, **options: Any) -> None:
         spec = A.domain.specs[0]
         super().__init__(img_size=tuple(spec.shape[1:]), device=spec.device, **options)
-        self.operator = A
+        self.operator = without_weights(A)
         self._with_parameters: list[tuple[int, dict[str, Any], LinearOperator]] = []
 
     def A(self, x: Any, **parameters: Any) -> Any:

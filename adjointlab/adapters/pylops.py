@@ -10,7 +10,7 @@ from pylops import LinearOperator as PyLopsOperator
 from torch import Tensor
 
 from adjointlab.adapters.bridge import Array, array_dtype, from_arrays, on_arrays, torch_dtype
-from adjointlab.operators import LinearOperator
+from adjointlab.operators import LinearOperator, without_weights
 from adjointlab.space import Space, TensorSpec
 
 
@@ -23,7 +23,8 @@ class _Operator(PyLopsOperator):  # type: ignore[misc]
         dtype = array_dtype(A.domain, A.codomain)
         super().__init__(dtype=dtype, dims=dims, dimsd=dimsd, clinear=A.is_complex_linear, name=type(A).__name__)
         self.adjointlab = A
-        self._forward, self._adjoint_map = (on_arrays(B, dtype) for B in (A, A.H))
+        plain = without_weights(A)
+        self._forward, self._adjoint_map = (on_arrays(B, dtype) for B in (plain, plain.H))
 
     def _matvec(self, x: Array) -> Array:
         return self._forward(x)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adjointlab.adapters.bridge import array_dtype, from_arrays, numpy_dtype, on_arrays, torch_dtype
 from adjointlab.matrices import matrix
-from adjointlab.operators import LinearOperator
+from adjointlab.operators import LinearOperator, without_weights
 from adjointlab.space import Space, TensorSpec
 from adjointlab.space.coordinates import real_size
 
@@ -45,6 +45,7 @@ def to_scipy(A: LinearOperator) -> Any:
     >>> svds(to_scipy(diagonal(torch.tensor([1.0, 3.0, 2.0]))), k=1)[1]
     array([3.], dtype=float32)
     """
+    A = without_weights(A)
     real = not A.is_complex_linear
     dtype = array_dtype(A.domain, A.codomain)
     if real:

@@ -64,4 +64,6 @@ def moved(space: Space, function: Callable[[Tensor], Tensor]) -> Space:
         probe = function(torch.empty(0, dtype=spec.dtype, device=spec.device))
         return replace(spec, dtype=probe.dtype, device=probe.device)
 
-    return Space(tuple(map(move, space.specs)), space.structure, space.batch_dims)
+    specs = tuple(map(move, space.specs))
+    weight = None if space.weight is None else space.weight.moved(function, specs, moved)
+    return Space(specs, space.structure, space.batch_dims, weight)
