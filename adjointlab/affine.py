@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from adjointlab.derive import BuildOptions, from_source, options_of, require_linear, space_for, weighted_codomain
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.notation import name_of, outline
-from adjointlab.operators import LinearOperator, in_spaces
+from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 from adjointlab.space.spec import OfContainer, OfDict, OfPair, OfTensor
 from adjointlab.transpose import Options, Transposition
 from adjointlab.typed import E, X, Y
+from adjointlab.weighted import in_spaces
 
 Operator: TypeAlias = "LinearOperator[X, Y] | AffineOperator[X, Y]"
 

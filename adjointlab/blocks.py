@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.notation import Notation, outline
-from adjointlab.operators import LinearOperator, derived, in_spaces
+from adjointlab.operators import LinearOperator, derived
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common
 from adjointlab.space.spec import OfDict, OfPair, OfTensor
 from adjointlab.typed import E, X, Y
+from adjointlab.weighted import in_spaces
 
 
 def _product_space(spaces: Sequence[Space]) -> Space:

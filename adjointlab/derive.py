@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMismatchError
 from adjointlab.linearity import assess, like_parameters, require_map
 from adjointlab.notation import name_of
-from adjointlab.operators import LinearOperator, Map, Recipe, in_spaces
+from adjointlab.operators import LinearOperator, Map, Recipe
 from adjointlab.space import Space
 from adjointlab.space.spec import OfContainer, OfDict, OfPair, OfTensor
 from adjointlab.transpose import Derivation, Options, Transposition
 from adjointlab.transpose.selfcheck import Sketch
 from adjointlab.typed import E, Y
+from adjointlab.weighted import in_spaces
 
 
 class BuildOptions(TypedDict, total=False):

@@ -98,7 +98,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         for name, part in parts.items():
             setattr(self, name, part)
         if body.views[1 - side] is None:  # made now: torch.compile cannot make modules
-            LinearOperator._of(body, 1 - side, (_adjoint_of, (self,)), parts)
+            LinearOperator._of(body, 1 - side, (adjoint_of, (self,)), parts)
 
     @classmethod
     def of_source(
@@ -346,14 +346,14 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move parameters, buffers and spaces together; ``.to``, ``.double`` and ``.cuda`` call this method."""
-        self._body.transposes = [None, None]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         body = self._body
+        spaces = tuple(moved(space, fn) for space in body.spaces)  # first: a weight may refuse to be moved
+        body.transposes = [None, None]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if body.source is not None:
             body.source.move(fn)
-            body.spaces = (body.source.domain, body.source.codomain)
-        else:
-            body.spaces = tuple(moved(space, fn) for space in body.spaces)  # type: ignore[assignment]
+            spaces = (body.source.domain, body.source.codomain)
+        body.spaces = spaces  # type: ignore[assignment]
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -377,7 +377,8 @@ def derived(
     return LinearOperator._of(body, 0, recipe, named)
 
 
-def _adjoint_of(operator: LinearOperator) -> LinearOperator:
+def adjoint_of(operator: LinearOperator) -> LinearOperator:
+    """Return ``Aᴴ``: the recipe of an adjoint."""
     return operator.H
 
 
@@ -425,32 +426,6 @@ def _scale_input(a: LinearOperator, scalar: Any) -> LinearOperator:
     return derived(
         lambda x: a(scaled(scalar, x)), lambda y: scaled(_conjugate(scalar), a.H(y)), a.domain, a.codomain,
         (_scale_input, (a, scalar)), a, notation=Notation(f"{{}} · {number(scalar)}", PRODUCT, PRODUCT),
-    )  # fmt: skip
-
-
-def in_spaces(plain: LinearOperator[X, Y], domain: Space[X], codomain: Space[Y]) -> LinearOperator[X, Y]:
-    """Return an operator between spaces without weights as one between equal spaces with weights: ``W_X⁻¹ Aᴴ W_Y``."""
-    if domain.weight is codomain.weight is None:
-        return plain
-    operator: LinearOperator[X, Y] = derived(
-        plain, lambda y: operator.domain.unweigh(plain.H(operator.codomain.weigh(y))), domain, codomain,
-        lambda: (in_spaces, (plain, operator.domain, operator.codomain)), plain, notation=Notation("{}", POWER + 1),
-    )  # fmt: skip
-    return operator
-
-
-def without_weights(a: LinearOperator[X, Y]) -> LinearOperator[X, Y]:
-    """Return the same map between the spaces without weights, the adjoint being the plain one: ``W_X Aᴴ W_Y⁻¹``."""
-    if a.domain.weight is a.codomain.weight is None:
-        return a
-    make = a._recipe() if callable(a._recipe) else a._recipe
-    if make[0] is _adjoint_of:
-        return without_weights(make[1][0]).H
-    if make[0] is in_spaces:
-        return make[1][0]  # type: ignore[no-any-return]
-    return derived(
-        a, lambda y: a.domain.weigh(a.H(a.codomain.unweigh(y))), a.domain.plain, a.codomain.plain,
-        (without_weights, (a,)), a, notation=Notation("{}", POWER + 1),
     )  # fmt: skip
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from adjointlab.derive import linear_operator
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.operators import LinearOperator, without_weights
+from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 from adjointlab.tree import tree_flatten
+from adjointlab.weighted import without_weights
 
 
 class _Physics(LinearPhysics):  # type: ignore[misc]

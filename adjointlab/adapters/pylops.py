@@ -10,8 +10,9 @@ from pylops import LinearOperator as PyLopsOperator
 from torch import Tensor
 
 from adjointlab.adapters.bridge import Array, array_dtype, from_arrays, on_arrays, torch_dtype
-from adjointlab.operators import LinearOperator, without_weights
+from adjointlab.operators import LinearOperator
 from adjointlab.space import Space, TensorSpec
+from adjointlab.weighted import without_weights
 
 
 class _Operator(PyLopsOperator):  # type: ignore[misc]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from adjointlab.adapters.bridge import array_dtype, from_arrays, numpy_dtype, on_arrays, torch_dtype
 from adjointlab.matrices import matrix
-from adjointlab.operators import LinearOperator, without_weights
+from adjointlab.operators import LinearOperator
 from adjointlab.space import Space, TensorSpec
 from adjointlab.space.coordinates import real_size
+from adjointlab.weighted import without_weights
 
 
 def to_scipy(A: LinearOperator) -> Any:

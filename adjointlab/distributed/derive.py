@@ -13,10 +13,11 @@ from adjointlab.derive import from_source, options_of, require_linear
 from adjointlab.distributed.failure import raise_on_all_ranks
 from adjointlab.distributed.sharding import Sharding
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.operators import LinearOperator, in_spaces
+from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 from adjointlab.transpose import Eager, Options, Transposition
 from adjointlab.typed import X, Y
+from adjointlab.weighted import in_spaces
 
 
 class _Options(TypedDict, total=False):

@@ -312,11 +312,9 @@ def _refutation(pair: Pair) -> str:
 
 
 def _moved_pair(part: Pair, function: Callable[[Tensor], Tensor], space: Space) -> Pair:
-    """Return copies of the modules of a pair, moved; the user's own stay where they are."""
-    if not (isinstance(part.function, nn.Module) and isinstance(part.inverse, nn.Module)):
-        raise SpaceMismatchError(
-            f"expected the weight {part} of modules, which can be moved to {space}, got functions: build the operator "
-            "anew, with a weight for that space"
-        )
-    W, inverse = (copy.deepcopy(module)._apply(function) for module in (part.function, part.inverse))
-    return Pair(W, inverse, space)
+    """Return a pair for another dtype or device: copies of modules are moved, other functions are tested there."""
+    W, inverse = (
+        copy.deepcopy(given)._apply(function) if isinstance(given, nn.Module) else given
+        for given in (part.function, part.inverse)
+    )
+    return _pair(space, W, inverse)

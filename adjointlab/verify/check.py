@@ -15,7 +15,7 @@ from adjointlab.derive import linear_operator
 from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMismatchError
 from adjointlab.linearity import like_parameters, require_map
 from adjointlab.numerics import full_precision
-from adjointlab.operators import LinearOperator, without_weights
+from adjointlab.operators import LinearOperator
 from adjointlab.progress import progress_of
 from adjointlab.space import Space
 from adjointlab.space.coordinates import real_element, real_size, real_vector
@@ -25,6 +25,7 @@ from adjointlab.verify.diagnosis import diagnose
 from adjointlab.verify.dot_test import DotTest
 from adjointlab.verify.figure import Figure
 from adjointlab.verify.report import AdjointReport
+from adjointlab.weighted import without_weights
 
 _MOST_COLUMNS = 512  # largest real dimension for which the dense matrix is computed
 
