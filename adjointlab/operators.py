@@ -79,8 +79,9 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         recipe = (LinearOperator, (function, adjoint_function, domain, codomain))
         self._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
         twin = self.H
-        self._body.linked[0] = Linked(self._leaves_of_function, twin._plain_leaves)
-        self._body.linked[1] = Linked(twin._leaves_of_function, self._plain_leaves)
+        k = domain.batch_dims
+        self._body.linked[0] = Linked(self._leaves_of_function, twin._plain_leaves, k)
+        self._body.linked[1] = Linked(twin._leaves_of_function, self._plain_leaves, k)
 
     @classmethod
     def _of(cls, *state: Any) -> LinearOperator:
