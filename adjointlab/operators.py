@@ -37,6 +37,7 @@ class _Body:
     spaces: tuple[Space, Space]
     source: Transposition | None = None
     linked: list[Linked | None] = field(default_factory=lambda: [None, None])  # of functions from outside
+    is_unchecked: bool = False  # whether the adjoint is one that its user knows to be unchecked
     views: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     transposes: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     notation: Notation | None = None  # of A in terms of its parts
@@ -126,6 +127,17 @@ class LinearOperator(nn.Module, Generic[X, Y]):
     def source(self) -> Transposition | None:
         """The derivation of the functions; None for an operator made of others, or of a pair of functions."""
         return self._body.source
+
+    @property
+    def is_unchecked(self) -> bool:
+        """Whether the adjoint was given from outside, with ``check=False``."""
+        return self._body.is_unchecked
+
+    def use_unchecked(self, make: Callable[..., LinearOperator]) -> None:
+        """Note that the adjoint is unchecked, for copies by ``make`` as well."""
+        self._body.is_unchecked = True
+        assert not callable(self._recipe)
+        self._recipe = make, self._recipe[1]
 
     @property
     def parts(self) -> list[LinearOperator]:

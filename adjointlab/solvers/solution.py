@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Generic
 
@@ -16,6 +16,7 @@ from adjointlab.reporting import aligned, html_table
 from adjointlab.solvers.arithmetic import Vector
 from adjointlab.solvers.problem import Problem
 from adjointlab.typed import X
+from adjointlab.verify.mismatch import cost_of_mismatch
 
 Status = IntEnum(
     "Status",
@@ -273,4 +274,5 @@ def solve(
         monitor = Monitor(inner, maxiter, callback, line)
         x = inner.start(x0)
         run(inner, x, monitor, x0 is not None)
-        return monitor.solution(x)
+        found, cost = monitor.solution(x), cost_of_mismatch(problem.A)
+        return replace(found, reason=f"{found.reason}; but {cost}") if cost else found

@@ -232,13 +232,23 @@ def _claim_of(A: Any, adjoint: Any, domain: Any, codomain: Any) -> _Claim:
 def _of_operator(operator: LinearOperator, adjoint: Callable[[Any], Any] | None) -> _Claim:
     domain, codomain = operator.domain, operator.codomain
     forward = CheckedMap(operator, domain.plain, codomain.plain, "A")
-    name = "the derived adjoint" if adjoint is None else "the adjoint"
+    is_pair = operator.source is None and not operator.parts
+    name = "the derived adjoint" if adjoint is None and not is_pair else "the adjoint"
     back, unweighted = _plain_adjoint(adjoint or operator.H, domain, codomain, name)
     parts = [part for part in operator.modules() if isinstance(part, LinearOperator)]
     # Subtracting an offset causes rounding errors that are large relative to small elements.
     offset = any(part.source is not None and part.source.options.affine for part in parts)
-    derive = None if adjoint is None or domain.is_sharded else lambda: without_weights(operator)
+    derive: Callable[[], LinearOperator] | None = None
+    if not domain.is_sharded:
+        if adjoint is not None:
+            derive = lambda: without_weights(operator)  # noqa: E731
+        elif is_pair:
+            derive = _underivable
     return _Claim(forward, back, operator.is_complex_linear, (20,) if offset else (20, -20), derive, unweighted)
+
+
+def _underivable() -> LinearOperator:
+    raise NotDifferentiableError("expected a map to differentiate, got one that is given with its adjoint")
 
 
 def _plain_adjoint(adjoint: Any, domain: Space, codomain: Space, name: str) -> tuple[CheckedMap, CheckedMap | None]:
