@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._compile import _disable_dynamo
 from torch._decomp import decomposition_table
 from torch._functorch import pyfunctorch
 from torch._functorch.utils import enable_single_level_autograd_function as single_level_functions
@@ -33,6 +34,21 @@ def plain() -> bool:
 def is_traced() -> bool:
     """Return whether code is compiled, or runs under a mode that sees every operation, as tracing does."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def refuse_tracing() -> None:
+    """Raise where operations are recorded by ``make_fx``, for which what they do not see is a constant."""
+    if torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None:
+        raise RuntimeError(
+            "expected a call, got a trace by make_fx: it cannot see into a function from outside of PyTorch, and would "
+            "take its result for a constant"
+        )
+
+
+@_disable_dynamo
+def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function does outside of the graph that is being compiled, which ends there."""
+    return function(*arguments)
 
 
 @contextlib.contextmanager

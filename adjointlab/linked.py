@@ -32,6 +32,7 @@ class Linked:
                 self.visible = self._is_visible(x)
         if self.visible is not False:
             return self.forward(x)
+        compat.refuse_tracing()
         if compat.is_transformed() and not self.sees_others:
             found: Tensors = _opaque(self, *x)
             if not self.sees_others:

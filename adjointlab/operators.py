@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from adjointlab.compat import differentiated
+from adjointlab.compat import differentiated, uncompiled
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.linked import Linked
 from adjointlab.notation import POWER, PRODUCT, SUM, Expression, Notation, meaning, multiple, number
@@ -165,6 +165,8 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         if self._body.source is not None:
             return function(x)  # which checks x itself
         leaves = self.domain.leaves(x)
+        if linked is not None and torch.compiler.is_compiling() and not linked.visible and differentiated(leaves):
+            return uncompiled(self.forward, x)  # type: ignore[no-any-return]  # torch.compile sees no Function here
         with self.domain.without_autocast():
             # Where f and its adjoint are from outside, each is the other's derivative.
             if linked is None or not differentiated(leaves):

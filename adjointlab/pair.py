@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from adjointlab.compat import pytree
+from adjointlab.compat import pytree, refuse_tracing, uncompiled
 from adjointlab.errors import AdjointMismatchError, SpaceMismatchError
 from adjointlab.matrices import of_array
 from adjointlab.operators import LinearOperator, Map
@@ -133,6 +133,8 @@ def _require_pure(name: str, A: LinearOperator) -> None:
         image = A.codomain.leaves(A(space.unflatten(x)))
         kept = [leaf.clone() for leaf in image]
         A(z)
+    with torch.enable_grad():  # finds out once for all whether autograd sees through the function
+        A(space.unflatten([leaf.detach().requires_grad_() for leaf in space.leaves(z)]))
     for old, new, what in ((before, x, "its argument"), (kept, image, "its last result")):
         if not space.every(all(map(torch.equal, old, new))):
             raise AdjointMismatchError(f"expected {name} to leave {what} as it is, but it writes to it: copy it first")
@@ -148,9 +150,20 @@ class _OnArrays:
             raise SpaceMismatchError(f"expected a module with from_dlpack, such as numpy or cupy, got {arrays!r}")
 
     def __call__(self, x: Any) -> Any:
+        return uncompiled(self._call, x) if torch.compiler.is_compiling() else self._call(x)
+
+    def _call(self, x: Any) -> Any:
         convert = importlib.import_module(self.arrays).from_dlpack
-        given = pytree.tree_map(lambda t: convert(t.detach().resolve_conj().resolve_neg()), x)
+        given = pytree.tree_map(lambda t: convert(_with_memory(t)), x)
         return pytree.tree_map(_tensor, self.function(given))
+
+
+def _with_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is in memory, or raise where it is none but a stand-in, as under tracing."""
+    refuse_tracing()
+    real = tensor.detach().resolve_conj().resolve_neg()
+    real.data_ptr()
+    return real
 
 
 def _tensor(array: Any) -> Any:

@@ -277,3 +277,26 @@ def test_functions_that_overwrite_are_refused() -> None:
     ):
         with torch.no_grad(), pytest.raises(al.AdjointMismatchError, match=match):
             al.from_pair(*pair, (3,), (3,))
+
+
+# torch.compile looks at .grad of what a graph that ends passes on.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_derivatives_remain_in_compiled_functions() -> None:
+    A = pair().cpu()
+    x = torch.randn(3, dtype=torch.float64, device="cpu", requires_grad=True)
+    run = torch.compile(lambda x: (2 * A(x)).sum() + x.sum(), backend="eager")
+    for _ in range(2):  # before and after it is known that autograd does not see through A
+        (found,) = torch.autograd.grad(run(x), x)
+        assert_close(found, 2 * MATRIX.sum(0) + 1, A.domain.eps)
+
+
+def test_hidden_functions_are_no_constants_of_a_trace() -> None:
+    spaces = [al.Space.of((n,), dtype=torch.float64, device="cpu") for n in (3, 2)]
+    A = al.from_pair(lambda x: MATRIX.numpy() @ x, lambda y: MATRIX.numpy().T @ y, *spaces, arrays="numpy")
+    x = torch.randn(3, dtype=torch.float64, device="cpu")
+    with pytest.raises(RuntimeError, match="take its result for a constant"):
+        torch.func.linearize(A, x)
+    B = al.linear_operator(lambda x: 2 * A(x.cumsum(0)), A.domain)
+    assert B.engine == "eager"
+    assert_close(B(x), 2 * MATRIX @ x.cumsum(0), A.domain.eps)
+    assert al.check_adjoint(B).passed

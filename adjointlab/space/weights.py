@@ -233,7 +233,7 @@ def _read(value: Any, shape: tuple[int, ...]) -> Tensor:
 
 def _entries(value: Tensor, spec: TensorSpec) -> Entries:
     found = value.detach().to(device=spec.device, dtype=spec.dtype.to_real(), copy=True)
-    if not bool(((found > 0) & (found < torch.inf)).all()):
+    if not found.is_meta and not bool(((found > 0) & (found < torch.inf)).all()):
         raise SpaceMismatchError(
             f"expected a weight of positive finite numbers in {found.dtype}, got {float(found.min()):.3g} to "
             f"{float(found.max()):.3g}: ⟨x, x⟩ must be positive; take entries without weight out of x"
