@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import numbers
 from collections.abc import Callable, Iterator, Sequence
@@ -308,7 +309,26 @@ def _refutation(pair: Pair) -> str:
         return "but W_inverse(W(x)) is not x"
     if not all(inner(t, image).real > 0 for t, image in ((x, wx), (z, wz), (x, pair.divided(x)))):
         return "but ⟨x, Wx⟩ is not positive"
+    for name, apply in (("W", lambda u: pair.times(u, False)), ("W_inverse", pair.divided)):
+        expected = apply(z)
+        if not norm(plus(_derivative(apply, x, z), expected, -1.0)) <= norm(expected) / 16:
+            return f"but autograd does not see through {name}: make an operator of it, al.from_pair({name}, {name}, …)"
     return ""
+
+
+def _derivative(apply: Callable[[Leaves], Leaves], x: Leaves, v: Leaves) -> Leaves:
+    """Return autograd's derivative of a self-adjoint map, zero where it sees none."""
+    seen = []
+    with (
+        torch.enable_grad(),
+        contextlib.suppress(RuntimeError, NotImplementedError),
+    ):  # it is not differentiable, it says
+        probe = [t.clone().requires_grad_() for t in x]
+        seen = [(image, w) for image, w in zip(apply(probe), v, strict=True) if image.requires_grad]
+    if not seen:
+        return [torch.zeros_like(t) for t in x]
+    images, cotangents = zip(*seen, strict=True)
+    return torch.autograd.grad(images, probe, cotangents, materialize_grads=True)
 
 
 def _moved_pair(part: Pair, function: Callable[[Tensor], Tensor], space: Space) -> Pair:

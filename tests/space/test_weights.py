@@ -45,7 +45,7 @@ def weighted_matrix(dtype: torch.dtype = F64) -> tuple[al.LinearOperator, Tensor
     return al.matrix(M, X, Y), M
 
 
-@pytest.mark.parametrize("entry", LINEAR[::12], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", LINEAR[::24], ids=lambda entry: entry.name)
 def test_the_zoo_with_random_weights(entry: Entry) -> None:
     assert list(study(entry, range(2))) == []
 
@@ -214,6 +214,9 @@ def test_adapters_give_the_adjoint_of_plain_vectors() -> None:
         ((lambda x: x.roll(1), lambda x: x.roll(-1)), "⟨Wx, z⟩ is not"),
         ((lambda x: x + 1, lambda x: x - 1), "is not Wx"),
         ((lambda x: x[1:], lambda x: x), "expected Wx to be"),
+        ((lambda x: 2 * x.detach(), lambda x: x / 2), "autograd does not see through W: "),
+        ((lambda x: x * float(x.numpy().size), lambda x: x / 6), "autograd does not see through W: "),
+        ((lambda x: 2 * x, lambda x: x.detach() / 2), "autograd does not see through W_inverse: "),
     ],
 )
 def test_what_is_no_weight_is_refused(weight: Any, match: str) -> None:
