@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, Unpack, overload
 
 from torch import Tensor, nn
 
-from adjointlab.derive import BuildOptions, from_source, options_of, transposition
+from adjointlab.derive import BuildOptions, from_source, options_of, require_linear, space_for, weighted_codomain
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.notation import name_of, outline
 from adjointlab.operators import LinearOperator
@@ -16,6 +16,7 @@ from adjointlab.space.selection import Selection, pieces, selection
 from adjointlab.space.spec import OfContainer, OfDict, OfPair, OfTensor
 from adjointlab.transpose import Options, Selected, Transposition
 from adjointlab.typed import E, X, Y
+from adjointlab.weighted import in_spaces
 
 Operator: TypeAlias = "LinearOperator[X, Y] | AffineOperator[X, Y]"
 
@@ -93,7 +94,8 @@ class AffineOperator(nn.Module, Generic[X, Y]):
         return f"AffineOperator f, f(x) = A x + f(0): {arrow}\n  f = {name_of(self._source.callable)}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, _arguments(self._source), self.training
+        domain, codomain = self.linear.domain, self.linear.codomain
+        return _rebuild, (*_arguments(self._source), domain, codomain), self.training
 
     def __setstate__(self, training: bool) -> None:
         self.training = training
@@ -112,6 +114,8 @@ def residual_and_gradient(
 ) -> tuple[Any, Any] | None:
     """Return ``f(x) − y`` if asked for, and ``Aᴴ w ⊙ (f(x) − y)``: from one graph, or None where none is to run."""
     if isinstance(A, AffineOperator):
+        if A.linear.source is None:  # there are weights
+            return None
         return A._source.residual_and_gradient(x, y, weight, residual=residual)
     return A.residual_and_gradient(x, y, weight, residual=residual)
 
@@ -166,6 +170,7 @@ def affine_operator(
     tol: float | None = None,
     budget: float = 20.0,
     progress: bool | None = None,
+    codomain: Any = None,
 ) -> AffineOperator[Any, Any]:
     """Return ``f(x) = Ax + b`` with the derived adjoint of A: for a convolution with a bias, say.
 
@@ -173,7 +178,7 @@ def affine_operator(
     ----------
     module_or_function : nn.Module or callable
         An affine map; a linear one has the offset zero.
-    domain, batch_dims, kwargs, engine, check, lowering, autotune, derivative, tol, budget, progress
+    domain, batch_dims, kwargs, engine, check, lowering, autotune, derivative, tol, budget, progress, codomain
         As in :func:`adjointlab.linear_operator`.
 
     Returns
@@ -199,17 +204,22 @@ def affine_operator(
     True
     """
     options = Options(engine, True, lowering, autotune, derivative, tol, check, budget, progress)
-    source = transposition(module_or_function, domain, batch_dims, kwargs, options)
-    return AffineOperator(from_source(source, lambda: (_rebuild_linear, _arguments(source))), source)
+    space = space_for(module_or_function, domain, batch_dims)
+    source = Transposition(module_or_function, space.plain, kwargs, options, judge=require_linear)
+    linear = from_source(source, lambda: (_rebuild_linear, _arguments(source)))
+    return AffineOperator(in_spaces(linear, space, weighted_codomain(linear, codomain)), source)
 
 
 def _arguments(source: Transposition) -> tuple[Any, ...]:
     return source.callable, source.domain, options_of(source)
 
 
-def _rebuild(function: Callable[..., Any], domain: Space, options: dict[str, Any]) -> AffineOperator:
-    return affine_operator(function, domain, **options)
+def _rebuild(
+    function: Callable[..., Any], plain: Space, options: dict[str, Any], domain: Space, codomain: Space
+) -> AffineOperator:
+    f = affine_operator(function, plain, **options)
+    return AffineOperator(in_spaces(f.linear, domain, codomain), f._source)
 
 
-def _rebuild_linear(*arguments: Any) -> LinearOperator:
-    return _rebuild(*arguments).linear
+def _rebuild_linear(function: Callable[..., Any], plain: Space, options: dict[str, Any]) -> LinearOperator:
+    return affine_operator(function, plain, **options).linear

@@ -17,6 +17,7 @@ from adjointlab.space import Space
 from adjointlab.space.algebra import added, common
 from adjointlab.space.spec import OfDict, OfPair, OfTensor
 from adjointlab.typed import E, X, Y
+from adjointlab.weighted import in_spaces
 
 
 def _product_space(spaces: Sequence[Space]) -> Space:
@@ -235,7 +236,8 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator[Any, Any]:
     d : Tensor or pytree of tensors
         The diagonal, with the shape and dtype of x. Parameters stay parameters.
     space : Space, optional
-        The domain; the space of ``d`` if not given. A sharded domain must be given, because ``d`` does not show it.
+        The domain; the space of ``d`` if not given. A domain that is sharded or has a weight must be given, because
+        ``d`` does not show it.
 
     Returns
     -------
@@ -253,6 +255,8 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator[Any, Any]:
     >>> diagonal(torch.tensor([1.0, 2.0]))(torch.tensor([3.0, 4.0]))
     tensor([3., 8.])
     """
+    if space is not None and space.weight is not None:
+        return in_spaces(diagonal(d, space.plain), space, space)
     where = Space.of(d) if space is None else space
     entries = Entries(where.leaves(d, "d"))
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._compile import _disable_dynamo
 from torch._decomp import decomposition_table
+from torch._functorch import pyfunctorch
 from torch._functorch.utils import enable_single_level_autograd_function as single_level_functions
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
@@ -26,11 +28,38 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 def plain() -> bool:
     """Return whether code runs eagerly on real tensors: no transform, no tracing, no compilation is under way."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return not (is_traced() or torch._C._are_functorch_transforms_active())
+
+
+def is_traced() -> bool:
+    """Return whether code is compiled, or runs under a mode that sees every operation, as tracing does."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def refuse_tracing() -> None:
+    """Raise where operations are recorded by ``make_fx``, for which what they do not see is a constant."""
+    if torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None:
+        raise RuntimeError(
+            "expected a call, got a trace by make_fx: it cannot see into a function from outside of PyTorch, and would "
+            "take its result for a constant"
+        )
+
+
+@_disable_dynamo
+def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function does outside of the graph that is being compiled, which ends there."""
+    return function(*arguments)
+
+
+@contextlib.contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Leave the transforms of ``torch.func`` and forward mode within a block, which has nothing to do with them."""
+    level, forward_ad._current_level = forward_ad._current_level, -1
+    try:
+        with pyfunctorch.temporarily_clear_interpreter_stack():
+            yield
+    finally:
+        forward_ad._current_level = level
 
 
 def is_transformed() -> bool:

@@ -7,7 +7,7 @@ from typing import Any, TypedDict, Unpack, overload
 
 from torch import Tensor, nn
 
-from adjointlab.errors import NotDifferentiableError, NotLinearError
+from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMismatchError
 from adjointlab.linearity import assess, like_parameters, require_map
 from adjointlab.notation import name_of
 from adjointlab.operators import LinearOperator, Map, Recipe
@@ -17,6 +17,7 @@ from adjointlab.space.spec import OfContainer, OfDict, OfPair, OfTensor
 from adjointlab.transpose import Derivation, Options, Selected, Transposition
 from adjointlab.transpose.selfcheck import Sketch
 from adjointlab.typed import E, Y
+from adjointlab.weighted import in_spaces
 
 
 class BuildOptions(TypedDict, total=False):
@@ -32,6 +33,7 @@ class BuildOptions(TypedDict, total=False):
     tol: float | None
     budget: float
     progress: bool | None
+    codomain: Any
 
 
 @overload
@@ -84,6 +86,7 @@ def linear_operator(
     tol: float | None = None,
     budget: float = 20.0,
     progress: bool | None = None,
+    codomain: Any = None,
 ) -> LinearOperator[Any, Any]:
     r"""Return the linear operator A of a module or function, with its derived adjoint: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``.
 
@@ -119,6 +122,8 @@ def linear_operator(
         them take a second), the adjoint is autograd's, and ``explain()`` says so. It is for ``engine="auto"`` alone.
     progress : bool, optional
         Whether builds show a line on standard error with their progress; by default on a terminal, after two seconds.
+    codomain : Space or what describes one, optional
+        What the map returns, for the weight of that space (:meth:`Space.of`); found by a call if not given.
 
     Returns
     -------
@@ -132,7 +137,7 @@ def linear_operator(
     NotDifferentiableError
         If autograd's derivative is not the map's own, as for a detached forward.
     SpaceMismatchError
-        If the domain is none, or does not fit the map.
+        If the domain is none, or does not fit the map, or the codomain is not that of its results.
 
     Examples
     --------
@@ -144,17 +149,27 @@ def linear_operator(
     torch.Size([1, 1, 8, 8])
     """
     options = Options(engine, False, lowering, autotune, derivative, tol, check, budget, progress)
-    source = transposition(module_or_function, domain, batch_dims, kwargs, options)
-    return from_source(source, lambda: (_rebuild, (module_or_function, source.domain, options_of(source))))
+    space = space_for(module_or_function, domain, batch_dims)
+    source = Transposition(module_or_function, space.plain, kwargs, options, judge=require_linear)
+    A = from_source(source, lambda: (_rebuild, (module_or_function, source.domain, options_of(source))))
+    return in_spaces(A, space, weighted_codomain(A, codomain))
 
 
-def transposition(
-    function: Callable[..., Any], domain: Any, batch_dims: int, kwargs: dict[str, Any] | None, options: Options
-) -> Transposition:
-    """Return the derivation of a linear or affine map, judged as the options say."""
+def space_for(function: Callable[..., Any], domain: Any, batch_dims: int) -> Space:
+    """Return the domain of a map; raise if one of both is none."""
     require_map(function)
-    space = like_parameters(function, domain, batch_dims)
-    return Transposition(function, space, kwargs, options, judge=require_linear)
+    return like_parameters(function, domain, batch_dims)
+
+
+def weighted_codomain(A: LinearOperator, codomain: Any) -> Space:
+    """Return the codomain of an operator with the weight of the one that was given, or raise if that does not fit."""
+    found, spec = A.codomain, A.codomain.specs[0]
+    if codomain is None:
+        return found
+    given = Space.of(codomain, dtype=spec.dtype, device=spec.device).with_batch_dims(found.batch_dims)
+    if given.plain != found:
+        raise SpaceMismatchError(f"expected the codomain {found} of what the map returns, got {given}: leave it out")
+    return given
 
 
 def options_of(source: Transposition) -> dict[str, Any]:

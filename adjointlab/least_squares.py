@@ -24,6 +24,9 @@ from adjointlab.typed import X, Y
 class LeastSquares(nn.Module, Generic[X, Y]):
     r"""The objective ``F(x) = ½‖Ax − y‖²_W + ½ Σ λ ‖Lx − b‖²``, with ``‖r‖²_W = Re⟨r, Wr⟩``.
 
+    If the spaces of A have weights, so has this inner product, and ``gradient`` is the gradient in the domain of A:
+    ``A.domain.weigh(F.gradient(x))`` is the one that autograd computes. They are equal where there are no weights.
+
     Parameters
     ----------
     A : LinearOperator or AffineOperator
@@ -240,8 +243,8 @@ _cgls: Callable[..., Solution[Any]] = cgls
 
 def _half_inner(space: Space, residual: Any, weighted: Any) -> Tensor:
     """Return ``½ Re⟨r, Wr⟩``."""
-    pairs = zip(space.leaves(residual), space.leaves(weighted), strict=True)
     with space.without_autocast():
+        pairs = zip(space.leaves(residual), space.leaves(space.weigh(weighted)), strict=True)
         return space.total([torch.linalg.vecdot(r.reshape(-1), w.reshape(-1)).real for r, w in pairs]) / 2
 
 

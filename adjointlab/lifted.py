@@ -12,6 +12,7 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.notation import POWER, PRODUCT, Notation
 from adjointlab.operators import LinearOperator, Map, derived
 from adjointlab.space import Space
+from adjointlab.space.algebra import require_plain
 from adjointlab.tree import SINGLE, map_leaves
 
 
@@ -64,12 +65,13 @@ def map(A: LinearOperator[Any, Any], dim: int = 0, size: int | None = None) -> L
 
 def _stacked(space: Space, dim: int, size: int | None) -> Space:
     """Return the space of stacks of elements along a new dimension, which is free if it has no size."""
+    require_plain(space, "al.map")
     specs, first = [], 0 if size is None else space.batch_dims
     for spec in space.specs:
         place = dim if dim >= 0 else len(spec.shape) + 1 + dim
-        if not first <= place <= len(spec.shape) or spec.sharding is not None:
+        if not first <= place <= len(spec.shape):
             raise SpaceMismatchError(
-                f"expected dim from {first} to {len(spec.shape)} for elements of {space} on one process, got {dim}: "
+                f"expected dim from {first} to {len(spec.shape)} for elements of {space}, got {dim}: "
                 "slices of a given number are stacked behind the free dimensions"
             )
         specs.append(replace(spec, shape=(*spec.shape[:place], size or 1, *spec.shape[place:])))
@@ -125,7 +127,8 @@ def kron(A: LinearOperator[Tensor, Tensor], B: LinearOperator[Tensor, Tensor]) -
     """
     _require_operators("al.kron", A, B)
     for space in (A.domain, A.codomain, B.domain, B.codomain):
-        if space.structure is not SINGLE or space.batch_dims or space.is_sharded:
+        require_plain(space, "al.kron")
+        if space.structure is not SINGLE or space.batch_dims:
             raise SpaceMismatchError(
                 f"expected al.kron of operators between single tensors with batch_dims=0, got one on {space}: use "
                 "al.slicewise for the dimensions of a batch"
@@ -201,6 +204,7 @@ _COMPLEX = {torch.float16: torch.complex32, torch.float32: torch.complex64, torc
 
 def _complex(space: Space) -> Space:
     """Return the space of complex elements of the same shapes."""
+    require_plain(space, "al.complexify")
     if not all(spec.dtype in _COMPLEX for spec in space.specs):
         raise SpaceMismatchError(
             f"expected an operator between real spaces of {', '.join([str(dtype) for dtype in _COMPLEX])}, got one on "

@@ -136,7 +136,7 @@ def check_linearity(
     ('refuted', ('threshold_backward',))
     """
     require_map(f)
-    space = like_parameters(f, domain, batch_dims)
+    space = like_parameters(f, domain, batch_dims).plain
     source = Transposition(f, space, kwargs, Options(progress=progress))
     return assess(source, source.nominal, seed)
 

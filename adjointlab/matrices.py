@@ -73,7 +73,7 @@ def matrix(
         What x is: images, say, with as many entries as M has columns. Vectors if not given. A real matrix can have
         complex domains, and a complex one real ones.
     codomain : the same, optional
-        What ``Mx`` is, with as many entries as M has rows. Vectors if not given.
+        What ``Mx`` is, with as many entries as M has rows. Vectors if not given. Spaces may have weights.
     batch_dims : int
         Number of leading dimensions of the domain that may have any size: M multiplies what is at each place of them.
     device : torch.device or str, optional
@@ -119,6 +119,7 @@ def matrix(
             f"{spec.dtype} on {spec.device}: convert the matrix, M.to(dtype=…, device=…)"
         )
     result: tuple[int, ...] = (rows,)
+    target: Space[Tensor] | None = None
     if codomain is not None:
         target = Space.of(codomain, dtype=held.dtype, device=held.device)
         result = _single(target, "codomain").shape[target.batch_dims :]
@@ -127,7 +128,8 @@ def matrix(
                 f"expected a codomain with {rows} entries, one for each row of the matrix, got the shape {result} with "
                 f"{math.prod(result)}"
             )
-    return linear_operator(_Product(held, k, result), given)
+    weighted = None if target is None or target.weight is None else target
+    return linear_operator(_Product(held, k, result), given, codomain=weighted)
 
 
 def _single(space: Space, name: str) -> TensorSpec:
@@ -140,7 +142,7 @@ def _tensor(M: Any) -> Tensor:
     """Return a matrix as a tensor that shares its memory where that is possible."""
     if hasattr(M, "tocsr") and hasattr(M, "nnz"):  # SciPy's, of any format
         return _of_scipy(M)
-    found = M if isinstance(M, Tensor) else _of_array(np.asarray(M))
+    found = M if isinstance(M, Tensor) else of_array(np.asarray(M))
     if found.layout in {torch.sparse_bsr, torch.sparse_bsc}:  # of which torch multiplies with some only
         at = torch.stack(places(found))
         found = torch.sparse_coo_tensor(at, found.values().reshape(-1), found.shape, check_invariants=False).coalesce()
@@ -151,12 +153,12 @@ def _tensor(M: Any) -> Tensor:
     return found
 
 
-def _of_array(array: Any) -> Tensor:
+def of_array(array: Any) -> Tensor:
     """Return an array as a tensor; those are copied that tensors cannot share: other byte orders, read-only memory."""
     kind = array.dtype
     if kind.kind not in "fcbiu" or kind.itemsize > (16 if kind.kind == "c" else 8):
         raise SpaceMismatchError(
-            f"expected a matrix of numbers that tensors have, got {kind}: convert it, e.g. to float64"
+            f"expected numbers that tensors have, got an array of {kind}: convert it, e.g. to float64"
         )
     if not kind.isnative or not array.flags.writeable or any(step < 0 for step in array.strides):
         array = array.astype(kind.newbyteorder("="))
@@ -170,7 +172,7 @@ def _of_scipy(M: Any) -> Tensor:
     if not rows.has_canonical_format:  # several entries of one place, or in another order
         rows = rows.copy()
         rows.sum_duplicates()
-    start, column, value = map(_of_array, (rows.indptr, rows.indices, rows.data))
+    start, column, value = map(of_array, (rows.indptr, rows.indices, rows.data))
     if not (value.dtype.is_floating_point or value.dtype.is_complex):
         value = value.to(torch.get_default_dtype())
     with warnings.catch_warnings():

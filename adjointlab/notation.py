@@ -138,6 +138,7 @@ def outline(space: Space) -> str:
         where = "" if spec.device.type == "cpu" else f" on {spec.device}"
         return _Plain(f"{shape} {str(spec.dtype).removeprefix('torch.')}{where}")
 
+    weighted = "" if space.weight is None else ", weighted"
     if len(space.specs) > _MOST_LEAVES:
-        return f"{len(space.specs)} tensors of {space.size:,} entries in all"
-    return repr(space.unflatten([leaf(spec) for spec in space.specs]))
+        return f"{len(space.specs)} tensors of {space.size:,} entries in all{weighted}"
+    return f"{space.unflatten([leaf(spec) for spec in space.specs])!r}{weighted}"

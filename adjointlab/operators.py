@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adjointlab import grams
-from adjointlab.compat import differentiated
+from adjointlab.compat import differentiated, uncompiled
 from adjointlab.errors import ConvergenceWarning, SpaceMismatchError
 from adjointlab.linked import Linked
 from adjointlab.notation import POWER, PRODUCT, SUM, Expression, Notation, meaning, multiple, number
@@ -52,6 +52,7 @@ class _Body:
     spaces: tuple[Space, Space]
     source: Transposition | None = None
     linked: list[Linked | None] = field(default_factory=lambda: [None, None])  # of functions from outside
+    is_unchecked: bool = False  # whether the adjoint is one that its user knows to be unchecked
     views: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     transposes: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     notation: Notation | None = None  # of A in terms of its parts
@@ -97,8 +98,9 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         recipe = (LinearOperator, (function, adjoint_function, domain, codomain))
         self._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
         twin = self.H
-        self._body.linked[0] = Linked(self._leaves_of_function, twin._leaves)
-        self._body.linked[1] = Linked(twin._leaves_of_function, self._leaves)
+        k = domain.batch_dims
+        self._body.linked[0] = Linked(self._leaves_of_function, twin._plain_leaves, k)
+        self._body.linked[1] = Linked(twin._leaves_of_function, self._plain_leaves, k)
 
     @classmethod
     def _of(cls, *state: Any) -> LinearOperator:
@@ -116,7 +118,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         for name, part in parts.items():
             setattr(self, name, part)
         if body.views[1 - side] is None:  # made now: torch.compile cannot make modules
-            LinearOperator._of(body, 1 - side, (_adjoint_of, (self,)), parts)
+            LinearOperator._of(body, 1 - side, (adjoint_of, (self,)), parts)
 
     @classmethod
     def of_source(
@@ -145,6 +147,17 @@ class LinearOperator(nn.Module, Generic[X, Y]):
     def source(self) -> Transposition | None:
         """The derivation of the functions; None for an operator made of others, or of a pair of functions."""
         return self._body.source
+
+    @property
+    def is_unchecked(self) -> bool:
+        """Whether the adjoint was given from outside, with ``check=False``."""
+        return self._body.is_unchecked
+
+    def use_unchecked(self, make: Callable[..., LinearOperator]) -> None:
+        """Note that the adjoint is unchecked, for copies by ``make`` as well."""
+        self._body.is_unchecked = True
+        assert not callable(self._recipe)
+        self._recipe = make, self._recipe[1]
 
     @property
     def parts(self) -> list[LinearOperator]:
@@ -177,6 +190,8 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         if self._body.source is not None:
             return function(x)  # which checks x itself
         leaves = self.domain.leaves(x)
+        if linked is not None and torch.compiler.is_compiling() and not linked.visible and differentiated(leaves):
+            return uncompiled(self.forward, x)  # type: ignore[no-any-return]  # torch.compile sees no Function here
         with self.domain.without_autocast():
             # Where f and its adjoint are from outside, each is the other's derivative.
             if linked is None or not differentiated(leaves):
@@ -189,16 +204,24 @@ class LinearOperator(nn.Module, Generic[X, Y]):
     def _leaves(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return self.codomain.leaves(self(self.domain.unflatten(x)))
 
+    def _plain_leaves(self, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the leaves of A's image for the adjoint of A.H without weights, which is autograd's: ``W A W⁻¹ y``."""
+        domain, codomain = self.domain, self.codomain
+        return codomain.leaves(codomain.weigh(self(domain.unweigh(domain.unflatten(y)))))
+
     @property
     def H(self) -> LinearOperator[Y, X]:
-        """The adjoint ``Aᴴ``, with ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩`` (for the real part, where A is only real-linear)."""
+        """The adjoint ``Aᴴ``, with ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩`` (for the real part, where A is only real-linear).
+
+        Between spaces with weights it is ``W_X⁻¹ Aᴴ W_Y``; autograd's derivative of A stays the one without weights.
+        """
         twin = self._body.views[1 - self._side]
         assert twin is not None
         return twin
 
     @property
     def T(self) -> LinearOperator[Y, X]:
-        """The transpose ``conj ∘ Aᴴ ∘ conj``, with ``Σ (Ax)ᵢ yᵢ = Σ xᵢ (Aᵀy)ᵢ``."""
+        """The transpose ``conj ∘ Aᴴ ∘ conj``, with ``Σ (Ax)ᵢ yᵢ = Σ xᵢ (Aᵀy)ᵢ``, both sums with weights if any."""
         twin = self._body.transposes[self._side]
         if twin is None:
             twin = self._body.transposes[self._side] = _transpose(self)
@@ -517,19 +540,19 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move parameters, buffers and spaces together; ``.to``, ``.double`` and ``.cuda`` call this method."""
-        self._body.transposes, self._body.whole = [None, None], None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         body = self._body
+        spaces = tuple(moved(space, fn) for space in body.spaces)  # first: a weight may refuse to be moved
+        body.transposes, body.whole = [None, None], None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if body.source is not None:
             body.source.move(fn)
-            body.spaces = (body.source.domain, body.source.codomain)
+            spaces = (body.source.domain, body.source.codomain)
         elif self.parts:  # which have moved, each in its way: .double() leaves complex tensors as they are
             first = body.views[0]
             assert first is not None
             function, arguments = first._recipe() if callable(first._recipe) else first._recipe
-            body.spaces = function(*arguments)._body.spaces
-        else:
-            body.spaces = tuple(moved(space, fn) for space in body.spaces)  # type: ignore[assignment]
+            spaces = function(*arguments)._body.spaces
+        body.spaces = spaces  # type: ignore[assignment]
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -554,7 +577,8 @@ def derived(
     return LinearOperator._of(body, 0, recipe, named)
 
 
-def _adjoint_of(operator: LinearOperator) -> LinearOperator:
+def adjoint_of(operator: LinearOperator) -> LinearOperator:
+    """Return ``Aᴴ``: the recipe of an adjoint."""
     return operator.H
 
 
@@ -611,6 +635,11 @@ def _scale_input(a: LinearOperator, scalar: Any) -> LinearOperator:
 
 
 def _transpose(a: LinearOperator) -> LinearOperator:
+    for space in (a.domain, a.codomain):
+        if space.is_complex and space.weight is not None and not space.weight.is_diagonal:
+            raise SpaceMismatchError(
+                f"expected complex spaces with numbers as weights for a transpose, got {space}: use A.H"
+            )
     return derived(
         lambda y: conjugated(a.H(conjugated(y))), lambda x: conjugated(a(conjugated(x))), a.codomain, a.domain,
         (_transpose, (a,)), a, notation=Notation("{}ᵀ", POWER, POWER + 1),

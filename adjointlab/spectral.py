@@ -278,8 +278,11 @@ class _Sphere:
 
     def normalise(self, vector: list[Tensor]) -> float:
         """Scale a vector in place, and return its length; one of length zero stays as it is."""
-        squares = [torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in vector]
-        length = math.sqrt(self.space.total(squares)) / self.radius
+        if self.space.weight is None:
+            squares = [torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in vector]
+            length = math.sqrt(self.space.total(squares)) / self.radius
+        else:
+            length = float(self.space.norm(self.element(vector))) / self.radius
         for leaf in vector if length else ():
             leaf.div_(length)
         return length
@@ -295,7 +298,13 @@ def condition_number(A: LinearOperator) -> Tensor:
     """Return ``κ(A) = σ_max / σ_min`` from the matrix of a small operator; infinite if A has a nontrivial kernel."""
     # G. H. Golub and C. F. Van Loan, Matrix Computations, 4th ed., Johns Hopkins University Press 2013, section 2.6.
     _require_operator(A)
-    dense = to_dense(A, real=None if A.is_complex_linear else True)
+    real = None if A.is_complex_linear else True
+    dense = to_dense(A, real=real)
+    if A.codomain.weight is not None:
+        dense = _root(A.codomain, real).mH @ dense.to(torch.promote_types(dense.dtype, torch.float64))
+    if A.domain.weight is not None:
+        wide = dense.to(torch.promote_types(dense.dtype, torch.float64))
+        dense = torch.linalg.solve_triangular(_root(A.domain, real), wide.mH, upper=False).mH
     if not bool(torch.isfinite(dense).all()):
         return torch.full((), torch.nan, dtype=torch.float64, device=dense.device)
     values = torch.linalg.svdvals(dense.to(torch.promote_types(dense.dtype, torch.float64)))
@@ -305,6 +314,13 @@ def condition_number(A: LinearOperator) -> Tensor:
     return ratio
 
 
+def _root(space: Space, real: bool | None) -> Tensor:
+    """Return ``L`` with ``‖x‖ = ‖Lᴴx‖₂`` in a space with a weight, in double precision."""
+    dense = to_dense(LinearOperator(space.weigh, space.weigh, space.plain, space.plain), real=real)
+    root: Tensor = torch.linalg.cholesky(dense.to(torch.promote_types(dense.dtype, torch.float64)))
+    return root
+
+
 # -- estimates ---------------------------------------------------------------------------------------------------------
 
 
@@ -312,8 +328,8 @@ def estimate_trace(A: LinearOperator, *, samples: int = 64, generator: torch.Gen
     """Return an unbiased estimate of ``tr A``: the mean of ``⟨z, Az⟩`` over vectors z of random signs."""
     # M. F. Hutchinson, A stochastic estimator of the trace of the influence matrix, Commun. Stat. Simul. Comput. 19
     # (1990) 433–450.
-    with torch.no_grad():
-        return torch.stack([A.domain.inner(z, image) for z, image in _probes(A, samples, generator)]).mean()
+    with torch.no_grad():  # a trace does not depend on inner products: here they have no weights
+        return torch.stack([A.domain.plain.inner(z, image) for z, image in _probes(A, samples, generator)]).mean()
 
 
 def estimate_diagonal(A: LinearOperator[X, X], *, samples: int = 64, generator: torch.Generator | None = None) -> X:

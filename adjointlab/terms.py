@@ -22,7 +22,8 @@ from adjointlab.tree import map_leaves
 def weight_operator(A: Operator[Any, Any], weight: Any) -> LinearOperator:
     """Return W as an operator on the codomain of A, or raise."""
     if not isinstance(weight, LinearOperator):
-        return diagonal(weight_entries(A, weight), A.codomain if A.codomain.is_sharded else None)
+        space = A.codomain
+        return diagonal(weight_entries(A, weight), space if space.is_sharded or space.weight is not None else None)
     if weight.domain != A.codomain or weight.codomain != A.codomain:
         raise SpaceMismatchError(
             f"expected a weight that maps {A.codomain} to itself, got one from {weight.domain} to {weight.codomain}; "
@@ -33,7 +34,12 @@ def weight_operator(A: Operator[Any, Any], weight: Any) -> LinearOperator:
 
 def weight_entries(A: Operator[Any, Any], weight: Any) -> Any:
     """Return the entries of a diagonal W as an element of the codomain of A, or raise."""
-    given = A.codomain.structure.leaves(weight)
+    given, own = A.codomain.structure.leaves(weight), A.codomain.weight
+    if own is not None and not own.is_diagonal:
+        raise SpaceMismatchError(
+            f"expected a weight that is self-adjoint in {A.codomain}, whose own weight is an operator, got entries: "
+            "give an operator on A.codomain"
+        )
     if given is None:
         A.codomain.check(weight, "weight")  # raises
     leaves = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.numerics import UNITS, allowance
-from adjointlab.operators import LinearOperator
+from adjointlab.operators import LinearOperator, Map
+from adjointlab.pair import from_pair
 from adjointlab.space import Space, TensorSpec
 from adjointlab.space.coordinates import common_dtype, join_complex, split_complex
 
@@ -82,16 +84,23 @@ def array_dtype(*spaces: Space) -> np.dtype[Any]:
     return np.result_type(*[numpy_dtype(common_dtype(space)) for space in spaces])
 
 
-def from_arrays(forward: ArrayMap, adjoint: ArrayMap, domain: Space, codomain: Space) -> LinearOperator:
-    """Return ``x ↦ forward(x)`` on flat arrays, of one leaf, as an operator with the derivative ``y ↦ adjoint(y)``."""
+def from_arrays(
+    forward: tuple[ArrayMap, ArrayMap], adjoint: tuple[ArrayMap, ArrayMap], domain: Space, codomain: Space, check: bool
+) -> LinearOperator:
+    """Return the operator of functions of a flat array, and of a matrix of columns, with the adjoint of such."""
 
-    def on_tensors(function: ArrayMap, target: TensorSpec) -> Callable[[Tensor], Tensor]:
+    def on_tensors(functions: tuple[ArrayMap, ArrayMap], source: TensorSpec, target: TensorSpec) -> Map:
+        k = domain.batch_dims
+        shape = target.shape[k:]
+
         def run(x: Tensor) -> Tensor:
-            given = to_array(x.reshape(-1)).copy()  # which the function may write to
-            result = to_tensor(np.asarray(function(given)), target.dtype, target.device)
-            return result.clone().reshape(target.shape)  # it may be the function's workspace, or a part of its argument
+            given = to_array(x).reshape(-1, math.prod(source.shape[k:])) if k else to_array(x).reshape(-1)
+            # Copies: the function may write to its argument, and return its workspace, or a part of its argument.
+            result = np.asarray(functions[1](given.T.copy()) if k else functions[0](given.copy()))
+            tensor = to_tensor(result.T if k else result, target.dtype, target.device).clone()
+            return tensor.reshape(*x.shape[:k], *shape)
 
         return run
 
-    functions = on_tensors(forward, codomain.specs[0]), on_tensors(adjoint, domain.specs[0])
-    return LinearOperator(*functions, domain, codomain)
+    specs = domain.specs[0], codomain.specs[0]
+    return from_pair(on_tensors(forward, *specs), on_tensors(adjoint, *specs[::-1]), domain, codomain, check=check)

@@ -13,6 +13,7 @@ from adjointlab.derive import linear_operator
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.tree import tree_flatten
+from adjointlab.weighted import without_weights
 
 
 class _Physics(LinearPhysics):  # type: ignore[misc]
@@ -24,7 +25,7 @@ class _Physics(LinearPhysics):  # type: ignore[misc]
         super().__init__(
             img_size=(2, *size) if _in_pairs(A) and spec.is_complex else size, device=spec.device, **options
         )
-        self.operator = A
+        self.operator = without_weights(A)
         self._with_parameters: list[tuple[int, dict[str, Any], LinearOperator]] = []
 
     def A(self, x: Any, **parameters: Any) -> Any:

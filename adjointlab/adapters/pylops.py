@@ -12,6 +12,7 @@ from torch import Tensor
 from adjointlab.adapters.bridge import Array, array_dtype, from_arrays, on_arrays, torch_dtype
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space, TensorSpec
+from adjointlab.weighted import without_weights
 
 
 class _Operator(PyLopsOperator):  # type: ignore[misc]
@@ -23,7 +24,8 @@ class _Operator(PyLopsOperator):  # type: ignore[misc]
         dtype = array_dtype(A.domain, A.codomain)
         super().__init__(dtype=dtype, dims=dims, dimsd=dimsd, clinear=A.is_complex_linear, name=type(A).__name__)
         self.adjointlab = A
-        self._forward, self._adjoint_map = (on_arrays(B, dtype) for B in (A, A.H))
+        plain = without_weights(A)
+        self._forward, self._adjoint_map = (on_arrays(B, dtype) for B in (plain, plain.H))
 
     def _matvec(self, x: Array) -> Array:
         return self._forward(x)
@@ -62,21 +64,32 @@ def to_pylops(A: LinearOperator) -> Any:
     return _Operator(A)
 
 
-def from_pylops(operator: Any, *, device: torch.device | str | None = None) -> LinearOperator[Tensor, Tensor]:
+def from_pylops(
+    operator: Any, *, batch_dims: int = 0, device: torch.device | str | None = None, check: bool = True
+) -> LinearOperator[Tensor, Tensor]:
     """Return a PyLops operator as ``x ↦ Ax`` from the shape ``dims`` to the shape ``dimsd``.
 
     Parameters
     ----------
     operator : pylops.LinearOperator
         An operator on NumPy arrays.
+    batch_dims : int
+        Number of leading dimensions of free size; PyLops gets what is in them as columns (``matmat``).
     device : torch.device or str, optional
         The device of the tensors; the CPU if not given. PyLops computes on the CPU.
+    check : bool
+        Whether to test that ``rmatvec`` is the adjoint of ``matvec``, as :func:`adjointlab.from_pair` does.
 
     Returns
     -------
     LinearOperator
         An operator whose forward and adjoint are PyLops' own, each the derivative of the other. A space is real or
         complex as the arrays that PyLops returns: a real FFT has a real domain and a complex codomain.
+
+    Raises
+    ------
+    AdjointMismatchError
+        If one is not the adjoint of the other.
 
     Examples
     --------
@@ -91,10 +104,11 @@ def from_pylops(operator: Any, *, device: torch.device | str | None = None) -> L
     dtype = np.dtype(operator.dtype)
     kinds = [dtype if np.iscomplexobj(array) else np.empty(0, dtype).real.dtype for array in (back, image)]
     domain, codomain = (
-        Space((TensorSpec(tuple(int(n) for n in dims), torch_dtype(kind), where),))
+        Space((TensorSpec((*[1] * batch_dims, *map(int, dims)), torch_dtype(kind), where),), batch_dims=batch_dims)
         for dims, kind in zip((operator.dims, operator.dimsd), kinds, strict=True)
     )
-    return from_arrays(operator.matvec, operator.rmatvec, domain, codomain)
+    functions = (operator.matvec, operator.matmat), (operator.rmatvec, operator.rmatmat)
+    return from_arrays(*functions, domain, codomain, check)
 
 
 __all__ = ["from_pylops", "to_pylops"]

@@ -16,6 +16,7 @@ from adjointlab.matrices import matrix
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space, TensorSpec
 from adjointlab.space.coordinates import real_size
+from adjointlab.weighted import without_weights
 
 
 def to_scipy(A: LinearOperator) -> Any:
@@ -45,6 +46,7 @@ def to_scipy(A: LinearOperator) -> Any:
     >>> svds(to_scipy(diagonal(torch.tensor([1.0, 3.0, 2.0]))), k=1)[1]
     array([3.], dtype=float32)
     """
+    A = without_weights(A)
     real = not A.is_complex_linear
     dtype = array_dtype(A.domain, A.codomain)
     if real:
@@ -54,22 +56,33 @@ def to_scipy(A: LinearOperator) -> Any:
     return SciPyOperator(dtype=dtype, shape=shape, matvec=forward, rmatvec=adjoint)
 
 
-def from_scipy(operator: Any, *, device: torch.device | str | None = None) -> LinearOperator[Tensor, Tensor]:
+def from_scipy(
+    operator: Any, *, batch_dims: int = 0, device: torch.device | str | None = None, check: bool = True
+) -> LinearOperator[Tensor, Tensor]:
     """Return the operator of a SciPy ``LinearOperator``, sparse matrix or array: ``x ↦ Ax`` on vectors.
 
     Parameters
     ----------
     operator : scipy.sparse.linalg.LinearOperator, sparse array or array
         An argument of ``scipy.sparse.linalg.aslinearoperator`` that has an adjoint (``rmatvec``).
+    batch_dims : int
+        Number of leading dimensions of free size; SciPy gets the vectors in them as columns (``matmat``).
     device : torch.device or str, optional
         The device of the vectors; the CPU if not given. Matrices become tensors there; SciPy's operators compute on the
         CPU.
+    check : bool
+        Whether to test that ``rmatvec`` is the adjoint of ``matvec``, as :func:`adjointlab.from_pair` does.
 
     Returns
     -------
     LinearOperator
         That of :func:`adjointlab.matrix` for a matrix. Otherwise one whose forward and adjoint are SciPy's ``matvec``
         and ``rmatvec``, each the derivative of the other. Integers become floating-point numbers.
+
+    Raises
+    ------
+    AdjointMismatchError
+        If one is not the adjoint of the other.
 
     Examples
     --------
@@ -80,12 +93,16 @@ def from_scipy(operator: Any, *, device: torch.device | str | None = None) -> Li
     """
     if issparse(operator) or isinstance(operator, np.ndarray):
         entries = operator.astype(numpy_dtype(torch_dtype(operator.dtype)), copy=False)
-        return matrix(entries, device=device)
+        return matrix(entries, batch_dims=batch_dims, device=device)
     wrapped = aslinearoperator(operator)
     rows, columns = wrapped.shape
     where = torch.device("cpu" if device is None else device)
-    domain, codomain = (Space((TensorSpec((size,), torch_dtype(wrapped.dtype), where),)) for size in (columns, rows))
-    return from_arrays(wrapped.matvec, wrapped.rmatvec, domain, codomain)
+    domain, codomain = (
+        Space((TensorSpec((*[1] * batch_dims, size), torch_dtype(wrapped.dtype), where),), batch_dims=batch_dims)
+        for size in (columns, rows)
+    )
+    functions = (wrapped.matvec, wrapped.matmat), (wrapped.rmatvec, wrapped.rmatmat)
+    return from_arrays(*functions, domain, codomain, check)
 
 
 __all__ = ["from_scipy", "to_scipy"]

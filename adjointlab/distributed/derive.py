@@ -17,6 +17,7 @@ from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 from adjointlab.transpose import Eager, Options, Transposition
 from adjointlab.typed import X, Y
+from adjointlab.weighted import in_spaces
 
 
 class _Options(TypedDict, total=False):
@@ -103,10 +104,11 @@ def linear_operator(
     with raise_on_all_ranks(sharding.mesh):
         if check:
             with torch.no_grad(), _NoDTensors():  # type: ignore[no-untyped-call]
-                Eager(f, dict(kwargs or {}), where).flat(where.leaves(where.zeros()))
+                Eager(f, dict(kwargs or {}), where.plain).flat(where.leaves(where.zeros()))
         options = Options(engine, False, lowering, autotune, check=check)
-        source = Transposition(f, where, kwargs, options, codomain=target, judge=require_linear)
-    return from_source(source, lambda: (_rebuild, (f, source.domain, source.codomain, options_of(source))))
+        source = Transposition(f, where.plain, kwargs, options, codomain=target.plain, judge=require_linear)
+    A = from_source(source, lambda: (_rebuild, (f, source.domain, source.codomain, options_of(source))))
+    return in_spaces(A, where, target)
 
 
 def _rebuild(f: Callable[..., Any], domain: Space, codomain: Space, options: dict[str, Any]) -> LinearOperator:

@@ -238,7 +238,8 @@ def replicated(local: Any, mesh: DeviceMesh) -> Space[Any]:
     """
     found = _local(local)
     where = (Replicate(),) * mesh.ndim
-    if not same_on_all_ranks(mesh, [(s.shape, s.dtype) for s in found.specs], found.structure):
+    entries = [] if found.weight is None else found.weight.entries
+    if not same_on_all_ranks(mesh, [(s.shape, s.dtype) for s in found.specs], found.structure, found.weight, *entries):
         raise SpaceMismatchError(f"expected the same space on all processes, got {found} here: replicate what is alike")
     specs = tuple(replace(s, sharding=Sharding(mesh, where, s.shape, s.numel)) for s in found.specs)
     return replace(found, specs=specs)

@@ -67,18 +67,36 @@ class Vectors:
 
     def choose_precision(self, *norms: Tensor) -> None:
         """Compute every product in double precision if entries of root mean square ``norm / √n`` need it."""
+        if self.space.weight is not None:  # the norm does not tell the size of the entries
+            return
         size = torch.stack(norms) / self.space.size**0.5
         self.wide = bool(((size > 0) & ~((size > _SAFE[0]) & (size < _SAFE[1]))).any())
 
     def dot(self, a: Vector, b: Vector) -> Tensor:
-        """Return ``Re⟨a, b⟩`` for every problem."""
+        """Return ``Re⟨a, b⟩`` for every problem, in the inner product of the space."""
+        weight = self.space.weight
+        if weight is None:
+            return self._plain_dot(a, b)
+        weighted = weight.times(self.space.leaves(self.element(b)), wide=True)
+        total = self._plain_dot(a, as_vector(weighted))
+        return total.clamp(min=0) if a is b else total
+
+    def _plain_dot(self, a: Vector, b: Vector) -> Tensor:
         terms = []
         for u, v in zip(a, b, strict=True):
             flat_u, flat_v = u.reshape(*self.batch, -1), v.reshape(*self.batch, -1)
-            wide = self.wide or torch.finfo(u.dtype).bits < 32
+            wide = self.wide or torch.finfo(u.dtype).bits < 32 or u.dtype != v.dtype
             term = _squares(flat_u) if u is v and not wide else _products(flat_u, flat_v, wide)
             terms.append(term.to(self.device))
         return self.space.total(terms)
+
+    def weigh(self, a: Vector) -> Vector:
+        """Return ``Wa``; without a weight, a itself."""
+        return a if self.space.weight is None else self.vector(self.space.weigh(self.element(a)))
+
+    def unweigh(self, a: Vector) -> Vector:
+        """Return ``W⁻¹a``; without a weight, a itself."""
+        return a if self.space.weight is None else self.vector(self.space.unweigh(self.element(a)))
 
     def norm(self, a: Vector) -> Tensor:
         """Return ``‖a‖`` for every problem."""
@@ -93,7 +111,7 @@ class Vectors:
         """Return a power of two that brings vectors of extreme size to about one; 1 for all others."""
         # Products of three numbers that need no scale neither overflow nor underflow.
         if self.space.is_sharded:
-            size = float(self.norm(a).amax()) / self.space.size**0.5
+            size = float(self._plain_dot(a, a).sqrt().amax()) / self.space.size**0.5
         else:
             size = float(self.largest_entry(a).amax())
         tiny = max(torch.finfo(spec.dtype).tiny for spec in self.space.specs)

@@ -118,7 +118,7 @@ def of_least_squares(problem: Problem, solution: Solution, tol: float, maxiter: 
             correction = [a - b for a, b in zip(correction, detached(domain, x0), strict=True)]
         t = _preimage(problem, correction, tol, maxiter)
         inputs["kernel"] = domain.space.leaves(problem.A.H(codomain.space.unflatten(t)))
-    return _as_function_of(domain, solution, inputs, x0, cotangents)
+    return _as_function_of(domain, solution, inputs, x0, cotangents, codomain=codomain)
 
 
 def of_minimum(gradient: Callable[[Any], Any], solution: Solution, space: Space, tol: float) -> Solution:
@@ -135,9 +135,9 @@ def of_minimum(gradient: Callable[[Any], Any], solution: Solution, space: Space,
             at_x = space.leaves(gradient(space.unflatten(x)))
 
         def hessian(r: Vector) -> tuple[Vector, Tensor]:
-            along = space.leaves(domain.element(r))
+            along = space.leaves(domain.element(domain.weigh(r)))
             found = torch.autograd.grad(at_x, x, along, retain_graph=True, materialize_grads=True)
-            image = domain.copy(as_vector(found))
+            image = domain.copy(domain.unweigh(as_vector(found)))
             return image, domain.dot(r, image)
 
         unit, size = domain.scale_to_one(v), float(domain.norm(as_vector(fixed)))
@@ -215,6 +215,8 @@ def _as_function_of(
     inputs: dict[str, Leaves],
     x0: Any,
     cotangents: Callable[[Vector], dict[str, Vector]],
+    *,
+    codomain: Vectors | None = None,
 ) -> Solution:
     """Return the solution with x as a function of inputs; ``cotangents`` maps the cotangent of x to theirs."""
     if x0 is not None and _required(domain.space, domain.space.leaves(x0)):
@@ -223,9 +225,11 @@ def _as_function_of(
         return solution
 
     def in_order(v: Vector) -> list[Vector]:
+        # Autograd's cotangents are for inner products without weights: its Re⟨v, dx⟩ is Re⟨W⁻¹v, dx⟩ in the space.
         with domain.space.without_autocast():
-            found = cotangents(v)
-        return [found[name] for name in inputs]
+            found = cotangents(domain.unweigh(v))
+            where = {"residual": codomain or domain}  # all else is in the domain
+            return [where.get(name, domain).weigh(found[name]) for name in inputs]
 
     given = [leaf for leaves in inputs.values() for leaf in leaves]
     x = _implicit_function(in_order, domain.space.leaves(solution.x), *given)

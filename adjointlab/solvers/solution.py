@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Generic
 
@@ -19,6 +19,7 @@ from adjointlab.reporting import aligned, html_table
 from adjointlab.solvers.arithmetic import Vector
 from adjointlab.solvers.problem import Problem, nonnegative, of_each
 from adjointlab.typed import X
+from adjointlab.verify.mismatch import cost_of_mismatch
 
 Status = IntEnum(
     "Status",
@@ -330,7 +331,8 @@ def solve(
         _judge(inner, monitor)
         x = inner.start(x0)
         run(inner, x, monitor, x0 is not None)
-        return monitor.solution(x)
+        found, cost = monitor.solution(x), cost_of_mismatch(problem.A)
+        return replace(found, reason=f"{found.reason}; but {cost}") if cost else found
 
 
 def _judge(problem: Problem, monitor: Monitor) -> None:

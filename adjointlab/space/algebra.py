@@ -64,14 +64,22 @@ def moved(space: Space, function: Callable[[Tensor], Tensor]) -> Space:
         probe = function(torch.empty(0, dtype=spec.dtype, device=spec.device))
         return replace(spec, dtype=probe.dtype, device=probe.device)
 
-    return Space(tuple(map(move, space.specs)), space.structure, space.batch_dims)
+    specs = tuple(map(move, space.specs))
+    weight = None if space.weight is None else space.weight.moved(function, specs, moved)
+    return Space(specs, space.structure, space.batch_dims, weight)
 
 
 def viewed_as_real(space: Space) -> Space:
     """Return the space of the same elements, where each complex leaf is ``torch.view_as_real`` of it."""
-    if space.is_sharded:
-        raise SpaceMismatchError(
-            f"expected a space of one process, got the sharded {space}: its parts have no real view"
-        )
+    require_plain(space, "A.real_view")
     specs = [replace(s, shape=(*s.shape, 2), dtype=s.dtype.to_real()) if s.is_complex else s for s in space.specs]
     return Space(tuple(specs), space.structure, space.batch_dims)
+
+
+def require_plain(space: Space, name: str) -> None:
+    """Raise unless a space is one of one process, without weights."""
+    if space.is_sharded or space.weight is not None:
+        raise SpaceMismatchError(
+            f"expected {name} of an operator on one process between spaces without weights, got one on {space}: take "
+            "the operator without weights, and weigh its result"
+        )

@@ -4,6 +4,9 @@ PyTorch's vector-Jacobian product is the adjoint for the *real* inner product ``
 complex-linear between complex spaces, this adjoint is the Hermitian adjoint for ``⟨·, ·⟩``. If the domain or the
 codomain is real (``rfft``, ``x.real``, ``x.to(complex)``), or the map is antilinear (``conj``), an adjoint exists for
 ``Re⟨·, ·⟩`` only.
+
+A space may have a weight W: then ``⟨a, b⟩_W = ⟨a, Wb⟩``, and the adjoint of a map between spaces with the weights
+``W_X`` and ``W_Y`` is ``W_X⁻¹ Aᴴ W_Y``.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from adjointlab.space.spec import (
     needs_device,
     refuse_dtensor,
 )  # fmt: skip
+from adjointlab.space.weights import Weight, joined, weight_of
 from adjointlab.tree import SINGLE, Structure, has_tensor, tree_flatten
 from adjointlab.typed import E, X
 
@@ -40,11 +44,12 @@ class _Options(TypedDict, total=False):
     dtype: torch.dtype | None
     device: torch.device | str | None
     batch_dims: int
+    weight: Any
 
 
 @dataclass(frozen=True, eq=False)
 class Space(Generic[X]):
-    """A finite-dimensional inner-product space of pytrees of tensors, ``⟨a, b⟩ = Σ conj(aᵢ) bᵢ``.
+    """A finite-dimensional inner-product space of pytrees of tensors, ``⟨a, b⟩ = Σ conj(aᵢ) bᵢ`` or ``⟨a, Wb⟩``.
 
     Parameters
     ----------
@@ -55,11 +60,14 @@ class Space(Generic[X]):
     batch_dims : int
         The first ``batch_dims`` dimensions of every leaf are free: they may have any sizes, equal for all leaves. Free
         sizes do not count when spaces are compared.
+    weight : Weight, optional
+        ``W`` of ``⟨a, b⟩ = Σ conj(aᵢ) (Wb)ᵢ``, for a space that :meth:`Space.of` was asked to make with a weight.
 
     Raises
     ------
     SpaceMismatchError
-        If there is no leaf, ``batch_dims`` does not fit the leaves, or leaves are sharded over different meshes.
+        If there is no leaf, ``batch_dims`` does not fit the leaves or the weight, or leaves are sharded over different
+        meshes.
 
     Examples
     --------
@@ -73,6 +81,7 @@ class Space(Generic[X]):
     specs: tuple[TensorSpec, ...]
     structure: Structure = field(default=SINGLE, repr=False)
     batch_dims: int = 0
+    weight: Weight | None = None
 
     def __post_init__(self) -> None:
         if not self.specs:
@@ -91,6 +100,8 @@ class Space(Generic[X]):
                 )
         if any(spec.sharding is not None for spec in self.specs):
             self._require_one_mesh()
+        if self.weight is not None:
+            self.weight.require(self)
 
     def _require_one_mesh(self) -> None:
         meshes = [None if spec.sharding is None else spec.sharding.mesh for spec in self.specs]
@@ -133,6 +144,7 @@ class Space(Generic[X]):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         batch_dims: int = 0,
+        weight: Any = None,
     ) -> Space[Any]:
         """Return the space ``K^shape`` of an example tensor, or the product of spaces of a pytree of examples.
 
@@ -144,6 +156,11 @@ class Space(Generic[X]):
             Dtype and device of the leaves that are given as a shape.
         batch_dims : int
             Number of leading dimensions that may have any size.
+        weight : float, Tensor, pytree of these, or pair of callables, optional
+            ``W`` of ``⟨a, b⟩ = Σ conj(aᵢ) (Wb)ᵢ``: a positive number; positive real tensors, one for each leaf, that
+            broadcast to its dimensions (without free ones); or functions ``(W, W_inverse)`` on elements, linear,
+            self-adjoint and positive, which are tested on random elements. Tensors are copied. It replaces the weights
+            of spaces in ``domain``, which are kept otherwise.
 
         Returns
         -------
@@ -153,24 +170,35 @@ class Space(Generic[X]):
         Raises
         ------
         SpaceMismatchError
-            If there is no leaf, or a leaf is of another type, is empty, or is neither floating-point nor complex.
+            If there is no leaf, or a leaf is of another type, is empty, or is neither floating-point nor complex; or
+            if the weight is not positive, is not real, or does not fit.
 
         Examples
         --------
         >>> Space.of((2, 3), dtype=torch.complex64)
         Space.of((2, 3), dtype=torch.complex64)
+        >>> cells = Space.of((2,), weight=torch.tensor([1.0, 3.0]))
+        >>> cells.inner(torch.ones(2), torch.ones(2))
+        tensor(4., dtype=torch.float64)
         """
+        if weight is not None:
+            plain = cls.of(domain, dtype=dtype, device=device, batch_dims=batch_dims).plain
+            return replace(plain, weight=weight_of(plain, weight))
         if isinstance(domain, Space):
             return replace(domain, batch_dims=batch_dims) if batch_dims else domain
+        weights: list[tuple[Weight | None, int]] = []  # of each space or example in the pytree, for so many leaves
 
         # A space inside a pytree is replaced by one of its elements, so that its leaves become leaves of the pytree.
         def opened(leaf: Any) -> Any:
             if isinstance(leaf, Space):
+                weights.append((leaf.weight, len(leaf.specs)))
                 return leaf.unflatten(leaf.specs)
+            weights.append((None, len(tree_flatten(leaf)[0])))
             return TensorSpec(tuple(leaf), dtype, device) if is_shape(leaf) else leaf  # type: ignore[arg-type]
 
         leaves, structure = tree_flatten(pytree.tree_map(opened, domain, is_leaf=is_shape))
-        return cls(tuple(map(_spec_of, leaves)), SINGLE if structure == SINGLE else structure, batch_dims)
+        specs = tuple(map(_spec_of, leaves))
+        return cls(specs, SINGLE if structure == SINGLE else structure, batch_dims, joined(weights, specs))
 
     @property
     def _key(self) -> tuple[Any, ...]:
@@ -180,7 +208,9 @@ class Space(Generic[X]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Space):
             return NotImplemented
-        return self is other or (self._key == other._key and self.structure == other.structure)
+        if self is other:
+            return True
+        return self._key == other._key and self.structure == other.structure and self.weight == other.weight
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -226,6 +256,11 @@ class Space(Generic[X]):
             return self
         specs = tuple(replace(spec, shape=batch + spec.shape[self.batch_dims :]) for spec in self.specs)
         return replace(self, specs=specs)
+
+    @property
+    def plain(self) -> Space[X]:
+        """The same space without a weight."""
+        return self if self.weight is None else replace(self, weight=None)
 
     def with_batch_dims(self, batch_dims: int) -> Space[X]:
         """Return the same space with the first ``batch_dims`` dimensions free."""
@@ -301,7 +336,7 @@ class Space(Generic[X]):
     # -- geometry ------------------------------------------------------------------------------------------------
 
     def inner(self, a: X, b: X) -> Tensor:
-        """Return ``⟨a, b⟩ = Σ conj(aᵢ) bᵢ``, accumulated in double precision.
+        """Return ``⟨a, b⟩ = Σ conj(aᵢ) (Wb)ᵢ``, accumulated in double precision; without a weight, W is one.
 
         Parameters
         ----------
@@ -319,11 +354,39 @@ class Space(Generic[X]):
         tensor(-1., dtype=torch.float64)
         """
         wide = _DOUBLE[self.is_complex]
-        pairs = zip(self.leaves(a, "a"), self.leaves(b, "b"), strict=True)
+        left, right = self.leaves(a, "a"), self.leaves(b, "b")
+        weighted = right if self.weight is None else self.weight.times(right, wide=True)
+        pairs = zip(left, weighted, strict=True)
         return self.total([torch.vdot(u.reshape(-1).to(wide), v.reshape(-1).to(wide)) for u, v in pairs])
+
+    def weigh(self, a: X) -> X:
+        """Return ``Wa``, from which plain inner products are weighted ones; without a weight, a itself.
+
+        Parameters
+        ----------
+        a : pytree of tensors
+            An element of this space.
+
+        Returns
+        -------
+        pytree of tensors
+            Another one; where a is a gradient in this space, it is that of autograd.
+
+        Examples
+        --------
+        >>> Space.of((2,), weight=torch.tensor([1.0, 3.0])).weigh(torch.ones(2))
+        tensor([1., 3.])
+        """
+        return a if self.weight is None else self.unflatten(self.weight.times(self.leaves(a, "a")))
+
+    def unweigh(self, a: X) -> X:
+        """Return ``W⁻¹a``: where a is a gradient of autograd, the gradient in this space (its Riesz representative)."""
+        return a if self.weight is None else self.unflatten(self.weight.divided(self.leaves(a, "a")))
 
     def norm(self, a: X) -> Tensor:
         """Return ``‖a‖ = √⟨a, a⟩`` as a zero-dimensional ``float64`` tensor."""
+        if self.weight is not None:
+            return self.inner(a, a).real.clamp(min=0).sqrt()
         squares = [torch.linalg.vector_norm(u, dtype=_DOUBLE[u.is_complex()]).square() for u in self.leaves(a, "a")]
         return self.total(squares).sqrt() if self.is_sharded else torch.stack(squares).sum().sqrt()
 
@@ -368,17 +431,19 @@ class Space(Generic[X]):
         return self  # a frozen value
 
     def __reduce__(self) -> tuple[Any, ...]:
-        make = functools.partial(Space.of, batch_dims=self.batch_dims)
+        make = functools.partial(Space.of, batch_dims=self.batch_dims, weight=self.weight)
         return make, (self.unflatten(self.specs),)  # a pytree of specs defines the space
 
     def __repr__(self) -> str:
         """Return Python code that makes an equal space, for ``from adjointlab import Space, TensorSpec``."""
+        # Weights that are not one number are written by their shapes.
         first, options = self.specs[0], []
         leaves: list[Any] = list(self.specs)
         if all(spec == replace(first, shape=spec.shape) and spec.shape for spec in leaves) and not self.is_sharded:
             leaves, options = [spec.shape for spec in leaves], [f"dtype={first.dtype}"]
             options += [f"device={str(first.device)!r}"] if needs_device(first.device) else []
         options += [f"batch_dims={self.batch_dims}"] if self.batch_dims else []
+        options += [] if self.weight is None else [f"weight={self.weight}"]
         return f"Space.of({', '.join([repr(self.unflatten(leaves)), *options])})"
 
 

@@ -25,6 +25,7 @@ from adjointlab.verify.diagnosis import diagnose
 from adjointlab.verify.dot_test import DotTest
 from adjointlab.verify.figure import Figure
 from adjointlab.verify.report import AdjointReport
+from adjointlab.weighted import without_weights
 
 _MOST_COLUMNS = 512  # largest real dimension for which the dense matrix is computed
 
@@ -126,7 +127,12 @@ def check_adjoint(
             test.run(trials, given)
         except BrokenError as error:
             return _report(test, trials, is_affine, str(error), broken=True)
-        return _report(test, trials, is_affine, *(("",) if test.passed else diagnose(test, *trusted(), seed)))
+        if test.passed:
+            return _report(test, trials, is_affine, "")
+        if claim.unweighted is not None and _passes(claim, claim.unweighted, seed):
+            said = "the weights of the spaces are missing: B is Aᴴ instead of W_X⁻¹ Aᴴ W_Y"
+            return _report(test, trials, is_affine, said)
+        return _report(test, trials, is_affine, *diagnose(test, *trusted(), seed))
 
 
 def _report(
@@ -201,6 +207,7 @@ class _Claim:
     # Returns an operator whose A.H may serve as the reference. No process can compare all entries of a sharded element,
     # so there is none for it, and the diagnosis uses inner products only.
     derive: Callable[[], LinearOperator] | None
+    unweighted: CheckedMap | None = None  # the claimed adjoint as that of the spaces without their weights, if any
 
 
 def _claim_of(A: Any, adjoint: Any, domain: Any, codomain: Any) -> _Claim:
@@ -227,14 +234,38 @@ def _claim_of(A: Any, adjoint: Any, domain: Any, codomain: Any) -> _Claim:
 
 
 def _of_operator(operator: LinearOperator, adjoint: Callable[[Any], Any] | None) -> _Claim:
-    forward = CheckedMap(operator, operator.domain, operator.codomain, "A")
-    name = "the derived adjoint" if adjoint is None else "the adjoint"
-    back = CheckedMap(adjoint or operator.H, operator.codomain, operator.domain, name, read_only=True)
+    domain, codomain = operator.domain, operator.codomain
+    forward = CheckedMap(operator, domain.plain, codomain.plain, "A")
+    is_pair = operator.source is None and not operator.parts
+    name = "the derived adjoint" if adjoint is None and not is_pair else "the adjoint"
+    back, unweighted = _plain_adjoint(adjoint or operator.H, domain, codomain, name)
     parts = [part for part in operator.modules() if isinstance(part, LinearOperator)]
     # Subtracting an offset causes rounding errors that are large relative to small elements.
     offset = any(part.source is not None and part.source.options.affine for part in parts)
-    derive = None if adjoint is None or operator.domain.is_sharded else lambda: operator
-    return _Claim(forward, back, operator.is_complex_linear, (20,) if offset else (20, -20), derive)
+    derive: Callable[[], LinearOperator] | None = None
+    if not domain.is_sharded:
+        if adjoint is not None:
+            derive = lambda: without_weights(operator)  # noqa: E731
+        elif is_pair:
+            derive = _underivable
+    return _Claim(forward, back, operator.is_complex_linear, (20,) if offset else (20, -20), derive, unweighted)
+
+
+def _underivable() -> LinearOperator:
+    raise NotDifferentiableError("expected a map to differentiate, got one that is given with its adjoint")
+
+
+def _plain_adjoint(adjoint: Any, domain: Space, codomain: Space, name: str) -> tuple[CheckedMap, CheckedMap | None]:
+    """Return a claimed adjoint B as one between the spaces without weights, ``W_X B W_Y⁻¹``; and B itself, if other."""
+    side = CheckedMap(adjoint, codomain, domain, name, read_only=True)
+    if domain.weight is codomain.weight is None:
+        return side, None
+
+    def plain(y: Any) -> Any:
+        return domain.weigh(domain.unflatten(side(codomain.leaves(codomain.unweigh(y)))))
+
+    spaces = codomain.plain, domain.plain
+    return CheckedMap(plain, *spaces, name), CheckedMap(adjoint, *spaces, name)
 
 
 def _of_pair(function: Callable[..., Any], adjoint: Callable[[Any], Any], domain: Any, codomain: Any) -> _Claim:
@@ -249,15 +280,15 @@ def _of_pair(function: Callable[..., Any], adjoint: Callable[[Any], Any], domain
         return function(*x) if type(x) is tuple else function(x)
 
     image = _image(forward, space) if codomain is None else Space.of(codomain, dtype=space.specs[0].dtype)
-    back = CheckedMap(adjoint, image, space, "the adjoint", read_only=True)
-    forward_side = CheckedMap(forward, space, image, "A")
+    back, unweighted = _plain_adjoint(adjoint, space, image, "the adjoint")
+    forward_side = CheckedMap(forward, space.plain, image.plain, "A")
     pair = LinearOperator(lambda x: image.unflatten(forward_side(space.leaves(x))), adjoint, space, image)
     try:
         exact = pair.is_complex_linear
     except BrokenError:  # which the test will meet and report
         exact = False
-    derive = None if space.is_sharded else lambda: linear_operator(function, space, check=False)
-    return _Claim(forward_side, back, exact, (20, -20), derive)
+    derive = None if space.is_sharded else lambda: linear_operator(function, space.plain, check=False)
+    return _Claim(forward_side, back, exact, (20, -20), derive, unweighted)
 
 
 def _image(forward: Callable[[Any], Any], space: Space) -> Space:
@@ -287,13 +318,18 @@ def _reference_of(claim: _Claim, seed: int) -> tuple[CheckedMap | None, LinearOp
         operator = claim.derive()
         if operator.codomain == claim.adjoint.space:
             derived = CheckedMap(operator.H, claim.adjoint.space, claim.forward.space, "the derived adjoint")
-            test = DotTest(claim.forward, derived, exact=claim.exact, seed=seed + 1)
-            test.run(2, thorough=False)
-            if test.passed:
+            if _passes(claim, derived, seed):
                 return derived, operator
     with contextlib.suppress(BrokenError):
         return _dense(claim.forward), None
     return None, None
+
+
+def _passes(claim: _Claim, adjoint: CheckedMap, seed: int) -> bool:
+    """Return whether a map passes a short test as the adjoint."""
+    test = DotTest(claim.forward, adjoint, exact=claim.exact, seed=seed + 1)
+    test.run(2, thorough=False)
+    return test.passed
 
 
 def _dense(forward: CheckedMap) -> CheckedMap | None:

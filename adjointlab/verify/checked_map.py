@@ -70,6 +70,8 @@ class CheckedMap:
             self.meter.spend()
         try:
             result, copies = self._result(leaves)
+        except BrokenError:  # of a map inside this one
+            raise
         except Exception as error:  # the user's function may raise anything, which is the diagnosis
             if self.space.is_sharded:
                 raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from adjointlab.verify.checked_map import BrokenError, CheckedMap, ExhaustedErro
 from adjointlab.verify.comparison import Comparison, far, in_words
 from adjointlab.verify.dot_test import DotTest
 from adjointlab.verify.figure import Figure, figure_of
+from adjointlab.verify.mismatch import mismatch, roughly
 from adjointlab.verify.moves import moved_result, moved_y
 from adjointlab.verify.pieces import of_pieces, read_tensors
 from adjointlab.verify.places import batch_mixed, border, ignored, in_batch, in_places
@@ -144,7 +146,8 @@ def _first(comparison: Comparison, operator: LinearOperator | None) -> str:
         text = ""
     tensors = {} if operator is None else read_tensors(getattr(operator.source, "callable", None))
     # The last ones take no application of an operator.
-    return text or first(comparison, (in_batch, in_places, functools.partial(entrywise, tensors=tensors), nearly_right))
+    entries = functools.partial(entrywise, tensors=tensors)
+    return text or first(comparison, (in_batch, in_places, entries, nearly_right, _roughly_right))
 
 
 def _of_pieces(comparison: Comparison, operator: LinearOperator | None) -> str:
@@ -170,6 +173,16 @@ def _is_linear_in(comparison: Comparison, turned: Callable[[Tensors], Tensors]) 
     image = comparison.select(turned(comparison.inputs[0]))
     pairs = zip(image, comparison.expected, strict=True)
     return not any(far(wide(t), 1j * e[0], comparison.tolerance) for t, e in pairs)
+
+
+def _roughly_right(comparison: Comparison) -> str:
+    """``B`` is near to ``α Aᴴ``, but differs in most entries."""
+    found, expected = (torch.cat([t.reshape(-1) for t in leaves]) for leaves in (comparison.found, comparison.expected))
+    power = float(torch.linalg.vector_norm(expected))
+    alpha = float(torch.vdot(expected.to(found.dtype), found).real) / power**2 if power else 0.0
+    if not alpha or min(float(comparison.wrong(k).double().mean()) for k in range(len(comparison.found))) < 0.5:
+        return ""
+    return roughly(alpha, float(torch.linalg.vector_norm(found / alpha - expected)) / power)
 
 
 def _itself(comparison: Comparison) -> str:
@@ -215,7 +228,7 @@ def _not_alike(test: DotTest, generator: torch.Generator) -> str:
 
 
 def _by_repair(test: DotTest, generator: torch.Generator) -> str:
-    """Return in words the factor or conjugation whose repair makes the dot test pass, or an empty string."""
+    """Return in words the factor or conjugation whose repair makes the dot test pass, or that B is near to Aᴴ."""
     repairs: list[tuple[str, Callable[[Tensors], Tensors], bool]] = [("", tuple, False)]
     if test.domain.is_complex and test.codomain.is_complex:
         repairs += [("conjugate missing", conjugated, False), ("", tuple, test.exact)]
@@ -241,4 +254,9 @@ def _by_repair(test: DotTest, generator: torch.Generator) -> str:
         gaps = [dot_gap(test.domain, test.codomain, *draw, exact=test.exact) for draw in scaled]
         if all(gap <= 2 * allowed for gap, allowed in gaps):
             return in_words(words, complex(scale))
-    return ""
+    forward, adjoint = (_on_elements(side) for side in (test.forward, test.adjoint))
+    return roughly(*mismatch(forward, adjoint, test.domain, test.codomain, generator))
+
+
+def _on_elements(side: CheckedMap) -> Callable[[Any], Any]:
+    return lambda x: side.codomain.unflatten(side(side.space.leaves(x)))

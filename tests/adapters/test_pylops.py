@@ -107,6 +107,14 @@ def test_real_fft_maps_real_to_complex() -> None:
     assert (A.domain.is_complex, A.codomain.is_complex) == (False, True)
 
 
+def test_batches() -> None:
+    P = pylops.FirstDerivative((4, 5), axis=0)
+    A = bridge.from_pylops(P, batch_dims=1)
+    x = A.domain.with_batch((3,)).randn()
+    assert np.array_equal(A(x).cpu().numpy(), np.stack([P @ one for one in x.cpu().numpy()]))
+    assert A.H(A(x)).shape == x.shape
+
+
 def test_there_and_back() -> None:
     A = blur(torch.complex128)
     B = bridge.from_pylops(bridge.to_pylops(A), device=torch.get_default_device())

@@ -157,10 +157,27 @@ def test_workspaces_and_writes_of_a_foreign_operator_do_no_harm() -> None:
 
 @pytest.mark.cpu
 def test_imaginary_parts_of_a_real_operator_are_refused() -> None:
-    A = from_scipy(sp.LinearOperator((2, 2), matvec=lambda x: (1 + 1j) * x, rmatvec=lambda y: y, dtype=np.float64))
+    turned = sp.LinearOperator((2, 2), matvec=lambda x: (1 + 1j) * x, rmatvec=lambda y: y, dtype=np.float64)
+    A = from_scipy(turned, check=False)
     with pytest.raises(al.SpaceMismatchError, match="declare the operator complex"):
         A(torch.ones(2, dtype=torch.float64))
     rounded = sp.LinearOperator(
         (5, 5), matvec=lambda x: np.fft.ifft(np.fft.fft(x)), rmatvec=lambda y: np.fft.ifft(np.fft.fft(y)), dtype=float
     )
     al.assert_adjoint(from_scipy(rounded))
+
+
+def test_a_wrong_rmatvec_is_refused() -> None:
+    with pytest.raises(al.AdjointMismatchError, match=r"2\.000 × too large"):
+        from_scipy(sp.LinearOperator((3, 3), matvec=lambda x: x, rmatvec=lambda y: 2 * y, dtype=np.float64))
+
+
+@pytest.mark.parametrize("make", [ss.csr_array, sp.aslinearoperator])
+@pytest.mark.parametrize("batch", [(5,), (2, 3)])
+def test_batches_of_vectors(make: Any, batch: tuple[int, ...]) -> None:
+    dense = np.arange(6.0).reshape(2, 3) + 1
+    A = from_scipy(make(dense), batch_dims=len(batch))
+    x, y = A.domain.with_batch(batch).randn(), A.codomain.with_batch(batch).randn()
+    assert gap(A(x), x @ torch.from_numpy(dense).T) <= 16 * A.domain.eps
+    assert gap(A.H(y), y @ torch.from_numpy(dense)) <= 16 * A.domain.eps
+    al.assert_adjoint(A)

@@ -1,0 +1,34 @@
+"""Operators between spaces with weights, ``W_X⁻¹ Aᴴ W_Y``, and the same maps between the spaces without them."""
+
+from __future__ import annotations
+
+from adjointlab.notation import POWER, Notation
+from adjointlab.operators import LinearOperator, adjoint_of, derived
+from adjointlab.space import Space
+from adjointlab.typed import X, Y
+
+
+def in_spaces(plain: LinearOperator[X, Y], domain: Space[X], codomain: Space[Y]) -> LinearOperator[X, Y]:
+    """Return an operator between spaces without weights as one between equal spaces with weights: ``W_X⁻¹ Aᴴ W_Y``."""
+    if domain.weight is codomain.weight is None:
+        return plain
+    operator: LinearOperator[X, Y] = derived(
+        plain, lambda y: operator.domain.unweigh(plain.H(operator.codomain.weigh(y))), domain, codomain,
+        lambda: (in_spaces, (plain, operator.domain, operator.codomain)), plain, notation=Notation("{}", POWER + 1),
+    )  # fmt: skip
+    return operator
+
+
+def without_weights(a: LinearOperator[X, Y]) -> LinearOperator[X, Y]:
+    """Return the same map between the spaces without weights, the adjoint being the plain one: ``W_X Aᴴ W_Y⁻¹``."""
+    if a.domain.weight is a.codomain.weight is None:
+        return a
+    make = a._recipe() if callable(a._recipe) else a._recipe
+    if make[0] is adjoint_of:
+        return without_weights(make[1][0]).H
+    if make[0] is in_spaces:
+        return make[1][0]  # type: ignore[no-any-return]
+    return derived(
+        a, lambda y: a.domain.weigh(a.H(a.codomain.unweigh(y))), a.domain.plain, a.codomain.plain,
+        (without_weights, (a,)), a, notation=Notation("{}", POWER + 1),
+    )  # fmt: skip
