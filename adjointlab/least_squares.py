@@ -209,8 +209,8 @@ class LeastSquares(nn.Module, Generic[X, Y]):
         >>> from adjointlab import finite_differences, linear_operator
         >>> A = linear_operator(lambda x: x[::3], (7,))  # every third sample; the others are to be smooth
         >>> y = torch.tensor([0.0, 3.0, 0.0])
-        >>> LeastSquares(A, y, penalties=[(1e-3, finite_differences((7,)))]).solve().x
-        tensor([0.0010, 1.0003, 1.9997, 2.9990, 1.9997, 1.0003, 0.0010])
+        >>> LeastSquares(A, y, penalties=[(1e-3, finite_differences((7,)))]).solve().x.round(decimals=2)
+        tensor([0., 1., 2., 3., 2., 1., 0.])
         """
         penalties, run = list(self._penalties), solver or _cgls
         for penalty in penalties:
