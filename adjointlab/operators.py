@@ -544,15 +544,15 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         spaces = tuple(moved(space, fn) for space in body.spaces)  # first: a weight may refuse to be moved
         body.transposes, body.whole = [None, None], None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        body.spaces = spaces  # type: ignore[assignment]
         if body.source is not None:
             body.source.move(fn)
-            spaces = (body.source.domain, body.source.codomain)
+            body.spaces = (body.source.domain, body.source.codomain)
         elif self.parts:  # which have moved, each in its way: .double() leaves complex tensors as they are
             first = body.views[0]
             assert first is not None
             function, arguments = first._recipe() if callable(first._recipe) else first._recipe
-            spaces = function(*arguments)._body.spaces
-        body.spaces = spaces  # type: ignore[assignment]
+            body.spaces = function(*arguments)._body.spaces
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:

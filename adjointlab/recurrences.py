@@ -17,6 +17,7 @@ from adjointlab.modules import Entries, buffers_kept
 from adjointlab.notation import Notation, name_of, outline
 from adjointlab.operators import LinearOperator, derived
 from adjointlab.space import Space
+from adjointlab.space.algebra import require_plain
 from adjointlab.space.codomain import space_of
 from adjointlab.space.spec import describe
 from adjointlab.transpose import Eager, Options, Transposition
@@ -103,6 +104,8 @@ def recurrence(
     _require_series(series)
     where = like_parameters(step, state, batch_dims)
     given = None if inputs is None else like_parameters(step, inputs, batch_dims)
+    for space in (where, *([] if given is None else [given])):
+        require_plain(space, "al.recurrence")
     if given is not None and initial is None:
         _require_zero(state)
     choices = {"outputs": outputs, "final": final, "initial": given is None if initial is None else initial}

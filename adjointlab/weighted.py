@@ -15,6 +15,10 @@ def in_spaces(plain: LinearOperator[X, Y], domain: Space[X], codomain: Space[Y])
     operator: LinearOperator[X, Y] = derived(
         plain, lambda y: operator.domain.unweigh(plain.H(operator.codomain.weigh(y))), domain, codomain,
         lambda: (in_spaces, (plain, operator.domain, operator.codomain)), plain, notation=Notation("{}", POWER + 1),
+        rows=(
+            lambda s: in_spaces(plain._selected(s), operator.domain, s.of(operator.codomain)),
+            lambda s: in_spaces(plain.H._selected(s), operator.codomain, s.of(operator.domain)),
+        ),
     )  # fmt: skip
     return operator
 

@@ -14,6 +14,7 @@ from adjointlab.notation import Notation
 from adjointlab.operators import LinearOperator, derived
 from adjointlab.precondition.columns import Leaves, probed_norms, squared_norms
 from adjointlab.space import Space
+from adjointlab.space.algebra import require_plain
 from adjointlab.terms import weight_operator
 
 _LEAST = 1e-3  # of the largest norm, below which one that is probed may be an error
@@ -27,6 +28,8 @@ class Equations:
     ) -> None:
         require_operator(A)
         self.A: LinearOperator = A.linear if isinstance(A, AffineOperator) else A
+        for space in (self.A.domain, self.A.codomain):
+            require_plain(space, "a preconditioner", sharded=True)
         self.weight = None if weight is None else weight_operator(self.A, weight)
         entries = None if self.weight is None else blocks.diagonal_entries(self.weight)
         damping = torch.as_tensor(damp, dtype=torch.float64, device=A.domain.specs[0].device).detach()

@@ -76,10 +76,10 @@ def viewed_as_real(space: Space) -> Space:
     return Space(tuple(specs), space.structure, space.batch_dims)
 
 
-def require_plain(space: Space, name: str) -> None:
-    """Raise unless a space is one of one process, without weights."""
-    if space.is_sharded or space.weight is not None:
+def require_plain(space: Space, name: str, *, sharded: bool = False) -> None:
+    """Raise unless a space is without weights and, if it may not be ``sharded``, one of one process."""
+    if space.weight is not None or (space.is_sharded and not sharded):
         raise SpaceMismatchError(
-            f"expected {name} of an operator on one process between spaces without weights, got one on {space}: take "
-            "the operator without weights, and weigh its result"
+            f"expected {name} of an operator on one process between spaces without weights, got one on {space}: make "
+            "it of the operator between the plain spaces, and weigh what comes out"
         )

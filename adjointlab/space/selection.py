@@ -81,7 +81,16 @@ class Selection:
         (spec,) = space.specs
         count = () if self.drops else (len(self.rows),)
         shape = (*spec.shape[: self.dim], *count, *spec.shape[self.dim + 1 :])
-        return replace(space, specs=(replace(spec, shape=shape),))
+        rows = replace(space, specs=(replace(spec, shape=shape),), weight=None)
+        if space.weight is None:
+            return rows
+        if not space.weight.is_diagonal:
+            raise SpaceMismatchError(
+                f"expected rows of a space whose weights are numbers, got {space}: its weight is an operator, which "
+                "does not act on rows by themselves"
+            )
+        (entries,), k = space.weight.entries, space.batch_dims
+        return Space.of(rows, weight=self(entries.expand(spec.shape))[(0,) * k], batch_dims=k)
 
     def __str__(self) -> str:
         if self.drops:

@@ -250,3 +250,31 @@ def test_checks_see_wrong_adjoints() -> None:
     report = al.check_adjoint(A, lambda y: A.H(y.mul_(2)))
     assert "writes to its argument" in report.diagnosis
     assert al.check_linearity(lambda x: 2 * x, A.domain).verdict == "proved"
+
+
+def test_rows_of_an_operator_between_weighted_spaces_have_the_weights_of_their_rows() -> None:
+    v, w = (torch.rand(n, dtype=torch.float64) + 0.5 for n in (8, 7))
+    X, Y = al.Space.of((8,), dtype=torch.float64, weight=v), al.Space.of((7,), dtype=torch.float64, weight=w)
+    A, D = al.linear_operator(lambda x: x.diff(), X, codomain=Y), torch.eye(8, dtype=torch.float64).diff(dim=0)
+    y = torch.randn(7, dtype=torch.float64)
+    for part, rows in ((A.rows([3, 0, 3]), [3, 0, 3]), (A.split(2)[1], [4, 5, 6]), (A.gram.rows([1]).H.H, None)):
+        al.assert_adjoint(part)
+        if rows is not None:
+            torch.testing.assert_close(part.H(y[rows]), D[rows].T @ (w * y)[rows] / v)
+    al.assert_adjoint(A.H.rows(slice(0, 8, 3)))
+    pair = (al.diagonal(w), al.diagonal(1 / w))
+    of_pair = al.linear_operator(lambda x: x.diff(), (8,), codomain=al.Space.of(Y.plain, weight=pair))
+    with pytest.raises(al.SpaceMismatchError, match="whose weights are numbers"):
+        of_pair.rows([0])
+
+
+def test_what_knows_no_weights_refuses_them() -> None:
+    X = al.Space.of((8,), dtype=torch.float64, weight=2.0)
+    A = al.linear_operator(lambda x: 3 * x, X, codomain=X)
+    for make in (
+        lambda: al.map(A), lambda: al.kron(A, A), lambda: al.complexify(A), lambda: al.precondition.nystrom(A, 2),
+        lambda: al.solvers.cgls(A, A.codomain.randn(), precondition="auto"),
+        lambda: al.recurrence(lambda u: u, X, steps=2),
+    ):  # fmt: skip
+        with pytest.raises(al.SpaceMismatchError, match="between spaces without weights"):
+            make()
