@@ -98,7 +98,7 @@ def from_pair(
     --------
     >>> import numpy as np
     >>> import torch
-    >>> A = from_pair(np.diff, lambda y: -np.diff(y, prepend=0, append=0), (3,), (2,), arrays="numpy")
+    >>> A = from_pair(np.diff, lambda y: np.pad(y, (1, 0)) - np.pad(y, (0, 1)), (3,), (2,), arrays="numpy")
     >>> x = torch.ones(3, requires_grad=True)
     >>> (A(x) * torch.tensor([1.0, 2.0])).sum().backward()
     >>> x.grad
