@@ -72,6 +72,7 @@ def test_gradients_are_those_of_the_loop(name: str) -> None:
             assert_close(found, reference, 256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["heat", "wave, state and traces", "hidden, batches", "matrices of each time"])
 def test_derivatives_of_any_order_are_right(name: str) -> None:
     case, A = ZOO[name], built(name)

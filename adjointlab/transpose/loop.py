@@ -192,11 +192,8 @@ class Run:
         )
 
     def at_times(self, tensors: Sequence[Tensor], dim: int, times: range) -> list[Tensors]:
-        """Return the entries of stacked tensors at each of some times."""
-        if not tensors:
-            return [()] * len(times)
-        parts = [t.narrow(dim, times.start, len(times)).unbind(dim) for t in tensors]
-        return [tuple(map(self._ready, entries)) for entries in zip(*parts, strict=True)]
+        """Return the entries of stacked tensors at each of some times, as programs take them."""
+        return [tuple(map(self._ready, entries)) for entries in _entries(tensors, dim, times)]
 
     def _ready(self, tensor: Tensor) -> Tensor:
         if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
@@ -224,13 +221,12 @@ class Run:
         for times in self._in_order(way):
             if kept is not None:
                 kept.append(carry)
-            made = []
-            entries = zip(self.at_times(series, 0, times), self.at_times(given, k, times), strict=True)
-            for moved, read in reversed(list(entries)) if way.is_back else entries:
-                found = step(moved, (*carry, *read))
+            moved, read = self.at_times(series, 0, times), self.at_times(given, k, times)
+            entries = list(zip(moved, read, _entries(room, k, times), strict=True))
+            for x, i, places in reversed(entries) if way.is_back else entries:
+                found = step(x, (*carry, *i))
                 carry = found[:n]
-                made.append(found[n:])
-            _stack(made[::-1] if way.is_back else made, room, k, times)
+                _write(found[n:], places)
         return self._result(way, carry, room)
 
     def _in_order(self, way: Way) -> Iterator[range]:
@@ -258,13 +254,12 @@ class Run:
             states = [start]
             for j in range(len(times) - 1):
                 states.append(forth(moved[j], (*states[-1], *read[j]))[:n])
-            pulled, made = self.at_times(taken, k, times), []
+            pulled, places = self.at_times(taken, k, times), _entries(room, k, times)
             for j in reversed(range(len(times))):
                 of_state, found = both(moved[j], (*states.pop(), *read[j]), (*carry, *pulled[j]))
                 totals.add(times[j], of_state)
                 carry = found[:n]
-                made.append(found[n:])
-            _stack(made[::-1], room, k, times)
+                _write(found[n:], places[j])
         return totals.found, self._result(way, carry, room)
 
     def _both(self, state: Tensors, wanted: tuple[bool, ...]) -> Callable[..., tuple[Sequence[Any], Tensors]]:
@@ -387,10 +382,15 @@ class Totals:
                 series[time] += gradient
 
 
-def _stack(made: Sequence[Tensors], room: Tensors, dim: int, times: range) -> None:
-    """Write the results of some times to their places."""
-    for number, whole in enumerate(room):
-        torch.stack([entries[number] for entries in made], dim, out=whole.narrow(dim, times.start, len(times)))
+def _entries(tensors: Sequence[Tensor], dim: int, times: range) -> list[Tensors]:
+    """Return views of the entries of stacked tensors at each of some times."""
+    parts = [t.narrow(dim, times.start, len(times)).unbind(dim) for t in tensors]
+    return list(zip(*parts, strict=True)) if parts else [()] * len(times)
+
+
+def _write(results: Tensors, places: Tensors) -> None:
+    for result, place in zip(results, places, strict=True):  # at once: it may be a view of a whole state
+        place.copy_(result)
 
 
 class _Swept(torch.autograd.Function):
