@@ -165,7 +165,7 @@ def _named(function: Any) -> dict[str, Callable[[], Any]]:
         if isinstance(value, functools.partial):
             pending.append(value.func)
             found[f"arguments {len(seen)}"] = functools.partial(_arguments, value)
-        elif not isinstance(value, types.FunctionType) and hasattr(value, "__wrapped__"):  # rows of a function's result
+        elif not isinstance(value, types.FunctionType) and "__wrapped__" in getattr(value, "__dict__", {}):
             pending.append(value.__wrapped__)
         elif isinstance(value, types.MethodType):
             pending.append(value.__func__)

@@ -108,7 +108,9 @@ def name_of(function: Callable[..., Any]) -> str:
     """Return a module as PyTorch prints it, or a function by its name, a lambda by its place."""
     if isinstance(function, nn.Module):
         return repr(function)
-    if hasattr(function, "selection"):  # rows of what another function returns
+    if {"selection", "__wrapped__"} <= getattr(
+        function, "__dict__", {}
+    ).keys():  # rows of what another function returns
         return f"{function} of {name_of(inspect.unwrap(function))}"
     if isinstance(function, functools.partial):
         return f"partial of {name_of(function.func)}"

@@ -280,3 +280,18 @@ def test_an_index_is_as_it_was_given() -> None:
     mask.fill_(True)
     assert_rows(first, A, [1, 2])
     assert_rows(second, A, [3])
+
+
+def test_functions_with_attributes_of_these_names_are_what_they_are() -> None:
+    class Chosen:
+        selection = "mine"
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return torch.ops.aten.neg(x) * SCALE
+
+    ops, SCALE = torch.ops, torch.full((3,), 2.0)
+    before = set(vars(ops))
+    A = al.linear_operator(Chosen(), (3,), engine="eager")
+    assert "a Chosen" in repr(A)
+    assert A.rows([2])(torch.ones(3)).tolist() == [-2.0]
+    assert set(vars(ops)) == before
