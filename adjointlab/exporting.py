@@ -141,7 +141,7 @@ class _Structured(nn.Module):
 
 def _program(map: Any, domain: Space[Any], batch: tuple[int, int] | None, fixed: Any) -> Any:
     """Return the exported program of a map."""
-    from adjointlab.transpose.exported import corners, finish, reads_memory, traced, unified
+    from adjointlab.transpose.exported import SIZES, corners, finish, reads_memory, traced, unified
 
     k = domain.batch_dims
     structure: list[Space[Any]] = []
@@ -158,7 +158,9 @@ def _program(map: Any, domain: Space[Any], batch: tuple[int, int] | None, fixed:
     if batch is not None:
         free = {i: torch.export.Dim(f"batch_{i}" if k > 1 else "batch", min=batch[0], max=batch[1]) for i in range(k)}
         dims = (domain.unflatten([free for _ in domain.specs]),)
-    example = domain.with_batch(sizes[0]).zeros()
+    # In the range, and each another one: torch.export takes sizes that are equal there to be equal always.
+    shown = sizes[0] if batch is None else tuple(min(batch[1], max(batch[0], SIZES[0]) + i) for i in range(k))
+    example = domain.with_batch(shown).zeros()
     try:
         program = torch.export.export(
             _Structured(graph, domain, structure[0]), (example,), dynamic_shapes=dims, strict=False

@@ -229,6 +229,21 @@ def test_another_thread_meanwhile_has_derivatives(tmp_path: Path) -> None:
     assert seen == [True]
 
 
+def test_a_range_may_begin_anywhere_and_several_dimensions_be_free(tmp_path: Path) -> None:
+    def flipped(x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0] * x.shape[1], -1).flip(1).reshape(x.shape)
+
+    A = al.linear_operator(flipped, (2, 3, 4), batch_dims=2)
+    al.export(A, tmp_path / "map.pt2", batch=(4, 9))
+    run = torch.export.load(tmp_path / "map.pt2").module()
+    for batch in ((4, 9), (9, 4), (5, 5)):
+        x = torch.randn(*batch, 4)
+        torch.testing.assert_close(run(x), x.flip(-1))
+    for batch in ((3, 4), (4, 10)):
+        with pytest.raises((AssertionError, RuntimeError), match=r"size|shape"):
+            run(torch.randn(*batch, 4))
+
+
 def through_numpy(x: Tensor) -> Tensor:
     return torch.from_numpy(np.flip(x.detach().numpy()).copy())
 

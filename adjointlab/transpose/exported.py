@@ -271,7 +271,7 @@ def _fold(module: fx.GraphModule, depend: set[fx.Node]) -> None:
         given = node.all_input_nodes
         if node.op != "call_function" or not given or not all(n in values for n in given) or node in written | depend:
             continue
-        if _writes(node) or not isinstance(node.target, torch._ops.OpOverload):
+        if _writes(node) or not hasattr(node.target, "_schema"):  # an item of several results
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         found = node.target(*args, **kwargs)
@@ -301,7 +301,7 @@ def _with_tensors(module: fx.GraphModule) -> None:
 
 
 def _writes(node: fx.Node) -> bool:
-    return bool(isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)
+    return bool(hasattr(node.target, "_schema") and node.target._schema.is_mutable)
 
 
 def reads_memory(module: fx.GraphModule) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,7 +65,13 @@ def _setup(case: Convolution, device: torch.device) -> Setup:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        of = {test_sweep: _sweep(), test_sweep_again: _sweep(), test_strided: STRIDED, test_gradient: ROWS + CYCLIC}
+        of = {
+            test_sweep: _sweep(),
+            test_sweep_again: _sweep(),
+            test_strided: STRIDED,
+            test_gradient: ROWS + CYCLIC,
+            test_exported: ROWS[:3] + CYCLIC[:1],
+        }
         cases = of.get(metafunc.function, ROWS)
         if metafunc.config.getoption("--quick", default=False):
             cases = list(dict.fromkeys(map(_tiny, cases)))
@@ -110,6 +117,15 @@ def test_strided(setup: Setup, compare: Any) -> None:
     ways, skipped = adjoint_ways(setup)
     assert_equal(ways, "conv_transpose")
     compare(ways, skipped=skipped, section="strided", **setup.case.facts)
+
+
+def test_exported(setup: Setup, compare: Any, tmp_path: Path) -> None:
+    A, v = setup.operator, setup.v
+    al.export(A.H, tmp_path / "adjoint.pt2")
+    exported = torch.export.load(tmp_path / "adjoint.pt2").module()
+    ways = {"adjointlab": lambda: A.H(v), "exported": lambda: exported(v)}
+    assert_equal(ways, "exported")
+    compare(ways, section="exported", **setup.case.facts)
 
 
 def test_learning(setup: Setup, compare: Any) -> None:

@@ -136,6 +136,7 @@ def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
     yield from _contenders(forward, "The convolution itself", "A(x)", drawn.get("forward"))
     yield from _contenders(select(rows, "strided"), "The adjoint of a convolution with a stride", "A.H(v)", None)
     yield from _contenders(select(rows, "recorded"), "The adjoint, replayed from a CUDA graph", "A.H(v)", None)
+    yield from _contenders(select(rows, "exported"), "The adjoint as a file for PyTorch alone", "A.H(v)", None)
     if found := select(rows, "gradient"):
         yield "## The gradient of least squares\n"
         yield (
