@@ -61,7 +61,8 @@ def _rows_with_sums(rows: Rows) -> Tensor:
     falls = rows.column.diff() <= 0
     ends = rows.start[1:-1]
     falls[ends[(ends > 0) & (ends < len(rows.column))] - 1] = False
-    return (torch.searchsorted(rows.start, falls.nonzero()[:, 0], right=True) - 1).unique()
+    found: Tensor = (torch.searchsorted(rows.start, falls.nonzero()[:, 0], right=True) - 1).unique()
+    return found
 
 
 def _matrices(A: LinearOperator, batch: tuple[int, ...]) -> list[Rows]:
