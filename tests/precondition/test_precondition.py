@@ -254,14 +254,15 @@ def test_bad_arguments_are_refused() -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_the_automatic_one_of_an_operator_of_extreme_size(scale: float) -> None:
-    A, _, damp = scaled()
+    A = scaled()[0]
     y = A(random(1, 1, 64, 64))
     plain, found = (
-        al.solvers.cgls(B, y, damp=s * damp, tol=1e-4, precondition="auto") for B, s in ((A, 1.0), (scale * A, scale))
+        al.solvers.cgls(B, y, damp=s * 0.1, tol=1e-4, precondition="auto") for B, s in ((A, 1.0), (scale * A, scale))
     )
     assert found.converged
     assert found.iterations <= plain.iterations + 4
-    assert norm(scale * found.x - plain.x) <= 0.01 * norm(plain.x)  # κ = 1e5, tol = 1e-4: as far as both are solved
+    # Both gradients are within 1e-4 of the first one, and the equations are 0.01 at least.
+    assert norm(scale * found.x - plain.x) <= 2e-4 / 0.01 * norm(A.H(y))
 
 
 def test_leaves_without_dimensions_and_every_kind_of_damping() -> None:
