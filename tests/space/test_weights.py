@@ -263,7 +263,7 @@ def test_rows_of_an_operator_between_weighted_spaces_have_the_weights_of_their_r
             torch.testing.assert_close(part.H(y[rows]), D[rows].T @ (w * y)[rows] / v)
     al.assert_adjoint(A.H.rows(slice(0, 8, 3)))
     pair = (al.diagonal(w), al.diagonal(1 / w))
-    of_pair = al.linear_operator(lambda x: x.diff(), (8,), codomain=al.Space.of(Y.plain, weight=pair))
+    of_pair = al.linear_operator(lambda x: x.diff(), X.plain, codomain=al.Space.of(Y.plain, weight=pair))
     with pytest.raises(al.SpaceMismatchError, match="whose weights are numbers"):
         of_pair.rows([0])
 
