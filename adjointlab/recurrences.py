@@ -34,6 +34,7 @@ def recurrence(
     outputs: bool | None = None,
     xs: Any = None,
     initial: bool | None = None,
+    learn_initial: bool | None = None,
     final: bool | None = None,
     batch_dims: int = 0,
     engine: str = "auto",
@@ -64,6 +65,8 @@ def recurrence(
     initial : bool, optional
         Whether the initial state is a part of the domain: that is then pairs ``(state, inputs)``. By default, it is
         where there are no inputs, and the state is zero at first where there are.
+    learn_initial : bool, optional
+        Another name of ``initial``, for problems in which the initial state is sought.
     final : bool, optional
         Whether the final state is a part of the codomain: that is then pairs ``(state, outputs)``. By default, it is
         where there are no outputs.
@@ -100,6 +103,10 @@ def recurrence(
     tensor([0.2500, 0.5000, 1.0000, 0.0000])
     """
     require_map(step)
+    if learn_initial is not None:
+        if initial is not None:
+            raise SpaceMismatchError("expected one of initial and learn_initial, got both: they are the same")
+        initial = learn_initial
     series, structure = tree_flatten(xs) if xs is not None else ([], SINGLE)
     _require_series(series)
     where = like_parameters(step, state, batch_dims)

@@ -295,3 +295,10 @@ def thresholded(u: Tensor, x: Tensor) -> Tensor:
 def test_what_is_no_recurrence_is_refused(make: Any, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         make()
+
+
+def test_learn_initial_is_another_name_of_initial() -> None:
+    A = al.recurrence(lambda u, i: 0.5 * u + i, (3,), inputs=(4, 3), learn_initial=True)
+    assert [spec.shape for spec in A.domain.specs] == [(3,), (4, 3)]
+    with pytest.raises(al.SpaceMismatchError, match="one of initial and learn_initial"):
+        al.recurrence(lambda u, i: 0.5 * u + i, (3,), inputs=(4, 3), learn_initial=True, initial=True)
