@@ -71,7 +71,7 @@ class AffineOperator(nn.Module, Generic[X, Y]):
 
     def _selected(self, rows: Selection) -> AffineOperator[X, Any]:
         function, *rest = _arguments(self._source)
-        return _rebuild(Selected(function, rows), *rest)
+        return _rebuild(Selected(function, rows), *rest, self.domain, rows.of(self.codomain))
 
     def explain(self) -> str:
         """Return the account of how the adjoint of the linear part was derived."""
