@@ -70,8 +70,8 @@ class AffineOperator(nn.Module, Generic[X, Y]):
         return [self._selected(piece) for piece in pieces(n, dim, self.codomain)]
 
     def _selected(self, rows: Selection) -> AffineOperator[X, Any]:
-        function, *rest = _arguments(self._source)
-        return _rebuild(Selected(function, rows), *rest, self.domain, rows.of(self.codomain))
+        function, plain, options = _arguments(self._source)
+        return _rebuild(Selected(function, rows), plain, options, self.domain, rows.of(self.codomain))
 
     def explain(self) -> str:
         """Return the account of how the adjoint of the linear part was derived."""
@@ -210,7 +210,7 @@ def affine_operator(
     return AffineOperator(in_spaces(linear, space, weighted_codomain(linear, codomain)), source)
 
 
-def _arguments(source: Transposition) -> tuple[Any, ...]:
+def _arguments(source: Transposition) -> tuple[Callable[..., Any], Space, dict[str, Any]]:
     return source.callable, source.domain, options_of(source)
 
 

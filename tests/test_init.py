@@ -71,7 +71,8 @@ for first in firsts:
     if os.fork() == 0:
         import_module(f"adjointlab.{first}")
         import adjointlab as al
-        assert not [n for n in al.__all__ if n not in {"precondition", "prox", "solvers"} and not callable(getattr(al, n))], first
+        modules = {"precondition", "prox", "solvers"}
+        assert not [n for n in al.__all__ if n not in modules and not callable(getattr(al, n))], first
         heavy = {"scipy", "pylops", "deepinv", "matplotlib", "pytest", "hypothesis", "typer", "torch._dynamo"}
         assert not heavy & (set(sys.modules) - before), first
         os._exit(0)
