@@ -124,12 +124,17 @@ def _whole(x: Tensor, dims: list[int], norm: int, last: int) -> Tensor:
     return x.new_empty(shape, dtype=x.dtype.to_real())
 
 
+def _complex_whole(x: Tensor, dims: list[int], norm: int, forward: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 # Operations with what stands in for them: the arguments, and the function that tells the shape of the result.
 _OPERATIONS: dict[Any, tuple[str, Callable[..., Tensor]]] = {
     aten.mkldnn_convolution.default: (
         "Tensor x, Tensor weight, Tensor? bias, int[] padding, int[] stride, int[] dilation, int groups", _convolved,
     ),
     aten._fft_r2c.default: ("Tensor x, int[] dim, int normalization, bool onesided", _half),
+    aten._fft_c2c.default: ("Tensor x, SymInt[] dim, int normalization, bool forward", _complex_whole),
     aten._fft_c2r.default: ("Tensor x, int[] dim, int normalization, SymInt last_dim_size", _whole),
 }  # fmt: skip
 
