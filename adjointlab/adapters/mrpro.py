@@ -59,6 +59,7 @@ def to_mrpro(A: LinearOperator[Tensor, Tensor]) -> Any:
 
     Examples
     --------
+    >>> import torch
     >>> B = to_mrpro(linear_operator(torch.nn.AvgPool1d(2), (1, 4)))
     >>> (x,) = B.adjoint(torch.ones(1, 2))
     >>> x
@@ -98,6 +99,7 @@ def from_mrpro(operator: Any, domain: Any, *, batch_dims: int = 0) -> LinearOper
 
     Examples
     --------
+    >>> import torch
     >>> from mrpro.operators import FastFourierOp
     >>> A = from_mrpro(FastFourierOp(dim=(-1,)), torch.zeros(4, dtype=torch.complex64))
     >>> A.codomain.specs[0].shape
