@@ -47,7 +47,7 @@ def refuse_tracing() -> None:
 
 @_disable_dynamo
 def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function does outside of the graph that is being compiled, which ends there."""
+    """Return the same function, run outside of the graph that is being compiled, which ends there."""
     return function(*arguments)
 
 

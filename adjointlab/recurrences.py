@@ -121,7 +121,7 @@ def recurrence(
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What a recurrence is made of: the step, its state, the inputs of all steps, and the series that it reads."""
+    """The parts of a recurrence: the step, its state, the inputs of all steps, and the series that it reads."""
 
     step: Callable[..., Any]
     state: Space
@@ -134,7 +134,7 @@ class _Plan:
     check: bool
 
     def again(self, loop: Loop) -> tuple[Any, ...]:
-        """Return what makes the same operator, as its spaces and series are now."""
+        """Return a function and its arguments that make the same operator, with its spaces and series of now."""
         n, specs, entries = len(self.state.specs), loop.source.domain.specs, loop.series.leaves()
         state = replace(self.state, specs=specs[:n])
         inputs = None if self.inputs is None else _stacked(replace(_entry(self.inputs), specs=specs[n:]), self.steps)

@@ -1,4 +1,4 @@
-"""What the commands do with a target: check a map, its derivative or a pair of functions, explain, export."""
+"""The work of the commands on a target: check a map, its derivative or a pair of functions, explain, export."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _judged(report: al.AdjointReport, tol: float | None) -> al.AdjointReport:
 
 
 def _loaded(text: str, options: Any, memory: float) -> tuple[Callable[..., Any], Any]:
-    """Return what a target names, moved to the dtype and device asked for, and the dtype of a module's parameters."""
+    """Return the map that a target names, moved to the dtype and device asked for, and the dtype of a module's parameters."""
     import torch
 
     function = load(parse_target(text), memory)

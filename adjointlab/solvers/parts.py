@@ -111,7 +111,7 @@ def ahead(new: Any, x: Any, beta: float) -> Any:
 
 
 class Method:
-    """What takes the parts in turn; steps are halved where they diverge."""
+    """A method that takes the parts in turn; steps are halved where they diverge."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.halved = parts, 0

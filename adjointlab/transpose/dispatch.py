@@ -48,7 +48,7 @@ _WORTH = 64  # calls that pay for a derivation
 
 _is_compiling = torch.compiler.is_compiling
 
-# What gives the derivation and state of a source for a size instead, in the thread at hand: an export does.
+# A function that gives the derivation and state of a source for a size instead, in this thread: an export has one.
 STAND_IN: ContextVar[Callable[[Transposition, tuple[int, ...]], tuple[Derivation, Tensors]] | None]
 STAND_IN = ContextVar("STAND_IN", default=None)
 
@@ -220,7 +220,7 @@ class Transposition:
         return None if outputs is None else spaces[0].unflatten(outputs)
 
     def gram_simplified(self, *, swapped: bool, weighted: bool) -> tuple[str, ...]:
-        """Return what is simplified in the gram of the nominal size."""
+        """Return the names of the simplifications in the gram of the nominal size."""
         found = self._at(self.domain.batch_shape)[0].gram(swapped, weighted)
         return () if found is None else found.simplified
 

@@ -237,7 +237,7 @@ def _received(graph: fx.Graph, node: fx.Node, after: fx.Node, *, copies: bool) -
 
 
 def traced(function: Callable[[Tensors], Tensors], leaves: Tensors, fixed: Fixed) -> fx.GraphModule:
-    """Return what a function of leaves does with tensors of their sizes as a graph, each with its constants."""
+    """Return a function of leaves as a graph, for tensors of their sizes, with its constants."""
 
     def run(*given: Tensor) -> Tensors:
         with _StandingIn():  # type: ignore[no-untyped-call]

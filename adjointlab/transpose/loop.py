@@ -41,7 +41,7 @@ class Slots(nn.Module):
             self.register_buffer(f"slot_{index}", first, persistent=False)
 
     def forward(self, *given: Any) -> Any:
-        """Return what the step makes of its arguments and the slots."""
+        """Return the results of the step for its arguments and the slots."""
         slots = self.leaves()
         return self.step(*given, slots[0] if self.structure is SINGLE else self.structure.unflatten(slots))
 
@@ -102,7 +102,7 @@ class Loop:
         return pair[::-1] if way.is_back else pair
 
     def __call__(self, leaves: Tensors, way: Way) -> Tensors:
-        """Return what a way makes of leaves, with a derivative where one may be asked for."""
+        """Return the results of a way for leaves, with a derivative where one may be asked for."""
         k = self.source.domain.batch_dims
         batch = tuple(leaves[0].shape[:k])
         derivation, state = self.source.now(batch)
@@ -158,7 +158,7 @@ class Run:
     batch: tuple[int, ...]
 
     def __call__(self, way: Way, tensors: Tensors) -> Tensors:
-        """Return what a way makes of leaves, with a derivative where one may be asked for."""
+        """Return the results of a way for leaves, with a derivative where one may be asked for."""
         if not compat.plain():
             return self.unrolled(way, tensors)
         if not compat.differentiated(tensors):
@@ -214,7 +214,7 @@ class Run:
 
     @torch.no_grad()
     def swept(self, way: Way, tensors: Tensors, kept: list[Tensors] | None = None) -> Tensors:
-        """Return what a way makes of leaves; put the states at the beginning of each segment into ``kept``."""
+        """Return the results of a way for leaves; put the states at the beginning of each segment into ``kept``."""
         state, series, leaves = self.parts(tensors)
         step, n, k = self.step(way.name, state), self.loop.count, len(self.batch)
         (carry, given), room = self._given(way, leaves), self._room(way)
@@ -233,7 +233,7 @@ class Run:
         return iter(self.loop.segments[::-1] if way.is_back else self.loop.segments)
 
     def _result(self, way: Way, carry: Tensors, room: Tensors) -> Tensors:
-        """Return what a way returns: the caller may write to that, and steps share memory with what they are given."""
+        """Return results in memory of their own: the caller may write to that, and steps share memory with what they are given."""
         return (*[t.clone() for t in carry], *room) if way.last else room
 
     @torch.no_grad()
@@ -298,7 +298,7 @@ class Run:
     # -- with derivatives of autograd's own, of any order, which keep each state ---------------------------------------
 
     def unrolled(self, way: Way, tensors: Tensors) -> Tensors:
-        """Return what a way makes of leaves, step by step in the sight of autograd and of transforms."""
+        """Return the results of a way for leaves, step by step in the sight of autograd and of transforms."""
         state, series, leaves = self.parts(tensors)
         n, k, made = self.loop.count, len(self.batch), []
         carry, given = self._given(way, leaves)

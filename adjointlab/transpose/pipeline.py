@@ -305,7 +305,7 @@ def _joint(graphs: Graphs, options: Options, mode: str, compiled: Compiled | Non
 
 
 def _once(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what keeps the results of a function, and calls it in one thread at a time."""
+    """Return the same function that keeps its results, and is called in one thread at a time."""
     found: dict[Any, Any] = {}
 
     def get(*key: Any) -> Any:

@@ -49,7 +49,7 @@ def counted(run: Callable[[], T], *, has_guards: bool) -> tuple[T, list[int]]:
 
 
 def repeats(calls: Sequence[int]) -> str:
-    """Return what to write for operations that repeat one block over and over, or nothing where they do not."""
+    """Return advice for operations that repeat one block over and over, or nothing where they do not."""
     found = np.asarray(calls)
     for length in range(1, min(len(calls) // _OFTEN, _LONGEST) + 1):
         differs = np.flatnonzero(found[length:] != found[:-length])

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def samples(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
-    """What is read by index and added by the same index is multiplied by how often each entry was read."""
+    """To read by index and add by the same index is to multiply each entry by how often it was read."""
     if node.target is aten.index_put.default and node.args[3:] == (True,):
         (zero, *given, values), reads = node.args[:3], aten.index.Tensor
         indexed = [i for i, index in enumerate(given[0]) if index is not None]
@@ -45,7 +45,7 @@ def samples(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
 
 
 def crops(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
-    """What is cut out and put back between zeros is multiplied by zeros and ones."""
+    """To cut a part out and put it back between zeros is to multiply by zeros and ones."""
     if node.target not in {aten.slice_backward.default, aten.constant_pad_nd.default}:
         return None
     cut, weight = weighed(node.args[0], fixed)
@@ -74,7 +74,7 @@ def crops(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
 
 
 def pads(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
-    """What is cut off again was not worth padding with zeros."""
+    """To pad with zeros and cut them off again is to do nothing."""
     outer = _padding(node)
     source: Any = node.args[0] if outer is not None else node
     inner = _padding(source) if source is not node and len(source.users) == 1 else None

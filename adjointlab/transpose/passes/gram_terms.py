@@ -1,4 +1,4 @@
-"""What the rules of a gram read off nodes: which are factors, which is a product with one, what is known of them."""
+"""How the rules of a gram read nodes: which are factors, which is a product with one, what is known of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SEVERAL = torch.empty(0, dtype=torch.uint8, device="meta")
 
 
 class Fixed:
-    """What is known of a node's value besides the input: whether it does not depend on that, and what it is now."""
+    """Knowledge of a node's value: whether it does not depend on that, and what it is now."""
 
     def __init__(self, graph: Graph, count: int) -> None:
         self._graph, self._dependent = graph, dependents(graph.inputs[:count])

@@ -117,7 +117,7 @@ class _Emission:
             self.made[node, key] = self._selected(node, *key)
 
     def _built(self, plan: Any) -> Any:
-        """Return what a plan stands for: nodes for its wants and calls."""
+        """Return a plan with nodes in place of its wants and calls."""
         if isinstance(plan, Want):
             return self.made[plan.node, (plan.dim, plan.rows)]
         if isinstance(plan, Numbers):
