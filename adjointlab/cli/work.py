@@ -115,7 +115,7 @@ def _judged(report: al.AdjointReport, tol: float | None) -> al.AdjointReport:
 
 
 def _loaded(text: str, options: Any, memory: float) -> tuple[Callable[..., Any], Any]:
-    """Return the map that a target names, moved to the dtype and device asked for, and the dtype of a module's parameters."""
+    """Return the map of a target, moved to the dtype and device asked for, and the dtype of a module's parameters."""
     import torch
 
     function = load(parse_target(text), memory)

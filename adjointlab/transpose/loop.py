@@ -233,7 +233,7 @@ class Run:
         return iter(self.loop.segments[::-1] if way.is_back else self.loop.segments)
 
     def _result(self, way: Way, carry: Tensors, room: Tensors) -> Tensors:
-        """Return results in memory of their own: the caller may write to that, and steps share memory with what they are given."""
+        """Return results in memory of their own, to which the caller may write: steps share that of their arguments."""
         return (*[t.clone() for t in carry], *room) if way.last else room
 
     @torch.no_grad()

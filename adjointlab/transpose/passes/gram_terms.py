@@ -17,7 +17,7 @@ _SEVERAL = torch.empty(0, dtype=torch.uint8, device="meta")
 
 
 class Fixed:
-    """Knowledge of a node's value: whether it does not depend on that, and what it is now."""
+    """Knowledge of a node's value: whether it does not depend on the input, and what it is now."""
 
     def __init__(self, graph: Graph, count: int) -> None:
         self._graph, self._dependent = graph, dependents(graph.inputs[:count])
