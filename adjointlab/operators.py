@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, overload
@@ -12,22 +11,17 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, overlo
 import torch
 from torch import Tensor, nn
 
-from adjointlab import grams
+from adjointlab import algebra, grams
+from adjointlab.algebra import Made
 from adjointlab.compat import differentiated, uncompiled
-from adjointlab.errors import ConvergenceWarning, SpaceMismatchError
+from adjointlab.errors import SpaceMismatchError
 from adjointlab.linked import Linked
-from adjointlab.notation import POWER, PRODUCT, SUM, Expression, Notation, meaning, multiple, number
+from adjointlab.notation import Expression, Notation, meaning
 from adjointlab.numerics import commutes_with_i, full_precision
 from adjointlab.space import Space
 from adjointlab.space.algebra import (
-    added,
-    common,
-    conjugated,
     is_scalar,
     moved,
-    require_scalar,
-    scaled,
-    viewed_as_real,
 )
 from adjointlab.space.selection import Selection, pieces, selection
 from adjointlab.transpose import Transposition
@@ -160,6 +154,12 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         self._recipe = make, self._recipe[1]
 
     @property
+    def recipe(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The function that made the operator, of the algebra where it is of that, and its arguments."""
+        function, arguments = self._recipe() if callable(self._recipe) else self._recipe
+        return (arguments[0], arguments[1:]) if function is made else (function, arguments)
+
+    @property
     def parts(self) -> list[LinearOperator]:
         """The operators that this one, or its adjoint, is made of."""
         return [part for part in self._modules.values() if isinstance(part, LinearOperator)]
@@ -224,7 +224,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         """The transpose ``conj ∘ Aᴴ ∘ conj``, with ``Σ (Ax)ᵢ yᵢ = Σ xᵢ (Aᵀy)ᵢ``, both sums with weights if any."""
         twin = self._body.transposes[self._side]
         if twin is None:
-            twin = self._body.transposes[self._side] = _transpose(self)
+            twin = self._body.transposes[self._side] = made(algebra.transpose, self)
             twin._body.transposes[0] = self
         return twin
 
@@ -235,7 +235,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         Its adjoint is that of A for ``Re⟨·, ·⟩``. A itself, where no entry is complex.
         """
         is_complex = any(spec.is_complex for spec in (*self.domain.specs, *self.codomain.specs))
-        return _real_view(self) if is_complex else self
+        return made(algebra.real_view, self) if is_complex else self
 
     def inverse(self, solver: Callable[..., Any], **options: Any) -> LinearOperator[Y, X]:
         r"""Return ``A⁻¹``, or the pseudo-inverse, by a solver: ``y ↦ solver(A, y, **options).x``.
@@ -278,7 +278,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
                 "expected a solver such as al.solvers.cgls, and options that fit A and Aᴴ alike, got "
                 f"{', '.join(one_sided) or type(solver).__name__}: write the operator with al.from_pair"
             )
-        return _inverse(self, solver, options)
+        return made(algebra.inverse, self, solver, options)
 
     @property
     def gram(self) -> LinearOperator[X, X]:
@@ -297,7 +297,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         >>> print(A.gram.explain().splitlines()[2])
         one graph: ifft · fft cancelled, diagonal · diagonal merged
         """
-        return _compose(self.H, self)
+        return product(self.H, self)
 
     def rows(self, index: Any, dim: int = 0) -> LinearOperator[X, Any]:
         """Return ``x ↦ (Ax)[index]``, an operator that computes these rows only, forwards and backwards.
@@ -332,7 +332,7 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         >>> A.rows([0, 2])(torch.ones(2))
         tensor([1., 3.])
         """
-        return self._selected(selection(index, dim, self.codomain))
+        return self.selected(selection(index, dim, self.codomain))
 
     def split(self, n: int, dim: int = 0) -> list[LinearOperator[X, Any]]:
         """Return ``[A₁, …, Aₙ]``, the operators of n pieces of the rows, with ``Ax = (A₁x, …, Aₙx)`` along a dimension.
@@ -365,11 +365,12 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         >>> [part(torch.ones(2)).tolist() for part in A.split(2)]
         [[1.0, 2.0], [3.0]]
         """
-        return [self._selected(piece) for piece in pieces(n, dim, self.codomain)]
+        return [self.selected(piece) for piece in pieces(n, dim, self.codomain)]
 
-    def _selected(self, rows: Selection) -> LinearOperator:
+    def selected(self, rows: Selection) -> LinearOperator:
+        """Return the operator of some rows of the result."""
         of = self._body.rows[self._side]
-        return _compose(_selector(self.codomain, rows), self) if of is None else of(rows)
+        return product(_selector(self.codomain, rows), self) if of is None else of(rows)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -504,30 +505,32 @@ class LinearOperator(nn.Module, Generic[X, Y]):
     def __matmul__(self, other: X) -> Y: ...
 
     def __matmul__(self, other: Any) -> Any:
-        return _compose(self, other) if isinstance(other, LinearOperator) else self(other)
+        return product(self, other) if isinstance(other, LinearOperator) else self(other)
 
     def __add__(self, other: LinearOperator[X, Y]) -> LinearOperator[X, Y]:
-        return _add(self, other) if isinstance(other, LinearOperator) else NotImplemented
+        return made(algebra.total, self, other) if isinstance(other, LinearOperator) else NotImplemented
 
     def __radd__(self, other: Literal[0]) -> Self:
         return self if isinstance(other, int) and other == 0 else NotImplemented  # sum([A, B]) begins with 0
 
     def __sub__(self, other: LinearOperator[X, Y]) -> LinearOperator[X, Y]:
-        return _add(self, -other) if isinstance(other, LinearOperator) else NotImplemented
+        return made(algebra.total, self, -other) if isinstance(other, LinearOperator) else NotImplemented
 
     def __neg__(self) -> LinearOperator[X, Y]:
-        return _scale_output(-1, self)
+        return made(algebra.multiple_of, -1, self)
 
     def __rmul__(self, scalar: Scalar) -> LinearOperator[X, Y]:
-        return _scale_output(scalar, self) if is_scalar(scalar) else NotImplemented
+        return made(algebra.multiple_of, scalar, self) if is_scalar(scalar) else NotImplemented
 
     def __mul__(self, scalar: Scalar) -> LinearOperator[X, Y]:
-        return _scale_input(self, scalar) if is_scalar(scalar) else NotImplemented
+        return made(algebra.of_multiple, self, scalar) if is_scalar(scalar) else NotImplemented
 
     def __truediv__(self, scalar: Scalar) -> LinearOperator[X, Y]:
         if not is_scalar(scalar):
             return NotImplemented
-        return _scale_output(scalar, self, True) if isinstance(scalar, Tensor) else _scale_output(1 / scalar, self)
+        if isinstance(scalar, Tensor):  # whose value may change
+            return made(algebra.multiple_of, scalar, self, True)
+        return made(algebra.multiple_of, 1 / scalar, self)
 
     # -- being a module ----------------------------------------------------------------------------------------------
 
@@ -582,101 +585,25 @@ def adjoint_of(operator: LinearOperator) -> LinearOperator:
     return operator.H
 
 
-def _compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
-    common(a.domain, b.codomain, "the domain of A to be the codomain of B in A @ B", "swap them, or reshape between")
-    free = min(a.domain.batch_dims, b.domain.batch_dims)
-    operator = derived(
-        lambda x: a(b(x)), lambda y: b.H(a.H(y)), b.domain.with_batch_dims(free), a.codomain.with_batch_dims(free),
-        (_compose, (a, b)), a, b, notation=Notation("{} {}", PRODUCT, PRODUCT),
-        rows=(lambda s: _compose(a._selected(s), b), lambda s: _compose(b.H._selected(s), a.H)),
+def made(make: Callable[..., Made], *arguments: Any) -> LinearOperator:
+    """Return the operator that the algebra makes of arguments."""
+    return _of(make(*arguments), (made, (make, *arguments)))
+
+
+def _of(parts: Made, recipe: Recipe) -> LinearOperator:
+    return derived(
+        parts.function, parts.adjoint, parts.domain, parts.codomain, recipe, *parts.operators, notation=parts.notation,
+        rows=parts.rows,
     )  # fmt: skip
+
+
+def product(a: LinearOperator, b: LinearOperator) -> LinearOperator:
+    """Return ``AB``, which is its own adjoint where A is Bᴴ."""
+    operator = _of(algebra.product(a, b), (product, (a, b)))
     if a._body is b._body and a._side != b._side:  # AAᴴ and AᴴA are their own adjoints
         operator._body.views[1] = operator
         grams.as_gram(operator, b)
     return operator
-
-
-def _add(a: LinearOperator, b: LinearOperator) -> LinearOperator:
-    domain = common(a.domain, b.domain, "A and B of A + B to have one domain", "bring them to the same space")
-    codomain = common(a.codomain, b.codomain, "A and B of A + B to have one codomain", "bring them to the same space")
-    return derived(
-        lambda x: added(a(x), b(x)), lambda y: added(a.H(y), b.H(y)), domain, codomain, (_add, (a, b)), a, b,
-        notation=Notation("{} + {}", SUM),
-        rows=(lambda s: _add(a._selected(s), b._selected(s)), lambda s: _add(a.H._selected(s), b.H._selected(s))),
-    )  # fmt: skip
-
-
-def _conjugate(scalar: Any) -> Any:
-    return scalar.conj() if isinstance(scalar, Tensor) else scalar.conjugate()
-
-
-def _scale_output(scalar: Any, a: LinearOperator, inverse: bool = False) -> LinearOperator:
-    """Return ``x ↦ cAx`` or, if ``inverse``, ``x ↦ Ax / c``, with c as it is at each call."""
-    require_scalar(scalar, a.codomain)
-
-    def times(c: Any, y: Any) -> Any:
-        return scaled(1 / c if inverse else c, y)
-
-    return derived(
-        lambda x: times(scalar, a(x)), lambda y: a.H(times(_conjugate(scalar), y)), a.domain, a.codomain,
-        (_scale_output, (scalar, a, inverse)), a,
-        notation=Notation("{} / c", PRODUCT, PRODUCT) if inverse else multiple(scalar),
-        rows=(lambda s: _scale_output(scalar, a._selected(s), inverse), None),
-    )  # fmt: skip
-
-
-def _scale_input(a: LinearOperator, scalar: Any) -> LinearOperator:
-    require_scalar(scalar, a.domain)
-    return derived(
-        lambda x: a(scaled(scalar, x)), lambda y: scaled(_conjugate(scalar), a.H(y)), a.domain, a.codomain,
-        (_scale_input, (a, scalar)), a, notation=Notation(f"{{}} · {number(scalar)}", PRODUCT, PRODUCT),
-        rows=(lambda s: _scale_input(a._selected(s), scalar), None),
-    )  # fmt: skip
-
-
-def _transpose(a: LinearOperator) -> LinearOperator:
-    for space in (a.domain, a.codomain):
-        if space.is_complex and space.weight is not None and not space.weight.is_diagonal:
-            raise SpaceMismatchError(
-                f"expected complex spaces with numbers as weights for a transpose, got {space}: use A.H"
-            )
-    return derived(
-        lambda y: conjugated(a.H(conjugated(y))), lambda x: conjugated(a(conjugated(x))), a.codomain, a.domain,
-        (_transpose, (a,)), a, notation=Notation("{}ᵀ", POWER, POWER + 1),
-        rows=(lambda s: _transpose(a.H._selected(s).H), None),
-    )  # fmt: skip
-
-
-def _real_view(a: LinearOperator) -> LinearOperator:
-    def seen(operator: LinearOperator) -> Map:
-        def function(x: Any) -> Any:
-            leaves = operator.domain.structure.leaves(x) or ()
-            pairs = zip(leaves, operator.domain.specs, strict=True)
-            given = [torch.view_as_complex(v.contiguous()) if spec.is_complex else v for v, spec in pairs]
-            image = operator.codomain.leaves(operator(operator.domain.unflatten(given)))
-            return operator.codomain.unflatten(
-                [torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for v in image]
-            )
-
-        return function
-
-    return derived(
-        seen(a), seen(a.H), viewed_as_real(a.domain), viewed_as_real(a.codomain), (_real_view, (a,)), a,
-        notation=Notation("real_view({})"),
-    )  # fmt: skip
-
-
-def _inverse(a: LinearOperator, solver: Callable[..., Any], options: dict[str, Any]) -> LinearOperator:
-    def solved(operator: LinearOperator, b: Any) -> Any:
-        solution = solver(operator, b, **options)
-        if not bool(torch.as_tensor(solution.converged).all()):
-            warnings.warn(f"A.inverse: {solution.reason}", ConvergenceWarning, stacklevel=2)
-        return solution.x
-
-    return derived(
-        lambda y: solved(a, y), lambda x: solved(a.H, x), a.codomain, a.domain, (_inverse, (a, solver, options)), a,
-        notation=Notation("{}⁻¹", POWER, POWER + 1),
-    )  # fmt: skip
 
 
 def _selector(space: Space, rows: Selection) -> LinearOperator:

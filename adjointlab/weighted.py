@@ -16,8 +16,8 @@ def in_spaces(plain: LinearOperator[X, Y], domain: Space[X], codomain: Space[Y])
         plain, lambda y: operator.domain.unweigh(plain.H(operator.codomain.weigh(y))), domain, codomain,
         lambda: (in_spaces, (plain, operator.domain, operator.codomain)), plain, notation=Notation("{}", POWER + 1),
         rows=(
-            lambda s: in_spaces(plain._selected(s), operator.domain, s.of(operator.codomain)),
-            lambda s: in_spaces(plain.H._selected(s), operator.codomain, s.of(operator.domain)),
+            lambda s: in_spaces(plain.selected(s), operator.domain, s.of(operator.codomain)),
+            lambda s: in_spaces(plain.H.selected(s), operator.codomain, s.of(operator.domain)),
         ),
     )  # fmt: skip
     return operator
@@ -27,7 +27,7 @@ def without_weights(a: LinearOperator[X, Y]) -> LinearOperator[X, Y]:
     """Return the same map between the spaces without weights, the adjoint being the plain one: ``W_X Aᴴ W_Y⁻¹``."""
     if a.domain.weight is a.codomain.weight is None:
         return a
-    make = a._recipe() if callable(a._recipe) else a._recipe
+    make = a.recipe
     if make[0] is adjoint_of:
         return without_weights(make[1][0]).H
     if make[0] is in_spaces:

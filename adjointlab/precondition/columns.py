@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adjointlab import blocks, operators
+from adjointlab import algebra, blocks, operators
 from adjointlab.blocks import diagonal_entries
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
@@ -71,7 +71,7 @@ def _matrices(A: LinearOperator, batch: tuple[int, ...]) -> list[Rows]:
         return [_adjoint(rows, A.codomain) for rows in _matrices(A.H, batch)]
     if A.source is not None:
         return A.source.entries(batch, _MOST)
-    made, arguments = A._recipe() if callable(A._recipe) else A._recipe
+    made, arguments = A.recipe
     if made is blocks.diagonal and not A.domain.batch_dims:
         return [_single(leaf.detach().reshape(-1)) for leaf in A.domain.leaves(diagonal_entries(A))]
     if made is blocks.identity:
@@ -81,9 +81,9 @@ def _matrices(A: LinearOperator, batch: tuple[int, ...]) -> list[Rows]:
         ]
     if made is blocks.vstack:
         return [rows for part in arguments[0] for rows in _matrices(part, batch)]
-    if made is operators._scale_output and not isinstance(arguments[0], Tensor):
+    if made is algebra.multiple_of and not isinstance(arguments[0], Tensor):
         return [rows.of(rows.start, rows.column, arguments[0] * rows.value) for rows in _matrices(arguments[1], batch)]
-    if made is operators._compose:
+    if made is operators.product:
         outer, inner = (_matrices(part, batch) for part in arguments)
         if len(inner) == 1:
             return [_product(rows, inner[0]) for rows in outer]
