@@ -33,6 +33,8 @@ from adjointlab.transpose.frontend.selected import Selected
 from adjointlab.transpose.frontend.trace import UntraceableError
 from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.kernels.select import MapChooser, remembered
+from adjointlab.transpose.lowered import BUILDING
+from adjointlab.transpose.options import Options
 from adjointlab.transpose.passes.entries import entries
 from adjointlab.transpose.passes.rows import NotByIndexError, Rows
 from adjointlab.transpose.runtime.derivation import Derivation
@@ -68,13 +70,13 @@ class Transposition:
         function: Callable[..., Any],
         domain: Space,
         kwargs: dict[str, Any] | None = None,
-        options: pipeline.Options | None = None,
+        options: Options | None = None,
         *,
         codomain: Space | None = None,
         judge: Callable[[Transposition, Derivation, Space, Sketch | None], None] | None = None,
     ) -> None:
         self.callable, self.kwargs = function, dict(kwargs or {})
-        self.options = options or pipeline.Options()
+        self.options = options or Options()
         self._judge = judge
         self.made = 0  # how often it was derived afresh
         self._target = codomain  # where results live, which the results of one of several processes do not show
@@ -122,7 +124,7 @@ class Transposition:
         """Build in one thread at a time, without autocast: a function derives from its own dtypes."""
         name = type(self.callable).__name__ if isinstance(self.callable, nn.Module) else "a function"
         shown = progress_of(f"adjoint of {name}", self.options.progress)
-        with pipeline.BUILDING, self.domain.without_autocast(), compat.sources_forgotten(), shown:
+        with BUILDING, self.domain.without_autocast(), compat.sources_forgotten(), shown:
             yield
 
     def follow(self, parameter: Tensor, name: str, holders: tuple[nn.Module, ...]) -> None:

@@ -17,7 +17,7 @@ from adjointlab.space import Space
 from adjointlab.space.algebra import moved
 from adjointlab.transpose.dispatch import Transposition
 from adjointlab.transpose.frontend.vjp import PullBack, Tensors
-from adjointlab.transpose.pipeline import Options
+from adjointlab.transpose.options import Options
 from adjointlab.transpose.runtime.derivation import Derivation
 
 
