@@ -10,7 +10,7 @@ import copy
 import functools
 import itertools
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +35,11 @@ class Source:
     read: Callable[[], Tensor]
     name: str
     is_private: bool = False  # whether nobody else has it: it has the same values while it is the same tensor
+
+
+def read_all(sources: Iterable[Source]) -> tuple[Tensor, ...]:
+    """Return the tensors of sources, as they are now."""
+    return tuple([source.read() for source in sources])
 
 
 def modules_of(function: Any, kwargs: Any = None) -> tuple[nn.Module, ...]:

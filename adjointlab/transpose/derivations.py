@@ -141,7 +141,7 @@ class Derivations:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that the function is known to read."""
-        return [source.read() for source in self.nominal.state]
+        return list(modules.read_all(self.nominal.state))
 
     def current(self) -> list[Derivation]:
         """Return the derivations of all sizes, up to date."""
@@ -165,7 +165,7 @@ class Derivations:
             known = self._derivations.get(batch)
             if known is None:
                 return self._eager("torch.compile met a size that was not seen before"), ()
-            return known[0], tuple([source.read() for source in known[0].state])
+            return known[0], modules.read_all(known[0].state)
         if (stand_in := STAND_IN.get()) is not None:
             return stand_in(self, batch)
         frozen = self._frozen
@@ -235,7 +235,7 @@ class Derivations:
         while len(self._derivations) > _MOST_SIZES:
             oldest = next(size for size in self._derivations if size not in {batch, self.domain.batch_shape})
             del self._derivations[oldest]
-        return derivation, tuple(source.read() for source in derivation.state)
+        return derivation, modules.read_all(derivation.state)
 
     def fixed(self, batch: tuple[int, ...], choose_map: MapChooser | None = None) -> tuple[Derivation, Tensors]:
         """Return the derivation for a size and its state as it is now, as functions without derivatives.
@@ -252,7 +252,7 @@ class Derivations:
             twin._listings, twin._judged, twin._rebuilds = set(), WeakKeyDictionary(), 0
             with self._alone():
                 derivation = twin._derived(batch)
-            state = tuple(source.read() for source in derivation.state)
+            state = modules.read_all(derivation.state)
         return derivation.fixed(state), tuple(t.detach() for t in state)
 
     # -- how they are made ---------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ class Derivations:
         if inner:
             derivation = derivation.with_inner(inner)
         if self._is_watched(derivation):
-            self._remember(derivation, tuple(source.read() for source in derivation.state))
+            self._remember(derivation, modules.read_all(derivation.state))
         return derivation
 
     def _ran(self, eager: Eager) -> Sketch | None:

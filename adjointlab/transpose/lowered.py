@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from adjointlab.modules import read_all
 from adjointlab.space import Space
 from adjointlab.transpose import selfcheck
 from adjointlab.transpose.explanation import Explanation
-from adjointlab.transpose.frontend.vjp import Tensors
+from adjointlab.transpose.frontend.vjp import Function, Tensors
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import op_name
 from adjointlab.transpose.kernels.registry import transformed
@@ -66,6 +67,13 @@ def program_of(
     return Program(convolutions.lower(fused, options.chooser, options.transform), reference, residuals)
 
 
+def _is_equal(program: Program, graph: Graph, parts: Function) -> bool:
+    """Return whether the program of a graph, with the state as it is now, computes what its parts do."""
+    state = read_all(graph.state)
+    shapes = [node.meta["val"] for node in graph.inputs]
+    return selfcheck.alike(lambda leaves: program.run(*state, *leaves), parts, shapes)
+
+
 def joint(graphs: Graphs, options: Options, mode: str, compiled: Compiled | None) -> Program | None:
     """Return the adjoint with the gradients in the state as one program, where there is a graph of both."""
     if graphs.adjoint.joint is None or graphs.linear is not graphs.forward:
@@ -100,7 +108,6 @@ def gradient(
         program.compile(options.options)
     elif mode == "lowered":
         program = Program(convolutions.joined(program.graph), graph)
-    state = tuple(source.read() for source in graph.state)
 
     def parts(leaves: Tensors) -> Tensors:
         m, k = len(graphs.forward.inputs), len(graphs.forward.outputs)
@@ -109,9 +116,7 @@ def gradient(
         cotangents = tuple(w * r for w, r in zip(leaves[m + k :], apart, strict=True)) if weighted else apart
         return (*(apart if residual else ()), *derivation.function("adjoint")(cotangents))
 
-    shapes = [node.meta["val"] for node in graph.inputs]
-    same = selfcheck.alike(lambda leaves: program.run(*state, *leaves), parts, shapes)
-    return program if domain.every(same) else None
+    return program if domain.every(_is_equal(program, graph, parts)) else None
 
 
 def gram(
@@ -138,16 +143,13 @@ def gram(
     if not said and not more:
         return None
     program = Program(lowered, whole)
-    state = tuple(source.read() for source in graph.state)
 
     def parts(leaves: Tensors) -> Tensors:
         images = derivation.function(names[0])(leaves[:count])
         weighed = tuple(w * r for w, r in zip(leaves[count:], images, strict=True)) if weighted else images
         return derivation.function(names[1])(weighed)
 
-    shapes = [node.meta["val"] for node in graph.inputs]
-    same = selfcheck.alike(lambda leaves: program.run(*state, *leaves), parts, shapes)
-    return Gram(program, (*said, *more)) if spaces[0].every(same) else None
+    return Gram(program, (*said, *more)) if spaces[0].every(_is_equal(program, graph, parts)) else None
 
 
 def multiplier(
@@ -165,10 +167,9 @@ def multiplier(
         node = convolutions.multiplier(adjoint)
         if node is None or convolutions.multiplier(forward) is None:
             return None
-        program, state = Program(adjoint, graphs.adjoint.graph), tuple(s.read() for s in adjoint.state)
-        shapes = [node.meta["val"] for node in adjoint.inputs]
-        same = selfcheck.alike(lambda v: program.run(*state, *v), derivation.function("adjoint"), shapes)
-        return value_of_state(adjoint, node) if same else None
+        program = Program(adjoint, graphs.adjoint.graph)
+        is_equal = _is_equal(program, adjoint, derivation.function("adjoint"))
+        return value_of_state(adjoint, node) if is_equal else None
 
     def multiplier(state: Tensors) -> Tensor | None:
         found = find()

@@ -45,9 +45,8 @@ from adjointlab.transpose.selfcheck import Candidate, Sketch
 def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     """Return the graphs of a function that was captured: steps 2 to 4."""
     n = len(domain.specs)
-    by_forward = options.derivative == "forward"
     traced = trace_forward(captured, options.seconds)
-    plain, whole = normalise(traced, detached=not by_forward), tuple[str, ...]()
+    plain, whole = normalise(traced, detached=options.derivative != "forward"), tuple[str, ...]()
     for selection in captured.selections:
         plain, found = restrict(plain, selection)
         whole = tuple(dict.fromkeys((*whole, *found)))
@@ -67,19 +66,10 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     of_state = adjoint_of(forward).of_state if apart else adjoint.of_state
     explanation = Explanation(
         "traced", options.requested, readers=choices_named(adjoint.readers, forward), ops_before=adjoint.ops_before,
-        cut=cut_off(forward), whole=whole,
-        hidden=hides(captured), partly=captured.partly,
+        cut=cut_off(forward), whole=whole, hidden=hides(captured), partly=captured.partly,
     )  # fmt: skip
-    return Graphs(
-        forward,
-        linear,
-        adjoint,
-        of_state,
-        captured.holds,
-        explanation,
-        value,
-        any(node.target in CHECKS for node in traced.body.nodes),
-    )
+    has_checks = any(node.target in CHECKS for node in traced.body.nodes)
+    return Graphs(forward, linear, adjoint, of_state, captured.holds, explanation, value, has_checks)
 
 
 def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: Options, seen: Sketch | None,
@@ -101,12 +91,11 @@ def derive(graphs: Graphs, eager: Eager, spaces: tuple[Space, Space], options: O
         said = selfcheck.disagreement(
             candidate, seen, eager.called, affine=options.affine, compiled=mode == "compiled", tol=options.tol
         )
-        if (
-            not said and explanation.hidden and graphs.value is not None
-        ):  # it was compared with autograd's own pull-back
-            said = _of_gradients(candidate, derivation, eager)
-        elif not said and explanation.hidden:
-            said, explanation = _against_autograd(candidate, derivation, eager, options)
+        if not said and explanation.hidden:
+            if graphs.value is None:
+                said, explanation = _against_autograd(candidate, derivation, eager, options)
+            else:  # of a pull-back, which was compared with autograd's own
+                said = _of_gradients(candidate, derivation, eager)
         if not said:
             gap = explanation.autograd_gap
             found = replace(derivation.explanation, reason="; ".join(reasons), autograd_gap=gap)

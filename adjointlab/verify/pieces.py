@@ -20,11 +20,12 @@ from torch import Tensor, fx, nn
 
 from adjointlab.operators import LinearOperator
 from adjointlab.space.algebra import conjugated
+from adjointlab.transpose.graph.ops import packet_of
 from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.program import canonical
 from adjointlab.verify.checked_map import Tensors, listed
 from adjointlab.verify.comparison import Change
-from adjointlab.verify.tape import Function, Tape, packet_of
+from adjointlab.verify.tape import Function, Tape
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.convolution, aten.convolution_backward)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adjointlab import compat
-from adjointlab.modules import Source, Watch, sources_named, sources_of
+from adjointlab.modules import Source, Watch, read_all, sources_named, sources_of
 from adjointlab.transpose.explanation import Explanation
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.runtime.eager import Eager
@@ -65,7 +65,7 @@ class Derivation:
         if not self.holds():
             return None
         try:
-            state = tuple([source.read() for source in self.state])
+            state = read_all(self.state)
         except GONE:
             return None
         for tensor, metadata in zip(state, self.metadata, strict=True):
@@ -134,7 +134,7 @@ class Derivation:
 
     def function(self, name: str) -> Callable[[Tensors], Tensors]:
         """Return a function of leaves alone, which reads the state at every call."""
-        return lambda leaves: self.run(name, tuple([source.read() for source in self.state]), leaves)
+        return lambda leaves: self.run(name, read_all(self.state), leaves)
 
 
 def metadata_of(tensor: Tensor) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
 from adjointlab.modules import attributes_kept, modules_of
 from adjointlab.space import Space
 from adjointlab.transpose.frontend import vjp
-from adjointlab.transpose.frontend.vjp import Tensors, flatten_outputs
+from adjointlab.transpose.frontend.vjp import Tensors, applied, flatten_outputs
 
 
 class Eager:
@@ -63,8 +63,7 @@ class Eager:
     def flat(self, leaves: Tensors, *, copied: bool = True) -> Tensors:
         """Return the leaves of ``f(x)``, calling the user's function itself, which may write to its input."""
         x = self.domain.unflatten([leaf.clone() for leaf in leaves] if copied else leaves)
-        output = self.callable(*x, **self.kwargs) if type(x) is tuple else self.callable(x, **self.kwargs)
-        flat, self.structure = flatten_outputs(output)
+        flat, self.structure = flatten_outputs(applied(self.callable, x, self.kwargs))
         return flat
 
     def called(self, leaves: Tensors, *, copied: bool = True, times: int = 1) -> Tensors:
