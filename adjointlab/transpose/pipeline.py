@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from adjointlab.errors import NotDifferentiableError
@@ -38,7 +39,7 @@ from adjointlab.transpose.passes.restrict import restrict
 from adjointlab.transpose.runtime import autodiff
 from adjointlab.transpose.runtime.derivation import Derivation, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
-from adjointlab.transpose.runtime.program import Residuals, of_storage
+from adjointlab.transpose.runtime.program import Program, Residuals, of_storage
 from adjointlab.transpose.selfcheck import Candidate, Sketch
 
 
@@ -152,14 +153,7 @@ def assemble(
     """Return the programs of some graphs, run in one of the modes, as they are before the self-check."""
     program = functools.partial(lowered.program_of, options=options, mode=mode)
     forward, state, n = graphs.forward, graphs.forward.state, len(graphs.forward.state)
-    rest, residuals = (forward, graphs.adjoint.graph), None
-    if graphs.value is not None:
-        parts = at_point(graphs.value, *rest)
-        rest = parts.rest
-        residuals = Residuals(program(parts.once), state, len(graphs.value.outputs), graphs.value)
-    programs = {"function": program(rest[0], forward, residuals)}
-    programs["adjoint"] = program(rest[1], graphs.adjoint.graph, residuals)
-    programs["linear"] = program(graphs.linear) if graphs.linear is not graphs.forward else programs["function"]
+    programs, residuals = _programs(graphs, program)
     if mode == "compiled":
         for name, each in programs.items() if compiled is not None else ():
             each.replace(compiled()[name], n)  # type: ignore[misc]
@@ -192,3 +186,16 @@ def assemble(
         gram=lowered.once(functools.partial(lowered.gram, derivation, graphs, spaces, options, way)),
         multiplier=lowered.multiplier(derivation, graphs, spaces[0], options, way),
     )
+
+
+def _programs(graphs: Graphs, program: Callable[..., Program]) -> tuple[dict[str, Program], Residuals | None]:
+    """Return the programs of what can be called, by name, and what those at a point have in common."""
+    forward, adjoint = graphs.forward, graphs.adjoint.graph
+    rest, residuals = (forward, adjoint), None
+    if graphs.value is not None:
+        parts = at_point(graphs.value, forward, adjoint)
+        rest = parts.rest
+        residuals = Residuals(program(parts.once), forward.state, len(graphs.value.outputs), graphs.value)
+    function = program(rest[0], forward, residuals)
+    linear = function if graphs.linear is forward else program(graphs.linear)
+    return {"function": function, "adjoint": program(rest[1], adjoint, residuals), "linear": linear}, residuals

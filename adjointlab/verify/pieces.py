@@ -289,9 +289,8 @@ def _title(node: fx.Node, names: dict[fx.Node, str]) -> str:
     read = _reached(node.all_input_nodes, lambda n: n.all_input_nodes)
     packet = packet_of(node)
     computed = {aten.mul: "a factor computed by A", aten._fft_c2c: "the Fourier transform"}
-    return next(
-        (names[n] for n in read if n in names), computed.get(packet, getattr(packet, "__name__", "an operation"))
-    )
+    unnamed = computed.get(packet, getattr(packet, "__name__", "an operation"))
+    return next((names[n] for n in read if n in names), unnamed)
 
 
 # -- other padding modes ---------------------------------------------------------------------------------------------

@@ -138,17 +138,14 @@ def _put(graph: Graph, node: fx.Node, run: Run, *args: fx.Node, account: str, en
 def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Callable[[Tensor], int]) -> None:
     """Replace a region by a product with its matrix, where that is faster."""
     value, target = region.source.meta["val"], region.result.meta["val"]
-    state = read_all(graph.state)
-    roots = roots_of(graph)
-    watched = {root for node in region.coefficients for root in roots[node]}
-    own = sum(t.numel() for t, node in zip(state, graph.placeholders, strict=False) if node in watched)
-    limit = max(most_entries(value), 2 * own)
     if value.device.type == "meta":
         return
+    state, watched = read_all(graph.state), _watched(graph, region)
+    own = sum(t.numel() for t, node in zip(state, graph.placeholders, strict=False) if node in watched)
+    limit = max(most_entries(value), 2 * own)
     if value.numel() + target.numel() > limit:
-        region.result.meta["account"] = (
-            f"native, for {region.name}: its input and result have more than {limit:,} entries"
-        )
+        said = f"its input and result have more than {limit:,} entries"
+        region.result.meta["account"] = f"native, for {region.name}: {said}"
         return
     private = {n for n, source in zip(graph.placeholders, graph.state, strict=False) if source.is_private}
     region = replace(region, is_naive=watched.isdisjoint(private))
@@ -185,6 +182,12 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
         kept = known(graph.body.call_function(prepack, tuple(region.coefficients)), target)
     entries = ready[0][1].values().numel() * (value.numel() // ready[0][1].shape[1])
     _put(graph, region.result, run, region.source, kept, account=account, entries=entries)
+
+
+def _watched(graph: Graph, region: Region) -> set[fx.Node]:
+    """Return the inputs that the coefficients of a region depend on."""
+    roots = roots_of(graph)
+    return {root for node in region.coefficients for root in roots[node]}
 
 
 def _described(matrix: Tensor) -> str:
