@@ -201,7 +201,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     if a.dtype is not b.dtype or a.shape != b.shape or a.layout is not b.layout:
         return False
     if a.layout is not torch.strided:
-        return a is b or all(map(same, _parts(a), _parts(b)))
+        return a is b or all(map(same, parts_of(a), parts_of(b)))
     if _is_memory(a) and _is_memory(b):
         is_same = not _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes)
         if is_same or a.numel() >= _MANY:
@@ -209,8 +209,10 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _parts(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors that a sparse one is made of."""
+def parts_of(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors that a sparse one is made of; a dense one itself."""
+    if matrix.layout is torch.strided:
+        return (matrix,)
     matrix = matrix.detach()
     if matrix.layout is torch.sparse_coo:
         return matrix._indices(), matrix._values()
