@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adjointlab import algebra, grams
+from adjointlab.algebra import Map, RowsOf
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.linked import Linked
 from adjointlab.notation import Expression, Notation, meaning
@@ -17,7 +18,7 @@ from adjointlab.numerics import commutes_with_i, full_precision
 from adjointlab.space import Space
 from adjointlab.space.algebra import is_scalar
 from adjointlab.space.selection import Selection, pieces, selection
-from adjointlab.twin import Body, Map, Recipe, RowsOf, Twin
+from adjointlab.twin import Body, Recipe, Twin
 from adjointlab.typed import X, Y, Z
 
 if TYPE_CHECKING:

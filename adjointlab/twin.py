@@ -11,20 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from adjointlab import grams
+from adjointlab.algebra import Map, Operator, RowsOf
 from adjointlab.compat import differentiated, uncompiled
 from adjointlab.linked import Linked
 from adjointlab.notation import Notation
 from adjointlab.space import Space
 from adjointlab.space.algebra import moved
-from adjointlab.space.selection import Selection
 from adjointlab.transpose import Transposition
 from adjointlab.typed import X, Y
 
-Operator = Any  # a LinearOperator, which is made of what is here
-Map = Callable[[Any], Any]
 Made = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments that make an operator again
 Recipe = Made | Callable[[], Made]  # for copies and pickles; a function returns what these are by then
-RowsOf = Callable[[Selection], Operator]
 
 
 @dataclass

@@ -204,7 +204,7 @@ class Derivations:
     def _is_judged(self, derivation: Derivation, state: Tensors | None) -> bool:
         """Return whether a derivation is up to date, and was judged with the values that its state has now.
 
-        Versions would not tell: changes through ``.data`` leave none.
+        Values are compared, since a change through ``.data`` leaves the version of a tensor as it was.
         """
         if state is None or not self._is_watched(derivation) or any(map(is_captured, state)):
             return state is not None
@@ -215,7 +215,7 @@ class Derivations:
         return derivation.is_doubtful and self._judge is not None and self.options.check
 
     def _remember(self, derivation: Derivation, state: Tensors) -> None:
-        """Keep the values that a derivation was judged with: those of one state serve all sizes."""
+        """Keep a copy of the values that a derivation was judged with; one copy serves all sizes."""
         equal = (kept for kept in self._judged.values() if len(kept) == len(state) and all(map(same, state, kept)))
         self._judged[derivation] = next(equal, ()) or tuple(t.detach().clone().cpu() for t in state)
 
@@ -265,21 +265,21 @@ class Derivations:
         domain = self.domain.with_batch(batch)
         eager = self.eager.on(domain)
         self.untraceable = None
-        # Of operators that it calls, whose guards are no part of its code.
+        # Operators that the function calls have guards of their own, which those of its code do not include.
         inner = [derivation for source in modules.sources_inside(self.modules) for derivation in source.current()]
-        # Another size of a function that has not changed was judged already.
+        # A function that has not changed was judged already, at another size.
         is_new = self._codomain is None or not all(
             self._is_judged(known[0], known[0].state_now()) for known in self._derivations.values()
         )
         seen = self._ran(eager) if is_new else None
         step(0)
-        if self.options.requested == "eager" or self._rebuilds > _MOST_REBUILDS:
-            asked = self.options.requested == "eager"
-            derivation = self._eager("it was asked for" if asked else "what it depends on changes from call to call")
+        is_asked, is_unsteady = self.options.requested == "eager", self._rebuilds > _MOST_REBUILDS
+        if is_asked or is_unsteady:
+            derivation = self._eager("it was asked for" if is_asked else "what it depends on changes from call to call")
         else:
             derivation = self._traced(eager, domain, seen)
-        if not derivation.programs and self._rebuilds <= _MOST_REBUILDS:  # of the user's code, the modules are watched
-            is_plain = self.options.requested == "eager" or not self.options.check or self._judge is None
+        if not derivation.programs and not is_unsteady:  # of the user's code, the modules are watched
+            is_plain = is_asked or not self.options.check or self._judge is None
             size = 0 if is_plain else sum(s.dtype.itemsize * s.size for s in (*domain.specs, *self.codomain.specs))
             derivation = derivation.watched(self.modules, self.callable, size)
         step(0)
@@ -341,7 +341,6 @@ class Derivations:
                     captured = capture(self.callable, self.kwargs, domain, *watched)
                     step(CAPTURING * self._operations)
                     graphs = pipeline.graphs_of(captured, domain, options)
-                graphs = graphs.stateful(captured.is_stateful())
             except UntraceableError as error:
                 self.untraceable = error
         if not domain.every(graphs is not None):

@@ -36,7 +36,7 @@ class Linearized:
     pull_back: Function
     inputs: Tensors = ()  # the point, as autograd knows it
     kept: float = math.inf  # bytes that the pull-back keeps alive, infinite where that is not known
-    is_alone: bool = False  # whether it is known that no other tensor plays a part that requires gradients
+    is_alone: bool = False  # whether it is known that it depends on no other tensor that requires gradients
 
 
 def _outside_of_inference(linearized: Callable[..., Linearized]) -> Callable[..., Linearized]:
@@ -89,7 +89,7 @@ def linearized_by_grad(function: Function, primals: Tensors, *, once: bool = Fal
 
 
 def measured(function: Function, primals: Tensors) -> Linearized:
-    """Return the same, with what it keeps, and whether other tensors play a part."""
+    """Return a function at a point by autograd, with the bytes that it keeps, and whether it is known to be alone."""
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def measured(function: Function, primals: Tensors) -> Linearized:
 
 
 def _is_alone(outputs: Tensors, inputs: Tensors) -> bool:
-    """Return whether no other tensors than the inputs, of those that require gradients, play a part in the outputs."""
+    """Return whether the outputs depend on no tensor that requires gradients, besides the inputs."""
     leaves = {id(node.variable) for node in nodes_of(outputs) if hasattr(node, "variable")}
     return leaves.issubset(map(id, inputs))
 

@@ -364,4 +364,4 @@ _OPS: dict[Callable[..., Sum | None], tuple[Any, ...]] = {
     ),
 }  # fmt: skip
 _RULES = {op: rule for rule, ops in _OPS.items() for op in ops}
-_READS = {_taken, _unsqueeze, _squeeze, _neg, _add}  # their sums alone are not worth to be written
+_READS = {_taken, _unsqueeze, _squeeze, _neg, _add}  # a sum of these alone is left as it is

@@ -38,9 +38,9 @@ aten = torch.ops.aten
 
 
 def simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, tuple[str, ...]]:
-    """Return an equal graph, and the names of the rules that made it; ``count`` inputs are x, the others are fixed.
+    """Return an equal graph, and the names of the rules that made it: none where it is no simpler.
 
-    Where none of them has a name, the graph is no simpler.
+    The first ``count`` inputs are x, the others are fixed.
     """
     given = graph
     graph, names = _simplified(graph, rules, count)

@@ -76,7 +76,7 @@ def partition(graph: Graph) -> Parts:
     roots, kept = roots_of(graph), kept_nodes(graph)
     apart: dict[frozenset[fx.Node], list[fx.Node]] = {}  # by what they depend on: each is recomputed for that only
     for node in graph.body.nodes:
-        # Only what the rest uses, a constant that a prepack does; tuples of tensors through their items.
+        # Outputs of a part are what the main part uses, and constants that a prepack uses; of tuples, their items.
         is_used = any(user not in kept or (roots[user] and not roots[node]) for user in node.users)
         if node in kept and is_used and isinstance(node.meta.get("val"), Tensor):
             apart.setdefault(roots[node], []).append(node)
@@ -120,7 +120,7 @@ def kept_nodes(graph: Graph) -> set[fx.Node]:
 
 
 def is_dear(node: fx.Node) -> bool:
-    """Return whether a node costs far more than to compare its state, however large that is."""
+    """Return whether to compute a node costs far more than to compare its state, however large that is."""
     return bool(getattr(node.target, "is_dear", False))
 
 
@@ -139,7 +139,7 @@ def roots_of(graph: Graph) -> dict[fx.Node, frozenset[fx.Node]]:
 
 
 def _stays(node: fx.Node) -> bool:
-    """Return whether a node costs no more than to see that the state is the same: a factory, a view, a pointwise op."""
+    """Return whether to compute a node costs no more than to compare its state: a factory, a view, a pointwise op."""
     packet = packet_of(node)
     if packet in _FACTORIES:
         return bool(node.meta["val"].numel() > 1)

@@ -18,7 +18,7 @@ from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import Program, Residuals, Tensors, at_start, canonical
 
-Linked = Callable[..., Tensors]
+Run = Callable[..., Tensors]
 GONE = (KeyError, IndexError, AttributeError, TypeError)  # raised where what held a tensor holds none any more
 
 
@@ -38,7 +38,7 @@ class Derivation:
     # By name: functions of leaves that run the user's code, where there are no programs.
     eager: Mapping[str, Callable[[Tensors], Tensors]] = field(default_factory=dict)
     # By name, each as a program, and as a function with a derivative, of the state and leaves.
-    programs: Mapping[str, tuple[Program, Linked]] = field(default_factory=dict)
+    programs: Mapping[str, tuple[Program, Run]] = field(default_factory=dict)
     holds: Callable[[], bool] = lambda: True  # whether what programs depend on besides tensors is as it was
     state: tuple[Source, ...] = ()  # where the programs read tensors
     metadata: tuple[Any, ...] = ()  # all that the programs assume of these besides their values

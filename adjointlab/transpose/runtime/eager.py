@@ -37,7 +37,7 @@ class Eager:
         return found
 
     def calling(self, function: Callable[..., Any]) -> Eager:
-        """Return the same for another function of the kind."""
+        """Return the same for another function on the same domain."""
         found = copy.copy(self)
         found.callable, found._kept = function, None
         return found
@@ -144,9 +144,9 @@ class Eager:
     def residual_and_gradient(
         self, require: Callable[[Tensors], None], x: Tensors, y: Tensors, weight: Tensors | None = None
     ) -> tuple[Tensors, Tensors] | None:
-        """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` by one call and its pull-back; None where these see more.
+        """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` by one call of f and its pull-back; None where that cannot be.
 
-        ``require`` raises on leaves of ``f(x)`` that are none of the codomain.
+        ``require`` raises on leaves of ``f(x)`` that are not in the codomain.
         """
         if self.is_shared:
             return None

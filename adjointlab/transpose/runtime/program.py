@@ -118,7 +118,7 @@ class Program:
         return sum({storage.data_ptr(): storage.nbytes() for storage in memory}.values())
 
     def frozen(self, state: Tensors) -> Program:
-        """Return the program for a state that does not change: nothing of it is compared at a call."""
+        """Return the program for a state that does not change, which no call compares."""
         found = copy.copy(self)
         try:
             if self._residuals is not None:
@@ -203,10 +203,10 @@ class Residuals:
 
 
 def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: frozenset[int], *, dear: bool) -> Prepack:
-    """Return a function of the watched ones of tensors that returns its last results while these are the same.
+    """Return a function that keeps its last results, and returns them while the watched tensors are the same.
 
-    Dear results are not made of a state that changes at nearly every call: then ``HasNoPiecesError`` is raised, until
-    it has been the same for a while.
+    Where these change at nearly every call, ``dear`` results are not made: the function raises ``HasNoPiecesError``,
+    until the tensors have been the same for a while.
     """
     last: tuple[list[tuple[int, Any]], tuple[Tensor, ...] | None] | None = None
     served, remade = 0, 0
