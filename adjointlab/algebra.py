@@ -17,10 +17,11 @@ from adjointlab.errors import ConvergenceWarning, SpaceMismatchError
 from adjointlab.notation import POWER, PRODUCT, SUM, Notation, multiple, number
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common, conjugated, require_scalar, scaled, viewed_as_real
+from adjointlab.space.selection import Selection
 
 Operator = Any  # a LinearOperator, which is made of what is here
 Map = Callable[[Any], Any]
-RowsOf = Callable[[Any], Operator]  # from rows of the result to the operator of them
+RowsOf = Callable[[Selection], Operator]  # from rows of the result to the operator of them
 
 
 @dataclass(frozen=True)

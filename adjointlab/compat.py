@@ -74,7 +74,7 @@ def is_forward_mode() -> bool:
 
 def is_nested_forward_mode() -> bool:
     """Return whether one ``torch.func.jvp`` runs inside of another."""
-    if not torch._C._are_functorch_transforms_active():
+    if not is_transformed():
         return False
     stack = torch._C._functorch.get_interpreter_stack() or []
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
@@ -85,8 +85,8 @@ def is_wrapped(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def outside_of_transforms(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Suspend transforms of ``torch.func``, for operations on a tensor that is no part of them."""
+def without_functorch(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Turn ``torch.func`` off, for operations on a tensor that is no part of a transform."""
     return contextlib.nullcontext() if is_wrapped(tensor) else torch._C._DisableFuncTorch()
 
 
@@ -353,12 +353,11 @@ def scripted_operation(schema: str, inputs: Sequence[Any]) -> Any:
     known = torch._C.parse_schema(schema)
     space, name = known.name.split("::")
     packet = getattr(getattr(torch.ops, space), name)
-    written = [
-        value for a, value in zip(known.arguments, inputs, strict=True) if a.alias_info and a.alias_info.is_write
-    ]
+    pairs = list(zip(known.arguments, inputs, strict=True))
+    written = [value for a, value in pairs if a.alias_info and a.alias_info.is_write]
     if not all(isinstance(value, Tensor) for value in written):  # a copy would be written to
         raise RefusedError(f"it calls TorchScript with {known.name} of a list")
-    named = {a.name: value for a, value in zip(known.arguments, inputs, strict=True) if a.kwarg_only}
+    named = {a.name: value for a, value in pairs if a.kwarg_only}
     given = inputs[: len(inputs) - len(named)]
     return getattr(packet, known.overload_name or "default")(*given, **named)
 
@@ -380,8 +379,7 @@ def quiet() -> Iterator[None]:
 __all__ = [
     "FakeTensor", "FakeTensorMode", "RefusedError", "SingleLevelFunction", "TorchDispatchMode",
     "_disable_current_modes", "below_autograd", "captured", "decomposition", "differentiated", "get_proxy_mode",
-    "inlined",
-    "is_forward_mode", "is_nested_forward_mode", "is_transformed", "is_wrapped", "make_fx", "outside_of_transforms",
-    "plain", "pytree", "quiet", "scripted_operation", "scripts_run", "single_level_functions", "sources_forgotten",
-    "takes_onednn", "turns_gradients_off", "without_subclass",
+    "inlined", "is_forward_mode", "is_nested_forward_mode", "is_transformed", "is_wrapped", "make_fx", "plain",
+    "pytree", "quiet", "scripted_operation", "scripts_run", "single_level_functions", "sources_forgotten",
+    "takes_onednn", "turns_gradients_off", "without_functorch", "without_subclass",
 ]  # fmt: skip

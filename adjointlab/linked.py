@@ -56,8 +56,8 @@ class Linked:
                 probe = tuple([torch.zeros_like(leaf).requires_grad_() for leaf in z])
                 at_zero = self.forward(probe)
                 v = tuple([leaf.requires_grad_() for leaf in _random_like(at_zero, draw)])
-                back = _derivative(at_zero, probe, v)
-                forth = _derivative(back, v, z)
+                back = pulled_back(at_zero, probe, v, create=True)
+                forth = pulled_back(back, v, z, create=True)
         except (RuntimeError, NotImplementedError):  # it says that it is not differentiable
             return False
         with torch.no_grad():
@@ -71,13 +71,20 @@ def _random_like(leaves: Tensors, draw: torch.Generator) -> Tensors:
     return tuple([torch.randn(t.shape, dtype=t.dtype, generator=draw, device="cpu").to(t.device) for t in leaves])
 
 
-def _derivative(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensors:
-    """Return autograd's pull-back, zero where an output does not depend on an input."""
+def pulled_back(
+    outputs: Tensors, inputs: Tensors, cotangents: Tensors, *, create: bool = False, retain: bool = True
+) -> Tensors:
+    """Return autograd's pull-back, zero where an output does not depend on an input.
+
+    A graph of the derivative itself is recorded to ``create``; that of the outputs is kept to ``retain``.
+    """
     pairs = [(t, w) for t, w in zip(outputs, cotangents, strict=True) if t.requires_grad]
     found: Any = [None] * len(inputs)
     if pairs:
         tracked, given = zip(*pairs, strict=True)
-        found = torch.autograd.grad(tracked, inputs, given, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            tracked, inputs, given, create_graph=create, retain_graph=create or retain, allow_unused=True
+        )
     return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True))
 
 

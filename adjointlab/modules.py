@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import operator
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +36,11 @@ class Source:
     read: Callable[[], Tensor]
     name: str
     is_private: bool = False  # whether nobody else has it: it has the same values while it is the same tensor
+
+
+def read_all(sources: Iterable[Source]) -> tuple[Tensor, ...]:
+    """Return the tensors of sources, as they are now."""
+    return tuple([source.read() for source in sources])
 
 
 def modules_of(function: Any, kwargs: Any = None) -> tuple[nn.Module, ...]:
@@ -119,7 +125,8 @@ def sources_of(modules: tuple[nn.Module, ...]) -> dict[int, Source]:
     def add(container: Any, key: Any, name: str, depth: int = 2) -> None:
         item = container[key]
         if isinstance(item, Tensor):
-            found.setdefault(id(item), Source(functools.partial(_get, container, key), name))
+            read: Any = functools.partial(operator.getitem, container, key)
+            found.setdefault(id(item), Source(read, name))
         elif depth and isinstance(item, (list, tuple)):
             for index in range(len(item)):
                 add(item, index, f"{name}[{index}]", depth - 1)
@@ -134,10 +141,6 @@ def sources_of(modules: tuple[nn.Module, ...]) -> dict[int, Source]:
                     if key not in (*_TENSORS, "_modules"):
                         add(tensors, key, f"{path}.{key}".lstrip("."))
     return found
-
-
-def _get(container: Any, key: Any) -> Any:
-    return container[key]
 
 
 def sources_named(function: Any) -> dict[int, Source]:
@@ -177,7 +180,7 @@ def _named(function: Any) -> dict[str, Callable[[], Any]]:
                 for name, cell in cells.items() if _is_filled(cell)
             }  # fmt: skip
             for name in _names(value.__code__) & value.__globals__.keys():
-                readers[name] = functools.partial(_get, value.__globals__, name)
+                readers[name] = functools.partial(operator.getitem, value.__globals__, name)
             for name, read in readers.items():
                 pending.append(read())
                 if not isinstance(read(), (nn.Module, type, types.ModuleType)):

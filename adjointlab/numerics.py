@@ -26,6 +26,7 @@ T = TypeVar("T")
 UNITS = 16
 DOT_UNITS = 4  # rounding errors up to this many units of eps pass without being measured, see dot_gap
 SIGMAS = 8  # how many times a measured rounding error passes
+MULTIPLES = (65 / 64, 127 / 128)  # exact in every dtype, but no powers of two: rounding is another one there
 
 _BLOCKS = 64  # of a leaf, in a sketch
 _BLOCK = 1 << 17  # entries that are converted at once
@@ -90,7 +91,7 @@ def dot_bound(
 
 
 def rounding_noise(
-    function: Callable[[Tensors], Tensors], space: Space, codomain: Space, x: Tensors, at_x: Tensors, *, seed: int = 0
+    function: Callable[[Tensors], Tensors], space: Space, codomain: Space, x: Tensors, at_x: Tensors
 ) -> float:
     """Return ``‖e‖`` as measured, e being the rounding error of a linear function at x, cancellation inside included.
 
@@ -99,17 +100,18 @@ def rounding_noise(
     that this is a sixtieth of what the dot test sees of it. The result is the largest of three measurements.
     """
     images = [wide(t) for t in at_x]
-    generator = torch.Generator().manual_seed(seed)
-    steps = space.leaves(space.with_batch(x[0].shape[: space.batch_dims]).randn(generator))
-    moved = [
-        (1.0, tuple(t * (1 + torch.finfo(t.dtype).eps * r) for t, r in zip(x, steps, strict=True))),
-        *((s, tuple(t * s for t in x)) for s in (65 / 64, 127 / 128)),  # exact in every dtype, but no power of two
-    ]
+    steps = space.leaves(space.with_batch(x[0].shape[: space.batch_dims]).randn(torch.Generator().manual_seed(0)))
+    moved = [(1.0, nudged(x, steps)), *((s, tuple(t * s for t in x)) for s in MULTIPLES)]
     largest = 0.0
     for s, z in moved:
         differences = [t.to(w.dtype) - s * w for t, w in zip(function(z), images, strict=True)]
         largest = max(largest, norm(tuple(differences), codomain))
     return largest
+
+
+def nudged(leaves: Tensors, steps: Tensors) -> Tensors:
+    """Return the leaves moved by rounding, each entry by so many units of it."""
+    return tuple(t * (1 + torch.finfo(t.dtype).eps * r) for t, r in zip(leaves, steps, strict=True))
 
 
 def norm(leaves: Tensors, space: Space | None = None) -> float:
@@ -169,7 +171,7 @@ def commutes_with_i(function: Callable[[Tensors], Tensors], x: Tensors, codomain
         return True
     # Rounding that is larger, by cancellation or a coarser dtype inside, shows at multiples of x that are not powers of
     # two. A part that is only real-linear does not.
-    for s in (65 / 64, 127 / 128):
+    for s in MULTIPLES:
         moved = function(tuple(s * t for t in x))
         noise = [SIGMAS * norm((a - s * b,)) for a, b in zip(moved, at_x, strict=True)]
         bounds = [max(bound, extra) for bound, extra in zip(bounds, noise, strict=True)]
@@ -199,7 +201,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     if a.dtype is not b.dtype or a.shape != b.shape or a.layout is not b.layout:
         return False
     if a.layout is not torch.strided:
-        return a is b or all(map(same, _parts(a), _parts(b)))
+        return a is b or all(map(same, parts_of(a), parts_of(b)))
     if _is_memory(a) and _is_memory(b):
         is_same = not _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes)
         if is_same or a.numel() >= _MANY:
@@ -207,8 +209,10 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _parts(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors that a sparse one is made of."""
+def parts_of(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors that a sparse one is made of; a dense one itself."""
+    if matrix.layout is torch.strided:
+        return (matrix,)
     matrix = matrix.detach()
     if matrix.layout is torch.sparse_coo:
         return matrix._indices(), matrix._values()

@@ -2,61 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
 
 from adjointlab import algebra, grams
-from adjointlab.algebra import Made
-from adjointlab.compat import differentiated, uncompiled
+from adjointlab.algebra import Map, RowsOf
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.linked import Linked
 from adjointlab.notation import Expression, Notation, meaning
 from adjointlab.numerics import commutes_with_i, full_precision
 from adjointlab.space import Space
-from adjointlab.space.algebra import (
-    is_scalar,
-    moved,
-)
+from adjointlab.space.algebra import is_scalar
 from adjointlab.space.selection import Selection, pieces, selection
-from adjointlab.transpose import Transposition
+from adjointlab.twin import Body, Recipe, Twin
 from adjointlab.typed import X, Y, Z
 
 if TYPE_CHECKING:
     import numpy as np
 
-Map = Callable[[Any], Any]
+__all__ = ["LinearOperator", "Map", "Recipe", "derived", "made", "product"]
+
 Scalar: TypeAlias = "Tensor | complex | np.number[Any]"  # complex stands for int and float, too
-# A function and its arguments that make the operator again, for copies and pickles; or a function that returns them.
-Recipe = tuple[Callable[..., Any], tuple[Any, ...]] | Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
-
-RowsOf = Callable[[Selection], "LinearOperator"]
 
 
-@dataclass
-class _Body:
-    """The state that A and Aᴴ share: two functions, two spaces, their source, and the operators made of them."""
-
-    functions: tuple[Map, Map]
-    spaces: tuple[Space, Space]
-    source: Transposition | None = None
-    linked: list[Linked | None] = field(default_factory=lambda: [None, None])  # of functions from outside
-    is_unchecked: bool = False  # whether the adjoint is one that its user knows to be unchecked
-    views: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
-    transposes: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
-    notation: Notation | None = None  # of A in terms of its parts
-    rows: tuple[RowsOf | None, RowsOf | None] = (None, None)  # from rows of the result to the operators of them
-    main: int = 0  # the side that is written without ᴴ
-    whole: grams.Whole | None = None  # of an operator made of others, once its gram was asked for
-    root: tuple[LinearOperator, bool] | None = None  # A, and whether there is a W, of AᴴWA
-
-
-class LinearOperator(nn.Module, Generic[X, Y]):
+class LinearOperator(Twin[X, Y]):
     r"""A linear map A between two spaces together with its adjoint: ``⟨Ax, y⟩ = ⟨x, Aᴴy⟩``.
 
     Made by :func:`adjointlab.linear_operator` from a module or function, by the algebra of operators, or from a pair
@@ -81,133 +54,15 @@ class LinearOperator(nn.Module, Generic[X, Y]):
     True
     """
 
-    derived_operator = True  # for the walk of what a function captures, which stops at operators
-    _body: _Body
-    _side: int
-    _recipe: Recipe
-
     def __init__(
         self, function: Callable[[X], Y], adjoint_function: Callable[[Y], X], domain: Space[X], codomain: Space[Y]
     ) -> None:
         recipe = (LinearOperator, (function, adjoint_function, domain, codomain))
-        self._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
+        self._set(Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
         twin = self.H
         k = domain.batch_dims
         self._body.linked[0] = Linked(self._leaves_of_function, twin._plain_leaves, k)
         self._body.linked[1] = Linked(twin._leaves_of_function, self._plain_leaves, k)
-
-    @classmethod
-    def _of(cls, *state: Any) -> LinearOperator:
-        operator = cls.__new__(cls)
-        operator._set(*state)
-        return operator
-
-    def _set(self, body: _Body, side: int, recipe: Recipe, parts: dict[str, nn.Module | nn.Parameter]) -> None:
-        super().__init__()
-        # The body is no submodule: A and Aᴴ know each other through it, and a module tree has no cycles.
-        self._body = body
-        self._side = side
-        self._recipe = recipe
-        body.views[side] = self
-        for name, part in parts.items():
-            setattr(self, name, part)
-        if body.views[1 - side] is None:  # made now: torch.compile cannot make modules
-            LinearOperator._of(body, 1 - side, (adjoint_of, (self,)), parts)
-
-    @classmethod
-    def of_source(
-        cls,
-        source: Transposition,
-        recipe: Recipe,
-        modules: dict[str, nn.Module],
-        *,
-        side: int = 0,
-        notation: Notation | None = None,
-        rows: RowsOf | None = None,
-    ) -> LinearOperator:
-        """Return the operator of a map that is already derived, or (``side=1``) its adjoint; without an offset."""
-        inside = {id(parameter) for module in modules.values() for parameter in module.parameters()}
-        outside = [p for p in source.tensors() if isinstance(p, nn.Parameter) and id(p) not in inside]
-        parts = {f"parameter_{index}": parameter for index, parameter in enumerate(outside)}  # of no module
-        function = source.linear if source.options.affine else source.function
-        body = _Body((function, source.adjoint), (source.domain, source.codomain), source, notation=notation, main=side)
-        body.rows = rows, None
-        operator = cls._of(body, side, recipe, modules | parts)
-        for name, parameter in parts.items():
-            source.follow(parameter, name, (operator, operator.H))
-        return operator
-
-    @property
-    def source(self) -> Transposition | None:
-        """The derivation of the functions; None for an operator made of others, or of a pair of functions."""
-        return self._body.source
-
-    @property
-    def is_unchecked(self) -> bool:
-        """Whether the adjoint was given from outside, with ``check=False``."""
-        return self._body.is_unchecked
-
-    def use_unchecked(self, make: Callable[..., LinearOperator]) -> None:
-        """Note that the adjoint is unchecked, for copies by ``make`` as well."""
-        self._body.is_unchecked = True
-        assert not callable(self._recipe)
-        self._recipe = make, self._recipe[1]
-
-    @property
-    def recipe(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The function that made the operator, of the algebra where it is of that, and its arguments."""
-        function, arguments = self._recipe() if callable(self._recipe) else self._recipe
-        return (arguments[0], arguments[1:]) if function is made else (function, arguments)
-
-    @property
-    def parts(self) -> list[LinearOperator]:
-        """The operators that this one, or its adjoint, is made of."""
-        return [part for part in self._modules.values() if isinstance(part, LinearOperator)]
-
-    @property
-    def is_pair(self) -> bool:
-        """Whether the operator is a pair of functions from outside."""
-        return self._body.linked[0] is not None
-
-    @property
-    def domain(self) -> Space[X]:
-        """The space of x in ``Ax``."""
-        return self._body.spaces[self._side]
-
-    @property
-    def codomain(self) -> Space[Y]:
-        """The space of ``Ax``."""
-        return self._body.spaces[1 - self._side]
-
-    if TYPE_CHECKING:
-
-        def __call__(self, x: X) -> Y: ...  # noqa: D102
-
-    def forward(self, x: X) -> Y:
-        """Return ``Ax``; nothing is cast or broadcast: where x is not in the domain, raise ``SpaceMismatchError``."""
-        function: Callable[[X], Y] = self._body.functions[self._side]
-        linked = self._body.linked[self._side]
-        if self._body.source is not None:
-            return function(x)  # which checks x itself
-        leaves = self.domain.leaves(x)
-        if linked is not None and torch.compiler.is_compiling() and not linked.visible and differentiated(leaves):
-            return uncompiled(self.forward, x)  # type: ignore[no-any-return]  # torch.compile sees no Function here
-        with self.domain.without_autocast():
-            # Where f and its adjoint are from outside, each is the other's derivative.
-            if linked is None or not differentiated(leaves):
-                return function(x)
-            return self.codomain.unflatten(linked(leaves))
-
-    def _leaves_of_function(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return self.codomain.leaves(self._body.functions[self._side](self.domain.unflatten(x)), "Ax")
-
-    def _leaves(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return self.codomain.leaves(self(self.domain.unflatten(x)))
-
-    def _plain_leaves(self, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return the leaves of A's image for the adjoint of A.H without weights, which is autograd's: ``W A W⁻¹ y``."""
-        domain, codomain = self.domain, self.codomain
-        return codomain.leaves(codomain.weigh(self(domain.unweigh(domain.unflatten(y)))))
 
     @property
     def H(self) -> LinearOperator[Y, X]:
@@ -215,14 +70,12 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
         Between spaces with weights it is ``W_X⁻¹ Aᴴ W_Y``; autograd's derivative of A stays the one without weights.
         """
-        twin = self._body.views[1 - self._side]
-        assert twin is not None
-        return twin
+        return self._body.views[1 - self._side]  # type: ignore[no-any-return]
 
     @property
     def T(self) -> LinearOperator[Y, X]:
         """The transpose ``conj ∘ Aᴴ ∘ conj``, with ``Σ (Ax)ᵢ yᵢ = Σ xᵢ (Aᵀy)ᵢ``, both sums with weights if any."""
-        twin = self._body.transposes[self._side]
+        twin: LinearOperator[Y, X] | None = self._body.transposes[self._side]
         if twin is None:
             twin = self._body.transposes[self._side] = made(algebra.transpose, self)
             twin._body.transposes[0] = self
@@ -373,6 +226,12 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         return product(_selector(self.codomain, rows), self) if of is None else of(rows)
 
     @property
+    def recipe(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The function that made the operator, of the algebra where it is of that, and its arguments."""
+        function, arguments = self._making
+        return (arguments[0], arguments[1:]) if function is made else (function, arguments)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Numbers of entries of ``Ax`` and of x, as of a matrix."""
         return self.codomain.size, self.domain.size
@@ -417,67 +276,6 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         source = self._body.source
         found = None if source is None else source.adjoint_multiplier()
         return found if found is None or self._side else found.conj().resolve_conj()
-
-    @property
-    def engine(self) -> str:
-        """The engine in force, ``"eager"``, ``"traced"`` or ``"compiled"``; for a sum or product, its slowest."""
-        if self._body.source is not None:
-            return self._body.source.explanation.engine
-        engines = {part.engine for part in self.parts}
-        return next((name for name in ("eager", "traced", "compiled") if name in engines), "eager")
-
-    def compile(self, *, autotune: bool = False, **options: Any) -> Self:  # type: ignore[override]
-        """Switch A and ``A.H`` to the compiled engine in place, and return A.
-
-        Parameters
-        ----------
-        autotune : bool
-            Whether to choose convolution kernels by a thorough measurement.
-        **options
-            For ``torch.compile``.
-
-        Returns
-        -------
-        LinearOperator
-            A itself; where compilation is not possible, ``A.explain()`` says why, and the engine stays as it was.
-        """
-        if self._body.source is not None:
-            self._body.source.switch("compiled", autotune=autotune, options=options)
-        for part in self.parts:
-            part.compile(autotune=autotune, **options)
-        return self
-
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Take all that A depends on as it is on entry, within a block: nothing is looked at again at each call.
-
-        Tensors are read once, and so are the guards. Solvers do this by themselves.
-
-        Examples
-        --------
-        >>> import torch
-        >>> from adjointlab import linear_operator
-        >>> c = torch.nn.Conv1d(1, 1, 3, padding=1, bias=False).requires_grad_(False)
-        >>> A, x = linear_operator(c, (1, 1, 8)), torch.ones(1, 1, 8)
-        >>> with A.frozen():
-        ...     for _ in range(3):
-        ...         x = x - 0.1 * A.H(A(x))
-        """
-        with contextlib.ExitStack() as stack:
-            for part in self.modules():
-                if isinstance(part, LinearOperator):
-                    root = part._body.root
-                    for source in (part.source, root and grams.as_one(root[0])):
-                        stack.enter_context(source.frozen() if source else contextlib.nullcontext())
-            yield
-
-    def refresh(self) -> Self:
-        """Derive A again from the map as it is now, after a change that ``explain()`` says is not watched; return A."""
-        if self._body.source is not None:
-            self._body.source.refresh()
-        for part in self.parts:
-            part.refresh()
-        return self
 
     def explain(self) -> str:
         """Return a readable account: the adjoint's program, kernels, cost, memory, evidence; of ``A.H``, its own."""
@@ -534,37 +332,6 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
     # -- being a module ----------------------------------------------------------------------------------------------
 
-    def residual_and_gradient(self, x: Any, y: Any, weight: Any, *, residual: bool) -> tuple[Any, Any] | None:
-        """Return ``Ax − y`` if asked for, and ``Aᴴ w ⊙ (Ax − y)``: from one graph where A is derived, else None."""
-        source = self._body.source
-        if source is None or self._side or source.options.affine:  # the graph of an affine map has its offset
-            return None
-        return source.residual_and_gradient(x, y, weight, residual=residual)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move parameters, buffers and spaces together; ``.to``, ``.double`` and ``.cuda`` call this method."""
-        body = self._body
-        spaces = tuple(moved(space, fn) for space in body.spaces)  # first: a weight may refuse to be moved
-        body.transposes, body.whole = [None, None], None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        body.spaces = spaces  # type: ignore[assignment]
-        if body.source is not None:
-            body.source.move(fn)
-            body.spaces = (body.source.domain, body.source.codomain)
-        elif self.parts:  # which have moved, each in its way: .double() leaves complex tensors as they are
-            first = body.views[0]
-            assert first is not None
-            function, arguments = first._recipe() if callable(first._recipe) else first._recipe
-            body.spaces = function(*arguments)._body.spaces
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        function, arguments = self._recipe() if callable(self._recipe) else self._recipe
-        return function, arguments, self.training
-
-    def __setstate__(self, training: bool) -> None:
-        self.training = training  # of this module alone: parts bring their own
-
 
 # -- the algebra: pairs of closures, late-bound so that a part may move -----------------------------------------------
 
@@ -576,21 +343,16 @@ def derived(
     """Return the operator of two functions that apply the operators and modules in ``parts``."""
     # Rows of A, and of Aᴴ, are made by ``rows``; where that is None, they are selected after.
     named = {f"operator_{index}": part for index, part in enumerate(parts)}
-    body = _Body((function, adjoint_function), (domain, codomain), notation=notation, rows=rows)
+    body = Body((function, adjoint_function), (domain, codomain), notation=notation, rows=rows)
     return LinearOperator._of(body, 0, recipe, named)
 
 
-def adjoint_of(operator: LinearOperator) -> LinearOperator:
-    """Return ``Aᴴ``: the recipe of an adjoint."""
-    return operator.H
-
-
-def made(make: Callable[..., Made], *arguments: Any) -> LinearOperator:
+def made(make: Callable[..., algebra.Made], *arguments: Any) -> LinearOperator:
     """Return the operator that the algebra makes of arguments."""
     return _of(make(*arguments), (made, (make, *arguments)))
 
 
-def _of(parts: Made, recipe: Recipe) -> LinearOperator:
+def _of(parts: algebra.Made, recipe: Recipe) -> LinearOperator:
     return derived(
         parts.function, parts.adjoint, parts.domain, parts.codomain, recipe, *parts.operators, notation=parts.notation,
         rows=parts.rows,

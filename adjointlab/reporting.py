@@ -13,6 +13,7 @@ Grid = tuple[tuple[float, ...], ...]
 Curve = tuple[str, tuple[tuple[float, float], ...]]
 
 _CELL = "padding:2px 10px 2px 0;text-align:left;vertical-align:top"
+_MAP_SIDE = 128  # pixels of the longer side of a heat map
 _DARK = (33, 49, 104)  # the colour of the largest entry; zero is white
 
 
@@ -44,9 +45,9 @@ def html_table(title: str, good: bool, rows: Rows, more: str = "") -> str:
     return f'<div><strong style="color:{colour}">{html.escape(title)}</strong>{_table(rows)}{more}</div>'
 
 
-def html_folded(summary: str, rows: Rows) -> str:
-    """Return a table of two columns that opens at a click on its summary."""
-    return f"<details><summary>{html.escape(summary)}</summary>{_table(rows)}</details>"
+def html_details(rows: Rows) -> str:
+    """Return a table of two columns that opens at a click on the word details."""
+    return f"<details><summary>details</summary>{_table(rows)}</details>"
 
 
 def _table(rows: Rows) -> str:
@@ -58,12 +59,12 @@ def _table(rows: Rows) -> str:
     return f"<table>{body}</table>"
 
 
-def heat_map(title: str, grid: Grid, side: int = 128) -> str:
+def heat_map(title: str, grid: Grid) -> str:
     """Return a heat map of numbers ≥ 0 as inline SVG: white is zero, the darkest colour the largest number."""
     height, width = len(grid), len(grid[0])
     finite = [value for row in grid for value in row if math.isfinite(value)]
     top = max(finite, default=0.0)
-    cell = max(2.0, side / max(height, width))
+    cell = max(2.0, _MAP_SIDE / max(height, width))
     squares = []
     for i, row in enumerate(grid):
         for j, value in enumerate(row):
@@ -87,7 +88,7 @@ def heat_map(title: str, grid: Grid, side: int = 128) -> str:
     )
 
 
-def log_plot(title: str, x_label: str, curves: Sequence[Curve], guides: Sequence[Curve], side: int = 300) -> str:
+def log_plot(title: str, x_label: str, curves: Sequence[Curve], guides: Sequence[Curve]) -> str:
     """Return curves of positive numbers on logarithmic axes as inline SVG; guides are dashed and named."""
     shown = [[(math.log10(x), math.log10(y)) for x, y in curve if x > 0 and y > 0] for _, curve in (*curves, *guides)]
     points = [point for curve in shown[: len(curves)] for point in curve]
@@ -95,7 +96,7 @@ def log_plot(title: str, x_label: str, curves: Sequence[Curve], guides: Sequence
         return ""
     (left, right), (bottom, top) = [(math.floor(min(axis)), math.ceil(max(axis))) for axis in zip(*points, strict=True)]
     bottom, top, right = min(bottom, top - 1), max(top, bottom + 1), max(right, left + 1)
-    margin, width, height = 44, float(side), 0.8 * side
+    margin, width, height = 44, 300.0, 240.0
 
     def place(x: float, y: float) -> tuple[float, float]:
         return margin + (x - left) / (right - left) * width, 8 + (top - y) / (top - bottom) * height

@@ -9,7 +9,8 @@ from adjointlab.distributed.communication import all_reduce, replicate
 from adjointlab.distributed.convolution import convolution, halo_exchange
 from adjointlab.distributed.derive import linear_operator
 from adjointlab.distributed.failure import raise_on_all_ranks
-from adjointlab.distributed.sharding import Sharding, direct_sum, gather, replicated, shard, space
+from adjointlab.distributed.parts import gather, shard
+from adjointlab.distributed.sharding import Sharding, direct_sum, replicated, space
 
 __all__ = [
     "Sharding", "all_reduce", "block_diag", "convolution", "direct_sum", "gather", "halo_exchange", "hstack",

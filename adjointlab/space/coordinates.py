@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,15 @@ def join_complex(space: Space, coordinates: Tensor) -> Tensor:
 def real_size(space: Space) -> int:
     """Return the number of real coordinates of an element, over all processes."""
     return sum(spec.size * (2 if spec.is_complex else 1) for spec in space.specs)
+
+
+def place_of(space: Space, number: int) -> tuple[int, tuple[int, ...]]:
+    """Return the leaf and the index of an entry of ``Space.vector``, by its number."""
+    leaf = 0
+    while number >= space.specs[leaf].numel:
+        number -= space.specs[leaf].numel
+        leaf += 1
+    return leaf, tuple(map(int, np.unravel_index(number, space.specs[leaf].shape)))
 
 
 def _roots(space: Space) -> list[float]:

@@ -21,20 +21,10 @@ import torch
 from torch import Tensor
 
 from adjointlab.compat import pytree
-from adjointlab.errors import SpaceMismatchError
-from adjointlab.space.spec import (
-    OfDict,
-    OfPair,
-    OfTensor,
-    TensorSpec,
-    describe,
-    is_dtensor,
-    is_shape,
-    needs_device,
-    refuse_dtensor,
-)  # fmt: skip
+from adjointlab.space.refusals import mismatch, refuse_sharded, require_sizes, spec_of
+from adjointlab.space.spec import OfDict, OfPair, OfTensor, TensorSpec, is_dtensor, is_shape, needs_device
 from adjointlab.space.weights import Weight, joined, weight_of
-from adjointlab.tree import SINGLE, Structure, has_tensor, tree_flatten
+from adjointlab.tree import SINGLE, Structure, tree_flatten
 from adjointlab.typed import E, X
 
 _DOUBLE = {True: torch.complex128, False: torch.float64}
@@ -84,37 +74,9 @@ class Space(Generic[X]):
     weight: Weight | None = None
 
     def __post_init__(self) -> None:
-        if not self.specs:
-            raise SpaceMismatchError(
-                "expected a space of at least one tensor, got an empty one: give an example tensor, a shape such as "
-                "(1, 1, 64, 64) or a TensorSpec"
-            )
-        if not isinstance(self.batch_dims, int) or isinstance(self.batch_dims, bool) or self.batch_dims < 0:
-            raise SpaceMismatchError(f"expected batch_dims to be an integer of 0 or more, got {self.batch_dims!r}")
-        if self.batch_dims:
-            batches = {spec.shape[: self.batch_dims] for spec in self.specs}
-            if len(batches) > 1 or any(len(spec.shape) < self.batch_dims for spec in self.specs):
-                raise SpaceMismatchError(
-                    f"expected every leaf to begin with the same {self.batch_dims} batch dimensions, got shapes "
-                    f"{[spec.shape for spec in self.specs]}: lower batch_dims, or give the leaves equal leading sizes"
-                )
-        if any(spec.sharding is not None for spec in self.specs):
-            self._require_one_mesh()
+        require_sizes(self.specs, self.batch_dims)
         if self.weight is not None:
             self.weight.require(self)
-
-    def _require_one_mesh(self) -> None:
-        meshes = [None if spec.sharding is None else spec.sharding.mesh for spec in self.specs]
-        if any(mesh != meshes[0] for mesh in meshes):
-            raise SpaceMismatchError(
-                f"expected every leaf of a sharded space on one mesh, got {meshes}: a leaf that is the same on all "
-                "processes is adjointlab.distributed.replicated(space, mesh)"
-            )
-        if self.batch_dims:
-            raise SpaceMismatchError(
-                f"expected batch_dims=0 for a sharded space, got {self.batch_dims}: its sizes are fixed, for all "
-                "processes have to agree on them"
-            )
 
     @overload
     @classmethod
@@ -197,7 +159,7 @@ class Space(Generic[X]):
             return TensorSpec(tuple(leaf), dtype, device) if is_shape(leaf) else leaf  # type: ignore[arg-type]
 
         leaves, structure = tree_flatten(pytree.tree_map(opened, domain, is_leaf=is_shape))
-        specs = tuple(map(_spec_of, leaves))
+        specs = tuple(map(spec_of, leaves))
         return cls(specs, SINGLE if structure == SINGLE else structure, batch_dims, joined(weights, specs))
 
     @property
@@ -270,7 +232,7 @@ class Space(Generic[X]):
         """Return the leaves of x, as they are; raise ``SpaceMismatchError``, naming x, unless x is in this space."""
         flat = self.structure.leaves(x)
         if flat is None:
-            raise self._mismatch(name, x)
+            raise mismatch(self, name, x)
         found = tuple(flat)
         k = self.batch_dims
         for leaf, spec in zip(found, self.specs, strict=True):
@@ -282,22 +244,14 @@ class Space(Generic[X]):
                 or leaf.layout != torch.strided
                 or (type(leaf) is not Tensor and is_dtensor(leaf))
             ):
-                raise self._mismatch(name, x, leaf, spec)
+                raise mismatch(self, name, x, leaf, spec)
         if k and any(leaf.shape[:k] != found[0].shape[:k] or leaf.ndim < k for leaf in found):
-            raise self._mismatch(name, x)
+            raise mismatch(self, name, x)
         return found
 
     def check(self, x: Any, name: str = "x") -> None:
         """Raise ``SpaceMismatchError`` unless ``x`` is an element of this space."""
         self.leaves(x, name)
-
-    def _mismatch(self, name: str, x: Any, leaf: Any = None, spec: TensorSpec | None = None) -> SpaceMismatchError:
-        if spec is None or not isinstance(leaf, Tensor):
-            came = describe(x) if not has_tensor(x) or isinstance(x, Tensor) else f"the pytree {_outline(x)}"
-            remedy = "pass an element with the structure of the space"
-        else:
-            came, remedy = describe(leaf), spec.remedy(leaf)
-        return SpaceMismatchError(f"expected {name} to be an element of {self}, got {came}; {remedy}")
 
     def unflatten(self, leaves: Sequence[Any]) -> X:
         """Return the element with the given leaves: the inverse of :meth:`leaves`."""
@@ -409,23 +363,16 @@ class Space(Generic[X]):
 
     def vector(self, a: X) -> Tensor:
         """Return the coordinates of ``a`` as one vector of ``size`` entries, leaf after leaf."""
-        self._refuse_sharded()
+        refuse_sharded(self)
         return torch.cat([leaf.reshape(-1) for leaf in self.leaves(a, "a")])
 
     def element(self, vector: Tensor) -> X:
         """Return the element with the coordinates ``vector``: the inverse of :meth:`vector`."""
-        self._refuse_sharded()
+        refuse_sharded(self)
         parts = torch.split(vector, [spec.numel for spec in self.specs])
         pairs = zip(parts, self.specs, strict=True)
         leaves = [(p.real if p.is_complex() and not s.is_complex else p).to(s.dtype).reshape(s.shape) for p, s in pairs]
         return self.unflatten(leaves)
-
-    def _refuse_sharded(self) -> None:
-        if self.is_sharded:
-            raise SpaceMismatchError(
-                f"expected a space of one process, got the sharded {self}: its elements are nowhere as a whole; use "
-                "inner products and solvers, or adjointlab.distributed.gather"
-            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Space[X]:
         return self  # a frozen value
@@ -445,19 +392,3 @@ class Space(Generic[X]):
         options += [f"batch_dims={self.batch_dims}"] if self.batch_dims else []
         options += [] if self.weight is None else [f"weight={self.weight}"]
         return f"Space.of({', '.join([repr(self.unflatten(leaves)), *options])})"
-
-
-def _spec_of(leaf: Any) -> TensorSpec:
-    if isinstance(leaf, TensorSpec):
-        return leaf
-    if not isinstance(leaf, Tensor):
-        raise SpaceMismatchError(
-            "expected a domain given as an example tensor, a shape such as (1, 1, 64, 64), a TensorSpec, a Space or a "
-            f"pytree of these, got {describe(leaf)}"
-        )
-    refuse_dtensor(leaf)
-    return TensorSpec.of(leaf)
-
-
-def _outline(tree: Any) -> str:
-    return str(pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf), tree))

@@ -6,7 +6,7 @@ from adjointlab.transpose.frontend.selected import Selected
 from adjointlab.transpose.frontend.trace import ReadsInputError, UntraceableError
 from adjointlab.transpose.frontend.vjp import PullBack
 from adjointlab.transpose.linearization import Linearization
-from adjointlab.transpose.pipeline import Options
+from adjointlab.transpose.options import Options
 from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.eager import Eager
 

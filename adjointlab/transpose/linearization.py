@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.modules import read_all
 from adjointlab.space import Space
 from adjointlab.space.algebra import moved
 from adjointlab.transpose.dispatch import Transposition
 from adjointlab.transpose.frontend.vjp import PullBack, Tensors
-from adjointlab.transpose.pipeline import Options
+from adjointlab.transpose.options import Options
 from adjointlab.transpose.runtime.derivation import Derivation
 
 
@@ -58,7 +59,7 @@ class Linearization(Transposition):
         kept = [programs[name][0].kept() if programs else 0 for name in ("adjoint", "linear")]
         lines = [explanation.account(adjoint=not adjoint, kept=(kept[0], kept[1]), letter=letter)]
         if residuals is not None:
-            found = residuals(tuple(source.read() for source in self.nominal.state))
+            found = residuals(read_all(self.nominal.state))
             size = sum(memory.nbytes() for memory in {t.data_ptr(): t.untyped_storage() for t in found}.values())
             lines.append(f"kept at the point, for both: {size:,} B in {len(found)} residuals")
         return "\n".join(lines)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from adjointlab.linked import pulled_back
 from adjointlab.numerics import (
     DOT_UNITS,
     SIGMAS,
@@ -34,10 +35,7 @@ from adjointlab.numerics import (
     sketch,
 )  # fmt: skip
 from adjointlab.space import Space, TensorSpec
-from adjointlab.transpose.frontend.vjp import first_line
-
-Tensors = tuple[Tensor, ...]
-Function = Callable[[Tensors], Tensors]
+from adjointlab.transpose.frontend.vjp import Function, Tensors, first_line
 
 _UNITS = 32  # of rounding that two ways to compute the same may be apart
 _FINE = 2.0**-12  # of a norm: what one wrong entry of 2²⁴ is; no bound that is not measured is wider
@@ -126,17 +124,8 @@ def disagreement(
             offset = Sketch.of(candidate.function(tuple(torch.zeros_like(t) for t in pair.x)), pair.y)
             difference = images["function"][0].minus(offset)
             said = _differ(difference, images["linear"][0], None, candidate, tol, "linear part")
-        said = (
-            _differ(
-                seen,
-                images["function"][0],
-                lambda: Sketch.of(user(perturbed(pair.x)), pair.y),
-                candidate,
-                tol,
-                "forward",
-            )
-            or said
-        )
+        moved = lambda: Sketch.of(user(perturbed(pair.x)), pair.y)  # noqa: E731
+        said = _differ(seen, images["function"][0], moved, candidate, tol, "forward") or said
         if not domain.every(not said):
             return said or f"the derived forward differs from the user's {_ELSEWHERE}"
         return _of_adjoint(candidate, list(zip(pairs, images[name], strict=True)), tol, compiled=compiled)
@@ -313,14 +302,8 @@ def gradient_disagreement(candidate: Candidate, user: Function, parameters: Sequ
 
 def _gradients(function: Function, x: Tensors, v: Tensors, parameters: Tensors) -> Tensors:
     """Return the gradients of ``Re⟨f(x), v⟩`` in the parameters, zero where it does not depend on one."""
-    with torch.enable_grad():
-        pairs = [(o, t) for o, t in zip(function(x), v, strict=True) if o.requires_grad]
-        found: Sequence[Tensor | None] = [None] * len(parameters)
-        if pairs:
-            tracked, cotangents = zip(*pairs, strict=True)
-            # Parameters may be made from others in a graph that is the user's, who still needs it.
-            found = torch.autograd.grad(tracked, parameters, cotangents, allow_unused=True, retain_graph=True)
-    return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, parameters, strict=True))
+    with torch.enable_grad():  # parameters may be made from others in a graph that is the user's, who still needs it
+        return pulled_back(function(x), parameters, v)
 
 
 @full_precision

@@ -19,6 +19,7 @@ from adjointlab.operators import LinearOperator
 from adjointlab.progress import progress_of
 from adjointlab.space import Space
 from adjointlab.space.coordinates import real_element, real_size, real_vector
+from adjointlab.transpose.frontend.vjp import applied
 from adjointlab.tree import tree_flatten
 from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors
 from adjointlab.verify.diagnosis import diagnose
@@ -277,7 +278,7 @@ def _of_pair(function: Callable[..., Any], adjoint: Callable[[Any], Any], domain
         )
 
     def forward(x: Any) -> Any:
-        return function(*x) if type(x) is tuple else function(x)
+        return applied(function, x, {})
 
     image = _image(forward, space) if codomain is None else Space.of(codomain, dtype=space.specs[0].dtype)
     back, unweighted = _plain_adjoint(adjoint, space, image, "the adjoint")

@@ -176,7 +176,5 @@ def structured(space: Space) -> Iterator[tuple[str, Tensors]]:
         for index in places if space.is_sharded else dict.fromkeys(places):
             yield f"impulse at {index}{where}", impulse(space, number, index)
     size = 2.0 ** -round(math.log2(space.size) / 2)  # of norm about one: sums of many ones overflow in half precision
-    yield (
-        "constant",
-        tuple(torch.full_like(t, size * (_PHASE if t.is_complex() else 1.0)) for t in space.leaves(space.zeros())),
-    )
+    leaves = space.leaves(space.zeros())
+    yield "constant", tuple(torch.full_like(t, size * (_PHASE if t.is_complex() else 1.0)) for t in leaves)

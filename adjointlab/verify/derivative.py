@@ -156,21 +156,16 @@ def _report(test: Differences, J: Jacobian, seen: Sequence[Along]) -> Derivative
 def _worst(test: Differences, seen: Sequence[Along]) -> tuple[float, float, str]:
     """Return error and tolerance of the entry whose ratio is largest, in units of its leaf, and its name."""
     found = (-1.0, 0.0, 0.0, "")
-    for along in seen:
-        begin = 0
-        for size in test.sizes:
-            rows = slice(begin, begin + size)
-            gap, bound = along.gap[rows], along.bound[rows].clamp(max=1e300)
-            excess = torch.where(gap == 0, 0.0, gap / bound).nan_to_num(math.inf)
-            if size and float(excess.max()) > found[0]:
-                at = int(excess.argmax())
-                scale = (
-                    float(torch.maximum(along.predicted[rows].abs(), along.estimate[rows].abs().nan_to_num(0.0)).max())
-                    or 1.0
-                )
-                name = f"{along.name}, {entry_of(test, begin + at)}"
-                found = float(excess[at]), float(gap[at]) / scale, float(bound[at]) / scale, name
-            begin += size
+    begins = [0, *itertools.accumulate(test.sizes)]
+    for along, (begin, end) in itertools.product(seen, itertools.pairwise(begins)):
+        gap, bound = along.gap[begin:end], along.bound[begin:end].clamp(max=1e300)
+        excess = torch.where(gap == 0, 0.0, gap / bound).nan_to_num(math.inf)
+        if begin < end and float(excess.max()) > found[0]:
+            at = int(excess.argmax())
+            sizes = along.predicted[begin:end].abs(), along.estimate[begin:end].abs().nan_to_num(0.0)
+            scale = float(torch.maximum(*sizes).max()) or 1.0
+            name = f"{along.name}, {entry_of(test, begin + at)}"
+            found = float(excess[at]), float(gap[at]) / scale, float(bound[at]) / scale, name
     return found[1:]
 
 
@@ -180,9 +175,8 @@ def _blurred(test: Differences, seen: Sequence[Along]) -> str:
     def is_blurred(k: int) -> bool:
         bounds, estimates = ([getattr(a, name).split(test.sizes)[k] for a in seen] for name in ("bound", "estimate"))
         value = test.value.split(test.sizes)[k].norm() + test.tiny / test.eps
-        return all(
-            bool(2 * b.norm() > e.norm().nan_to_num(0.0) + value) for b, e in zip(bounds, estimates, strict=True)
-        )
+        pairs = zip(bounds, estimates, strict=True)
+        return all(bool(2 * b.norm() > e.norm().nan_to_num(0.0) + value) for b, e in pairs)
 
     leaves = [str(k) for k in range(len(test.sizes)) if is_blurred(k)]
     return f"leaf {', '.join(leaves)} of f" if leaves and len(test.sizes) > 1 else "f" if leaves else ""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from adjointlab.jacobians import Jacobian
+from adjointlab.space.coordinates import place_of
 from adjointlab.verify.differences import Along, Differences, flat
 
 
@@ -26,10 +26,8 @@ def diagnose(test: Differences, J: Jacobian, seen: Sequence[Along], dot_holds: b
         count = int(torch.stack([a.kinks for a in seen]).any(0).sum())
         where = entry_of(test, int(along.kinks.nonzero()[0]))
         more = f" and {count - 1} more" if count > 1 else ""
-        return (
-            f"f has a kink at x0: one-sided differences stay apart in {where}{more}, so f has no derivative there; "
-            "move x0"
-        )
+        apart = f"one-sided differences stay apart in {where}{more}"
+        return f"f has a kink at x0: {apart}, so f has no derivative there; move x0"
     return "J.H is wrong: it is not the adjoint of J, and finite differences agree with J"
 
 
@@ -55,11 +53,8 @@ def _mistake(test: Differences, J: Jacobian, seen: Sequence[Along], wrong: Seque
     count, of = int(entries.sum()), int(rows.sum())
     worst = max(wrong, key=lambda along: float((along.gap / along.bound.clamp(min=1e-300))[rows].max()))
     share = float(worst.gap[rows].norm() / worst.estimate[rows].norm().clamp(min=1e-300))
-    places = (
-        f" in {entry_of(test, int(entries.nonzero()[0]))} alone"
-        if count == 1 and of > 1
-        else f" in {count} of {of} entries"
-    )
+    is_one = count == 1 and of > 1
+    places = f" in {entry_of(test, int(entries.nonzero()[0]))} alone" if is_one else f" in {count} of {of} entries"
     return f"J d is off by {share:.2g} of its size{places}{where}"
 
 
@@ -108,24 +103,15 @@ def _factor(wrong: Sequence[Along], rows: Tensor) -> str | None:
     if abs(factor.imag) > 1e-3 * abs(factor):
         return f"off by the complex factor {factor.real:.3f}{factor.imag:+.3f}j"
     size = abs(factor.real)
-    sign = "of the wrong sign" if factor.real < 0 else ""
-    scale = (
-        "" if abs(size - 1) < 1e-3 and sign else f"{max(size, 1 / size):.4g} × too {'large' if size > 1 else 'small'}"
-    )
-    return ", and ".join(filter(None, (sign, scale)))
+    scale = f"{max(size, 1 / size):.4g} × too {'large' if size > 1 else 'small'}"
+    if factor.real >= 0:
+        return scale
+    return "of the wrong sign" if abs(size - 1) < 1e-3 else f"of the wrong sign, and {scale}"
 
 
 def entry_of(test: Differences, number: int) -> str:
     """Return the place of an entry of f in words."""
-    leaf = 0
-    while number >= test.sizes[leaf]:
-        number -= test.sizes[leaf]
-        leaf += 1
-    shape = test.codomain.specs[leaf].shape
-    index = []
-    for size in reversed(shape):
-        number, place = divmod(number, size)
-        index.append(place)
-    spot = f"entry {tuple(reversed(index))}" if len(index) != 1 else f"entry {index[0]}"
+    leaf, index = place_of(test.codomain, number)
     of = f" of leaf {leaf}" if len(test.sizes) > 1 else ""
-    return f"{spot}{of} of f" if math.prod(shape) > 1 or of else "f"
+    spot = f"entry {index[0] if len(index) == 1 else index}{of} of f"
+    return spot if of or test.codomain.specs[leaf].numel > 1 else "f"

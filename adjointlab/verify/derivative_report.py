@@ -63,12 +63,8 @@ class DerivativeReport(Report):
     figure: tuple[Curve, ...] = field(default=(), repr=False)
 
     def _rows(self) -> list[tuple[str, str]]:
-        unknown = math.isnan(self.slope)
-        slope = (
-            "none: the remainder is rounding only"
-            if unknown
-            else f"{self.slope:.2f} of Taylor's remainder (2 is right)"
-        )
+        known = f"{self.slope:.2f} of Taylor's remainder (2 is right)"
+        slope = "none: the remainder is rounding only" if math.isnan(self.slope) else known
         return [
             ("error", f"{self.error:.1e} (J d against differences), where their errors explain {self.tolerance:.1e}"),
             ("slope", slope),

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adjointlab.numerics import DOT_UNITS, SIGMAS, UNITS, wide
+from adjointlab.numerics import DOT_UNITS, MULTIPLES, SIGMAS, UNITS, nudged, wide
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
 
@@ -150,7 +150,7 @@ class Differences:
 
     def _moved(self, leaves: Tensors, space: Space) -> Tensors:
         drawn = space.leaves(space.randn(self.generator))
-        return tuple(t * (1 + torch.finfo(t.dtype).eps * r) for t, r in zip(leaves, drawn, strict=True))
+        return nudged(leaves, drawn)
 
     def _noise_at_point(self, times: int) -> Tensor:
         """Return how far each entry of ``f(x₀)`` moves where x₀ moves by rounding."""
@@ -160,8 +160,8 @@ class Differences:
     def _linear(self, A: LinearOperator, z: Tensors, times: int) -> tuple[Tensor, Tensor]:
         """Return the entries of ``A z``, and the rounding error of each: a few units of its leaf, or as measured."""
         nearby = [(1.0, self._moved(z, A.domain)) for _ in range(times)]
-        # Multiples that are no powers of two show what a coarser dtype inside makes of it, as in rounding_noise.
-        nearby += [(s, tuple(s * t for t in z)) for s in (65 / 64, 127 / 128)]
+        # Multiples show what a coarser dtype inside makes of it, as in rounding_noise.
+        nearby += [(s, tuple(s * t for t in z)) for s in MULTIPLES]
 
         def image(u: Tensors) -> Tensor:
             return flat(A.codomain.leaves(A(A.domain.unflatten(u))))
@@ -189,9 +189,8 @@ class Differences:
     def _ladder(self, d: Tensors, steps: list[float], entries: Tensor, predicted: Tensor) -> _Ladder:
         central, second, sizes, remainders = [], [], [], []
         for h in steps:
-            sides = [
-                self._called(tuple(x + s * h * t for x, t in zip(self.point, d, strict=True))) for s in (1.0, -1.0)
-            ]
+            moved = [tuple(x + s * h * t for x, t in zip(self.point, d, strict=True)) for s in (1.0, -1.0)]
+            sides = list(map(self._called, moved))
             misfits = (sides[0] - self.value - h * predicted, sides[1] - self.value + h * predicted)
             remainders.append(torch.stack(misfits).abs().square().sum(0))
             plus, minus, value = sides[0][entries], sides[1][entries], self.value[entries]
@@ -201,13 +200,8 @@ class Differences:
             sizes.append(DOT_UNITS * (plus.abs() + minus.abs()) + leaf)
         rounding = self.eps * torch.stack(sizes) + self.tiny
         totals = [[float(part.sum()) ** 0.5 for part in r.split(self.sizes)] for r in remainders]
-        return _Ladder(
-            torch.tensor(steps, dtype=torch.float64, device=self.value.device)[:, None],
-            torch.stack(central),
-            torch.stack(second),
-            rounding,
-            totals,
-        )
+        heights = torch.tensor(steps, dtype=torch.float64, device=self.value.device)[:, None]
+        return _Ladder(heights, torch.stack(central), torch.stack(second), rounding, totals)
 
     def _curves(self, ladder: _Ladder) -> tuple[tuple[tuple[float, float, float], ...], ...]:
         """Return Taylor's remainder of each leaf at each step, and what rounding makes of it."""

@@ -172,14 +172,7 @@ class DotTest:
         if not error <= tolerance and (self.worst is None or not error / tolerance <= self.worst[0]):
             noise = self._noise(a, b, typical)
             if noise is not None:
-                unseen = _UNSEEN * self.eps if self.eps < _HALF else 0.0
-                most = [max(n, min(2 * n, unseen * size)) for n, size in zip(noise, typical, strict=True)]
-                error, tolerance = self._gap(a, b, [max(f, SIGMAS * n) for f, n in zip(floor, most, strict=True)])
-                relative = tuple(n / size if size else 0.0 for n, size in zip(noise, typical, strict=True))
-                if error > tolerance:
-                    self._relative = relative
-                elif error <= tolerance:
-                    self.used_noise = max(self.used_noise, *(n / self.eps for n in relative))
+                error, tolerance = self._measured_gap(a, b, floor, noise, typical)
             elif not random and self._starts_at_zero and self._is_lost(a, b):
                 self.lost_in_rounding.append(name)
                 return
@@ -188,6 +181,20 @@ class DotTest:
         excess = error / tolerance if tolerance else (0.0 if error == 0.0 else math.inf)
         if self.worst is None or not excess <= self.worst[0]:
             self.worst, self.worst_y = (excess, error, tolerance, name), b.z
+
+    def _measured_gap(
+        self, a: _Sample, b: _Sample, floor: list[float], noise: tuple[float, float], typical: tuple[float, float]
+    ) -> tuple[float, float]:
+        """Return error and tolerance by measured noise, and note that it was used, or that it is not enough."""
+        unseen = _UNSEEN * self.eps if self.eps < _HALF else 0.0
+        most = [max(n, min(2 * n, unseen * size)) for n, size in zip(noise, typical, strict=True)]
+        error, tolerance = self._gap(a, b, [max(f, SIGMAS * n) for f, n in zip(floor, most, strict=True)])
+        relative = tuple(n / size if size else 0.0 for n, size in zip(noise, typical, strict=True))
+        if error > tolerance:
+            self._relative = relative
+        elif error <= tolerance:
+            self.used_noise = max(self.used_noise, *(n / self.eps for n in relative))
+        return error, tolerance
 
     def _gap(self, a: _Sample, b: _Sample, noise: list[float]) -> tuple[float, float]:
         return dot_gap(

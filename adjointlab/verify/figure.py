@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from adjointlab.numerics import norm
 from adjointlab.reporting import Grid
 from adjointlab.space import Space
+from adjointlab.space.coordinates import place_of
 from adjointlab.verify.checked_map import ExhaustedError, Tensors, impulse
 from adjointlab.verify.comparison import Comparison
 
@@ -71,11 +71,7 @@ def _worst_impulse(comparison: Comparison, space: Space) -> tuple[int, tuple[int
         first = error(low, middle)
         second = _gap(whole, first)
         low, high, whole = (low, middle, first) if norm(first) >= norm(second) else (middle, high, second)
-    leaf = 0
-    while low >= space.specs[leaf].numel:
-        low -= space.specs[leaf].numel
-        leaf += 1
-    return leaf, tuple(map(int, np.unravel_index(low, space.specs[leaf].shape)))
+    return place_of(space, low)
 
 
 def _plane(image: Tensor, where: int) -> Tensor:

@@ -53,11 +53,8 @@ def _of_y(comparison: Comparison, shape: tuple[int, ...]) -> Changes:
         order = _order_of_y(comparison, dim, size) if 1 < size <= _MOST_PROBES else None
         if order is not None:
             index = sorted(range(size), key=order.__getitem__)
-            yield (
-                f"entries of y along dim {dim} permuted: {_cycles(index)}",
-                partial(_reordered, dim=dim, order=index),
-                None,
-            )
+            words = f"entries of y along dim {dim} permuted: {_cycles(index)}"
+            yield words, partial(_reordered, dim=dim, order=index), None
     dims = tuple(d for d in (range(2, len(shape)) if len(shape) > 2 else range(len(shape))) if shape[d] > 2)
     all_and_each = list(dict.fromkeys((dims, *((d,) for d in dims)))) if dims else []
     for some in all_and_each:
@@ -131,9 +128,8 @@ def _order_of_y(comparison: Comparison, dim: int, size: int) -> list[int] | None
         alone = tuple(torch.zeros_like(t) for t in comparison.inputs[0])
         for t, u in zip(alone, comparison.inputs[0], strict=True):
             t.select(dim, entry).copy_(u.select(dim, 0))
-        rows.append(
-            tuple(torch.cat([t.reshape(-1) for t in comparison.select(side(alone))]) for side in comparison.sides)
-        )
+        images = [comparison.select(side(alone)) for side in comparison.sides]
+        rows.append(tuple(torch.cat([t.reshape(-1) for t in image]) for image in images))
     found, expected = stacked(rows)
     return _matching(found, expected, comparison.tolerance)
 

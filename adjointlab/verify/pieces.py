@@ -20,11 +20,12 @@ from torch import Tensor, fx, nn
 
 from adjointlab.operators import LinearOperator
 from adjointlab.space.algebra import conjugated
+from adjointlab.transpose.graph.ops import packet_of
 from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.program import canonical
 from adjointlab.verify.checked_map import Tensors, listed
 from adjointlab.verify.comparison import Change
-from adjointlab.verify.tape import Function, Tape, packet_of
+from adjointlab.verify.tape import Function, Tape
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
@@ -288,9 +289,8 @@ def _title(node: fx.Node, names: dict[fx.Node, str]) -> str:
     read = _reached(node.all_input_nodes, lambda n: n.all_input_nodes)
     packet = packet_of(node)
     computed = {aten.mul: "a factor computed by A", aten._fft_c2c: "the Fourier transform"}
-    return next(
-        (names[n] for n in read if n in names), computed.get(packet, getattr(packet, "__name__", "an operation"))
-    )
+    unnamed = computed.get(packet, getattr(packet, "__name__", "an operation"))
+    return next((names[n] for n in read if n in names), unnamed)
 
 
 # -- other padding modes ---------------------------------------------------------------------------------------------

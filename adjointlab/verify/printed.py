@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from adjointlab.errors import AdjointMismatchError
-from adjointlab.reporting import Rows, aligned, html_folded, html_table, strict_json
+from adjointlab.reporting import Rows, aligned, html_details, html_table, strict_json
 
 
 class Report:
@@ -51,7 +51,7 @@ class Report:
             raise error
 
     def _repr_html_(self) -> str:
-        picture, more = self._picture(), html_folded("details", self._detailed())
+        picture, more = self._picture(), html_details(self._detailed())
         shown = f"<div>{picture}</div>{more}" if picture else more
         return html_table(self._title, self.passed, self._rows(), shown)
 

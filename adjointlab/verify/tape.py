@@ -65,8 +65,3 @@ def _call(node: fx.Node, values: dict[fx.Node, Any], changes: dict[int, Any] = _
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     result = node.target(*(changes.get(place, arg) for place, arg in enumerate(args)), **kwargs)  # type: ignore[operator]
     return result.resolve_conj() if isinstance(result, Tensor) else result
-
-
-def packet_of(node: fx.Node) -> Any:
-    """Return the operation of a node, whatever its overload."""
-    return getattr(node.target, "overloadpacket", None)

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from built import first_way, last_way, operator
+from laws import call, coordinates
+from laws import leaves as ordered
 from operation_table import TABLE, Draw, UnsuitableError
 from progress import shown
 from torch import Tensor, nn
@@ -206,19 +208,6 @@ def made(number: int) -> Chain:
 # ----------------------------------------------------------------------------------------------------------- comparison
 
 
-def coordinates(tree: Any) -> Tensor:
-    """Return the real coordinates, `[re; im]` leaf by leaf, in double precision."""
-    parts = []
-    for leaf in ordered(tree):
-        whole = leaf.detach().reshape(-1)
-        parts += [whole.real.double(), whole.imag.double()] if whole.is_complex() else [whole.double()]
-    return torch.cat(parts)
-
-
-def ordered(tree: Any) -> list[Tensor]:
-    return torch.utils._pytree.tree_leaves(tree)
-
-
 def element(example: Any, at: Tensor) -> Any:
     """Return the element with these coordinates, like an example."""
     leaves, structure = torch.utils._pytree.tree_flatten(example)
@@ -231,10 +220,6 @@ def element(example: Any, at: Tensor) -> Any:
             whole, at = at[:n], at[n:]
         found.append(whole.reshape(leaf.shape).to(leaf.dtype))
     return torch.utils._pytree.tree_unflatten(found, structure)
-
-
-def called(function: Callable[..., Any], x: Any) -> Any:
-    return function(*x) if isinstance(x, tuple) else function(x)
 
 
 def matrix(function: Callable[[Any], Any], example: Any) -> Tensor:
@@ -267,8 +252,8 @@ def multiplied_by_i(example: Any) -> Tensor:
 def complaints(function: Callable[..., Any], x: Any, A: al.LinearOperator, scale: float) -> list[str]:
     """Return what is wrong with an operator for a function; `scale` is the largest norm on the way."""
     with torch.no_grad():
-        y = called(function, x)
-        M = matrix(lambda z: called(function, z), x)
+        y = call(function, x)
+        M = matrix(lambda z: call(function, z), x)
         found = []
         eps = max(torch.finfo(t.dtype).eps for t in (*ordered(x), *ordered(y)))
 
@@ -312,11 +297,11 @@ def autograd_gap(function: Callable[..., Any], x: Any) -> float:
     That of `as_strided_scatter`, say, reads a slice from the start of the memory that it looks at.
     """
     with torch.no_grad():
-        y, expected = called(function, x), matrix(lambda z: called(function, z), x).mT
+        y, expected = call(function, x), matrix(lambda z: call(function, z), x).mT
 
     def pull_back(v: Any) -> list[Tensor]:
         z = torch.utils._pytree.tree_map(lambda t: t.clone().requires_grad_(), x)
-        inputs, outputs = ordered(z), ordered(called(function, z))
+        inputs, outputs = ordered(z), ordered(call(function, z))
         seen = [(out, w) for out, w in zip(outputs, ordered(v), strict=True) if out.requires_grad]
         outs, cotangents = zip(*seen, strict=True)
         found = torch.autograd.grad(outs, inputs, cotangents, allow_unused=True)
@@ -407,7 +392,7 @@ def test_a_number_makes_the_same_chain_again():
     assert str(first) == str(second)
     x = first.domain
     assert torch.equal(coordinates(x), coordinates(second.domain))
-    assert torch.equal(coordinates(called(first.function(), x)), coordinates(called(second.function(), x)))
+    assert torch.equal(coordinates(call(first.function(), x)), coordinates(call(second.function(), x)))
 
 
 def halved(A):

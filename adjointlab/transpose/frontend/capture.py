@@ -23,7 +23,7 @@ from adjointlab.modules import Source, Watch, attributes_kept, sources_named, so
 from adjointlab.space import Space, TensorSpec
 from adjointlab.space.selection import Selection
 from adjointlab.transpose.frontend.selected import Selected
-from adjointlab.transpose.frontend.vjp import PullBack, Tensors, first_line, flatten_outputs
+from adjointlab.transpose.frontend.vjp import PullBack, Tensors, applied, first_line, flatten_outputs
 from adjointlab.tree import tree_flatten
 
 
@@ -77,7 +77,7 @@ def capture(
 
     def run(_: Tensors, leaves: Tensors) -> Tensors:
         x = domain.unflatten([leaf.view_as(leaf) for leaf in leaves])
-        return flatten_outputs(function(*x, **kwargs) if type(x) is tuple else function(x, **kwargs))[0]
+        return flatten_outputs(applied(function, x, kwargs))[0]
 
     def changes() -> bool:  # for what can be traced only: code that cannot may take long
         with attributes_kept(modules):

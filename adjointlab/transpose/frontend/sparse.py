@@ -31,7 +31,7 @@ def places(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     They are kept, and so are ordinary tensors in whatever mode they are made.
     """
-    with torch.inference_mode(False), torch.no_grad(), compat.outside_of_transforms(matrix):
+    with torch.inference_mode(False), torch.no_grad(), compat.without_functorch(matrix):
         return _places(matrix)
 
 
@@ -54,7 +54,7 @@ def _places(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def entries(matrix: Tensor) -> Tensor:
     """Return the values of a sparse matrix as a vector that is no view of it: fake tensors cannot be one."""
     matrix = _settled(matrix)
-    with compat.outside_of_transforms(matrix):  # which know no columns (CSC)
+    with compat.without_functorch(matrix):  # which know no columns (CSC)
         is_loose = matrix.layout is torch.sparse_coo and not matrix.is_coalesced()
         values = matrix._values() if is_loose else matrix.values()
     return values.reshape(-1).clone() if matrix.requires_grad else values.data.reshape(-1)
@@ -93,7 +93,7 @@ class _Places:
 
     def _look(self) -> None:
         given = self._whole.read()
-        with torch.inference_mode(False), torch.no_grad(), compat.outside_of_transforms(given):
+        with torch.inference_mode(False), torch.no_grad(), compat.without_functorch(given):
             matrix = _settled(given)
             now = self._parts(matrix)
             key = [(id(given), *[(p.data_ptr(), p.shape, -1 if p.is_inference() else p._version) for p in now])]

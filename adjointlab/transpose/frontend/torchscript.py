@@ -101,10 +101,6 @@ def _appended(items: list[Any], item: Any) -> list[Any]:
     return items
 
 
-def _item(items: Any, index: Any) -> Any:
-    return items[index]
-
-
 # TorchScript writes a dtype as its number.
 _DTYPES = (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64,
@@ -120,7 +116,7 @@ def _tensor(data: Any, dtype: int | None, device: Any, requires_grad: bool) -> T
 _PLAIN: dict[str, Callable[..., Any]] = {
     "prim::ListConstruct": lambda *items: list(items),
     "prim::TupleConstruct": lambda *items: items,
-    "prim::TupleIndex": _item,
+    "prim::TupleIndex": operator.getitem,
     "prim::NumToTensor": lambda number: number,  # a trace's way to write a size, which is a number again below
     "prim::unchecked_cast": lambda value: value,
     "prim::Uninitialized": lambda: None,
@@ -140,7 +136,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "aten::__is__": operator.is_,
     "aten::__isnot__": operator.is_not,
     "aten::__not__": operator.not_,
-    "aten::__getitem__": _item,
+    "aten::__getitem__": operator.getitem,
     "aten::append": _appended,
     "aten::_set_item": operator.setitem,
     "aten::keys": list,

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from adjointlab import compat
-from adjointlab.modules import Source
+from adjointlab.modules import Source, read_all
 from adjointlab.progress import step
 from adjointlab.transpose.frontend import torchscript
 from adjointlab.transpose.frontend.budget import deadline
@@ -25,7 +25,7 @@ from adjointlab.transpose.frontend.sparse import SparseMatrices, multiplied
 from adjointlab.transpose.frontend.vjp import Tensors, first_line, nodes_of, vjp_by_func, vjp_by_grad
 from adjointlab.transpose.graph.edit import part
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import is_mutable, op_name
+from adjointlab.transpose.graph.ops import has_tag, is_mutable, op_name
 
 aten = torch.ops.aten
 
@@ -70,7 +70,7 @@ class _Values(compat.TorchDispatchMode):
                 return self._real(func, args, kwargs)
             except ReadsInputError:  # a fake one may do: there may be a number of entries that is known
                 return func(*args, **kwargs)
-        if torch.Tag.data_dependent_output not in getattr(func, "tags", ()) and func not in _READERS:
+        if not has_tag(func, torch.Tag.data_dependent_output) and func not in _READERS:
             return func(*args, **kwargs)
         return self._real(func, args, kwargs)
 
@@ -133,7 +133,7 @@ class _Values(compat.TorchDispatchMode):
 
 def _is_of_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether an operation has results that only values tell: entries that are counted, or drawn by a seed."""
-    if torch.Tag.dynamic_output_shape in getattr(func, "tags", ()) and func not in _READERS | _INDEXED:
+    if has_tag(func, torch.Tag.dynamic_output_shape) and func not in _READERS | _INDEXED:
         return True
     return any(isinstance(arg, torch.Generator) for arg in (*args, *kwargs.values())) and not is_mutable(func)
 
@@ -216,7 +216,7 @@ def trace_forward(captured: Capture, seconds: float = math.inf) -> Graph:
     fake = compat.FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         inputs = [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in captured.specs]
-    real = [source.read() for source in captured.state]
+    real = read_all(captured.state)
     known, n, values = _faked(real, fake), len(real), _Values(real, seconds)
     sources = {**captured.sources, **{id(t): source for t, source in zip(real, captured.state, strict=True)}}
     # Looked up now: a forward may replace what its modules hold while it is traced.
@@ -236,7 +236,7 @@ def hides(captured: Capture) -> tuple[str, ...]:
     A graph of operations does not show them: it is of what they compute.
     """
     fake, mode = compat.FakeTensorMode(allow_non_fake_inputs=True), _Hiding()
-    real = [source.read() for source in captured.state]
+    real = read_all(captured.state)
     state = _faked(real, fake)
     for tensor, like in zip(state, real, strict=True):
         tensor.requires_grad_(like.requires_grad)
@@ -384,7 +384,7 @@ def _functionalised(module: fx.GraphModule, first_input: int) -> fx.GraphModule:
 
 def _raise_if_random(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if has_tag(node.target, torch.Tag.nondeterministic_seeded):
             raise UntraceableError(f"random: {op_name(node.target)} draws random numbers")
 
 

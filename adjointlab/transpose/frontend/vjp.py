@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adjointlab import compat
 from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
+from adjointlab.linked import pulled_back
 from adjointlab.modules import Source
 from adjointlab.space import Space
 from adjointlab.space.algebra import moved
@@ -24,7 +25,6 @@ from adjointlab.tree import Structure, tree_flatten
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors], Tensors]
-VJP = Callable[[Function, Tensors, Tensors], Tensors]
 REFUSALS = (RuntimeError, NotImplementedError, AssertionError)  # the last by torch.cond, scan and map
 
 
@@ -36,7 +36,7 @@ class Linearized:
     pull_back: Function
     inputs: Tensors = ()  # the point, as autograd knows it
     kept: float = math.inf  # bytes that the pull-back keeps alive, infinite where that is not known
-    is_alone: bool = False  # whether it is known that no other tensor plays a part that requires gradients
+    is_alone: bool = False  # whether it is known that it depends on no other tensor that requires gradients
 
 
 def _outside_of_inference(linearized: Callable[..., Linearized]) -> Callable[..., Linearized]:
@@ -78,25 +78,18 @@ def linearized_by_grad(function: Function, primals: Tensors, *, once: bool = Fal
         outputs = function(tuple(leaf.view_as(leaf) for leaf in inputs))
 
     def back(cotangents: Tensors) -> Tensors:
-        pairs = zip(outputs, _like(cotangents, outputs), strict=True)
-        attached = [(out, ct) for out, ct in pairs if out.requires_grad]
-        if not attached:
-            return tuple(torch.zeros_like(p) for p in primals)
-        tracked, given = zip(*attached, strict=True)
+        given = _like(cotangents, outputs)
         # In what nobody else asks for, results are not to require gradients: autograd was told to follow the inputs.
         create = torch.is_grad_enabled() and (
             any(t.requires_grad for t in (*primals, *cotangents)) or not _is_alone(outputs, inputs)
         )
-        gradients = torch.autograd.grad(
-            tracked, inputs, given, create_graph=create, retain_graph=create or not once, allow_unused=True
-        )
-        return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, primals, strict=True))
+        return pulled_back(outputs, inputs, given, create=create, retain=not once)
 
     return Linearized(outputs, back, inputs)
 
 
 def measured(function: Function, primals: Tensors) -> Linearized:
-    """Return the same, with what it keeps, and whether other tensors play a part."""
+    """Return a function at a point by autograd, with the bytes that it keeps, and whether it is known to be alone."""
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -109,7 +102,7 @@ def measured(function: Function, primals: Tensors) -> Linearized:
 
 
 def _is_alone(outputs: Tensors, inputs: Tensors) -> bool:
-    """Return whether no other tensors than the inputs, of those that require gradients, play a part in the outputs."""
+    """Return whether the outputs depend on no tensor that requires gradients, besides the inputs."""
     leaves = {id(node.variable) for node in nodes_of(outputs) if hasattr(node, "variable")}
     return leaves.issubset(map(id, inputs))
 
@@ -186,16 +179,17 @@ def choose(function: Function, primals: Tensors, cotangents: Tensors) -> tuple[C
                 f"expected a map that autograd can differentiate, but it says: {first_line(error).rstrip('.')}; "
                 "write that part with other ops, or as an autograd.Function"
             ) from refusal
-        return (
-            Choice(linearized_by_grad, f"torch.func.vjp refuses it ({first_line(refusal)})"),
-            found,
-            result,
-        )
+        return Choice(linearized_by_grad, f"torch.func.vjp refuses it ({first_line(refusal)})"), found, result
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, for use inside another message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def applied(function: Callable[..., Any], x: Any, kwargs: dict[str, Any]) -> Any:
+    """Return what a function makes of an element of its domain: a tuple is spread over its arguments."""
+    return function(*x, **kwargs) if type(x) is tuple else function(x, **kwargs)
 
 
 def flatten_outputs(output: Any) -> tuple[Tensors, Structure | None]:
@@ -245,9 +239,7 @@ class PullBack:
     def value(self, leaves: Tensors) -> tuple[Tensors, Structure | None]:
         """Return the leaves of ``f(x)``, and how they hang together."""
         x = self.domain.unflatten([leaf.clone() for leaf in leaves])  # which the function may write to
-        return flatten_outputs(
-            self.function(*x, **self.kwargs) if type(x) is tuple else self.function(x, **self.kwargs)
-        )
+        return flatten_outputs(applied(self.function, x, self.kwargs))
 
     def __call__(self, *v: Any) -> Any:
         """Return ``J(x₀)ᴴ v``."""

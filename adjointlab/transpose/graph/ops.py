@@ -16,6 +16,22 @@ def op_name(target: Any) -> str:
     return str(packet).removeprefix("aten.") if packet is not None else getattr(target, "__name__", str(target))
 
 
+def packet_of(node: fx.Node) -> Any:
+    """Return the op of a node, whatever its overload; None for what is no op."""
+    return getattr(node.target, "overloadpacket", None)
+
+
+def has_tag(target: Any, tag: torch.Tag) -> bool:
+    """Return whether PyTorch says of an op that it is pointwise, or random, say."""
+    return tag in getattr(target, "tags", ())
+
+
+def uncopied(node: Any) -> Any:
+    """Return what a node is a plain copy of; any other node itself."""
+    is_copy = node.target is aten.clone.default and not node.kwargs
+    return node.args[0] if is_copy else node
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of a call by name, in the order of the op's schema; none for what is no op."""
     names = [argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())]

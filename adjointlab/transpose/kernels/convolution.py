@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,6 +61,11 @@ class ConvSpec(NamedTuple):
         """Number of multiplications of the direct sum."""
         channels = self.input_shape[0] * self.output_shape[0] // self.groups
         return self.batch * channels * math.prod(self.sides[1]) * math.prod(self.kernel)
+
+
+def each_of(value: Sequence[int], dims: int) -> list[int]:
+    """Return a setting of each of some dimensions, of which one number stands for all."""
+    return list(value) * (dims // len(value))
 
 
 def sized(spec: ConvSpec) -> ConvSpec:

@@ -25,12 +25,12 @@ Timed = Callable[[], object]
 MapChooser = Callable[[Timed, Callable[[], "dict[Run, Timed]"], torch.device], "Run | None"]
 Clock = Callable[[Callable[[], object], torch.device], "float | None"]  # None for a run that was disturbed
 
-_GAIN = 0.8  # of native's time: medians of one kernel, run twice, are less than a fifth apart 99 times in 100
-_MODEL = 8.0  # costs of the model were seen to be off by up to 5: kernels further apart are not compared by runs
+_GAIN = 0.8  # of native's time: two medians of one kernel differ by less than a fifth, 99 times in 100
+_MODEL = 8.0  # kernels whose costs differ by more are not run: the model was seen to be off by a factor of 5 at most
 _RUNS = 5  # of each kernel, in turns, after one that pays for code and plans
 _FAR = 4.0  # times as fast as native another way must seem beside other work
 _BUDGET = 0.03  # seconds for all runs of a kernel; of one that takes longer, there are fewer
-_SHORT = 5e-5  # seconds of PyTorch's own way, where others are not looked at: one of their calls takes half of it
+_SHORT = 5e-5  # where PyTorch's own way takes no longer, others are not tried: one call of theirs takes half of it
 _PROBE = 2e6  # multiplications of the part of an image that shows the rate of a kernel which is slow on the whole
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adjointlab.transpose.kernels.convolution import each_of
 from adjointlab.transpose.kernels.sparse_map import csr_of
 
 aten = torch.ops.aten
@@ -79,7 +80,7 @@ def _settings(
         return inner, outer, lambda d: ([outer[i] if i == d else 2 for i in range(k)],)
     every: list[Any] = [*settings, *[[], [0], False, True, None][len(settings) - 1 :]]
     kernel, stride, padding, *others = every
-    kernel, padding, stride = _each(kernel, k), _each(padding, k), _each(stride or kernel, k)
+    kernel, padding, stride = each_of(kernel, k), each_of(padding, k), each_of(stride or kernel, k)
     override = others[2]
 
     def pooled(d: int) -> tuple[Any, ...]:
@@ -90,10 +91,6 @@ def _settings(
         return alone(kernel, 1), alone(stride, 1), alone(padding, 0), *others[:2], divisor
 
     return inner, outer, pooled
-
-
-def _each(value: Sequence[int], k: int) -> list[int]:
-    return [*value] * k if len(value) == 1 else [*value]
 
 
 def ways(

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from adjointlab.modules import Source
 from adjointlab.transpose.graph.edit import clean, dependents, known, rewritten
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import LIKE, VIEWS
+from adjointlab.transpose.graph.ops import LIKE, VIEWS, has_tag, packet_of
 
 aten = torch.ops.aten
 _MOST = 4  # operations that a residual may cost at each call, if memory is to be saved
@@ -59,7 +59,7 @@ def _plain(_: fx.Graph, node: Any) -> fx.Node | None:
 
 
 def _is_pointwise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return has_tag(node.target, torch.Tag.pointwise)
 
 
 def _merged(
@@ -93,7 +93,7 @@ def _read_by_rest(graph: Graph) -> list[fx.Node]:
 
 def _memory(node: fx.Node) -> fx.Node:
     """Return the node whose memory a node looks at; what costs nothing to make is made anew, from its first operand."""
-    while node.all_input_nodes and getattr(node.target, "overloadpacket", None) in VIEWS | LIKE:
+    while node.all_input_nodes and packet_of(node) in VIEWS | LIKE:
         node = node.all_input_nodes[0]
     return node
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import fx
 
 from adjointlab.transpose.graph.edit import call, clean, copied, dependents, known, zeros
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import arguments
+from adjointlab.transpose.graph.ops import arguments, uncopied
 
 aten = torch.ops.aten
 
@@ -18,17 +19,10 @@ def residual_and_gradient(forward: Graph, adjoint: Graph, *, weighted: bool, res
     """Return the graph ``(*state, *x, *y[, *w]) → ([*residual,] *gradient)`` from those of ``f`` and ``f'ᴴ``."""
     graph, n = fx.Graph(), len(forward.state)
     given = [graph.node_copy(node) for node in forward.placeholders]
-
-    def inputs(name: str) -> list[fx.Node]:
-        return [known(graph.placeholder(f"{name}_{i}"), out.meta["val"]) for i, out in enumerate(forward.outputs)]
-
-    data, weights = inputs("y"), inputs("w") if weighted else []
-    images: Any = graph.graph_copy(forward.body, dict(zip(forward.placeholders, given, strict=True)))
-    cotangents = apart = [call(graph, aten.sub.Tensor, *pair) for pair in zip(images, data, strict=True)]
-    if weighted:
-        cotangents = [call(graph, aten.mul.Tensor, *pair) for pair in zip(weights, apart, strict=True)]
-    copies = dict(zip(adjoint.placeholders, [*given[:n], *cotangents], strict=True))
-    gradient: Any = graph.graph_copy(adjoint.body, copies)
+    data, weights = _inputs(graph, "y", forward), _inputs(graph, "w", forward) if weighted else []
+    apart = _entrywise(graph, aten.sub.Tensor, _inlined(graph, forward, given), data)
+    cotangents = _entrywise(graph, aten.mul.Tensor, weights, apart) if weighted else apart
+    gradient = _inlined(graph, adjoint, [*given[:n], *cotangents])
     graph.output((*(apart if residual else ()), *gradient))
     return Graph(graph, forward.state, forward.specialized)
 
@@ -37,16 +31,26 @@ def gram(forward: Graph, adjoint: Graph, *, weighted: bool) -> Graph:
     """Return the graph ``(*state, *x[, *w]) → Aᴴ w ⊙ A x`` from those of ``A`` and ``Aᴴ``."""
     graph, n = fx.Graph(), len(forward.state)
     given = [graph.node_copy(node) for node in forward.placeholders]
-    outputs = enumerate(forward.outputs) if weighted else ()
-    weights = [known(graph.placeholder(f"w_{i}"), out.meta["val"]) for i, out in outputs]
-    images: Any = graph.graph_copy(forward.body, dict(zip(forward.placeholders, given, strict=True)))
-    images = [n.args[0] if n.target is aten.clone.default and not n.kwargs else n for n in images]  # they stay inside
-    if weighted:
-        images = [call(graph, aten.mul.Tensor, *pair) for pair in zip(images, weights, strict=True)]
-    gradient: Any = graph.graph_copy(adjoint.body, dict(zip(adjoint.placeholders, [*given[:n], *images], strict=True)))
-    graph.output(tuple(gradient))
+    weights = _inputs(graph, "w", forward) if weighted else []
+    images = [uncopied(node) for node in _inlined(graph, forward, given)]  # they stay inside
+    images = _entrywise(graph, aten.mul.Tensor, images, weights) if weighted else images
+    graph.output(tuple(_inlined(graph, adjoint, [*given[:n], *images])))
     clean(graph)
     return Graph(graph, forward.state, forward.specialized)
+
+
+def _inputs(graph: fx.Graph, name: str, like: Graph) -> list[fx.Node]:
+    """Add inputs like the outputs of another graph."""
+    return [known(graph.placeholder(f"{name}_{i}"), out.meta["val"]) for i, out in enumerate(like.outputs)]
+
+
+def _inlined(graph: fx.Graph, part: Graph, given: Sequence[fx.Node]) -> list[Any]:
+    """Add what another graph computes from given nodes; return its outputs."""
+    return list(graph.graph_copy(part.body, dict(zip(part.placeholders, given, strict=True))))  # type: ignore[arg-type]
+
+
+def _entrywise(graph: fx.Graph, op: Any, a: Sequence[fx.Node], b: Sequence[fx.Node]) -> list[fx.Node]:
+    return [call(graph, op, *pair) for pair in zip(a, b, strict=True)]
 
 
 def linear_part(forward: Graph) -> Graph:
@@ -130,6 +134,6 @@ def _difference(forward: Graph) -> Graph:
     shared = {node: copy for node, copy in copies.items() if node not in dependent}
     at_zero = {node: zeros(graph, node.meta["val"]) for node in forward.inputs}
     zero: Any = graph.graph_copy(forward.body, shared | at_zero)
-    graph.output(tuple(call(graph, aten.sub.Tensor, *pair) for pair in zip(values, zero, strict=True)))
+    graph.output(tuple(_entrywise(graph, aten.sub.Tensor, values, zero)))
     clean(graph)
     return Graph(graph, forward.state, forward.specialized)

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from adjointlab.transpose.graph.edit import call, clean, known, rewritten
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.kernels import fft
-from adjointlab.transpose.kernels.convolution import ConvSpec, sized, smooth, spectra_meet
+from adjointlab.transpose.kernels.convolution import ConvSpec, each_of, sized, smooth, spectra_meet
 from adjointlab.transpose.kernels.registry import FFT, NATIVE, Kernel, bound
 from adjointlab.transpose.kernels.select import Chooser
 from adjointlab.transpose.passes.fuse_slices import circular
@@ -49,12 +49,12 @@ def joined(graph: Graph) -> Graph:
     """
 
     def rule(nodes: fx.Graph, node: Any) -> fx.Node | None:
-        second = _product(node)
+        second = transform_product(node)
         if second is None or node.args[0].target is not aten.sub.Tensor or node.args[0].kwargs:  # which may be a factor
             return None
         difference, b = node.args[:2]
         inner, y = difference.args
-        first = _product(inner)
+        first = transform_product(inner)
         if first is None or not isinstance(y, fx.Node) or len(difference.users) != 1 or len(inner.users) != 1:
             return None
         if inner.meta["val"].shape != y.meta["val"].shape or not spectra_meet(first, second):
@@ -65,7 +65,7 @@ def joined(graph: Graph) -> Graph:
     return rewritten(graph, rule)
 
 
-def _product(node: Any) -> ConvSpec | None:
+def transform_product(node: Any) -> ConvSpec | None:
     """Return the spec of a product of transforms without a bias, None for any other node."""
     found = bound(node.target) if isinstance(node, fx.Node) else None
     return found[1] if found is not None and found[0] is FFT and node.args[2] is None else None
@@ -74,7 +74,7 @@ def _product(node: Any) -> ConvSpec | None:
 def multiplier(graph: Graph) -> fx.Node | None:
     """Return the node of ``K`` where all that a graph computes is ``v ↦ F⁻¹(K ⊙ F v)``, each channel by itself."""
     (node, *others), given = graph.outputs, graph.inputs
-    spec = _product(node)
+    spec = transform_product(node)
     if others or spec is None or [node.args[0]] != given:
         return None
     alone = spec.input_shape[0] == spec.output_shape[0] == spec.groups
@@ -126,7 +126,7 @@ def _gradient_in_input(nodes: fx.Graph, node: Any) -> fx.Node | None:
     """Return the input gradient of a convolution as the transposed convolution that it is."""
     v, x, weight, _, *settings, transposed, _, groups, _ = node.args
     small, large, kernel = (n.meta["val"].shape[2:] for n in ((x, v, weight) if transposed else (v, x, weight)))
-    settings = [_each(value, len(kernel)) for value in settings]
+    settings = [each_of(value, len(kernel)) for value in settings]
     rest = [
         n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
         for m, n, k, s, p, d in zip(small, large, kernel, *settings, strict=True)
@@ -170,13 +170,9 @@ def _spec(
 ) -> ConvSpec:  # fmt: skip
     """Return the spec of a convolution: settings are one number for all dimensions or each."""
     kernel = tuple(weight.shape[2:])
-    stride, padding, dilation, rest = (tuple(_each(n, len(kernel))) for n in (stride, padding, dilation, rest))
+    stride, padding, dilation, rest = (tuple(each_of(n, len(kernel))) for n in (stride, padding, dilation, rest))
     shapes = x.shape[0], tuple(x.shape[1:]), tuple(y.shape[1:]), kernel
     return sized(ConvSpec(*shapes, stride, padding, dilation, bool(transposed), rest, groups, x.dtype, x.device))
-
-
-def _each(value: Any, dims: int) -> list[int]:
-    return list(value) * (dims // len(value))
 
 
 def kernels_of(graph: Graph) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import call, clean, dependents, part, reached, zeros
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import LIKE, STEPS, op_name
+from adjointlab.transpose.graph.ops import LIKE, STEPS, op_name, packet_of
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ _SHAPE_OF_SECOND = {
 
 def _shape_only(node: Any) -> tuple[int, ...]:
     """Return the positions of operands whose values ``node`` does not read."""
-    packet, args = getattr(node.target, "overloadpacket", None), node.args
+    packet, args = packet_of(node), node.args
     if packet in LIKE:
         return (0,)
     if (saved := _saved_statistics(node)) is not None:
@@ -55,7 +55,6 @@ class Adjoint:
     joint: Graph | None  # both of these in one, gradients in the input first, where they have work in common
     readers: tuple[str, ...]  # operations that still read the primal; if there are none, the map is affine by proof
     ops_before: Counter[str]  # of the vector-Jacobian product
-    ops_after: Counter[str]  # of the adjoint
 
 
 def drop_forward(whole: Graph, n_primals: int) -> Adjoint:
@@ -87,7 +86,7 @@ def drop_forward(whole: Graph, n_primals: int) -> Adjoint:
     clean(graph)
     for primal in primals:
         graph.erase_node(primal)
-    return Adjoint(vjp, of_state, joint and _if_apart(joint), tuple(readers), before, ops(vjp))
+    return Adjoint(vjp, of_state, joint and _if_apart(joint), tuple(readers), before)
 
 
 def _if_apart(joint: Graph) -> Graph | None:
@@ -137,7 +136,7 @@ def _take_running_statistics(graph: fx.Graph, node: fx.Node) -> None:
 
 def _saved_statistics(node: fx.Node) -> int | None:
     """Return how many statistics the derivative in x of a batch norm in evaluation reads; None for any other node."""
-    packet = getattr(node.target, "overloadpacket", None)
+    packet = packet_of(node)
     if packet is not aten.native_batch_norm_backward or node.args[7] or node.args[9] != [True, False, False]:
         return None
     saved = node.args[5]  # by kernels for CUDA: what those for the CPU save is empty, and not read
@@ -161,7 +160,7 @@ def cut_off(graph: Graph) -> str:
     """
     seen = set(graph.inputs)
     for node in graph.body.nodes:
-        packet = getattr(node.target, "overloadpacket", None)
+        packet = packet_of(node)
         if packet in LIKE or not any(operand in seen for operand in node.all_input_nodes):
             continue
         value = node.meta.get("val")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adjointlab.transpose.graph.edit import clean, copied, zeros
+from adjointlab.transpose.graph.edit import rewritten, zeros
 from adjointlab.transpose.graph.ir import Graph, compiled
+from adjointlab.transpose.graph.ops import packet_of
 from adjointlab.transpose.passes.rows import NotByIndexError, Rows, TooLargeError
 from adjointlab.transpose.passes.sparse_rows import Sparse, common, numbers
 
@@ -22,14 +23,10 @@ def entries(graph: Graph, state: Sequence[Tensor], like: Tensor, batch_dims: int
 
     Raises ``NotByIndexError`` where there are none, or more entries than ``most``.
     """
-    spelt = copied(graph)
-    for node in list(spelt.body.nodes):
-        packet = getattr(node.target, "overloadpacket", None)
-        if packet in _EMPTY:  # which is written to
-            with spelt.body.inserting_before(node):
-                node.replace_all_uses_with(zeros(spelt.body, node.meta["val"]))
-        node.target = _RULES.get(packet, node.target)
-    clean(spelt.body)
+    # What is empty is written to.
+    spelt = rewritten(graph, lambda body, node: zeros(body, node.meta["val"]) if packet_of(node) in _EMPTY else None)
+    for node in spelt.body.nodes:
+        node.target = _RULES.get(packet_of(node), node.target)
     with torch.no_grad():
         outputs = compiled(spelt.body)(*state, Sparse.identity(like, batch_dims, most))
     return [_matrix(output, like, batch_dims, most) for output in outputs]

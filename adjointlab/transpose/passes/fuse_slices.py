@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from adjointlab.compat import plain
 from adjointlab.transpose.graph.edit import clean, copied, zeros
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import VIEWS
+from adjointlab.transpose.graph.ops import VIEWS, packet_of
 
 aten = torch.ops.aten
 
@@ -135,7 +135,7 @@ def _write(nodes: fx.Graph, node: fx.Node, found: Sum) -> fx.Node:
     covered = sum(itertools.compress((p.volume for p in pieces), alone)) == value.numel()
     arguments: tuple[Any, ...] = sources, layout, tuple(value.shape), covered
     places = _windows(found, value.shape) if covered and all(alone) else None
-    is_kept = any(user.op == "output" or getattr(user.target, "overloadpacket", None) in VIEWS for user in node.users)
+    is_kept = any(user.op == "output" or packet_of(user) in VIEWS for user in node.users)
     with nodes.inserting_after(node):
         if places is not None and not is_kept:  # a result has memory of its own
             written = nodes.call_function(windows, (*arguments, *places))
@@ -364,4 +364,4 @@ _OPS: dict[Callable[..., Sum | None], tuple[Any, ...]] = {
     ),
 }  # fmt: skip
 _RULES = {op: rule for rule, ops in _OPS.items() for op in ops}
-_READS = {_taken, _unsqueeze, _squeeze, _neg, _add}  # their sums alone are not worth to be written
+_READS = {_taken, _unsqueeze, _squeeze, _neg, _add}  # a sum of these alone is left as it is

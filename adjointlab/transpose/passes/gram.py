@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.graph.edit import call, clean, copied, dependents, known, zeros
+from adjointlab.transpose.graph.edit import call, clean, dependents, known, rewritten, zeros
 from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.graph.ops import has_tag
 from adjointlab.transpose.passes import strides
 from adjointlab.transpose.passes.gram_terms import (
     Fixed,
@@ -29,6 +30,7 @@ from adjointlab.transpose.passes.gram_terms import (
     made,
     times,
     value,
+    whose_real_part,
 )
 from adjointlab.transpose.passes.partition import HasNoPiecesError, extract, roots_of
 
@@ -36,9 +38,9 @@ aten = torch.ops.aten
 
 
 def simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, tuple[str, ...]]:
-    """Return an equal graph, and the names of the rules that made it; ``count`` inputs are x, the others are fixed.
+    """Return an equal graph, and the names of the rules that made it: none where it is no simpler.
 
-    Where none of them has a name, the graph is no simpler.
+    The first ``count`` inputs are x, the others are fixed.
     """
     given = graph
     graph, names = _simplified(graph, rules, count)
@@ -51,18 +53,19 @@ def simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, 
 
 
 def _simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, dict[str, None]]:
-    graph, names = copied(graph), dict[str, None]()
-    for node in list(graph.body.nodes):
-        if node.target in {aten.new_zeros.default, aten.zeros_like.default}:  # of which a shape only is read
-            with graph.body.inserting_before(node):
-                node.replace_all_uses_with(zeros(graph.body, value(node)))
-        elif node.target is aten.expand.default and value(node).shape == value(node.args[0]).shape:
-            node.replace_all_uses_with(node.args[0])
-    clean(graph.body)
+    graph, names = rewritten(graph, _plain), dict[str, None]()
     _merge_fixed(graph, dependents(graph.inputs[:count]))
     while (name := _applied(graph, rules, count)) is not None:
         names |= {name: None} if name else {}
     return graph, names
+
+
+def _plain(body: fx.Graph, node: Any) -> fx.Node | None:
+    """Write zeros of another node's shape, which is all that is read of it, as zeros; and drop idle expansions."""
+    if node.target in {aten.new_zeros.default, aten.zeros_like.default}:
+        return zeros(body, value(node))
+    is_idle = node.target is aten.expand.default and value(node).shape == value(node.args[0]).shape
+    return node.args[0] if is_idle else None
 
 
 def _applied(graph: Graph, rules: Sequence[Rule], count: int) -> str | None:
@@ -84,7 +87,7 @@ def _merge_fixed(graph: Graph, dependent: set[fx.Node]) -> None:
     """Have equal calls that depend on no input computed once: A and Aᴴ have indices and factors in common."""
     known_calls: dict[Any, fx.Node] = {}
     for node in graph.body.nodes:
-        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        is_random = has_tag(node.target, torch.Tag.nondeterministic_seeded)
         if node.op == "call_function" and node not in dependent and not is_random:
             first = known_calls.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
             if first is not node:
@@ -311,11 +314,8 @@ def _name(dims: int, forward: bool) -> str:
 
 def real_parts(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     """``Re(f ⊙ x) = Re f ⊙ x`` where x is real."""
-    pair = node.args[0] if node.target is aten.select.int else None
-    if pair is None or pair.target is not aten.view_as_real.default or len(pair.users) > 1:
-        return None
-    (z,), (_, dim, index) = pair.args, node.args
-    if dim % value(pair).ndim != value(pair).ndim - 1 or index != 0 or len(z.users) > 1:
+    z = whose_real_part(node)
+    if z is None or len(z.users) > 1:
         return None
     source, factor = factor_of(z, fixed) or (z, None)
     if source.target is not aten._to_copy.default or len(source.users) > 1:

@@ -9,21 +9,16 @@ from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import known
 from adjointlab.transpose.kernels.convolution import ConvSpec, spectra_meet
-from adjointlab.transpose.kernels.registry import FFT, bound
+from adjointlab.transpose.kernels.registry import FFT
+from adjointlab.transpose.passes.convolutions import transform_product
 from adjointlab.transpose.passes.gram_terms import Fixed, Found, Rule
-
-
-def _product(node: Any) -> ConvSpec | None:
-    """Return the spec of a product of transforms without a bias, None for any other node."""
-    found = bound(node.target) if isinstance(node, fx.Node) else None
-    return found[1] if found is not None and found[0] is FFT and node.args[2] is None else None
 
 
 def spectra(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     """``F⁻¹(L ⊙ F F⁻¹(K ⊙ F x)) = F⁻¹(L K ⊙ F x)``, where the first image is whole."""
-    second = _product(node)
+    second = transform_product(node)
     inner: Any = node.args[0] if second is not None else node
-    first = _product(inner) if inner is not node and len(inner.users) == 1 else None
+    first = transform_product(inner) if inner is not node and len(inner.users) == 1 else None
     if first is None or second is None or not spectra_meet(first, second) or first.groups != second.groups:
         return None
     sources, images, results = (n // first.groups for n in (first.input_shape[0], *_channels(first, second)))

@@ -8,18 +8,15 @@ import torch
 from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import call, known
-from adjointlab.transpose.passes.gram_terms import Fixed, Found, Rule, cast, made, value, weighed
+from adjointlab.transpose.passes.gram_terms import Fixed, Found, Rule, cast, made, value, weighed, whose_real_part
 
 aten = torch.ops.aten
 
 
 def real_part_of_inverse(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     """``Re F⁻¹`` of half a spectrum beside zeros is the inverse transform of half of all but its ends."""
-    pair = node.args[0] if node.target is aten.select.int else None
-    if pair is None or pair.target is not aten.view_as_real.default or len(pair.users) > 1 or node.args[2] != 0:
-        return None
-    (full,) = pair.args
-    if node.args[1] % value(pair).ndim != value(full).ndim or full.target is not aten._fft_c2c.default:
+    full = whose_real_part(node)
+    if full is None or full.target is not aten._fft_c2c.default:
         return None
     joined, dims, norm, forward = full.args
     if forward or joined.target is not aten.cat.default or len(full.users) > 1 or not _on_cpu(node):
@@ -31,7 +28,7 @@ def real_part_of_inverse(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     half = joined.args[0][0]
     if len(joined.users) > 1 or fixed(half) or value(half).shape[dim] != n // 2 + 1:
         return None
-    weights = _weights(body, half, dim, n, 0.5)
+    weights = made(_vector(body, [(1 + end) / 2 for end in _ends(n)], dim, value(half)))
     order = [*(d for d in dims if d != dim), dim]
     found = call(body, aten._fft_c2r.default, call(body, aten.mul.Tensor, half, weights), order, norm, n)
     return found, "real part of ifft to irfft"
@@ -39,11 +36,8 @@ def real_part_of_inverse(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
 
 def real_images(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     """``Re F⁻¹(K ⊙ F x) = F⁻¹(K' ⊙ F x)`` for a real image, where K' is what of K is the transform of a real kernel."""
-    pair = node.args[0] if node.target is aten.select.int else None
-    if pair is None or pair.target is not aten.view_as_real.default or len(pair.users) > 1 or node.args[2] != 0:
-        return None
-    (back,) = pair.args
-    if back.target is not aten._fft_c2c.default or node.args[1] % value(pair).ndim != value(back).ndim:
+    back = whose_real_part(node)
+    if back is None or back.target is not aten._fft_c2c.default:
         return None
     spectrum, kernel = weighed(back.args[0], fixed)
     alone = len(back.users) == len(back.args[0].users) == len(spectrum.users) == 1
@@ -142,16 +136,15 @@ def _hermitian(body: fx.Graph, kernel: Any, dims: list[int], ndim: int, like: Te
     kernel, offset = cast(body, kernel, like), ndim - value(kernel).ndim
     others = [d - offset for d in dims[:-1] if d >= offset and value(kernel).shape[d - offset] > 1]
     mirrored = _mirrored(body, kernel, others)
-    ends = [1.0 if k == 0 or 2 * k == n else 0.0 for k in range(n // 2 + 1)]
-    weights = _vector(body, [end / 2 for end in ends], dims[-1], like)
-    rest = _vector(body, [1 - end / 2 for end in ends], dims[-1], like)
+    weights = _vector(body, [end / 2 for end in _ends(n)], dims[-1], like)
+    rest = _vector(body, [1 - end / 2 for end in _ends(n)], dims[-1], like)
     parts = [call(body, aten.mul.Tensor, kernel, rest), call(body, aten.mul.Tensor, mirrored, weights)]
     return made(call(body, aten.add.Tensor, *parts))
 
 
-def _weights(body: fx.Graph, half: Any, dim: int, n: int, middle: float) -> Any:
-    numbers = [1.0 if k == 0 or 2 * k == n else middle for k in range(n // 2 + 1)]
-    return made(_vector(body, numbers, dim, value(half)))
+def _ends(n: int) -> list[float]:
+    """Return one for each frequency of half a spectrum that is its own mirror image, zero for the others."""
+    return [1.0 if k == 0 or 2 * k == n else 0.0 for k in range(n // 2 + 1)]
 
 
 def _vector(body: fx.Graph, numbers: list[float], dim: int, like: Tensor) -> Any:

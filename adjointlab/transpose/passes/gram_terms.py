@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from adjointlab.modules import read_all
 from adjointlab.transpose.graph.edit import call, dependents
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.passes.partition import roots_of, value_of_state
@@ -37,8 +38,7 @@ class Fixed:
 
     def _value(self, node: Any) -> Tensor:
         with torch.no_grad():
-            state = [source.read() for source in self._graph.state]
-            return value_of_state(self._graph, node)(*state)[0]  # type: ignore[no-any-return]
+            return value_of_state(self._graph, node)(*read_all(self._graph.state))[0]  # type: ignore[no-any-return]
 
 
 Found = tuple[Any, str] | None
@@ -93,6 +93,15 @@ def cast(body: fx.Graph, factor: Any, like: Tensor) -> Any:
     dtype = like.real.dtype if like.is_complex() else like.dtype
     dtype = dtype.to_complex() if value(factor).is_complex() else dtype
     return factor if value(factor).dtype == dtype else made(call(body, aten._to_copy.default, factor, dtype=dtype))
+
+
+def whose_real_part(node: Any) -> Any:
+    """Return the complex node of which a node is the real part, and of whose parts nothing else is used; or None."""
+    pair = node.args[0] if node.target is aten.select.int else None
+    if pair is None or pair.target is not aten.view_as_real.default or len(pair.users) > 1:
+        return None
+    _, dim, index = node.args
+    return pair.args[0] if dim % value(pair).ndim == value(pair).ndim - 1 and index == 0 else None
 
 
 def times(body: fx.Graph, a: Any, b: Any, like: Tensor) -> Any:

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from adjointlab.modules import read_all
 from adjointlab.numerics import same
-from adjointlab.transpose.graph.edit import clean, copied, dependents, known, zeros
+from adjointlab.transpose.graph.edit import clean, dependents, known, rewritten, zeros
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import op_name
+from adjointlab.transpose.graph.ops import op_name, packet_of
 from adjointlab.transpose.kernels import separable, sparse_map
 from adjointlab.transpose.kernels.select import MapChooser, Run
 from adjointlab.transpose.passes.partition import HasNoPiecesError, extract, roots_of, value_of_state
@@ -60,7 +61,7 @@ class Region:
     @property
     def name(self) -> str:
         """The names of the operations that numbers are read or added by."""
-        return ", ".join(dict.fromkeys(op_name(n.target) for n in self.nodes if _packet(n) in _BY_INDEX))
+        return ", ".join(dict.fromkeys(op_name(n.target) for n in self.nodes if packet_of(n) in _BY_INDEX))
 
     def function(self, graph: Graph) -> Callable[..., Any]:
         """Return the region as a function ``(source, *coefficients) → result``."""
@@ -72,25 +73,17 @@ def maps_by_index(
     graph: Graph, choose: MapChooser, most_entries: Callable[[Tensor], int] = sparse_map.most_entries
 ) -> Graph:
     """Return an equal graph in which operations by index are products with sparse matrices, where these are faster."""
-    mapped = copied(graph)
-    for node in list(mapped.body.nodes):
-        if _packet(node) in {aten.new_zeros, aten.zeros_like}:
-            with mapped.body.inserting_before(node):
-                node.replace_all_uses_with(zeros(mapped.body, node.meta["val"]))
-    clean(mapped.body)
+    shaped = {aten.new_zeros, aten.zeros_like}  # like what is read for its shape only
+    mapped = rewritten(graph, lambda body, node: zeros(body, node.meta["val"]) if packet_of(node) in shaped else None)
     dependent = dependents(mapped.inputs)
     for node in list(mapped.body.nodes):
-        if node in dependent and _packet(node) in separable.SEPARABLE and _suits(node):
+        if node in dependent and packet_of(node) in separable.SEPARABLE and _suits(node):
             _factored(mapped, node, choose, most_entries)
     clean(mapped.body)  # what was replaced is no part of a region
     for region in regions(mapped):
         _mapped(mapped, region, choose, most_entries)
     clean(mapped.body)
     return mapped
-
-
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", None)
 
 
 def _suits(node: fx.Node) -> bool:
@@ -117,20 +110,15 @@ def _factored(graph: Graph, node: fx.Node, choose: MapChooser, most_entries: Cal
     x = _random(value)
 
     def ways() -> dict[Run, Callable[[], object]]:
-        parts = separable.factors(_packet(node), value, shaped)
+        parts = separable.factors(packet_of(node), value, shaped)
         found = separable.ways(parts, value.shape, target.shape) if parts else []
         return {run: functools.partial(run, x) for run in found}
 
     with torch.no_grad():
         run = choose(lambda: node.target(x, *rest), ways, x.device)  # type: ignore[operator]
     if run is not None:
-        _put(
-            graph,
-            node,
-            run,
-            source,
-            account=f"{run.__name__}, a small matrix along each dimension, for {op_name(node.target)}",
-        )
+        account = f"{run.__name__}, a small matrix along each dimension, for {op_name(node.target)}"
+        _put(graph, node, run, source, account=account)
 
 
 def _real(args: Sequence[Any]) -> list[Any]:
@@ -150,17 +138,14 @@ def _put(graph: Graph, node: fx.Node, run: Run, *args: fx.Node, account: str, en
 def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Callable[[Tensor], int]) -> None:
     """Replace a region by a product with its matrix, where that is faster."""
     value, target = region.source.meta["val"], region.result.meta["val"]
-    state = [source.read() for source in graph.state]
-    roots = roots_of(graph)
-    watched = {root for node in region.coefficients for root in roots[node]}
-    own = sum(t.numel() for t, node in zip(state, graph.placeholders, strict=False) if node in watched)
-    limit = max(most_entries(value), 2 * own)
     if value.device.type == "meta":
         return
+    state, watched = read_all(graph.state), _watched(graph, region)
+    own = sum(t.numel() for t, node in zip(state, graph.placeholders, strict=False) if node in watched)
+    limit = max(most_entries(value), 2 * own)
     if value.numel() + target.numel() > limit:
-        region.result.meta["account"] = (
-            f"native, for {region.name}: its input and result have more than {limit:,} entries"
-        )
+        said = f"its input and result have more than {limit:,} entries"
+        region.result.meta["account"] = f"native, for {region.name}: {said}"
         return
     private = {n for n, source in zip(graph.placeholders, graph.state, strict=False) if source.is_private}
     region = replace(region, is_naive=watched.isdisjoint(private))
@@ -197,6 +182,12 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
         kept = known(graph.body.call_function(prepack, tuple(region.coefficients)), target)
     entries = ready[0][1].values().numel() * (value.numel() // ready[0][1].shape[1])
     _put(graph, region.result, run, region.source, kept, account=account, entries=entries)
+
+
+def _watched(graph: Graph, region: Region) -> set[fx.Node]:
+    """Return the inputs that the coefficients of a region depend on."""
+    roots = roots_of(graph)
+    return {root for node in region.coefficients for root in roots[node]}
 
 
 def _described(matrix: Tensor) -> str:
@@ -304,7 +295,7 @@ def _region(group: list[fx.Node], dependent: set[fx.Node]) -> Region | None:
     operands = dict.fromkeys(n for node in group for n in node.all_input_nodes if n not in inside)
     sources = [n for n in operands if n in dependent]
     exits = [node for node in group if any(user not in inside for user in node.users)]
-    if len(sources) != 1 or len(exits) != 1 or _BY_INDEX.isdisjoint(map(_packet, group)):
+    if len(sources) != 1 or len(exits) != 1 or _BY_INDEX.isdisjoint(map(packet_of, group)):
         return None
     fits = _suits(sources[0]) and _dtype(sources[0]) is _dtype(exits[0])
     return Region(group, sources[0], [n for n in operands if n not in dependent], exits[0]) if fits else None
@@ -317,7 +308,7 @@ def _dtype(node: fx.Node) -> torch.dtype:
 
 
 def _adds(node: fx.Node, dependent: set[fx.Node]) -> bool:
-    return _packet(node) in {aten.add, aten.sub} and dependent.issuperset(node.args[:2])
+    return packet_of(node) in {aten.add, aten.sub} and dependent.issuperset(node.args[:2])
 
 
 def _is_allowed(node: fx.Node) -> bool:
@@ -325,7 +316,7 @@ def _is_allowed(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         several, i = node.args
-        return bool(i == 0 and _packet(several) in _SAMPLED_BACK and _suits(node))  # type: ignore[arg-type]
-    if _packet(node) in _SAMPLED_BACK:
+        return bool(i == 0 and packet_of(several) in _SAMPLED_BACK and _suits(node))  # type: ignore[arg-type]
+    if packet_of(node) in _SAMPLED_BACK:
         return len(node.users) == 1
-    return bool(_packet(node) in RULES or _packet(node) in _BY_INDEX) and _suits(node)
+    return bool(packet_of(node) in RULES or packet_of(node) in _BY_INDEX) and _suits(node)

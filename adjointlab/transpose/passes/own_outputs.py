@@ -7,7 +7,7 @@ from torch import fx
 
 from adjointlab.transpose.graph.edit import call, copied, dependents
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import VIEWS
+from adjointlab.transpose.graph.ops import VIEWS, packet_of
 
 aten = torch.ops.aten
 
@@ -32,6 +32,6 @@ def own_outputs(graph: Graph) -> Graph:
 
 def _viewed(node: fx.Node) -> fx.Node:
     """Return whose memory a node looks at."""
-    while getattr(node.target, "overloadpacket", None) in VIEWS:
+    while packet_of(node) in VIEWS:
         node = node.args[0]  # type: ignore[assignment]
     return node

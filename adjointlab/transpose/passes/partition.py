@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import dependents, known, reached
 from adjointlab.transpose.graph.ir import Graph, compiled
-from adjointlab.transpose.graph.ops import LIKE, VIEWS, op_name
+from adjointlab.transpose.graph.ops import LIKE, VIEWS, has_tag, op_name, packet_of, uncopied
 from adjointlab.transpose.kernels.registry import Kernel, bound
 
 aten = torch.ops.aten
@@ -76,7 +76,7 @@ def partition(graph: Graph) -> Parts:
     roots, kept = roots_of(graph), kept_nodes(graph)
     apart: dict[frozenset[fx.Node], list[fx.Node]] = {}  # by what they depend on: each is recomputed for that only
     for node in graph.body.nodes:
-        # Only what the rest uses, a constant that a prepack does; tuples of tensors through their items.
+        # Outputs of a part are what the main part uses, and constants that a prepack uses; of tuples, their items.
         is_used = any(user not in kept or (roots[user] and not roots[node]) for user in node.users)
         if node in kept and is_used and isinstance(node.meta.get("val"), Tensor):
             apart.setdefault(roots[node], []).append(node)
@@ -103,13 +103,8 @@ def hoisted(graph: Graph, moving: frozenset[int]) -> tuple[Callable[..., Any], C
         if node.op == "call_function" and node not in varying and isinstance(node.meta.get("val"), Tensor)
         and any(user in varying for user in node.users)
     ]  # fmt: skip
-    outputs = [None if node is None else _uncopied(node) for node in graph.outputs]
+    outputs = [None if node is None else uncopied(node) for node in graph.outputs]
     return extract(graph, state, pieces), extract(graph, [*graph.placeholders, *pieces], outputs)
-
-
-def _uncopied(node: fx.Node) -> fx.Node:
-    is_copy = node.target is aten.clone.default and not node.kwargs
-    return node.args[0] if is_copy else node  # type: ignore[return-value]
 
 
 def kept_nodes(graph: Graph) -> set[fx.Node]:
@@ -125,7 +120,7 @@ def kept_nodes(graph: Graph) -> set[fx.Node]:
 
 
 def is_dear(node: fx.Node) -> bool:
-    """Return whether a node costs far more than to compare its state, however large that is."""
+    """Return whether to compute a node costs far more than to compare its state, however large that is."""
     return bool(getattr(node.target, "is_dear", False))
 
 
@@ -144,11 +139,11 @@ def roots_of(graph: Graph) -> dict[fx.Node, frozenset[fx.Node]]:
 
 
 def _stays(node: fx.Node) -> bool:
-    """Return whether a node costs no more than to see that the state is the same: a factory, a view, a pointwise op."""
-    packet = getattr(node.target, "overloadpacket", None)
+    """Return whether to compute a node costs no more than to compare its state: a factory, a view, a pointwise op."""
+    packet = packet_of(node)
     if packet in _FACTORIES:
         return bool(node.meta["val"].numel() > 1)
-    cheap = packet in VIEWS or torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet is aten.clone
+    cheap = packet in VIEWS or has_tag(node.target, torch.Tag.pointwise) or packet is aten.clone
     inputs = node.all_input_nodes
     return cheap and bool(inputs) and all(n.op == "placeholder" or _stays(n) for n in inputs)
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from adjointlab import compat
-from adjointlab.transpose.runtime.program import Program, canonical
+from adjointlab.transpose.runtime.program import Program, Tensors, canonical
 
-Tensors = tuple[Tensor, ...]
 Run = Callable[..., Tensors]
 StateGradient = Callable[[Tensors, Tensors, Tensors, tuple[bool, ...]], list[Any]]
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from adjointlab import compat
-from adjointlab.modules import Source, Watch, sources_named, sources_of
+from adjointlab.modules import Source, Watch, read_all, sources_named, sources_of
 from adjointlab.transpose.explanation import Explanation
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import Program, Residuals, Tensors, at_start, canonical
 
-Linked = Callable[..., Tensors]
+Run = Callable[..., Tensors]
 GONE = (KeyError, IndexError, AttributeError, TypeError)  # raised where what held a tensor holds none any more
 
 
@@ -38,7 +38,7 @@ class Derivation:
     # By name: functions of leaves that run the user's code, where there are no programs.
     eager: Mapping[str, Callable[[Tensors], Tensors]] = field(default_factory=dict)
     # By name, each as a program, and as a function with a derivative, of the state and leaves.
-    programs: Mapping[str, tuple[Program, Linked]] = field(default_factory=dict)
+    programs: Mapping[str, tuple[Program, Run]] = field(default_factory=dict)
     holds: Callable[[], bool] = lambda: True  # whether what programs depend on besides tensors is as it was
     state: tuple[Source, ...] = ()  # where the programs read tensors
     metadata: tuple[Any, ...] = ()  # all that the programs assume of these besides their values
@@ -65,7 +65,7 @@ class Derivation:
         if not self.holds():
             return None
         try:
-            state = tuple([source.read() for source in self.state])
+            state = read_all(self.state)
         except GONE:
             return None
         for tensor, metadata in zip(state, self.metadata, strict=True):
@@ -134,7 +134,7 @@ class Derivation:
 
     def function(self, name: str) -> Callable[[Tensors], Tensors]:
         """Return a function of leaves alone, which reads the state at every call."""
-        return lambda leaves: self.run(name, tuple([source.read() for source in self.state]), leaves)
+        return lambda leaves: self.run(name, read_all(self.state), leaves)
 
 
 def metadata_of(tensor: Tensor) -> tuple[Any, ...]:

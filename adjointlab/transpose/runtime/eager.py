@@ -15,7 +15,7 @@ from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
 from adjointlab.modules import attributes_kept, modules_of
 from adjointlab.space import Space
 from adjointlab.transpose.frontend import vjp
-from adjointlab.transpose.frontend.vjp import Tensors, flatten_outputs
+from adjointlab.transpose.frontend.vjp import Tensors, applied, flatten_outputs
 
 
 class Eager:
@@ -37,7 +37,7 @@ class Eager:
         return found
 
     def calling(self, function: Callable[..., Any]) -> Eager:
-        """Return the same for another function of the kind."""
+        """Return the same for another function on the same domain."""
         found = copy.copy(self)
         found.callable, found._kept = function, None
         return found
@@ -63,8 +63,7 @@ class Eager:
     def flat(self, leaves: Tensors, *, copied: bool = True) -> Tensors:
         """Return the leaves of ``f(x)``, calling the user's function itself, which may write to its input."""
         x = self.domain.unflatten([leaf.clone() for leaf in leaves] if copied else leaves)
-        output = self.callable(*x, **self.kwargs) if type(x) is tuple else self.callable(x, **self.kwargs)
-        flat, self.structure = flatten_outputs(output)
+        flat, self.structure = flatten_outputs(applied(self.callable, x, self.kwargs))
         return flat
 
     def called(self, leaves: Tensors, *, copied: bool = True, times: int = 1) -> Tensors:
@@ -145,9 +144,9 @@ class Eager:
     def residual_and_gradient(
         self, require: Callable[[Tensors], None], x: Tensors, y: Tensors, weight: Tensors | None = None
     ) -> tuple[Tensors, Tensors] | None:
-        """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` by one call and its pull-back; None where these see more.
+        """Return ``f(x) − y`` and ``f'ᴴ w ⊙ (f(x) − y)`` by one call of f and its pull-back; None where that cannot be.
 
-        ``require`` raises on leaves of ``f(x)`` that are none of the codomain.
+        ``require`` raises on leaves of ``f(x)`` that are not in the codomain.
         """
         if self.is_shared:
             return None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adjointlab import compat
 from adjointlab.modules import Source
-from adjointlab.numerics import same
+from adjointlab.numerics import parts_of, same
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.passes.partition import HasNoPiecesError, hoisted, partition
 
@@ -114,11 +114,11 @@ class Program:
         """Return how many bytes are kept between calls: constants, prepacked state, and copies to compare with."""
         tensors = [*(self._constants or ()), *(t for prepack in self._prepacks for t in prepack.kept())]  # type: ignore[attr-defined]
         tensors += [matrix for node in self.graph.body.nodes for matrix in getattr(node.target, "kept", ())]
-        memory = [part.untyped_storage() for tensor in tensors for part in _parts(tensor)]
+        memory = [part.untyped_storage() for tensor in tensors for part in parts_of(tensor)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in memory}.values())
 
     def frozen(self, state: Tensors) -> Program:
-        """Return the program for a state that does not change: nothing of it is compared at a call."""
+        """Return the program for a state that does not change, which no call compares."""
         found = copy.copy(self)
         try:
             if self._residuals is not None:
@@ -203,10 +203,10 @@ class Residuals:
 
 
 def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: frozenset[int], *, dear: bool) -> Prepack:
-    """Return a function of the watched ones of tensors that returns its last results while these are the same.
+    """Return a function that keeps its last results, and returns them while the watched tensors are the same.
 
-    Dear results are not made of a state that changes at nearly every call: then ``HasNoPiecesError`` is raised, until
-    it has been the same for a while.
+    Where these change at nearly every call, ``dear`` results are not made: the function raises ``HasNoPiecesError``,
+    until the tensors have been the same for a while.
     """
     last: tuple[list[tuple[int, Any]], tuple[Tensor, ...] | None] | None = None
     served, remade = 0, 0
@@ -249,13 +249,6 @@ def _kept(function: Callable[..., Any], watched: tuple[int, ...], private: froze
 
     call.kept = kept  # type: ignore[attr-defined]
     return call
-
-
-def _parts(tensor: Tensor) -> Tensors:
-    """Return the dense tensors that a tensor is made of."""
-    if tensor.layout is torch.sparse_csr:
-        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
-    return (tensor,)
 
 
 def _copy(tensor: Tensor) -> Tensor:

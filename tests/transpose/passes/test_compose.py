@@ -6,9 +6,9 @@ from built import affine, operator, ops_of
 from torch import nn
 
 import adjointlab as al
-from adjointlab.transpose import pipeline
 from adjointlab.transpose.kernels import fft
 from adjointlab.transpose.kernels.registry import transformed
+from adjointlab.transpose.passes import compose
 from adjointlab.transpose.passes.compose import residual_and_gradient
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def test_a_fused_graph_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch
     A, twice = (al.linear_operator(f, (1, 1, 8, 8)) for f in (module, lambda x: 2 * module(x)))
     wrong = twice.source.nominal.graphs["adjoint"]
     monkeypatch.setattr(
-        pipeline,
+        compose,
         "residual_and_gradient",
         lambda forward, _, **options: residual_and_gradient(forward, wrong, **options),
     )
