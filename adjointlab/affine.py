@@ -77,6 +77,12 @@ class AffineOperator(nn.Module, Generic[X, Y]):
         """Return the account of how the adjoint of the linear part was derived."""
         return self.linear.explain()
 
+    def __getattr__(self, name: str) -> Any:
+        """Return a module or parameter; where only linear operators have the attribute, say so."""
+        if name in dir(LinearOperator):
+            raise AttributeError(f"an affine operator has no {name!r}; its linear part has: f.linear.{name}")
+        return super().__getattr__(name)
+
     if TYPE_CHECKING:
 
         def __call__(self, x: X) -> Y: ...  # noqa: D102

@@ -16,6 +16,7 @@ from adjointlab.operators import LinearOperator, derived
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common
 from adjointlab.space.spec import OfDict, OfPair, OfTensor
+from adjointlab.tree import map_leaves
 from adjointlab.typed import E, X, Y
 from adjointlab.weighted import in_spaces
 
@@ -210,14 +211,14 @@ def identity(space: Any) -> LinearOperator[Any, Any]:
     """
     where = Space.of(space)
     operator: LinearOperator = derived(
-        _identity, _identity, where, where, lambda: (identity, (operator.domain,)), notation=Notation("I")
+        _copied, _copied, where, where, lambda: (identity, (operator.domain,)), notation=Notation("I")
     )
     operator._body.views[1] = operator
     return operator
 
 
-def _identity(x: Any) -> Any:
-    return x
+def _copied(x: Any) -> Any:
+    return map_leaves(Tensor.clone, x)  # results are their caller's, to write to
 
 
 @overload

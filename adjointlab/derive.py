@@ -19,6 +19,8 @@ from adjointlab.transpose.selfcheck import Sketch
 from adjointlab.typed import E, Y
 from adjointlab.weighted import in_spaces
 
+_IN_WORDS = {"_local_scalar_dense": "a number taken out of it (by an if, float() or .item())"}
+
 
 class BuildOptions(TypedDict, total=False):
     """The options of :func:`linear_operator` and :func:`adjointlab.affine_operator`, for type checkers."""
@@ -218,11 +220,11 @@ def require_linear(source: Transposition, derivation: Derivation, domain: Space,
         at_a_point = "or use its derivative at a point x0, which is linear: al.jacobian(f, x0)"
         evidence = "; ".join([*([str(seen)] if seen else []), *report.evidence])
         if seen is not None and seen.law.endswith("finite"):
-            advice = "it returned NaN or infinity for finite input: check its parameters"
+            advice = "it returned NaN or infinity for finite input: look for a division by zero, or at its parameters"
         elif not report.deterministic:
             advice = "its result is random or changes its state: call .eval() on dropout, batch-norm and the like"
         elif report.reads_input:
-            reads = ", ".join(report.reads_input)
+            reads = ", ".join(_IN_WORDS.get(op, op) for op in report.reads_input)
             advice = f"its derivative depends on the input through {reads}: take that out, {at_a_point}"
         else:
             advice = f"take out the part that is not linear, {at_a_point}"

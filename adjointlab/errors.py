@@ -45,3 +45,7 @@ class AdjointMismatchError(AssertionError):
 
 class ConvergenceWarning(RuntimeWarning):
     """An iteration has ended before its tolerance; the message says how far it has come, and what to raise."""
+
+
+# Functions raise these for arguments that do not fit them. Others, a NameError say, are faults of the function itself.
+ARGUMENT_ERRORS = RuntimeError, TypeError, ValueError, LookupError, AssertionError

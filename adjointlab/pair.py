@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -67,8 +67,8 @@ def from_pair(
     Parameters
     ----------
     f, adjoint : callable
-        Functions of one argument, an element of the domain and of the codomain. They must return memory of their own
-        at each call, and leave their argument as it is.
+        Functions of one argument, an element of the domain and of the codomain. They must leave their argument and
+        earlier results as they are. A result that is a view of its argument stays one.
     domain, codomain : Tensor, tuple of int, TensorSpec, Space or pytree of these
         The spaces; a shape has torch's default dtype and device. Between spaces with weights, the adjoint is that for
         their inner products.
@@ -145,8 +145,9 @@ class _OnArrays:
 
     def __init__(self, function: Map, arrays: str) -> None:
         self.function, self.arrays, self.__qualname__ = function, arrays, getattr(function, "__qualname__", "")
-        module = importlib.import_module(arrays)
-        if not hasattr(module, "from_dlpack"):
+        if not isinstance(arrays, str) or importlib.util.find_spec(arrays.partition(".")[0]) is None:
+            raise SpaceMismatchError(f"expected arrays to name a module, such as 'numpy' or 'cupy', got {arrays!r}")
+        if not hasattr(importlib.import_module(arrays), "from_dlpack"):
             raise SpaceMismatchError(f"expected a module with from_dlpack, such as numpy or cupy, got {arrays!r}")
 
     def __call__(self, x: Any) -> Any:

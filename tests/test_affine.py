@@ -76,3 +76,12 @@ def test_what_is_not_affine_is_refused() -> None:
 def test_wrong_argument_is_refused() -> None:
     with pytest.raises(al.SpaceMismatchError, match="element"):
         al.affine_operator(biased(), (1, 1, 5))(torch.zeros(1, 1, 5))
+
+
+def test_what_only_the_linear_part_has_is_named() -> None:
+    f = al.affine_operator(nn.Linear(3, 2), (3,))
+    with pytest.raises(AttributeError, match=r"no 'gram'; its linear part has: f\.linear\.gram"):
+        f.gram  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        f.nothing  # noqa: B018
+    assert not hasattr(f, "nothing")

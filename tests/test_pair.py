@@ -192,6 +192,9 @@ def test_arrays_share_the_memory_of_tensors() -> None:
         assert al.check_adjoint(B).passed
     with pytest.raises(al.SpaceMismatchError, match="from_dlpack"):
         al.from_pair(product, product, *spaces, arrays="math")
+    for arrays in ("np", np):
+        with pytest.raises(al.SpaceMismatchError, match="expected arrays to name a module, such as 'numpy'"):
+            al.from_pair(product, product, *spaces, arrays=arrays)
 
 
 @pytest.mark.cpu

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adjointlab.compat import pytree
 from adjointlab.errors import SpaceMismatchError
-from adjointlab.space.spec import TensorSpec, describe, refuse_dtensor
+from adjointlab.space.spec import TensorSpec, describe, is_array, refuse_dtensor
 from adjointlab.tree import has_tensor
 
 Space = Any  # which is made of what is here
@@ -55,7 +55,7 @@ def spec_of(leaf: Any) -> TensorSpec:
     if not isinstance(leaf, Tensor):
         raise SpaceMismatchError(
             "expected a domain given as an example tensor, a shape such as (1, 1, 64, 64), a TensorSpec, a Space or a "
-            f"pytree of these, got {describe(leaf)}"
+            f"pytree of these, got {describe(leaf)}{': pass torch.from_numpy of it' if is_array(leaf) else ''}"
         )
     refuse_dtensor(leaf)
     return TensorSpec.of(leaf)
@@ -65,7 +65,7 @@ def mismatch(space: Space, name: str, x: Any, leaf: Any = None, spec: TensorSpec
     """Return the error of an x that is not in a space, because a leaf does not fit its spec where one is given."""
     if spec is None or not isinstance(leaf, Tensor):
         came = describe(x) if not has_tensor(x) or isinstance(x, Tensor) else f"the pytree {_outline(x)}"
-        remedy = "pass an element with the structure of the space"
+        remedy = "pass torch.from_numpy of it" if is_array(x) else "pass an element with the structure of the space"
     else:
         came, remedy = describe(leaf), spec.remedy(leaf)
     return SpaceMismatchError(f"expected {name} to be an element of {space}, got {came}; {remedy}")

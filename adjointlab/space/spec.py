@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,6 +82,11 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         dtype = torch.get_default_dtype() if self.dtype is None else self.dtype
+        if not isinstance(dtype, torch.dtype) or not isinstance(self.shape, (tuple, list)):
+            raise SpaceMismatchError(
+                "expected the sizes of all dimensions as a tuple and a dtype such as torch.float32, got "
+                f"{self.shape!r} and {dtype!r}"
+            )
         # An empty tensor gives the full device: "cuda" and "cuda:0" are the same device but compare as different.
         device = torch.empty(0, device=self.device).device
         vars(self).update(shape=tuple(int(size) for size in self.shape), dtype=dtype, device=device)  # it is frozen
@@ -129,8 +135,10 @@ class TensorSpec:
             return "pass what this process holds of it, .to_local()"
         if tensor.device != self.device:
             return f"move it with .to({str(self.device)!r}), or the operator with A.to({str(tensor.device)!r})"
+        if tensor.is_complex() and not self.is_complex:
+            return "pass its real part, or use al.complexify(A), which takes complex numbers"
         if tensor.dtype != self.dtype:
-            numeric = tensor.is_floating_point() or tensor.is_complex()
+            numeric = tensor.dtype.is_complex == self.is_complex and (tensor.is_floating_point() or self.is_complex)
             also = f", or the operator with A.to({tensor.dtype})" if numeric else ""
             return f"convert it with .to({self.dtype}){also}"
         if tensor.layout != torch.strided:
@@ -169,6 +177,11 @@ def is_shape(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and bool(value) and all(type(size) is int for size in value)
 
 
+def is_array(value: Any) -> bool:
+    """Return whether a value is an array of NumPy's."""
+    return isinstance(value, np.ndarray)
+
+
 def describe(value: Any) -> str:
     """Return a value in words, for an error message."""
     if isinstance(value, Tensor):
@@ -177,4 +190,6 @@ def describe(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
     if isinstance(value, (bool, int, float, complex)) or value is None:
         return repr(value)
+    if is_array(value):
+        return f"a NumPy array of shape {value.shape}, {value.dtype}"
     return f"an object of type {type(value).__name__}"

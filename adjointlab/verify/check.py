@@ -12,7 +12,7 @@ import torch
 
 from adjointlab.affine import AffineOperator
 from adjointlab.derive import linear_operator
-from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMismatchError
+from adjointlab.errors import ARGUMENT_ERRORS, NotDifferentiableError, NotLinearError, SpaceMismatchError
 from adjointlab.linearity import like_parameters, require_map
 from adjointlab.numerics import full_precision
 from adjointlab.operators import LinearOperator
@@ -215,7 +215,8 @@ def _claim_of(A: Any, adjoint: Any, domain: Any, codomain: Any) -> _Claim:
     """Return the claim to test, for the arguments of ``check_adjoint``."""
     if adjoint is not None and not callable(adjoint):
         raise SpaceMismatchError(
-            f"expected adjoint to be callable, got {type(adjoint).__name__}: pass the function itself"
+            f"expected adjoint to be callable, got {type(adjoint).__name__}: pass the function itself, "
+            "and a domain as domain=…"
         )
     if isinstance(A, (LinearOperator, AffineOperator)):
         if domain is not None or codomain is not None:
@@ -297,7 +298,7 @@ def _image(forward: Callable[[Any], Any], space: Space) -> Space:
     with torch.no_grad():
         try:
             result = forward(space.randn(torch.Generator().manual_seed(0)))
-        except Exception as error:
+        except ARGUMENT_ERRORS as error:
             line = next(iter(str(error).splitlines()), "")
             raise SpaceMismatchError(
                 f"expected A to take an element of {space}, but it raised {type(error).__name__}: {line}; check domain"

@@ -64,6 +64,8 @@ class AdjointReport(Report):
         return super()._title + ", but it was vacuous: A and B are zero on every draw" * (self.passed and self.vacuous)
 
     def _rows(self) -> list[tuple[str, str]]:
+        if not self.pairs:
+            return []
         pairs = f"largest of {self.pairs} pairs of x and y" if self.pairs != 1 else "of one pair of x and y"
         return [("error", f"{self.error:.1e} ({pairs}), where rounding explains {self.tolerance:.1e}")]
 

@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 
 from adjointlab import compat
-from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
+from adjointlab.errors import ARGUMENT_ERRORS, NotDifferentiableError, SpaceMismatchError
 from adjointlab.modules import attributes_kept, modules_of
 from adjointlab.space import Space
 from adjointlab.transpose.frontend import vjp
 from adjointlab.transpose.frontend.vjp import Tensors, applied, flatten_outputs
+
+_REMEDIES = {  # by a word of a TypeError
+    "missing": "pass fixed arguments in kwargs={…}",
+    "unexpected keyword": "take it out of kwargs",
+    "": "check the shape and dtype of the domain",
+}
 
 
 class Eager:
@@ -78,14 +84,14 @@ class Eager:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Raise what the function raises on elements of its domain as a mismatch, with what to do."""
+        """Raise errors of the function that its domain may explain as a mismatch, with what to do."""
         try:
             yield
         except (SpaceMismatchError, NotDifferentiableError):
             raise
-        except Exception as error:  # a third-party forward may raise anything
-            is_missing = isinstance(error, TypeError) and "missing" in str(error)
-            remedy = "pass fixed arguments in kwargs={…}" if is_missing else "check the shape and dtype of the domain"
+        except ARGUMENT_ERRORS as error:
+            words = str(error) if isinstance(error, TypeError) else ""
+            remedy = next(said for word, said in _REMEDIES.items() if word in words)
             raise SpaceMismatchError(
                 f"expected the forward to take an element of {self.domain}, but it raised {type(error).__name__}: "
                 f"{vjp.first_line(error)}; {remedy}"
