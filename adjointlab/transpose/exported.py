@@ -26,6 +26,7 @@ from adjointlab.numerics import same
 from adjointlab.transpose.dispatch import STAND_IN, Transposition
 from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.graph.ir import compiled
+from adjointlab.transpose.graph.ops import VIEWS
 from adjointlab.transpose.kernels.select import MapChooser, Run, Timed
 from adjointlab.transpose.runtime.derivation import Derivation
 
@@ -245,7 +246,12 @@ def traced(function: Callable[[Tensors], Tensors], leaves: Tensors, fixed: Fixed
 
     with fixed.in_use(), compat.sources_forgotten():
         function(leaves)  # what is derived at a first call is no part of a trace
-        found: fx.GraphModule = compat.make_fx(run)(*leaves)
+        try:
+            found: fx.GraphModule = compat.make_fx(run)(*leaves)
+        except RuntimeError as error:  # as of a function that is not PyTorch's, or that reads numbers off tensors
+            raise NotExportableError(
+                f"expected a map that can be traced, but: {str(error).strip().splitlines()[0]}"
+            ) from error
     depend = _dependent(found.graph)
     _fold(found, depend)
     _with_tensors(found)
@@ -258,23 +264,38 @@ def traced(function: Callable[[Tensors], Tensors], leaves: Tensors, fixed: Fixed
 
 
 def _dependent(graph: fx.Graph) -> set[fx.Node]:
-    """Return the inputs of a graph, and what is computed from them."""
-    depend = set[fx.Node]()
+    """Return the inputs of a graph, and what is computed from them: memory that is written to, too."""
+    depend, memory = set[fx.Node](), set[fx.Node]()
     for node in graph.nodes:
-        if node.op == "placeholder" or not depend.isdisjoint(node.all_input_nodes):
+        if node.op == "placeholder" or any(n in depend or _owner(n) in memory for n in node.all_input_nodes):
             depend.add(node)
-    return depend
+            if _writes(node):
+                memory.add(_owner(node.args[0]))
+    return depend | memory
+
+
+def _owner(node: Any) -> fx.Node:
+    """Return the node whose memory a node shows."""
+    while isinstance(node.args[0] if node.args else None, fx.Node) and _shows(node):
+        node = node.args[0]
+    return node  # type: ignore[no-any-return]
+
+
+def _shows(node: fx.Node) -> bool:
+    return _writes(node) or getattr(node.target, "overloadpacket", None) in VIEWS
 
 
 def _fold(module: fx.GraphModule, depend: set[fx.Node]) -> None:
     """Compute what constants alone give, where that takes no more memory than they do; drop what nothing reads."""
     graph, values = module.graph, dict[fx.Node, Any]()
-    written = {node.args[0] for node in graph.nodes if _writes(node)}
+    written = {_owner(node.args[0]) for node in graph.nodes if _writes(node)}
     for node in list(graph.nodes):
         if node.op == "get_attr":
             values[node] = getattr(module, str(node.target))
         given = node.all_input_nodes
-        if node.op != "call_function" or not given or not all(n in values for n in given) or node in written | depend:
+        if node.op != "call_function" or not given or not all(n in values for n in given) or node in depend:
+            continue
+        if _owner(node) in written:
             continue
         if _writes(node) or not hasattr(node.target, "_schema"):  # an item of several results
             continue
