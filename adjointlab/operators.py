@@ -18,13 +18,13 @@ from adjointlab.numerics import commutes_with_i, full_precision
 from adjointlab.space import Space
 from adjointlab.space.algebra import is_scalar
 from adjointlab.space.selection import Selection, pieces, selection
-from adjointlab.twin import Body, Recipe, Twin
+from adjointlab.twin import Body, Recipe, Twin, adjoint_of
 from adjointlab.typed import X, Y, Z
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["LinearOperator", "Map", "Recipe", "derived", "made", "product", "self_adjoint"]
+__all__ = ["LinearOperator", "Map", "Recipe", "adjoint_of", "derived", "made", "product", "self_adjoint"]
 
 Scalar: TypeAlias = "Tensor | complex | np.number[Any]"  # complex stands for int and float, too
 
