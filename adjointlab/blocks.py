@@ -12,7 +12,7 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.grams import as_gram
 from adjointlab.modules import Entries
 from adjointlab.notation import Notation, outline
-from adjointlab.operators import LinearOperator, derived
+from adjointlab.operators import LinearOperator, derived, self_adjoint
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common
 from adjointlab.space.spec import OfDict, OfPair, OfTensor
@@ -213,8 +213,7 @@ def identity(space: Any) -> LinearOperator[Any, Any]:
     operator: LinearOperator = derived(
         _copied, _copied, where, where, lambda: (identity, (operator.domain,)), notation=Notation("I")
     )
-    operator._body.views[1] = operator
-    return operator
+    return self_adjoint(operator)
 
 
 def _copied(x: Any) -> Any:

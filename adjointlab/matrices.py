@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -146,11 +147,18 @@ def _tensor(M: Any) -> Tensor:
     if found.layout in {torch.sparse_bsr, torch.sparse_bsc}:  # of which torch multiplies with some only
         at = torch.stack(places(found))
         found = torch.sparse_coo_tensor(at, found.values().reshape(-1), found.shape, check_invariants=False).coalesce()
-    if found.ndim != 2 or 0 in found.shape:
-        raise SpaceMismatchError(f"expected a matrix: rows and columns of numbers, got the shape {tuple(found.shape)}")
-    if not (found.dtype.is_floating_point or found.dtype.is_complex):
-        found = found.to(torch.get_default_dtype())
-    return found
+    _require_matrix(found.shape)
+    return _floating(found)
+
+
+def _require_matrix(shape: Sequence[int]) -> None:
+    if len(shape) != 2 or 0 in shape:
+        raise SpaceMismatchError(f"expected a matrix: rows and columns of numbers, got the shape {tuple(shape)}")
+
+
+def _floating(numbers: Tensor) -> Tensor:
+    """Return integers in the default dtype, other numbers as they are."""
+    return numbers if numbers.is_floating_point() or numbers.is_complex() else numbers.to(torch.get_default_dtype())
 
 
 def of_array(array: Any) -> Tensor:
@@ -166,15 +174,12 @@ def of_array(array: Any) -> Tensor:
 
 
 def _of_scipy(M: Any) -> Tensor:
-    if len(M.shape) != 2 or 0 in M.shape:
-        raise SpaceMismatchError(f"expected a matrix: rows and columns of numbers, got the shape {tuple(M.shape)}")
+    _require_matrix(M.shape)
     rows = M.tocsr()
     if not rows.has_canonical_format:  # several entries of one place, or in another order
         rows = rows.copy()
         rows.sum_duplicates()
     start, column, value = map(of_array, (rows.indptr, rows.indices, rows.data))
-    if not (value.dtype.is_floating_point or value.dtype.is_complex):
-        value = value.to(torch.get_default_dtype())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(start, column, value, rows.shape, check_invariants=False)
+        return torch.sparse_csr_tensor(start, column, _floating(value), rows.shape, check_invariants=False)

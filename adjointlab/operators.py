@@ -18,13 +18,13 @@ from adjointlab.numerics import commutes_with_i, full_precision
 from adjointlab.space import Space
 from adjointlab.space.algebra import is_scalar
 from adjointlab.space.selection import Selection, pieces, selection
-from adjointlab.twin import Body, Recipe, Twin
+from adjointlab.twin import Body, Recipe, Twin, adjoint_of
 from adjointlab.typed import X, Y, Z
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["LinearOperator", "Map", "Recipe", "derived", "made", "product"]
+__all__ = ["LinearOperator", "Map", "Recipe", "adjoint_of", "derived", "made", "product", "self_adjoint"]
 
 Scalar: TypeAlias = "Tensor | complex | np.number[Any]"  # complex stands for int and float, too
 
@@ -363,8 +363,13 @@ def product(a: LinearOperator, b: LinearOperator) -> LinearOperator:
     """Return ``AB``, which is its own adjoint where A is Bᴴ."""
     operator = _of(algebra.product(a, b), (product, (a, b)))
     if a._body is b._body and a._side != b._side:  # AAᴴ and AᴴA are their own adjoints
-        operator._body.views[1] = operator
-        grams.as_gram(operator, b)
+        grams.as_gram(self_adjoint(operator), b)
+    return operator
+
+
+def self_adjoint(operator: LinearOperator[X, X]) -> LinearOperator[X, X]:
+    """Have an operator be its own adjoint, and return it."""
+    operator._body.views[1] = operator
     return operator
 
 

@@ -13,15 +13,11 @@ from torch import Tensor
 
 from adjointlab.affine import AffineOperator
 from adjointlab.errors import ConvergenceWarning, SpaceMismatchError
+from adjointlab.numerics import wide
 from adjointlab.operators import LinearOperator
 from adjointlab.progress import expect, progress_of, step
 from adjointlab.space import Space
-from adjointlab.space.coordinates import (
-    common_dtype,
-    complex_entries,
-    real_size,
-    split_complex,
-)
+from adjointlab.space.coordinates import common_dtype, complex_entries, real_size, split_complex
 from adjointlab.typed import X
 
 _CHUNK = 1 << 22  # most entries of basis vectors and images in memory at a time
@@ -301,13 +297,12 @@ def condition_number(A: LinearOperator) -> Tensor:
     real = None if A.is_complex_linear else True
     dense = to_dense(A, real=real)
     if A.codomain.weight is not None:
-        dense = _root(A.codomain, real).mH @ dense.to(torch.promote_types(dense.dtype, torch.float64))
+        dense = _root(A.codomain, real).mH @ wide(dense)
     if A.domain.weight is not None:
-        wide = dense.to(torch.promote_types(dense.dtype, torch.float64))
-        dense = torch.linalg.solve_triangular(_root(A.domain, real), wide.mH, upper=False).mH
+        dense = torch.linalg.solve_triangular(_root(A.domain, real), wide(dense).mH, upper=False).mH
     if not bool(torch.isfinite(dense).all()):
         return torch.full((), torch.nan, dtype=torch.float64, device=dense.device)
-    values = torch.linalg.svdvals(dense.to(torch.promote_types(dense.dtype, torch.float64)))
+    values = torch.linalg.svdvals(wide(dense))
     if dense.shape[0] < dense.shape[1] or values[-1] == 0:
         return torch.full_like(values[0], torch.inf)
     ratio: Tensor = values[0] / values[-1]
@@ -317,7 +312,7 @@ def condition_number(A: LinearOperator) -> Tensor:
 def _root(space: Space, real: bool | None) -> Tensor:
     """Return ``L`` with ``‖x‖ = ‖Lᴴx‖₂`` in a space with a weight, in double precision."""
     dense = to_dense(LinearOperator(space.weigh, space.weigh, space.plain, space.plain), real=real)
-    root: Tensor = torch.linalg.cholesky(dense.to(torch.promote_types(dense.dtype, torch.float64)))
+    root: Tensor = torch.linalg.cholesky(wide(dense))
     return root
 
 

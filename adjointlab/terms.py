@@ -14,7 +14,7 @@ from adjointlab.blocks import block_diag, diagonal, identity, vstack
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.modules import Entries
 from adjointlab.notation import PRODUCT, Notation, number
-from adjointlab.operators import LinearOperator, derived
+from adjointlab.operators import LinearOperator, derived, self_adjoint
 from adjointlab.space import Space
 from adjointlab.tree import map_leaves
 
@@ -134,8 +134,7 @@ class Penalty(nn.Module):
             self.times, self.times, space, space, lambda: (Penalty.weight, (self, operator.domain)), self,
             notation=Notation("λ I" if isinstance(self.strength, Tensor) else f"{number(self.strength)} I", PRODUCT),
         )  # fmt: skip
-        operator._body.views[1] = operator
-        return operator
+        return self_adjoint(operator)
 
     @property
     def hessian(self) -> LinearOperator:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from adjointlab.notation import POWER, Notation
-from adjointlab.operators import LinearOperator, derived
+from adjointlab.operators import LinearOperator, adjoint_of, derived
 from adjointlab.space import Space
-from adjointlab.twin import adjoint_of
 from adjointlab.typed import X, Y
 
 

@@ -52,15 +52,13 @@ class Transposition(Derivations):
         source, target = (codomain, self.domain) if name == "adjoint" else (self.domain, codomain)
         leaves = source.leaves(x)
         derivation, state = self._current(leaves)
-        if derivation.user is not None:
-            modules.require_own(self._registered)
         found = derivation.run(name, state, leaves)
         if derivation.user is not None and name != "adjoint":
             require_outputs(found, derivation.user.structure, codomain)
         return target.unflatten(found)
 
     def _current(self, leaves: Tensors) -> tuple[Derivation, Tensors]:
-        return self._at(tuple(leaves[0].shape[: self.domain.batch_dims]) if self.domain.batch_dims else ())
+        return self.now(tuple(leaves[0].shape[: self.domain.batch_dims]) if self.domain.batch_dims else ())
 
     def now(self, batch: tuple[int, ...]) -> tuple[Derivation, Tensors]:
         """Return the derivation for a size of the free dimensions, and the values of its state, as they are now."""
@@ -84,7 +82,6 @@ class Transposition(Derivations):
         if derivation.of_storage or compat.differentiated((*leaves, *state)):
             return None
         if (user := derivation.user) is not None:
-            modules.require_own(self._registered)
             parts = user.residual_and_gradient(lambda found: require_outputs(found, user.structure, codomain), *given)
             return None if parts is None else (codomain.unflatten(parts[0]), self.domain.unflatten(parts[1]))
         program = derivation.gradient(weight is not None, residual)

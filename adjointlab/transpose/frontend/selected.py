@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,11 +11,12 @@ from torch import Tensor
 from adjointlab.space.selection import Selection
 
 
+@dataclass(frozen=True, eq=False)
 class Selected:
     """``x ↦ f(x)[rows]``, as it is without a graph: f is computed whole."""
 
-    def __init__(self, function: Callable[..., Tensor], selection: Selection) -> None:
-        self.__wrapped__, self.selection = function, selection
+    __wrapped__: Callable[..., Tensor]
+    selection: Selection
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the rows of ``f(x)``."""
