@@ -188,7 +188,7 @@ def cgls(
     *,
     x0: X | None = None,
     damp: float | Tensor = 0.0,
-    weight: LinearOperator[Y, Y] | Y | None = None,
+    weight: LinearOperator[Y, Y] | Y | float | None = None,
     normal: bool = False,
     precondition: Preconditioner[X] | None = None,
     maxiter: int | None = None,
@@ -215,8 +215,8 @@ def cgls(
         The data, an element of ``A.codomain``.
     damp : float or Tensor
         ``damp²`` is the weight of the penalty ``‖x‖²``; a tensor has no dimensions, or one entry for each problem.
-    weight : LinearOperator, or pytree of real tensors, optional
-        The weight ``W``, a self-adjoint positive operator or the entries of a diagonal one.
+    weight : LinearOperator, float, or pytree of real tensors, optional
+        The weight ``W``, a self-adjoint positive operator or the entries of a diagonal one; a number is for all.
     normal : bool
         Whether to take one product with ``AᴴWA``, as ``A.gram`` computes it, for each step in place of one with A and
         one with Aᴴ: faster where the gram is simplified, and less accurate.

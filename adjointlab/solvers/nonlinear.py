@@ -142,8 +142,9 @@ def gauss_newton(
         The first iterate.
     kwargs : dict, optional
         Fixed keyword arguments of f.
-    weight : LinearOperator, or pytree of real tensors, optional
-        The weight W of the data, a self-adjoint positive operator or the entries of a diagonal one.
+    weight : LinearOperator, float, or pytree of real tensors, optional
+        The weight W of the data, a self-adjoint positive operator or the entries of a diagonal one; a number is for
+        all.
     damp : float or Tensor
         ``damp²`` is the weight of the penalty ``‖x‖²``.
     penalties : sequence of (λ, L) or (λ, L, b)
