@@ -13,7 +13,8 @@ from adjointlab.blocks import identity, weighted_gram
 from adjointlab.jacobians import Jacobian
 from adjointlab.operators import LinearOperator
 from adjointlab.precondition.spectra import auto
-from adjointlab.solvers.conjugate_gradients import cg, cgls
+from adjointlab.solvers.conjugate_gradients import cg
+from adjointlab.solvers.normal_equations import cgls
 from adjointlab.solvers.problem import Preconditioner
 from adjointlab.solvers.solution import REASONS, Status
 from adjointlab.space.algebra import added, scaled
