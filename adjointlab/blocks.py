@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Sequence
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 
 from adjointlab.errors import SpaceMismatchError
@@ -13,7 +15,7 @@ from adjointlab.grams import as_gram
 from adjointlab.modules import Entries
 from adjointlab.notation import Notation, outline
 from adjointlab.operators import LinearOperator, derived, self_adjoint
-from adjointlab.space import Space
+from adjointlab.space import Space, TensorSpec
 from adjointlab.space.algebra import added, common
 from adjointlab.space.spec import OfDict, OfPair, OfTensor
 from adjointlab.tree import map_leaves
@@ -234,7 +236,8 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator[Any, Any]:
     Parameters
     ----------
     d : Tensor or pytree of tensors
-        The diagonal, with the shape and dtype of x. Parameters stay parameters.
+        The diagonal, with the shape and dtype of x. Parameters stay parameters. If the space is given, a real number,
+        or a real tensor without dimensions, is for all entries of a leaf.
     space : Space, optional
         The domain; the space of ``d`` if not given. A domain that is sharded or has a weight must be given, because
         ``d`` does not show it.
@@ -258,10 +261,13 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator[Any, Any]:
     if space is not None and space.weight is not None:
         return in_spaces(diagonal(d, space.plain), space, space)
     where = Space.of(d) if space is None else space
-    entries = Entries(where.leaves(d, "d"))
+    found = where.structure.leaves(d)
+    has_scalars = space is not None and found is not None and any(map(is_scalar, found))
+    entries = Entries(_diagonal(where, found) if has_scalars and found is not None else where.leaves(d, "d"))
 
     def product(d: Sequence[Tensor], x: Any) -> Any:
-        return where.unflatten([a * b for a, b in zip(d, where.structure.leaves(x) or (), strict=True)])
+        pairs = zip(d, where.structure.leaves(x) or (), strict=True)
+        return where.unflatten([a * b if a.ndim else a.to(b.dtype) * b for a, b in pairs])
 
     operator: LinearOperator = derived(
         lambda x: product(entries.leaves(), x), lambda y: product([a.conj() for a in entries.leaves()], y),
@@ -272,10 +278,43 @@ def diagonal(d: Any, space: Space | None = None) -> LinearOperator[Any, Any]:
     return operator
 
 
+def is_scalar(value: Any) -> bool:
+    """Return whether a value is a real number, or a real tensor without dimensions."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and value.is_floating_point()
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def as_scalar(value: Any, spec: TensorSpec) -> Tensor:
+    """Return a real number as a tensor without dimensions that multiplies a leaf."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(float(value), dtype=spec.dtype.to_real(), device=spec.device)
+    found: Tensor = value.to(spec.device) if spec.shape else value.to(spec.device, spec.dtype)
+    return found
+
+
+def _diagonal(space: Space, leaves: Sequence[Any]) -> Sequence[Tensor]:
+    """Return the leaves of a diagonal, some of which are numbers, as tensors; raise where the others do not fit."""
+    leaves = [as_scalar(d, spec) if is_scalar(d) else d for d, spec in zip(leaves, space.specs, strict=True)]
+    whole = [d.shape for d in leaves if isinstance(d, Tensor) and d.ndim]
+    wide = space.with_batch(whole[0][: space.batch_dims]) if whole else space
+    wide.check(wide.unflatten(_expanded(wide, leaves)), "d")
+    return leaves
+
+
+def _expanded(space: Space, leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        d.to(spec.dtype).expand(spec.shape) if spec.shape and is_scalar(d) else d
+        for d, spec in zip(leaves, space.specs, strict=True)
+    ]
+
+
 def diagonal_entries(operator: LinearOperator) -> Any:
     """Return the diagonal of an operator made by :func:`diagonal`, or None for any other operator."""
     entries = getattr(operator, "operator_0", None)
-    return operator.domain.unflatten(entries.leaves()) if isinstance(entries, Entries) else None
+    if not isinstance(entries, Entries):
+        return None
+    return operator.domain.unflatten(_expanded(operator.domain, entries.leaves()))
 
 
 def weighted_gram(A: LinearOperator, weight: LinearOperator) -> LinearOperator:

@@ -33,8 +33,9 @@ class LeastSquares(nn.Module, Generic[X, Y]):
         The forward model.
     y : pytree of tensors
         The data, an element of ``A.codomain``.
-    weight : LinearOperator, or pytree of real tensors, optional
-        ``W``: a self-adjoint operator on the codomain, or the entries of a diagonal one, each 0 or more.
+    weight : LinearOperator, float, or pytree of real tensors, optional
+        ``W``: a self-adjoint operator on the codomain, or the entries of a diagonal one, each 0 or more; a number, or a
+        tensor without dimensions, is for all entries, or all of a leaf.
     penalties : sequence of (λ, L) or (λ, L, b)
         A number λ ≥ 0, an operator L on the domain of A, such as :func:`finite_differences` makes, and an element b of
         the codomain of L; zero if not given. With ``batch_dims``, λ may be a tensor with one entry for each problem.
@@ -69,7 +70,7 @@ class LeastSquares(nn.Module, Generic[X, Y]):
         self,
         A: Operator[X, Y],
         y: Y,
-        weight: LinearOperator[Y, Y] | Y | None = None,
+        weight: LinearOperator[Y, Y] | Y | float | None = None,
         penalties: Sequence[tuple[Any, ...]] = (),
     ) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class LeastSquares(nn.Module, Generic[X, Y]):
                 self.register_parameter(name, leaf)
             else:
                 self.register_buffer(name, leaf)
-        self.weight = None if weight is None else weight_operator(A, weight)
+        self.weight = None if weight is None else weight_operator(A, weight, self.batch_shape)
         self.penalties = nn.ModuleList(Penalty.of(penalties, A.domain, self.batch_shape))
 
     @property

@@ -10,49 +10,57 @@ from typing import Any
 from torch import Tensor, nn
 
 from adjointlab.affine import Operator
-from adjointlab.blocks import block_diag, diagonal, identity, vstack
+from adjointlab.blocks import as_scalar, block_diag, diagonal, identity, is_scalar, vstack
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.modules import Entries
 from adjointlab.notation import PRODUCT, Notation, number
 from adjointlab.operators import LinearOperator, derived, self_adjoint
-from adjointlab.space import Space
+from adjointlab.space import Space, TensorSpec
 from adjointlab.tree import map_leaves
 
 
-def weight_operator(A: Operator[Any, Any], weight: Any) -> LinearOperator:
-    """Return W as an operator on the codomain of A, or raise."""
+def weight_operator(A: Operator[Any, Any], weight: Any, batch: tuple[int, ...] | None = None) -> LinearOperator:
+    """Return W as an operator on the codomain of A, or raise; a number is an operator on elements of a batch."""
+    space = A.codomain
     if not isinstance(weight, LinearOperator):
-        space = A.codomain
-        return diagonal(weight_entries(A, weight), space if space.is_sharded or space.weight is not None else None)
-    if weight.domain != A.codomain or weight.codomain != A.codomain:
+        return diagonal(weight_entries(A, weight), space if batch is None else space.with_batch(batch))
+    if weight.domain != space or weight.codomain != space:
         raise SpaceMismatchError(
-            f"expected a weight that maps {A.codomain} to itself, got one from {weight.domain} to {weight.codomain}; "
+            f"expected a weight that maps {space} to itself, got one from {weight.domain} to {weight.codomain}; "
             "build it on A.codomain"
         )
     return weight
 
 
 def weight_entries(A: Operator[Any, Any], weight: Any) -> Any:
-    """Return the entries of a diagonal W as an element of the codomain of A, or raise."""
-    given, own = A.codomain.structure.leaves(weight), A.codomain.weight
+    """Return the entries of a diagonal W as tensors, without dimensions where a number is for a leaf, or raise."""
+    space = A.codomain
+    own, given = space.weight, [weight] * len(space.specs) if is_scalar(weight) else space.structure.leaves(weight)
     if own is not None and not own.is_diagonal:
         raise SpaceMismatchError(
-            f"expected a weight that is self-adjoint in {A.codomain}, whose own weight is an operator, got entries: "
-            "give an operator on A.codomain"
+            f"expected a weight that is self-adjoint in {space}, whose own weight is an operator, got entries: give an "
+            "operator on A.codomain"
         )
     if given is None:
-        A.codomain.check(weight, "weight")  # raises
-    leaves = [
-        w.to(spec.dtype) if isinstance(w, Tensor) and spec.is_complex and not w.is_complex() else w
-        for w, spec in zip(given or (), A.codomain.specs, strict=True)
-    ]
-    for w in given or ():
-        negative = isinstance(w, Tensor) and not w.is_complex() and bool((w < 0).any())
-        if not A.codomain.every(not negative):
+        space.check(weight, "weight")  # raises
+    leaves = [_entry(w, spec) for w, spec in zip(given or (), space.specs, strict=True)]
+    for w in leaves:
+        is_negative = isinstance(w, Tensor) and bool((w.real < 0).any())
+        if not space.every(not is_negative):
             raise SpaceMismatchError("expected weights of 0 or more, got negative ones: F would have no minimum")
-    entries = A.codomain.unflatten(leaves)
-    A.codomain.check(entries, "weight")
-    return entries
+    whole = [w.shape for w in leaves if isinstance(w, Tensor) and w.ndim]
+    wide = space.with_batch(whole[0][: space.batch_dims]) if whole else space
+    space.check(wide.unflatten([
+        w.to(spec.dtype).expand(spec.shape) if is_scalar(w) else w for w, spec in zip(leaves, wide.specs, strict=True)
+    ]), "weight")  # fmt: skip
+    return space.unflatten(leaves)
+
+
+def _entry(w: Any, spec: TensorSpec) -> Any:
+    """Return a weight of one leaf as a tensor, of the dtype of a complex leaf if it has dimensions."""
+    if is_scalar(w):
+        return as_scalar(w, spec)
+    return w.to(spec.dtype) if isinstance(w, Tensor) and spec.is_complex and not w.is_complex() else w
 
 
 class Penalty(nn.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -183,6 +185,79 @@ def test_argument_must_be_in_the_domain() -> None:
         al.LeastSquares(A, y)(torch.zeros(1, 1, 9))
     with pytest.raises(al.SpaceMismatchError, match="expected x to be an element"):
         al.LeastSquares(A, y).gradient(y)
+
+
+D = torch.float64
+
+
+def two_outputs() -> tuple[al.LinearOperator, dict[str, torch.Tensor]]:
+    A = al.linear_operator(lambda x: {"a": x.diff(), "b": torch.fft.fft(x)}, torch.zeros(6, dtype=D))
+    return A, draw(A.codomain, 2)
+
+
+NUMBERS: dict[str, tuple[Any, float, float]] = {  # with those of the first and the second leaf
+    "a number": (2, 2.0, 2.0),
+    "a tensor without dimensions": (torch.tensor(2.0), 2.0, 2.0),
+    "numbers for leaves": ({"a": 3.0, "b": torch.tensor(0.5, dtype=D)}, 3.0, 0.5),
+    "a number beside entries": ({"a": 3.0, "b": torch.full((6,), 0.5, dtype=D)}, 3.0, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_weights_of_all_entries(name: str) -> None:
+    A, y = two_outputs()
+    weight, a, b = NUMBERS[name]
+    whole = {"a": torch.full((5,), a, dtype=D), "b": torch.full((6,), b, dtype=D)}
+    F, G, x = al.LeastSquares(A, y, weight), al.LeastSquares(A, y, whole), draw(A.domain)
+    assert_close(F(x), G(x), A.domain.eps)
+    assert_close(F.gradient(x), G.gradient(x), A.domain.eps)
+    assert_close(F.value_and_gradient(x)[1], G.gradient(x), A.domain.eps)
+    assert_close(F.hessian(x), G.hessian(x), A.domain.eps)
+    for solver in (al.solvers.cgls, al.solvers.lsmr):
+        assert_close(solver(A, y, weight=weight, damp=0.1).x, solver(A, y, weight=whole, damp=0.1).x, A.domain.eps)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+@pytest.mark.parametrize("options", [{}, {"normal": True}, {"precondition": "auto"}])
+def test_a_number_is_the_weight_of_every_batch(batch: int, options: dict[str, Any]) -> None:
+    layer = nn.Conv1d(1, 2, 3, padding=1, bias=False, dtype=D).requires_grad_(False)
+    A = al.linear_operator(layer, (2, 1, 9), batch_dims=1)
+    y = torch.rand(batch, 2, 9, dtype=D)
+    whole = torch.full_like(y, 2.0)
+    F, G, x = al.LeastSquares(A, y, 2.0), al.LeastSquares(A, y, whole), torch.rand(batch, 1, 9, dtype=D)
+    assert_close(F.gradient(x), G.gradient(x), A.domain.eps)
+    assert_close(F.hessian(x), G.hessian(x), A.domain.eps)
+    found, expected = (
+        al.solvers.cgls(A, y, weight=w, damp=0.5, tol=1e-12, **options).x for w in (torch.tensor(2.0), whole)
+    )
+    assert_close(found, expected, A.domain.eps, factor=64)
+
+
+def test_a_weight_without_dimensions_is_learned() -> None:
+    _, A, x, y = problem()
+    w = nn.Parameter(torch.tensor(2.0, dtype=D))
+    F = al.LeastSquares(A, y, w)
+    assert [name for name, p in F.named_parameters() if p is w] == ["weight.operator_0.entries_0"]
+    (found,) = torch.autograd.grad(F(x), w)
+    assert_close(found, F(x).detach() / 2, A.domain.eps)
+    assert torch.autograd.gradcheck(lambda w: al.solvers.cgls(A, y, weight=w, damp=0.5, tol=1e-12).x, (w,))
+    copied = copy.deepcopy(F)
+    with torch.no_grad():
+        w.mul_(2)
+    assert_close(F(x).detach(), 2 * copied(x).detach(), A.domain.eps)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [(-1.0, "weights of 0 or more"), (torch.tensor(-1.0), "weights of 0 or more"), (True, "weight"), ("2", "weight"),
+     (1j, "weight"), (torch.tensor(1j), "weight"), (torch.ones(1, dtype=D), "weight")],
+)  # fmt: skip
+def test_what_is_no_weight_of_all_entries(weight: Any, message: str) -> None:
+    _, A, _, y = problem()
+    with pytest.raises(al.SpaceMismatchError, match=message):
+        al.LeastSquares(A, y, weight)
+    with pytest.raises(al.SpaceMismatchError, match=message):
+        al.solvers.lsmr(A, y, weight=weight)
 
 
 def test_weight_must_fit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,18 @@ def test_adjoint_of_a_diagonal_is_its_conjugate() -> None:
     x = torch.randn(2, 3, dtype=torch.complex128)
     assert_close(al.diagonal(d)(x), d * x, al.Space.of(x).eps)
     assert_close(al.diagonal(d).H(x), d.conj() * x, al.Space.of(x).eps)
+
+
+@pytest.mark.parametrize("number", [2, torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float64)])
+def test_a_diagonal_of_one_number(number: Any) -> None:
+    space = al.Space.of({"a": (2, 3), "b": (4,)})
+    W = al.diagonal({"a": number, "b": torch.arange(4.0)}, space)
+    x = {"a": torch.ones(2, 3), "b": torch.ones(4)}
+    assert torch.equal(W(x)["a"], 2 * x["a"])
+    assert torch.equal(W.H(x)["b"], torch.arange(4.0))
+    assert al.check_adjoint(W).passed
+    with pytest.raises(al.SpaceMismatchError, match="d to be an element"):
+        al.diagonal({"a": number, "b": torch.ones(3)}, space)
 
 
 def test_blocks_of_different_spaces() -> None:

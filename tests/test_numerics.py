@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import adjointlab as al
-from adjointlab.numerics import full_precision
+from adjointlab.numerics import full_precision, same
 
 BACKENDS: Any = torch.backends
 HAS_NEWER = hasattr(BACKENDS.cudnn, "conv")  # since torch 2.9
@@ -127,3 +127,14 @@ def test_the_engine_is_derived_under_coarse_settings(layer: nn.Conv2d) -> None:
     A = al.linear_operator(layer, (1, layer.in_channels, 64, 64))
     assert A.engine == "traced", A.explain()
     assert al.check_adjoint(A).passed
+
+
+@pytest.mark.parametrize("index", [(0, 0), (3, 40), (7, -1)])
+def test_rows_of_a_large_tensor_are_compared_entry_by_entry(index: tuple[int, int]) -> None:
+    whole = torch.rand(16, 1 << 14)
+    rows, copy = whole[::2], whole[::2].clone()
+    assert same(rows, copy)
+    rows[index] += 1
+    assert not same(rows, copy)
+    copy[index] = rows[index] = torch.nan
+    assert same(rows, copy)

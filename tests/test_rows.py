@@ -142,6 +142,50 @@ def test_state_is_followed() -> None:
     assert torch.equal(part(draw(A.domain)), module(draw(A.domain))[[4, 1]])
 
 
+class Masked(nn.Module):
+    """A product with a buffer, of which rows are read apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.rand(6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mask * x
+
+
+CHANGES: dict[str, Callable[[Masked], Any]] = {
+    "in place": lambda m: m.mask.mul_(2),
+    "through .data": lambda m: m.mask.data.mul_(2),
+    "through NumPy": lambda m: m.mask.numpy().__imul__(2),
+    "other memory": lambda m: setattr(m.mask, "data", 2 * m.mask),
+    "memory that is freed": lambda m: [setattr(m.mask, "data", k * torch.ones_like(m.mask)) for k in range(1, 9)],
+    "set_": lambda m: m.mask.set_(3 * m.mask),
+    "another tensor": lambda m: setattr(m, "mask", 2 * m.mask),
+    "load_state_dict": lambda m: m.load_state_dict({"mask": 2 * m.mask}),
+    "load_state_dict, assigned": lambda m: m.load_state_dict({"mask": 2 * m.mask}, assign=True),
+    "other strides": lambda m: setattr(m.mask, "data", (2 * m.mask).T.contiguous().T),
+}
+
+
+@pytest.mark.parametrize("index", [slice(1, 6, 2), slice(2, 5), [5, 0, 1], 3])
+@pytest.mark.parametrize("change", CHANGES)
+def test_rows_of_the_state_are_as_the_state_is(change: str, index: Any) -> None:
+    module, x = Masked(), torch.ones(1, 7, dtype=torch.float64)
+    part = al.linear_operator(module, x).rows(index)
+    part(x), part.H(part(x))  # rows of the state are known by now
+    CHANGES[change](module)
+    for _ in range(2):
+        assert torch.equal(part(x), module.mask[index])
+        assert torch.equal(part.H(part(x)), (module.mask[index] ** 2).reshape(-1, 7).sum(0, keepdim=True))
+        module.mask.mul_(2)
+
+
+def test_rows_of_the_state_are_not_taken_again() -> None:
+    part = al.linear_operator(Masked(), torch.ones(1, 7, dtype=torch.float64)).rows(slice(0, None, 2))
+    (rows,) = [source for source in part.source.nominal.state if source.name.startswith("rows")]
+    assert rows.read() is rows.read()
+
+
 def test_parameters_are_shared_and_learned() -> None:
     module, A = fan()
     part = A.rows([4, 1])

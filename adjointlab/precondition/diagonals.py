@@ -38,7 +38,7 @@ def diagonal(
     ----------
     A : LinearOperator or AffineOperator
         The operator.
-    weight : LinearOperator, or pytree of real tensors, optional
+    weight : LinearOperator, float, or pytree of real tensors, optional
         The weight W, as the solvers take it.
     damp : float or Tensor
         ``damp²`` is the weight of the penalty ``‖x‖²``; a tensor has no dimensions, or one entry for each problem.

@@ -30,12 +30,13 @@ class Equations:
         self.A: LinearOperator = A.linear if isinstance(A, AffineOperator) else A
         for space in (self.A.domain, self.A.codomain):
             require_plain(space, "a preconditioner", sharded=True)
-        self.weight = None if weight is None else weight_operator(self.A, weight)
-        entries = None if self.weight is None else blocks.diagonal_entries(self.weight)
         damping = torch.as_tensor(damp, dtype=torch.float64, device=A.domain.specs[0].device).detach()
         if not bool(((damping >= 0) & (damping < math.inf)).all()):
             raise ValueError(f"expected damp to be finite and 0 or more, got {damping}: take its absolute")
         self.square = damping.square()
+        sizes = batch or tuple(self.square.shape) or None  # of a weight that has no entries
+        self.weight = None if weight is None else weight_operator(self.A, weight, sizes)
+        entries = None if self.weight is None else blocks.diagonal_entries(self.weight)
         if batch is None and entries is not None:
             batch = tuple(A.codomain.leaves(entries)[0].shape[: A.codomain.batch_dims])
         elif batch is None:

@@ -1,8 +1,9 @@
 """Solvers for ``Ax = b``, ``min ‖Ax − y‖² + damp² ‖x‖²``, ``min ‖f(x) − y‖²`` and ``min F(x) + g(Lx)``."""
 
 from adjointlab.solvers.bidiagonalization import lsmr
-from adjointlab.solvers.conjugate_gradients import cg, cgls
+from adjointlab.solvers.conjugate_gradients import cg
 from adjointlab.solvers.nonlinear import gauss_newton, levenberg_marquardt
+from adjointlab.solvers.normal_equations import cgls
 from adjointlab.solvers.primal_dual import pdhg
 from adjointlab.solvers.projected import projected_gradient
 from adjointlab.solvers.proximal import fista

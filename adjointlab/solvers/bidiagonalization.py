@@ -24,7 +24,7 @@ def lsmr(
     *,
     x0: X | None = None,
     damp: float | Tensor = 0.0,
-    weight: LinearOperator[Y, Y] | Y | None = None,
+    weight: LinearOperator[Y, Y] | Y | float | None = None,
     precondition: Preconditioner[X] | None = None,
     maxiter: int | None = None,
     atol: float = 1e-6,

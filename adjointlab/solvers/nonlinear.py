@@ -1,8 +1,8 @@
 r"""Non-linear least squares, ``½‖f(x) − y‖²_W + ½ damp² ‖x‖² + ½ Σ λ ‖Lx − b‖²``, by linearizing f at each iterate.
 
 With the Jacobian J of f at x, a step d minimises the quadratic model, in which f is ``f(x) + J d``: a linear problem,
-that ``cgls`` solves as far as is worth while. The norm of its gradient is brought down by a *forcing term*, which
-shrinks as the gradient of the objective does.
+that ``cgls`` or ``cg`` solves as far as is worth while. The norm of its gradient is brought down by a *forcing term*,
+which shrinks as the gradient of the objective does.
 
 References
 ----------
@@ -24,14 +24,14 @@ from adjointlab.blocks import identity
 from adjointlab.jacobians import Jacobian, jacobian
 from adjointlab.progress import Line, progress_of
 from adjointlab.solvers import implicit
-from adjointlab.solvers.objective import Iterate, Objective
-from adjointlab.solvers.problem import count, nonnegative
+from adjointlab.solvers.objective import Inner, Iterate, Objective
+from adjointlab.solvers.problem import Preconditioner, count, nonnegative
 from adjointlab.solvers.solution import CONVERGED, REASONS, Callback, Info, Solution, Status
 from adjointlab.space.algebra import added, scaled
 from adjointlab.terms import Penalty, weight_operator
 from adjointlab.tree import map_leaves
 
-_INNER = 100  # steps of cgls for one step, unless told
+_INNER = 100  # steps of the linear solver for one step, unless told
 _DECREASE = 1e-4  # of what a linear model promises, at least (Armijo)
 _FORCING = 0.1, 0.9  # of the first step; factor of the others (Eisenstat and Walker, choice 2)
 _FREE = 0.1  # of the gradient, up to which the damping of a step plays no part in it
@@ -42,11 +42,13 @@ _EASE = 1e-3  # of a damping that keeps steps too short to be seen
 Advance = Callable[[Iterate, float], "tuple[Iterate, bool] | Status"]
 
 
-def _line_search(most: int) -> Advance:
+def _line_search(inner: Inner) -> Advance:
     """Return the rule of Gauss–Newton: along the step of the model, as far as the objective falls enough."""
 
     def advance(at: Iterate, forcing: float) -> tuple[Iterate, bool] | Status:
-        d, length = at.step(forcing, most), 1.0
+        d, length = at.step(forcing, inner), 1.0
+        if isinstance(d, Status):
+            return d
         along = -float(at.J.domain.inner(at.descent, d).real)
         if not -math.inf < along < 0:
             return Status.NOT_FINITE if math.isnan(along) else Status.NO_DESCENT
@@ -72,7 +74,7 @@ def _settled(at: Iterate, new: Iterate) -> tuple[Iterate, bool] | Status:
     return (new, True) if is_better else Status.PRECISION
 
 
-def _trust(most: int, tau: float) -> Advance:
+def _trust(inner: Inner, tau: float) -> Advance:
     """Return the rule of Levenberg and Marquardt: damped steps, by the ratio of gain and promise."""
     mu, factor = math.nan, 2.0
 
@@ -84,7 +86,9 @@ def _trust(most: int, tau: float) -> Advance:
         while True:
             if not mu < math.inf:
                 return Status.NO_DESCENT if tries else Status.NOT_FINITE
-            d = at.step(forcing, most, math.sqrt(mu))
+            d = at.step(forcing, inner, math.sqrt(mu))
+            if isinstance(d, Status):
+                return d
             promised, is_free = at.promise(d), 0 < mu * float(at.J.domain.norm(d)) <= _FREE * at.slope
             if not math.isfinite(promised):
                 return Status.NOT_FINITE
@@ -117,6 +121,8 @@ def gauss_newton(
     maxiter: int = 50,
     tol: float = 1e-6,
     inner: int = _INNER,
+    normal: bool = False,
+    precondition: Preconditioner[Any] | None = None,
     callback: Callback | None = None,
     progress: bool | None = None,
 ) -> Solution:
@@ -136,8 +142,9 @@ def gauss_newton(
         The first iterate.
     kwargs : dict, optional
         Fixed keyword arguments of f.
-    weight : LinearOperator, or pytree of real tensors, optional
-        The weight W of the data, a self-adjoint positive operator or the entries of a diagonal one.
+    weight : LinearOperator, float, or pytree of real tensors, optional
+        The weight W of the data, a self-adjoint positive operator or the entries of a diagonal one; a number is for
+        all.
     damp : float or Tensor
         ``damp²`` is the weight of the penalty ``‖x‖²``.
     penalties : sequence of (λ, L) or (λ, L, b)
@@ -147,7 +154,14 @@ def gauss_newton(
     tol : float
         Relative tolerance of the gradient and of the step.
     inner : int
-        Largest number of steps of ``cgls`` for a step.
+        Largest number of steps of the linear solver for a step.
+    normal : bool
+        Whether the linear problem of a step is solved by ``cg`` with ``JᴴWJ + Σ λ LᴴL``, in place of ``cgls``: no
+        residuals are updated, which is faster where there are many data, and less accurate.
+    precondition : LinearOperator, callable or "auto", optional
+        The preconditioner ``M ≈ (JᴴWJ + damp² + Σ λ LᴴL)⁻¹`` of these problems, the same one at all points, or
+        ``"auto"`` for :func:`adjointlab.precondition.auto` at each point: some 60 products with J and Jᴴ, unless the
+        entries of J are known. One that turns out to be none is a ``reason``.
     callback : callable, optional
         Function of x and :class:`Info`, called after each step. If it returns True, the solver stops.
     progress : bool, optional
@@ -163,7 +177,7 @@ def gauss_newton(
     Raises
     ------
     SpaceMismatchError
-        If y, the weight or a penalty does not fit the spaces of f.
+        If y, the weight, a penalty or M does not fit the spaces of f.
     NotDifferentiableError
         If f has no derivative at x₀.
     ValueError
@@ -179,7 +193,7 @@ def gauss_newton(
     tensor([2.0000, 0.5000])
     """
     return _solved(
-        _prepared(f, y, x0, kwargs, (weight, damp, penalties)), _line_search(count("inner", inner, least=1)),
+        _prepared(f, y, x0, kwargs, (weight, damp, penalties)), _line_search(_inner(inner, normal, precondition)),
         name="gauss_newton", maxiter=maxiter, tol=tol, callback=callback, progress=progress,
     )  # fmt: skip
 
@@ -197,6 +211,8 @@ def levenberg_marquardt(
     maxiter: int = 100,
     tol: float = 1e-6,
     inner: int = _INNER,
+    normal: bool = False,
+    precondition: Preconditioner[Any] | None = None,
     callback: Callback | None = None,
     progress: bool | None = None,
 ) -> Solution:
@@ -207,7 +223,7 @@ def levenberg_marquardt(
 
     Parameters
     ----------
-    f, y, x0, kwargs, weight, damp, penalties, maxiter, tol, inner, callback, progress
+    f, y, x0, kwargs, weight, damp, penalties, maxiter, tol, inner, normal, precondition, callback, progress
         As in :func:`gauss_newton`.
     tau : float
         The first μ, in units of the curvature of the model along the gradient: small where x₀ is near the minimum.
@@ -237,7 +253,7 @@ def levenberg_marquardt(
     """
     return _solved(
         _prepared(f, y, x0, kwargs, (weight, damp, penalties)),
-        _trust(count("inner", inner, least=1), _positive("tau", tau)),
+        _trust(_inner(inner, normal, precondition), _positive("tau", tau)),
         name="levenberg_marquardt", maxiter=maxiter, tol=tol, callback=callback, progress=progress,
     )  # fmt: skip
 
@@ -253,6 +269,10 @@ def _prepared(f: Any, y: Any, x0: Any, kwargs: dict[str, Any] | None, terms: tup
         found.append(Penalty(damp**2, identity(J.domain)))
     W = None if weight is None else weight_operator(J, weight)
     return Iterate(Objective(y, W, tuple(found)), J, J.point)
+
+
+def _inner(most: int, normal: bool, precondition: Any) -> Inner:
+    return Inner(count("inner", most, least=1), normal, precondition)
 
 
 def _positive(name: str, value: float) -> float:

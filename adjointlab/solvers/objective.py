@@ -7,13 +7,30 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
+from adjointlab.blocks import identity, weighted_gram
 from adjointlab.jacobians import Jacobian
 from adjointlab.operators import LinearOperator
-from adjointlab.solvers.conjugate_gradients import cgls
+from adjointlab.precondition.spectra import auto
+from adjointlab.solvers.conjugate_gradients import cg
+from adjointlab.solvers.normal_equations import cgls
+from adjointlab.solvers.problem import Preconditioner
+from adjointlab.solvers.solution import REASONS, Status
 from adjointlab.space.algebra import added, scaled
 from adjointlab.terms import Penalty, stacked, stacked_weight
 
 _ROUNDING = 8  # units
+_FAULTS = (Status.M_NOT_FINITE, Status.M_NOT_ADJOINT, Status.M_NOT_POSITIVE)
+
+
+@dataclass(frozen=True)
+class Inner:
+    """How the linear problem of a step is solved: in at most so many steps, with the gram or not, and with which M."""
+
+    most: int
+    normal: bool = False
+    precondition: Preconditioner[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +99,26 @@ class Iterate:
         """The norm of the gradient."""
         return float(self.J.domain.norm(self.descent))
 
-    def step(self, forcing: float, most: int, damp: float = 0.0) -> Any:
-        """Return the step that minimises the model, ``damp²`` of its own norm added, up to a part of the gradient."""
-        return cgls(self.S, self.residual, weight=self.weight, damp=damp, tol=forcing, maxiter=most).x
+    def step(self, forcing: float, inner: Inner, damp: float = 0.0) -> Any:
+        """Return the step that minimises the damped model, up to a part of the gradient, or why M permits none."""
+        M, S, W = inner.precondition, self.S, self.weight
+        if inner.normal:
+            M = auto(S, weight=W, damp=damp) if isinstance(M, str) and M == "auto" else M
+            H = self.hessian if not damp else self.hessian + damp**2 * identity(S.domain)
+            found = cg(H, self.descent, precondition=M, tol=forcing, maxiter=inner.most)
+        else:
+            found = cgls(S, self.residual, weight=W, damp=damp, precondition=M, tol=forcing, maxiter=inner.most)
+        faults = [status for status in _FAULTS if REASONS[status] in found.reason]
+        return faults[0] if faults and not bool(torch.as_tensor(found.iterations).any()) else found.x
+
+    @cached_property
+    def hessian(self) -> LinearOperator:
+        """The Hessian of the model, ``JᴴWJ + Σ λ LᴴL``."""
+        W = self.objective.weight
+        found = self.J.gram if W is None else weighted_gram(self.J, W)
+        for penalty in self.objective.penalties:
+            found = found + penalty.hessian
+        return found
 
     def promise(self, d: Any) -> float:
         """Return how far the model falls along a step, ``⟨−g, d⟩ − ½‖S d‖²_W``."""

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -233,7 +233,21 @@ class SVRG(Method):
         return float(parts.domain.norm(map_leaves(torch.sub, ahead, x))) * n / parts.step
 
 
-def in_parts(
+class Options(TypedDict, total=False):
+    """The arguments that all methods share; :func:`adjointlab.solvers.sgd` says what they mean."""
+
+    subsets: int | None
+    dim: int
+    x0: Any
+    damp: float
+    prox: Prox | None
+    step: float | None
+    generator: torch.Generator | None
+    callback: Callback | None
+    progress: bool | None
+
+
+def _in_parts(
     A: Any, y: Any, subsets: int | None, dim: int, *, damp: float, prox: Prox | None, step: float | None, share: float,
     generator: torch.Generator | None,
 ) -> Parts:  # fmt: skip
@@ -272,19 +286,22 @@ def _given(A: Sequence[Any], y: Any, subsets: int | None) -> tuple[list[Any], li
     return list(A), list(y)
 
 
-def solved(
-    parts: Parts, method: SGD | SAGA | SVRG, x0: Any, *, name: str, maxiter: int, tol: float | None,
-    callback: Callback | None, progress: bool | None,
+def solve(
+    make: Callable[[Parts], SGD | SAGA | SVRG], A: Any, y: Any, *, name: str, share: float, maxiter: int,
+    tol: float | None, subsets: int | None = None, dim: int = 0, x0: Any = None, damp: float = 0.0,
+    prox: Prox | None = None, step: float | None = None, generator: torch.Generator | None = None,
+    callback: Callback | None = None, progress: bool | None = None,
 ) -> Solution:  # fmt: skip
-    """Run epochs until x settles, as a method or the change of x tells, and return the account of them."""
-    most = count("maxiter", maxiter)
+    """Run epochs until x settles, as a method or the change of x tells; steps are a share of ``1 / max ‖Aᵢ‖²``."""
+    parts = _in_parts(A, y, subsets, dim, damp=damp, prox=prox, step=step, share=share, generator=generator)
+    method, most = make(parts), count("maxiter", maxiter)
     tol = None if tol is None else nonnegative("tol", tol)
     domain = parts.domain
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(domain.without_autocast())
-        for A in parts.linear:
-            stack.enter_context(A.frozen())
+        for part in parts.linear:
+            stack.enter_context(part.frozen())
         line = stack.enter_context(progress_of(name, progress, most, most=True))
         at = parts.at(_start(parts, x0))
         norms, status = [math.sqrt(at.value)], Status.EXHAUSTED

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adjointlab.affine import AffineOperator, require_operator
-from adjointlab.blocks import diagonal, weighted_gram
+from adjointlab.blocks import is_scalar, weighted_gram
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.precondition.equations import Equations
@@ -221,9 +221,7 @@ class Problem:
         """``AᴴWA`` without damping and factors, as one operator."""
         if self.given is None:
             return self.A.gram
-        is_operator = isinstance(self.given, LinearOperator)
-        weight = self.given if is_operator else diagonal(weight_entries(self.A, self.given), self.A.codomain)
-        return weighted_gram(self.A, weight)
+        return weighted_gram(self.A, weight_operator(self.A, self.given, self.codomain.batch))
 
     def by_gram(self, x: Vector) -> Vector:
         """Return ``(AᴴWA + damp²) x`` by one product with ``AᴴWA``."""
@@ -238,9 +236,11 @@ def _weighting(A: LinearOperator | AffineOperator, y: Any, weight: Any) -> Calla
     """Return ``r ↦ Wr``; real entries of a diagonal stay real, even if r is complex."""
     if isinstance(weight, LinearOperator):
         return weight_operator(A, weight)
-    weight_entries(A, weight)  # raises
-    entries = A.codomain.structure.leaves(weight) or []
-    if [w.shape for w in entries] != [leaf.shape for leaf in A.codomain.leaves(y)]:
+    found = A.codomain.structure.leaves(weight_entries(A, weight)) or []
+    # Real entries of a complex leaf were cast: those given are as good, and half as large.
+    given = [weight] * len(found) if is_scalar(weight) else A.codomain.structure.leaves(weight) or []
+    entries = [given_w if w.ndim else w for w, given_w in zip(found, given, strict=True)]
+    if any(w.ndim and w.shape != leaf.shape for w, leaf in zip(entries, A.codomain.leaves(y), strict=True)):
         raise SpaceMismatchError(
             f"expected weights of the batch sizes of the data, got shapes {[tuple(w.shape) for w in entries]}: nothing "
             "is broadcast"

@@ -8,33 +8,24 @@ out: each step then adds to a whole gradient, which was computed before, what ha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
+from functools import partial
+from typing import Any, Unpack
 
 from adjointlab.affine import Operator
-from adjointlab.solvers.parts import SAGA, SGD, SVRG, Prox, in_parts, solved
+from adjointlab.solvers.parts import SAGA, SGD, SVRG, Options, solve
 from adjointlab.solvers.problem import nonnegative
-from adjointlab.solvers.solution import Callback, Solution
+from adjointlab.solvers.solution import Solution
 
 
 def sgd(
     A: Operator[Any, Any] | Sequence[Operator[Any, Any]],
     y: Any,
     *,
-    subsets: int | None = None,
-    dim: int = 0,
-    x0: Any = None,
-    damp: float = 0.0,
-    prox: Prox | None = None,
-    step: float | None = None,
     decay: float = 0.0,
     momentum: float = 0.0,
     maxiter: int = 20,
     tol: float = 1e-6,
-    generator: torch.Generator | None = None,
-    callback: Callback | None = None,
-    progress: bool | None = None,
+    **options: Unpack[Options],
 ) -> Solution:
     r"""Bring ``½‖Ax − y‖² + ½ damp² ‖x‖² + h(x)`` down by steps along the gradients of n parts of the data in turn.
 
@@ -112,11 +103,8 @@ def sgd(
     >>> sgd(A, A(torch.tensor([1.0, 2.0])), subsets=2, maxiter=100).x
     tensor([1., 2.])
     """
-    parts = in_parts(A, y, subsets, dim, damp=damp, prox=prox, step=step, share=1.0, generator=generator)
-    method = SGD(parts, nonnegative("decay", decay), _momentum(momentum))
-    return solved(
-        parts, method, x0, name="sgd", maxiter=maxiter, tol=tol, callback=callback, progress=progress
-    )  # fmt: skip
+    make = partial(SGD, decay=nonnegative("decay", decay), momentum=_momentum(momentum))
+    return solve(make, A, y, name="sgd", share=1.0, maxiter=maxiter, tol=tol, **options)
 
 
 def _momentum(value: float) -> float:
@@ -129,17 +117,9 @@ def saga(
     A: Operator[Any, Any] | Sequence[Operator[Any, Any]],
     y: Any,
     *,
-    subsets: int | None = None,
-    dim: int = 0,
-    x0: Any = None,
-    damp: float = 0.0,
-    prox: Prox | None = None,
-    step: float | None = None,
     maxiter: int = 50,
     tol: float = 1e-6,
-    generator: torch.Generator | None = None,
-    callback: Callback | None = None,
-    progress: bool | None = None,
+    **options: Unpack[Options],
 ) -> Solution:
     r"""Minimise ``½‖Ax − y‖² + ½ damp² ‖x‖² + h(x)`` by steps that renew the gradient of one of n parts each.
 
@@ -181,25 +161,16 @@ def saga(
     >>> saga(A, torch.tensor([1.0, 2.0, 3.0, 0.0]), subsets=2, maxiter=200).x
     tensor([1.3333, 1.6667])
     """
-    parts = in_parts(A, y, subsets, dim, damp=damp, prox=prox, step=step, share=1 / 3, generator=generator)
-    return solved(parts, SAGA(parts), x0, name="saga", maxiter=maxiter, tol=tol, callback=callback, progress=progress)
+    return solve(SAGA, A, y, name="saga", share=1 / 3, maxiter=maxiter, tol=tol, **options)
 
 
 def svrg(
     A: Operator[Any, Any] | Sequence[Operator[Any, Any]],
     y: Any,
     *,
-    subsets: int | None = None,
-    dim: int = 0,
-    x0: Any = None,
-    damp: float = 0.0,
-    prox: Prox | None = None,
-    step: float | None = None,
     maxiter: int = 50,
     tol: float = 1e-6,
-    generator: torch.Generator | None = None,
-    callback: Callback | None = None,
-    progress: bool | None = None,
+    **options: Unpack[Options],
 ) -> Solution:
     r"""Minimise ``½‖Ax − y‖² + ½ damp² ‖x‖² + h(x)`` by steps along the whole gradient at the start of each epoch.
 
@@ -245,8 +216,5 @@ def svrg(
     >>> solution.x, solution.converged
     (tensor([1.3333, 1.6667]), True)
     """
-    parts = in_parts(A, y, subsets, dim, damp=damp, prox=prox, step=step, share=1.0, generator=generator)
-    tol = nonnegative("tol", tol)
-    return solved(
-        parts, SVRG(parts, tol), x0, name="svrg", maxiter=maxiter, tol=None, callback=callback, progress=progress
-    )  # fmt: skip
+    make = partial(SVRG, tol=nonnegative("tol", tol))
+    return solve(make, A, y, name="svrg", share=1.0, maxiter=maxiter, tol=None, **options)

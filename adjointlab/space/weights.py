@@ -182,6 +182,7 @@ def weight_of(space: Space, given: Any) -> Weight | None:
     if isinstance(given, tuple) and len(given) == 2 and all(callable(f) and not isinstance(f, Tensor) for f in given):
         return Weight((_pair(space, *given),))
     is_number = isinstance(given, numbers.Real) and not isinstance(given, bool)
+    is_number = is_number or (isinstance(given, Tensor) and not given.ndim)
     flat = [given] * len(space.specs) if is_number else _flat(space, given)
     parts, reason = [], ""
     try:

@@ -55,6 +55,7 @@ KNOWN: dict[str, Make] = {
     "masked blur": lambda: al.diagonal(random(1, 1, 9, 8)) @ al.linear_operator(blur("reflect"), (1, 1, 9, 8)),
     "adjoint": lambda: al.linear_operator(blur("reflect"), (1, 1, 9, 8)).H,
     "stack": lambda: al.vstack([al.linear_operator(blur(), (1, 1, 9, 8)), al.identity((1, 1, 9, 8))]),
+    "through a number": lambda: al.linear_operator(lambda x: -x[0] * random(6), (2,)),
     "two outputs": lambda: al.linear_operator(lambda x: (x.diff(dim=-1), 0 * x, x.sum(0)), (4, 5)),
 }
 

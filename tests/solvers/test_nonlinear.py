@@ -67,6 +67,58 @@ def test_the_gradient_of_the_whole_objective_vanishes(solver: Solver) -> None:
     assert float(found.residual_norms[-1] ** 2 / 2) == pytest.approx(float(objective(found.x)), rel=16 * EPS)
 
 
+SOLVED: dict[str, dict[str, Any]] = {
+    "by the gram": {"normal": True},
+    "with M": {"precondition": lambda s: s / torch.tensor([4.0, 30.0], dtype=D)},
+    "with M and the gram": {"normal": True, "precondition": lambda s: s / torch.tensor([4.0, 30.0], dtype=D)},
+    "with M of each point": {"precondition": "auto"},
+    "with M of each point and the gram": {"normal": True, "precondition": "auto"},
+}
+
+
+@both
+@pytest.mark.parametrize("terms", [{}, {"weight": torch.arange(1.0, 7, dtype=D), "damp": 0.2}, {"penalties": True}])
+@pytest.mark.parametrize("way", SOLVED)
+def test_steps_may_be_solved_in_other_ways(solver: Solver, terms: dict[str, Any], way: str) -> None:
+    L = al.linear_operator(lambda x: x[None] * 2, START)
+    options = {"penalties": [(0.3, L, torch.tensor([[1.0, 0.3]], dtype=D))]} if "penalties" in terms else terms
+    y, expected = data(), solver(decay, data(), START, tol=1e-10, **options)
+    found = solver(decay, y, START, tol=1e-10, **options, **SOLVED[way])
+    assert found.converged
+    assert torch.dist(found.x, expected.x) <= 1e-7
+
+
+@both
+@pytest.mark.parametrize("normal", [False, True])
+def test_a_preconditioner_saves_steps_of_the_linear_solver(solver: Solver, normal: bool) -> None:
+    units = torch.logspace(0, 4, 20, dtype=D)
+
+    def f(x: Tensor) -> Tensor:
+        return units * (x + 0.1 * x.sin())
+
+    start, y = torch.zeros(20, dtype=D), f(torch.ones(20, dtype=D))
+    options = {"tol": 1e-8, "inner": 2, "normal": normal, "maxiter": 30}
+    assert solver(f, y, start, precondition="auto", **options).converged
+    assert not solver(f, y, start, **options).converged
+
+
+@both
+@pytest.mark.parametrize("normal", [False, True])
+@pytest.mark.parametrize(
+    ("M", "reason"),
+    [
+        (lambda s: -s, "M is not positive definite"),
+        (lambda s: torch.tensor([[1.0, 3.0], [0.0, 1.0]], dtype=D) @ s, "M is not self-adjoint"),
+        (lambda s: torch.nan * s, "what the preconditioner M returned"),
+    ],
+)
+def test_what_is_no_preconditioner_is_told(solver: Solver, M: Any, reason: str, normal: bool) -> None:
+    found = solver(decay, data(), START, precondition=M, normal=normal)
+    assert not found.converged
+    assert reason in found.reason
+    assert torch.equal(found.x, START)
+
+
 @both
 def test_phases_from_magnitudes_in_a_dictionary(solver: Solver) -> None:
     draw = torch.Generator().manual_seed(1)
@@ -173,6 +225,9 @@ def test_data_that_are_not_finite(solver: Solver) -> None:
         ({"weight": -torch.ones(6, dtype=D)}, SpaceMismatchError, "weights of 0 or more"),
         ({"maxiter": -1}, ValueError, "maxiter"),
         ({"inner": 0}, ValueError, "inner to be an integer of 1 or more"),
+        ({"precondition": 2.0}, SpaceMismatchError, "expected a preconditioner"),
+        ({"precondition": al.identity((3,))}, SpaceMismatchError, "maps the domain of A"),
+        ({"precondition": 2.0, "normal": True}, SpaceMismatchError, "expected a preconditioner"),
         ({"penalties": (0.25, al.identity(al.Space.of(START)))}, SpaceMismatchError, "put each into brackets"),
         ({"damp": torch.tensor([0.5, 0.5])}, ValueError, "damp to be one number"),
         ({"damp": torch.tensor(torch.nan)}, ValueError, "damp"),

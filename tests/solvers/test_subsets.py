@@ -215,3 +215,9 @@ def test_refusals_say_what_was_expected(solve: Any) -> None:
     ):
         with pytest.raises(error, match=said):
             solve(*arguments, **options)
+
+
+@pytest.mark.parametrize("solver", [al.solvers.sgd, al.solvers.saga, al.solvers.svrg])
+def test_an_argument_that_nobody_knows(solver: Any) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+        solver(al.identity((4,)), torch.ones(4), subsets=2, steps=3)

@@ -278,3 +278,22 @@ def test_what_knows_no_weights_refuses_them() -> None:
     ):  # fmt: skip
         with pytest.raises(al.SpaceMismatchError, match="between spaces without weights"):
             make()
+
+
+def test_a_tensor_without_dimensions_is_the_weight_of_all_leaves() -> None:
+    specs = {"a": (2,), "b": (3,)}
+    assert al.Space.of(specs, weight=torch.tensor(2.0)) == al.Space.of(specs, weight=2.0)
+    assert al.Space.of(specs, weight=2.0) == al.Space.of(specs, weight={"a": 2.0, "b": torch.tensor(2.0)})
+    with pytest.raises(al.SpaceMismatchError, match="positive"):
+        al.Space.of(specs, weight=torch.tensor(-2.0))
+
+
+@pytest.mark.parametrize("weight", [2.0, torch.tensor(2.0), torch.tensor(2.0, dtype=F64)])
+def test_numbers_weigh_data_of_a_weighted_space(weight: Any) -> None:
+    A, _ = weighted_matrix()
+    y, x = A.codomain.randn(seeded(3)), A.domain.randn(seeded(4))
+    F, G = (al.LeastSquares(A, y, w) for w in (weight, torch.full((7,), 2.0, dtype=F64)))
+    assert_close(F(x), G(x), A.domain.eps)
+    assert_close(F.gradient(x), G.gradient(x), A.domain.eps)
+    found, expected = (al.solvers.cgls(A, y, weight=f.weight, damp=0.1, tol=1e-12).x for f in (F, G))
+    assert_close(found, expected, A.domain.eps, factor=64)

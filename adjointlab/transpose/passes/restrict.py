@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from adjointlab import compat
 from adjointlab.modules import Source
 from adjointlab.space.selection import Rows, Selection, window
 from adjointlab.transpose.graph.edit import clean, copied, dependents, known
@@ -169,14 +170,26 @@ def _is_fixed(source: Source) -> bool:
 
 
 def _part(source: Source, dim: int, rows: Rows) -> Source:
-    """Return where rows of a tensor of the state are read: the same ones while that is the same, if it is private."""
+    """Return where rows of a tensor of the state are read: the same tensor for as long as that is right.
+
+    Evenly spaced rows are a view, which shows what is written to the whole, also through ``.data``. It stays until the
+    whole is another tensor, or has other memory. Copied rows stay where nobody but the engine has the whole.
+    """
     take = Selection(dim, rows, source.read().shape[dim])
-    last: list[Tensor] = []  # the whole, and the rows of it
+    is_view = window(rows) is not None
+    last: tuple[Tensor, int, Tensor] | None = None  # the whole, where it lies in memory, and rows of it
 
     def read() -> Tensor:
-        whole = source.read()
-        if not (source.is_private and last and last[0] is whole):
-            last[:] = whole, take(whole)
-        return last[1]
+        nonlocal last
+        whole, before = source.read(), last
+        if not (source.is_private or is_view) or torch.compiler.is_compiling():
+            return take(whole)
+        # The view keeps the memory of the whole alive: no other tensor gets that meanwhile.
+        if before is not None and before[0] is whole and (source.is_private or before[1] == whole.data_ptr()):
+            return before[2]
+        found = take(whole)
+        if compat.plain() and type(whole) is Tensor:
+            last = whole, whole.data_ptr(), found
+        return found
 
     return Source(read, f"{take} of {source.name}", source.is_private)

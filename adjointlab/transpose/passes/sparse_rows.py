@@ -225,7 +225,7 @@ def _times(a: Sparse, factor: Any) -> Sparse:
 
 def _scaled(a: Sparse, factor: Tensor) -> Sparse:
     a = _expanded(a, torch.broadcast_shapes(a.shape, factor.shape))
-    factor = factor.reshape(*[1] * (a.ndim - factor.ndim), *factor.shape)
+    factor = factor.reshape((1,) * (a.ndim - factor.ndim) + factor.shape)
     if any(factor.shape[d] > 1 for d in a.free):
         whole = _apart(factor.expand(a.shape), a.batch, trails=a.trails)
         if not torch.equal(whole, whole[:1].expand_as(whole)):
