@@ -16,7 +16,7 @@ from torch import Tensor
 from adjointlab.errors import ConvergenceWarning, SpaceMismatchError
 from adjointlab.notation import POWER, PRODUCT, SUM, Notation, multiple, number
 from adjointlab.space import Space
-from adjointlab.space.algebra import added, common, conjugated, require_scalar, scaled, viewed_as_real
+from adjointlab.space.algebra import ViewedAsReal, added, common, conjugated, require_scalar, scaled, viewed_as_real
 from adjointlab.space.selection import Selection
 
 Operator = Any  # a LinearOperator, which is made of what is here
@@ -101,21 +101,8 @@ def transpose(a: Operator) -> Made:
 
 def real_view(a: Operator) -> Made:
     """Return A on pairs of real numbers in place of complex ones."""
-
-    def seen(operator: Operator) -> Map:
-        def function(x: Any) -> Any:
-            leaves = operator.domain.structure.leaves(x) or ()
-            pairs = zip(leaves, operator.domain.specs, strict=True)
-            given = [torch.view_as_complex(v.contiguous()) if spec.is_complex else v for v, spec in pairs]
-            image = operator.codomain.leaves(operator(operator.domain.unflatten(given)))
-            return operator.codomain.unflatten(
-                [torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for v in image]
-            )
-
-        return function
-
     spaces = viewed_as_real(a.domain), viewed_as_real(a.codomain)
-    return Made(seen(a), seen(a.H), *spaces, (a,), Notation("real_view({})"))
+    return Made(ViewedAsReal(a), ViewedAsReal(a.H), *spaces, (a,), Notation("real_view({})"))
 
 
 def inverse(a: Operator, solver: Callable[..., Any], options: dict[str, Any]) -> Made:

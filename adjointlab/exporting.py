@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import types
 from collections.abc import Callable, Sequence
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from adjointlab.affine import AffineOperator
+from adjointlab.blocks import diagonal_entries
 from adjointlab.errors import NotExportableError, SpaceMismatchError
 from adjointlab.least_squares import LeastSquares
 from adjointlab.numerics import UNITS, allowance, eps_of, relative_gap
 from adjointlab.operators import LinearOperator
 from adjointlab.space import Space
+from adjointlab.tree import map_leaves
 
 
 def export(
@@ -39,7 +42,8 @@ def export(
         The file, which ends with ``.pt2``. One that is there is replaced.
     batch : (int, int), optional
         The smallest and largest size of the free dimensions, where there are any, as ``batch_dims=1`` declares one.
-        The program then takes every size between; without it, that of the domain alone.
+        The program then takes every size between; without it, that of the domain alone. That of ``F.gradient`` takes
+        pairs ``(x, y)``, with the data; F, its weight and penalties, of one problem, are those of each.
 
     Raises
     ------
@@ -72,6 +76,8 @@ def export(
     if not file.parent.is_dir():
         raise FileNotFoundError(f"expected a path in a folder that exists, got {path}: make {file.parent} first")
     _require_sizes(map, domain, batch)
+    if batch is not None and (F := _objective(map)) is not None:
+        map, domain = _of_data(F)
     from adjointlab.transpose.exported import Fixed  # which registers operations with PyTorch
 
     fixed = Fixed(is_free=batch is not None)
@@ -86,10 +92,16 @@ def export(
         part.unlink(missing_ok=True)
 
 
-def _domain(map: Any) -> Space[Any]:
+def _objective(map: Any) -> LeastSquares[Any, Any] | None:
+    """Return F where a map is its gradient."""
     owner = getattr(map, "__self__", None)
-    if isinstance(map, types.MethodType) and isinstance(owner, LeastSquares) and map.__name__ == "gradient":
-        found: Space[Any] = owner.A.domain
+    is_gradient = isinstance(map, types.MethodType) and map.__name__ == "gradient"
+    return owner if is_gradient and isinstance(owner, LeastSquares) else None
+
+
+def _domain(map: Any) -> Space[Any]:
+    if (F := _objective(map)) is not None:
+        found: Space[Any] = F.A.domain
     elif isinstance(map, (LinearOperator, AffineOperator)):
         found = map.domain
     else:
@@ -115,10 +127,34 @@ def _require_sizes(map: Any, domain: Space[Any], batch: Any) -> None:
             f"expected a map with free dimensions for batch={batch!r}, got one of fixed sizes: build it with "
             "batch_dims=1"
         )
-    if isinstance(map, types.MethodType):
+    if (F := _objective(map)) is not None and set(F.batch_shape) != {1}:
         raise SpaceMismatchError(
-            f"expected A or A.H for batch={batch!r}, got a gradient, whose data have one batch size: export both"
+            f"expected the gradient of one problem for batch={batch!r}, got data of the batch sizes "
+            f"{F.batch_shape}: build F with data of batch size 1, the program takes those of any size"
         )
+
+
+def _of_data(F: LeastSquares[Any, Any]) -> tuple[Callable[[Any], Any], Space[Any]]:
+    """Return ``(x, y) ↦ Aᴴ W (Ax − y) + …`` for batches of problems like F, and the space of the pairs."""
+    k = F.domain.batch_dims
+
+    def repeated(size: tuple[int, ...], element: Any) -> Any:
+        return map_leaves(lambda leaf: leaf.expand(*size, *leaf.shape[k:]), element)
+
+    @functools.cache
+    def of(size: tuple[int, ...]) -> LeastSquares[Any, Any]:
+        entries, penalties = None if F.weight is None else diagonal_entries(F.weight), []
+        for part in F.penalties:
+            strength, b = part.strength, part.b
+            each = strength.expand(size) if isinstance(strength, Tensor) and strength.ndim else strength
+            penalties.append((each, part.L, *([] if b is None else [repeated(size, b)])))
+        weight = F.weight if entries is None else repeated(size, entries)
+        return LeastSquares(F.A, repeated(size, F.y), weight, penalties)
+
+    def gradient(pair: Any) -> Any:
+        return of(tuple(F.domain.leaves(pair[0])[0].shape[:k])).gradient_for(*pair)
+
+    return gradient, Space.of((F.A.domain.plain, F.A.codomain.plain), batch_dims=k)
 
 
 class _Structured(nn.Module):

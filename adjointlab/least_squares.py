@@ -115,8 +115,11 @@ class LeastSquares(nn.Module, Generic[X, Y]):
 
     def residual(self, x: X) -> Y:
         """Return ``Ax − y``."""
+        return self._residual(x, self.y)
+
+    def _residual(self, x: X, y: Y) -> Y:
         codomain = self.A.codomain
-        pairs = list(zip(codomain.leaves(self.A(x)), codomain.leaves(self.y), strict=True))
+        pairs = list(zip(codomain.leaves(self.A(x)), codomain.leaves(y), strict=True))
         if pairs[0][0].shape != pairs[0][1].shape:
             raise SpaceMismatchError(
                 f"expected x of the batch size of the data, got Ax of shape {tuple(pairs[0][0].shape)} for data of "
@@ -135,11 +138,16 @@ class LeastSquares(nn.Module, Generic[X, Y]):
 
     def gradient(self, x: X) -> X:
         """Return ``Aᴴ W (Ax − y) + Σ λ Lᴴ (Lx − b)``."""
-        return self._penalised(self._residual_and_gradient(x, residual=False)[2], x)  # which may not need the residual
+        return self.gradient_for(x, self.y)
+
+    def gradient_for(self, x: X, y: Y) -> X:
+        """Return the gradient at x of the objective with other data."""
+        gradient = self._residual_and_gradient(x, y, residual=False)[2]  # which may not need the residual
+        return self._penalised(gradient, x)
 
     def value_and_gradient(self, x: X) -> tuple[Tensor, X]:
         """Return F and its gradient at x, with one forward and one adjoint of A."""
-        residual, weighted, gradient = self._residual_and_gradient(x, residual=True)
+        residual, weighted, gradient = self._residual_and_gradient(x, self.y, residual=True)
         value = self._value(residual, self._weighted(residual) if weighted is None else weighted, x)
         return value, self._penalised(gradient, x)
 
@@ -153,15 +161,15 @@ class LeastSquares(nn.Module, Generic[X, Y]):
         found: Any = self._modules["penalties"]
         return iter(found)
 
-    def _residual_and_gradient(self, x: X, *, residual: bool) -> tuple[Any, Any, X]:
+    def _residual_and_gradient(self, x: X, y: Y, *, residual: bool) -> tuple[Any, Any, X]:
         """Return ``Ax − y``, its weighted form if that was computed, and the gradient: from one graph if possible."""
         entries = None if self.weight is None else diagonal_entries(self.weight)
         if self.weight is None or entries is not None:
             A: Any = self._modules["A"]
-            fused = residual_and_gradient(A, x, self.y, entries, residual=residual)
+            fused = residual_and_gradient(A, x, y, entries, residual=residual)
             if fused is not None:
                 return fused[0], None, fused[1]
-        apart = self.residual(x)
+        apart = self._residual(x, y)
         weighted = self._weighted(apart)
         return apart, weighted, self.A.H(weighted)
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.notation import POWER, PRODUCT, Notation
 from adjointlab.operators import LinearOperator, Map, derived
-from adjointlab.space import Space
-from adjointlab.space.algebra import require_plain
+from adjointlab.space import Space, TensorSpec
+from adjointlab.space.algebra import require_whole, weighted_like
 from adjointlab.tree import SINGLE, map_leaves
+from adjointlab.weighted import operator_of
 
 
 def map(A: LinearOperator[Any, Any], dim: int = 0, size: int | None = None) -> LinearOperator[Any, Any]:
@@ -65,7 +66,7 @@ def map(A: LinearOperator[Any, Any], dim: int = 0, size: int | None = None) -> L
 
 def _stacked(space: Space, dim: int, size: int | None) -> Space:
     """Return the space of stacks of elements along a new dimension, which is free if it has no size."""
-    require_plain(space, "al.map")
+    require_whole(space, "al.map")
     specs, first = [], 0 if size is None else space.batch_dims
     for spec in space.specs:
         place = dim if dim >= 0 else len(spec.shape) + 1 + dim
@@ -75,7 +76,17 @@ def _stacked(space: Space, dim: int, size: int | None) -> Space:
                 "slices of a given number are stacked behind the free dimensions"
             )
         specs.append(replace(spec, shape=(*spec.shape[:place], size or 1, *spec.shape[place:])))
-    return Space(tuple(specs), space.structure, space.batch_dims + (size is None))
+
+    def entries(w: Tensor, spec: TensorSpec) -> Tensor:
+        return w if size is None else _of_all(w, spec.shape[first:]).unsqueeze(dim if dim < 0 else dim - first)
+
+    plain = Space(tuple(specs), space.structure, space.batch_dims + (size is None))
+    return weighted_like(plain, (space,), entries, lambda W: map(operator_of(W), dim, size))
+
+
+def _of_all(w: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the weight of a leaf with all of its dimensions, some of size one."""
+    return w.reshape((1,) * (len(shape) - w.ndim) + tuple(w.shape))
 
 
 def _at_slices(A: LinearOperator, dim: int) -> Map:
@@ -127,7 +138,7 @@ def kron(A: LinearOperator[Tensor, Tensor], B: LinearOperator[Tensor, Tensor]) -
     """
     _require_operators("al.kron", A, B)
     for space in (A.domain, A.codomain, B.domain, B.codomain):
-        require_plain(space, "al.kron")
+        require_whole(space, "al.kron")
         if space.structure is not SINGLE or space.batch_dims:
             raise SpaceMismatchError(
                 f"expected al.kron of operators between single tensors with batch_dims=0, got one on {space}: use "
@@ -138,17 +149,32 @@ def kron(A: LinearOperator[Tensor, Tensor], B: LinearOperator[Tensor, Tensor]) -
             f"expected A to map the dtype and device that B returns, got {A.domain} and {B.codomain}: move one with "
             ".to(…)"
         )
-    spaces = A.domain, A.codomain, B.domain, B.codomain
-    a, b, c, d = (space.specs[0].shape for space in spaces)
+    a, b, c, d = (space.specs[0].shape for space in (A.domain, A.codomain, B.domain, B.codomain))
     columns, columns_back, rows, rows_back = (
         _at_slices(operator, dim) for operator, dim in ((A, -1), (A.H, -1), (B, 0), (B.H, 0))
     )
     return derived(
         lambda x: columns(rows(x.reshape(-1, *c)).reshape(*a, -1)).reshape(*b, *d),
         lambda y: rows_back(columns_back(y.reshape(*b, -1)).reshape(-1, *d)).reshape(*a, *c),
-        Space((replace(B.domain.specs[0], shape=(*a, *c)),)), Space((replace(A.codomain.specs[0], shape=(*b, *d)),)),
+        _products(A.domain, B.domain, B.domain), _products(A.codomain, B.codomain, A.codomain),
         (kron, (A, B)), A, B, notation=Notation("{} ⊗ {}", PRODUCT, POWER),
     )  # fmt: skip
+
+
+def _products(left: Space, right: Space, like: Space) -> Space:
+    """Return the space of tensors with the dimensions of both spaces, of the dtype of one."""
+    (a,), (b,) = left.specs, right.specs
+    if a.dtype != b.dtype and not all(s.weight is None or s.weight.is_diagonal for s in (left, right)):
+        raise SpaceMismatchError(
+            f"expected al.kron of operators between spaces of one dtype, where a weight is an operator, got {left} and "
+            f"{right}: use weights that are numbers"
+        )
+    plain = Space((replace(like.specs[0], shape=(*a.shape, *b.shape)),))
+
+    def entries(v: Tensor, w: Tensor, *_: TensorSpec) -> Tensor:
+        return v.reshape(*v.shape, *[1] * len(b.shape)) * w
+
+    return weighted_like(plain, (left, right), entries, lambda V, W: kron(operator_of(V), operator_of(W)))
 
 
 def complexify(A: LinearOperator[Any, Any]) -> LinearOperator[Any, Any]:
@@ -204,13 +230,15 @@ _COMPLEX = {torch.float16: torch.complex32, torch.float32: torch.complex64, torc
 
 def _complex(space: Space) -> Space:
     """Return the space of complex elements of the same shapes."""
-    require_plain(space, "al.complexify")
+    require_whole(space, "al.complexify")
     if not all(spec.dtype in _COMPLEX for spec in space.specs):
         raise SpaceMismatchError(
             f"expected an operator between real spaces of {', '.join([str(dtype) for dtype in _COMPLEX])}, got one on "
             f"{space}: PyTorch has no complex numbers of this dtype"
         )
-    return Space(tuple([replace(s, dtype=_COMPLEX[s.dtype]) for s in space.specs]), space.structure, space.batch_dims)
+    specs = tuple([replace(s, dtype=_COMPLEX[s.dtype]) for s in space.specs])
+    plain = Space(specs, space.structure, space.batch_dims)
+    return weighted_like(plain, (space,), lambda w, _: w, lambda W: complexify(operator_of(W)))
 
 
 def _require_operators(name: str, *operators: Any) -> None:

@@ -17,12 +17,13 @@ from adjointlab.modules import Entries, buffers_kept
 from adjointlab.notation import Notation, name_of, outline
 from adjointlab.operators import LinearOperator, derived
 from adjointlab.space import Space
-from adjointlab.space.algebra import require_plain
+from adjointlab.space.algebra import require_whole
 from adjointlab.space.codomain import space_of
 from adjointlab.space.spec import describe
 from adjointlab.transpose import Eager, Options, Transposition
 from adjointlab.transpose.loop import Loop, Slots
 from adjointlab.tree import SINGLE, Structure, tree_flatten
+from adjointlab.weighted import in_spaces
 
 
 def recurrence(
@@ -51,7 +52,7 @@ def recurrence(
         The linear step S, from a state, and an input if there are any, to a state, or to a pair of state and output.
         Each of them is a tensor or a pytree of tensors.
     state : Tensor, tuple of int, TensorSpec, Space or pytree of these
-        An example of the state ``u₀``, or its shape.
+        An example of the state ``u₀``, or its shape. A space may have a weight; so may that of the inputs.
     steps : int, optional
         The number of steps T, which may be left out where ``inputs`` or ``xs`` show it.
     inputs : Tensor, tuple of int, TensorSpec, Space or pytree of these, optional
@@ -112,7 +113,7 @@ def recurrence(
     where = like_parameters(step, state, batch_dims)
     given = None if inputs is None else like_parameters(step, inputs, batch_dims)
     for space in (where, *([] if given is None else [given])):
-        require_plain(space, "al.recurrence")
+        require_whole(space, "al.recurrence")
     if given is not None and initial is None:
         _require_zero(state)
     choices = {"outputs": outputs, "final": final, "initial": given is None if initial is None else initial}
@@ -136,7 +137,7 @@ class _Plan:
     def again(self, loop: Loop) -> tuple[Any, ...]:
         """Return a function and its arguments that make the same operator, with its spaces and series of now."""
         n, specs, entries = len(self.state.specs), loop.source.domain.specs, loop.series.leaves()
-        state = replace(self.state, specs=specs[:n])
+        state = replace(self.state.plain, specs=specs[:n])
         inputs = None if self.inputs is None else _stacked(replace(_entry(self.inputs), specs=specs[n:]), self.steps)
         xs = self.structure.unflatten(entries) if entries else None
         options = {"batch_dims": self.state.batch_dims, "engine": loop.source.options.requested, "check": self.check}
@@ -145,7 +146,7 @@ class _Plan:
 
 def _built(plan: _Plan) -> LinearOperator[Any, Any]:
     """Return the operator of a plan: the step is derived here."""
-    k, parts = plan.state.batch_dims, (plan.state, *([] if plan.inputs is None else [_entry(plan.inputs)]))
+    k, parts = plan.state.batch_dims, (plan.state.plain, *([] if plan.inputs is None else [_entry(plan.inputs)]))
     slots, entries = Slots(plan.step, plan.series, plan.structure), Entries(plan.series)
     function, has_outputs = _arranged(
         slots if plan.series else plan.step, plan.state, Space.of(parts, batch_dims=k), plan.choices["outputs"]
@@ -171,10 +172,10 @@ def _built(plan: _Plan) -> LinearOperator[Any, Any]:
     whole: LinearOperator[Any, Any] = derived(
         lambda x: codomain.unflatten(loop(_leaves(domain, x), loop.forwards)),
         lambda v: domain.unflatten(loop(_leaves(codomain, v), loop.backwards)),
-        domain, codomain, lambda: plan.again(loop), part, *([entries] if plan.series else []),
+        domain.plain, codomain.plain, lambda: plan.again(loop), part, *([entries] if plan.series else []),
         notation=Notation(f"recurrence({{}}, steps={plan.steps})"),
     )  # fmt: skip
-    return whole
+    return in_spaces(whole, domain, codomain)
 
 
 def _leaves(space: Space, x: Any) -> tuple[Tensor, ...]:
@@ -233,9 +234,10 @@ def _require_zero(state: Any) -> None:
 
 
 def _entry(stacked: Space) -> Space:
-    """Return the space of what is given at one step."""
+    """Return the space of what is given at one step, without a weight."""
     k = stacked.batch_dims
-    return replace(stacked, specs=tuple([replace(s, shape=(*s.shape[:k], *s.shape[k + 1 :])) for s in stacked.specs]))
+    specs = tuple([replace(s, shape=(*s.shape[:k], *s.shape[k + 1 :])) for s in stacked.specs])
+    return replace(stacked, specs=specs, weight=None)
 
 
 def _stacked(space: Space, steps: int) -> Space:

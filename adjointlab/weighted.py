@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from adjointlab import algebra
 from adjointlab.notation import POWER, Notation
-from adjointlab.operators import LinearOperator, adjoint_of, derived
+from adjointlab.operators import LinearOperator, adjoint_of, derived, made, product
 from adjointlab.space import Space
+from adjointlab.space.algebra import Weighing
 from adjointlab.typed import X, Y
 
 
@@ -27,12 +29,30 @@ def without_weights(a: LinearOperator[X, Y]) -> LinearOperator[X, Y]:
     """Return the same map between the spaces without weights, the adjoint being the plain one: ``W_X Aᴴ W_Y⁻¹``."""
     if a.domain.weight is a.codomain.weight is None:
         return a
-    make = a.recipe
-    if make[0] is adjoint_of:
-        return without_weights(make[1][0]).H
-    if make[0] is in_spaces:
-        return make[1][0]  # type: ignore[no-any-return]
+    function, arguments = a.recipe
+    if function is adjoint_of:
+        return without_weights(arguments[0]).H
+    if function is in_spaces:
+        return arguments[0]  # type: ignore[no-any-return]
+    if function is product:
+        return product(without_weights(arguments[0]), without_weights(arguments[1]))
+    if function is algebra.multiple_of:
+        scalar, part, *inverse = arguments
+        return made(algebra.multiple_of, scalar, without_weights(part), *inverse)
     return derived(
         a, lambda y: a.domain.weigh(a.H(a.codomain.unweigh(y))), a.domain.plain, a.codomain.plain,
         (without_weights, (a,)), a, notation=Notation("{}", POWER + 1),
+    )  # fmt: skip
+
+
+def weighing(space: Space[X], *, inverse: bool = False) -> LinearOperator[X, X]:
+    """Return ``x ↦ Wx``, or ``x ↦ W⁻¹x``, on the space without its weight."""
+    return operator_of(Weighing(space, inverse=inverse))
+
+
+def operator_of(weighing: Weighing) -> LinearOperator:
+    """Return the operator of a weight, or of its inverse, which moves with it."""
+    return derived(
+        weighing, weighing, weighing.domain, weighing.domain, lambda: (operator_of, (weighing,)), weighing,
+        notation=Notation(meaning=f"the weight of {weighing.space}"),
     )  # fmt: skip

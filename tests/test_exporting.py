@@ -154,6 +154,33 @@ def test_operators_of_the_zoo(name: str, tmp_path: Path) -> None:
         assert relative_gap(A.domain.leaves(A.H(y)), A.domain.leaves(found)) <= UNITS * A.domain.eps
 
 
+def problem(weight: str, *, affine: bool = False) -> al.LeastSquares:
+    space = al.Space.of((1, 1, 12, 12), batch_dims=1, weight=torch.rand(12) + 0.5 if weight == "of spaces" else None)
+    layer = nn.Conv2d(1, 1, 5, padding=2, bias=affine)
+    A: Any = (al.affine_operator if affine else al.linear_operator)(layer, space, codomain=space, batch_dims=1)
+    y = A.codomain.randn()
+    weights = {"entries": torch.rand_like(y), "operator": 3 * al.identity(A.codomain)}
+    penalties: list[Any] = [(0.1, al.finite_differences(A.domain))]
+    penalties += [(torch.tensor([0.2]), al.identity(A.domain), A.domain.randn())]
+    return al.LeastSquares(A, y, weights.get(weight), [] if weight == "of spaces" else penalties)
+
+
+@pytest.mark.parametrize("weight", ["none", "entries", "operator", "of spaces"])
+def test_a_gradient_of_any_batch_takes_the_data(weight: str, tmp_path: Path) -> None:
+    F = problem(weight, affine=weight == "entries")
+    al.export(F.gradient, tmp_path / "gradient.pt2", batch=(1, 16))
+    run = torch.export.load(tmp_path / "gradient.pt2").module()
+    for n in (1, 5, 16):
+        x, y = (space.with_batch((n,)).randn() for space in (F.A.domain, F.A.codomain))
+        with torch.no_grad():
+            found = run((x, y))
+            parts = [F.gradient_for(*pair) for pair in zip(x.split(1), y.split(1), strict=True)]
+        assert relative_gap((torch.cat(parts),), (found,)) <= UNITS * F.A.domain.eps
+    for wrong in ((x, y[:3]), (x, y.double())):
+        with pytest.raises((AssertionError, RuntimeError)):
+            run(wrong)
+
+
 def operations(path: Path) -> list[str]:
     return [str(node.target) for node in torch.export.load(path).graph.nodes if node.op == "call_function"]
 
@@ -272,8 +299,8 @@ def averaged() -> al.LinearOperator:  # which has as many parts as the batch
         (lambda: conv(3, 8), (1, 8), al.SpaceMismatchError, "one of fixed sizes: build it with batch_dims=1"),
         (lambda: conv(3, 8, free=1), (8, 1), al.SpaceMismatchError, "1 ≤ smallest < largest, got"),
         (lambda: conv(3, 8, free=1), 8, al.SpaceMismatchError, "two sizes, got 8"),
-        (lambda: al.LeastSquares(conv(3, 8, free=1), torch.zeros(1, 1, 8, 8)).gradient, (1, 8),
-         al.SpaceMismatchError, "whose data have one batch size"),
+        (lambda: al.LeastSquares(conv(3, 8, free=1), torch.zeros(2, 1, 8, 8)).gradient, (1, 8),
+         al.SpaceMismatchError, "build F with data of batch size 1"),
         (lambda: nn.Linear(2, 2), None, al.SpaceMismatchError, "got Linear: wrap a module"),
     ],
 )  # fmt: skip

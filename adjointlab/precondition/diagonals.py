@@ -92,4 +92,4 @@ def diagonal(
         )
     space = equations.space
     pairs = zip(found, space.specs, strict=True)
-    return blocks.diagonal(space.unflatten([(1 / d).to(spec.dtype) for d, spec in pairs]), space)
+    return blocks.diagonal(space.unflatten([(1 / d).to(spec.dtype) for d, spec in pairs]), equations.domain)

@@ -12,7 +12,7 @@ from adjointlab.affine import Operator
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.precondition.columns import Leaves
-from adjointlab.precondition.equations import Equations, of_module, seeded
+from adjointlab.precondition.equations import Equations, seeded
 from adjointlab.space.coordinates import common_dtype
 from adjointlab.typed import X
 
@@ -129,7 +129,7 @@ def nystrom(
     largest = float(values[0]) + square
     least = max(float(values[-1]) + square, torch.finfo(like.dtype).eps * largest) if largest > 0 else 1.0
     factors = 1 / (values + square).clamp_min(least)
-    return of_module(_LowRank(basis, factors, 1 / least), space)
+    return equations.preconditioner(_LowRank(basis, factors, 1 / least))
 
 
 def _eigenvectors(draws: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from adjointlab.affine import Operator
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.precondition.columns import Leaves
-from adjointlab.precondition.equations import Equations, of_module, positive, seeded
+from adjointlab.precondition.equations import Equations, positive, seeded
 from adjointlab.space import TensorSpec
 from adjointlab.typed import X
 
@@ -88,7 +88,8 @@ def circulant(
     A, weight, damp
         As for :func:`diagonal`.
     scale : pytree of tensors, optional
-        The entries c, such as one over the norms of the columns; ones if not given.
+        The entries c, such as one over the norms of the columns; ones if not given. If the domain has a weight, they
+        scale ``W^½ x``.
     dims : int, optional
         Number of last dimensions that F transforms; the others, such as channels, have a spectrum each. All but the
         first two of a leaf with three or more, and all of others, if not given.
@@ -147,7 +148,7 @@ def _circulant(
         rows = [_spectrum(q, n).abs().double().square() for q, n in zip(image, each, strict=True)]
         total = [a + b / samples for a, b in zip(total, rows, strict=True)]
     inverses = [_inverse(lengths.sqrt(), spec) for lengths, spec in zip(total, space.specs, strict=True)]
-    return of_module(_Filter(each, scales, inverses), space)
+    return equations.preconditioner(_Filter(each, scales, inverses))
 
 
 def _inverse(lengths: Tensor, spec: TensorSpec) -> Tensor:
@@ -223,7 +224,7 @@ def of_equations(
     found, error = equations.diagonal(_PROBES, generator)
     pairs = list(zip(found, space.specs, strict=True))
     if space.is_sharded:
-        return blocks.diagonal(space.unflatten([(1 / d).to(spec.dtype) for d, spec in pairs]), space)
+        return blocks.diagonal(space.unflatten([(1 / d).to(spec.dtype) for d, spec in pairs]), equations.domain)
     scales = None if error > _SURE else [_half(d, spec) for d, spec in pairs]
     return _circulant(equations, scales, dims, samples, generator)
 

@@ -268,15 +268,131 @@ def test_rows_of_an_operator_between_weighted_spaces_have_the_weights_of_their_r
         of_pair.rows([0])
 
 
+KINDS = ("none", "number", "entries", "operator")
+
+
+def spaced(n: int, kind: str, dtype: torch.dtype, seed: int = 0) -> al.Space:
+    weights = {"none": None, "number": 2.5, "entries": positive(n, seed=seed), "operator": blurred(n, dtype)}
+    return al.Space.of((n,), dtype=dtype, weight=weights[kind])
+
+
+def matrix_between(kinds: tuple[str, str], shape: tuple[int, int], dtype: torch.dtype) -> al.LinearOperator:
+    M = torch.randn(*shape, generator=seeded(shape[0]), dtype=dtype)
+    return al.matrix(M, spaced(shape[1], kinds[0], dtype, 1), spaced(shape[0], kinds[1], dtype, 2))
+
+
+def require_weighted(A: al.LinearOperator, WX: Tensor, WY: Tensor) -> None:
+    """Raise unless an operator has these weights, its adjoint, its copies, and the solutions that follow."""
+    for space, W in ((A.domain, WX), (A.codomain, WY)):
+        assert_close(dense(space), W, space.eps, factor=256)
+    for B in (A, copy.deepcopy(A), pickle.loads(pickle.dumps(A)), copy.deepcopy(A).float()):
+        al.assert_adjoint(B)
+        assert B.codomain.plain.specs[0].dtype == A.codomain.specs[0].dtype or B.domain != A.domain
+    M = al.to_dense(A)
+    if len(M) > len(M[0]):
+        L, y = torch.linalg.cholesky(WY).mH, A.codomain.randn(seeded(4))
+        expected = torch.linalg.lstsq(L @ M, (L @ y.reshape(-1))[:, None]).solution[:, 0]
+        assert_close(al.solvers.cgls(A, y, tol=1e-13).x.reshape(-1), expected, A.domain.eps, factor=1e6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("other", KINDS[::3])
+def test_operators_on_larger_elements_have_the_weights_of_these(kind: str, other: str) -> None:
+    A, B = matrix_between((kind, other), (5, 4), F64), matrix_between((other, kind), (3, 2), F64)
+    X, Y, eye = dense(A.domain), dense(A.codomain), torch.eye(3, dtype=F64)
+    require_weighted(al.kron(A, B), torch.kron(X, dense(B.domain)), torch.kron(Y, dense(B.codomain)))
+    require_weighted(al.map(A, 0, 3), torch.kron(eye, X), torch.kron(eye, Y))
+    require_weighted(al.map(A, -1, 3), torch.kron(X, eye), torch.kron(Y, eye))
+    free = al.map(A)
+    al.assert_adjoint(free)
+    assert free.H.codomain.with_batch((2,)).weight == free.domain.weight
+    C = al.complexify(A)
+    assert C.is_complex_linear
+    al.assert_adjoint(C)
+    assert_close(dense(C.domain), X.to(C128), A.domain.eps, factor=64)
+    Z = matrix_between((kind, other), (5, 4), C128)
+    al.assert_adjoint(Z.real_view)
+    x = Z.domain.randn(seeded(5))
+    assert_close(Z.real_view.domain.norm(torch.view_as_real(x)), Z.domain.norm(x), Z.domain.eps)
+
+
+def test_weights_of_batches_are_put_where_the_dimension_of_slices_is() -> None:
+    w = positive(4, 1)
+    space = al.Space.of((2, 4, 3), dtype=F64, batch_dims=1, weight=w)
+    A = al.linear_operator(lambda x: 2 * x, space, codomain=space)
+    for dim, expected in ((1, w[None]), (2, w[:, None]), (-1, w[:, :, None])):
+        M = al.map(A, dim, 5)
+        assert M.domain == al.Space.of(M.domain.plain, weight=expected)
+        al.assert_adjoint(M)
+    Z = matrix_between(("operator", "none"), (3, 3), C128)
+    F = al.linear_operator(torch.fft.rfft, spaced(4, "none", F64))
+    with pytest.raises(al.SpaceMismatchError, match="of one dtype, where a weight is an operator"):
+        al.kron(Z, F)
+
+
+def test_recurrences_between_spaces_with_weights() -> None:
+    state, inputs = al.Space.of((6,), dtype=F64, weight=blurred()), al.Space.of((5, 6), dtype=F64, weight=positive(6))
+
+    def step(u: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+        return 0.5 * u.roll(1) + i, u.diff()
+
+    A = al.recurrence(step, state, inputs=inputs, initial=True, final=True)
+    assert A.domain == al.Space.of((state, inputs))
+    assert A.codomain == al.Space.of((state, al.Space.of((5, 5), dtype=F64)))
+    for B in (A, copy.deepcopy(A), copy.deepcopy(A).float(), al.recurrence(step, state, inputs=inputs)):
+        al.assert_adjoint(B)
+    plain = al.recurrence(step, state.plain, inputs=inputs.plain, initial=True, final=True)
+    y = A.codomain.randn(seeded(1))
+    expected = A.domain.unweigh(plain.H(A.codomain.weigh(y)))
+    for found, leaf in zip(A.H(y), expected, strict=True):
+        assert_close(found, leaf, A.domain.eps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_preconditioners_know_the_weights_of_spaces(kind: str, weighted: bool) -> None:
+    X, Y = al.Space.of((20,), dtype=F64, weight=positive(20) ** 4), spaced(30, kind, F64)
+    M = torch.randn(30, 20, generator=seeded(3), dtype=F64) * torch.logspace(0, 2, 20, dtype=F64)
+    A = al.matrix(M, X, Y)
+    W: Any = positive(30, seed=7) if weighted else None
+    if weighted and kind == "operator":
+        W = 3 * al.identity(Y)
+    y, options = Y.randn(seeded(4)), {"weight": W, "damp": 0.1}
+    plain = al.solvers.cgls(A, y, tol=1e-10, **options)
+    makers = al.precondition.diagonal, al.precondition.auto, lambda A, **o: al.precondition.nystrom(A, 10, **o)
+    for P in (*[make(A, **options) for make in makers], al.precondition.circulant(A, **options)):
+        al.assert_adjoint(P)
+        al.assert_adjoint(copy.deepcopy(P))
+        assert P.domain == P.codomain == X
+        found = al.solvers.cgls(A, y, tol=1e-10, precondition=P, **options)
+        assert X.norm(found.x - plain.x) <= 1e-7 * X.norm(plain.x)
+    for P in [make(A, **options) for make in makers]:
+        assert al.solvers.cgls(A, y, tol=1e-10, precondition=P, **options).iterations < 0.7 * plain.iterations
+    assert al.solvers.cgls(A, y, tol=1e-10, precondition="auto", **options).iterations < 0.7 * plain.iterations
+    if kind != "operator":  # the norms of the columns are exact
+        N = al.to_dense(A.gram if W is None else A.H @ al.diagonal(W, Y) @ A)
+        ones = torch.ones(20, dtype=F64)
+        assert_close(al.precondition.diagonal(A, **options)(ones), 1 / (N.diagonal() + 0.01), X.eps, factor=64)
+
+
+def test_preconditioners_of_batches_with_weights() -> None:
+    c = nn.Conv1d(1, 1, 5, padding=2, bias=False, dtype=F64).requires_grad_(False)
+    X, Y = (al.Space.of((3, 1, 32), dtype=F64, batch_dims=1, weight=positive(32, seed=k)) for k in (1, 2))
+    A = al.linear_operator(c, X, codomain=Y, batch_dims=1)
+    y, damp = A(X.randn(seeded(1))), torch.tensor([0.1, 0.2, 0.3], dtype=F64)
+    plain = al.solvers.cgls(A, y, damp=damp, tol=1e-10)
+    found = al.solvers.cgls(A, y, damp=damp, tol=1e-10, precondition="auto")
+    assert_close(found.x, plain.x, X.eps, factor=1e7)
+
+
 def test_what_knows_no_weights_refuses_them() -> None:
-    X = al.Space.of((8,), dtype=torch.float64, weight=2.0)
-    A = al.linear_operator(lambda x: 3 * x, X, codomain=X)
+    X = spaced(6, "operator", F64)
+    A = al.identity(X)
     for make in (
-        lambda: al.map(A), lambda: al.kron(A, A), lambda: al.complexify(A), lambda: al.precondition.nystrom(A, 2),
+        lambda: al.precondition.nystrom(A, 2), lambda: al.precondition.diagonal(A),
         lambda: al.solvers.cgls(A, A.codomain.randn(), precondition="auto"),
-        lambda: al.recurrence(lambda u: u, X, steps=2),
     ):  # fmt: skip
-        with pytest.raises(al.SpaceMismatchError, match="between spaces without weights"):
+        with pytest.raises(al.SpaceMismatchError, match="whose weight is an operator: give M as a function"):
             make()
 
 
