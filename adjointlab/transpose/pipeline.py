@@ -48,10 +48,12 @@ from adjointlab.transpose.passes.normalise import normalise
 from adjointlab.transpose.passes.own_outputs import own_outputs
 from adjointlab.transpose.passes.partition import value_of_state
 from adjointlab.transpose.passes.restrict import restrict
+from adjointlab.transpose.passes.sweeps import sweeps
 from adjointlab.transpose.runtime import autodiff
 from adjointlab.transpose.runtime.derivation import Derivation, Gram, metadata_of
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import Program, Residuals, of_storage
+from adjointlab.transpose.runtime.steps import InSweeps, Together
 from adjointlab.transpose.selfcheck import Candidate, Sketch
 
 ENGINES = ("auto", "eager", "traced", "compiled")
@@ -283,25 +285,49 @@ def assemble(
         tuple(metadata_of(source.read()) for source in state), graphs.forward.specialized, graphs.mapping(),
         of_storage=any(map(of_storage, graphs.mapping().values())),
         is_doubtful=bool(graphs.adjoint.readers) or (residuals is None and not options.affine and adds_state(forward)),
-        joint=functools.cache(functools.partial(_joint, graphs, options, mode, compiled)),
         residuals=residuals, has_checks=graphs.has_checks,
     )  # fmt: skip
     return replace(
         derivation,
         gradient=_once(functools.partial(_gradient, derivation, graphs, spaces[0], options, way)),
         gram=_once(functools.partial(_gram, derivation, graphs, spaces, options, way)),
+        in_sweeps=_once(functools.partial(_in_sweeps, derivation, graphs, options, mode)),
         multiplier=_multiplier(derivation, graphs, spaces[0], options, way),
     )
 
 
-def _joint(graphs: Graphs, options: Options, mode: str, compiled: Compiled | None) -> Program | None:
-    """Return the adjoint with the gradients in the state as one program, where there is a graph of both."""
-    if graphs.adjoint.joint is None or graphs.linear is not graphs.forward:
+def _in_sweeps(
+    derivation: Derivation, graphs: Graphs, options: Options, mode: str, count: int, moving: tuple[int, ...],
+    chosen: tuple[int, ...],
+) -> InSweeps | None:  # fmt: skip
+    """Return the programs for the chosen gradients in the state by two sweeps, None where the parts are to run."""
+    if graphs.adjoint.of_state is None or graphs.linear is not graphs.forward:
         return None
-    program = _program(graphs.adjoint.joint, options=options, mode=mode)
-    if mode == "compiled" and compiled is None:
+    found = sweeps(graphs.forward, graphs.adjoint.graph, graphs.adjoint.of_state, count, moving, chosen)
+    if found is None:
+        return None
+    forth, back = (_program(graph, options=options, mode=mode) for graph in (found.forth, found.back))
+    for program in (forth, back) if mode == "compiled" else ():
         program.compile(options.options)
-    return program
+    m, of_state = len(graphs.forward.inputs), graphs.adjoint.of_state.function
+    made = InSweeps(forth, back, found.end.function, found.given, found.sums, len(graphs.adjoint.graph.outputs))
+    state = tuple(source.read() for source in derivation.state)
+
+    def at_once(leaves: Tensors) -> Tensors:
+        x, v, moved = leaves[:m], leaves[m:], tuple(state[i] for i in moving)
+        run = Together(made, state, tuple((i, j) for j, i in enumerate(moving)), count)
+        u, residuals = run.forth(moved, x)
+        cotangents, gradients = run.back(moved, residuals, x[count:], v)
+        return (*u, *cotangents, *gradients, *run.ends())
+
+    def parts(leaves: Tensors) -> Tensors:
+        found = of_state(*state, *leaves)
+        last = [found[i] for i in chosen if i in moving] + [found[i] for i in chosen if i not in moving]
+        u = derivation.function("function")(leaves[:m])[:count]
+        return (*u, *derivation.function("adjoint")(leaves[m:]), *last)
+
+    shapes = [node.meta["val"] for node in (*graphs.forward.inputs, *graphs.adjoint.graph.inputs)]
+    return made if selfcheck.alike(at_once, parts, shapes) else None
 
 
 def _once(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -123,6 +123,7 @@ def fuse_slices(graph: Graph) -> Graph:
         sums[node] = found = _merged(found)
         if len(node.users) > 1 and sum(p.volume for p in found) > 2 * node.meta["val"].numel():
             sums[node] = _whole(written(node))
+            worth.add(node)  # it is written: others are to read that, too
         elif rule not in _READS or any(operand in worth for operand in node.all_input_nodes):
             worth.add(node)
     clean(fused.body)
