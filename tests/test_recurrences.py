@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 import adjointlab as al
 from adjointlab.errors import NotLinearError, SpaceMismatchError
+from adjointlab.transpose import pipeline
+from adjointlab.transpose.graph.ops import op_name
 from tests.recurrence_zoo import ZOO, Case, Heat, Hidden, draw, moving, r, rotation
 
 D = torch.float64
@@ -243,6 +246,64 @@ def test_a_state_that_was_changed_before_the_backward_is_noticed() -> None:
         step.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("name", ["wave", "heat", "hidden, batches", "matrices of each time", "coils of each time"])
+def test_gradients_by_parts_are_those_by_sweeps_that_share_their_work(name: str) -> None:
+    case = ZOO[name]
+    A, B = case.build(), case.build()
+    source = B.parts[0].source
+    source._derivations = {
+        batch: [replace(known, in_sweeps=lambda *_: None)] for batch, (known,) in source._derivations.items()
+    }
+    x, y = A.domain.randn(draw(1)), A.codomain.randn(draw(2))
+    wanted = parameters(case) or [t.requires_grad_() for t in A.domain.leaves(x)]
+    found = [torch.autograd.grad(C.domain.inner(C.H(y), x).real, wanted) for C in (A, B)]
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, 256)
+
+
+def test_a_sweep_keeps_what_gradients_read_and_leaves_what_is_the_same_to_the_end() -> None:
+    A = ZOO["wave"].build()
+    source = A.parts[0].source
+    derivation, state = source.now(())
+    speed = next(i for i, tensor in enumerate(state) if tensor.requires_grad)
+    programs = derivation.in_sweeps(2, (), (speed,))
+    assert programs is not None
+    assert programs.given == ()  # neither of the two images that the state has, but one that is computed of them
+    assert [tuple(node.meta["val"].shape) for node in programs.forth.graph.outputs] == [(6, 6)] * 3
+    assert [tuple(t.shape) for t in programs.sums] == [(6, 6)]
+    names = [op_name(node.target) for node in programs.back.graph.body.nodes if node.op == "call_function"]
+    assert "addcmul" in names
+
+
+def test_a_sweep_that_keeps_something_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = pipeline.sweeps
+
+    def wrong(*arguments: Any) -> Any:
+        found = true(*arguments)
+        return replace(found, given=found.given[::-1])
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(r(3, seed=seed)) for seed in (5, 6))
+
+        def forward(self, u: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return self.a * u[0] + u[1], self.b * u[1] - u[0]
+
+    step = Mixed()
+    state = (torch.zeros(3, dtype=D), torch.zeros(3, dtype=D))
+    x = (r(3, seed=1), r(3, seed=2))
+    found = []
+    for each in (true, wrong):
+        monkeypatch.setattr(pipeline, "sweeps", each)
+        A = al.recurrence(step, state, steps=5)
+        found.append(torch.autograd.grad(sum(t.sum() for t in A(x)), list(step.parameters())))
+        (known,) = A.parts[0].source._derivations[()]
+        assert (known.in_sweeps(2, (), (0, 1)) is None) is (each is wrong)
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other)
 
 
 def test_gradients_follow_what_is_frozen_later() -> None:

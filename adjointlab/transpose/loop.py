@@ -25,9 +25,8 @@ from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.runtime.autodiff import state_gradient
 from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.program import at_start, canonical
+from adjointlab.transpose.runtime.steps import Apart, Step, Together
 from adjointlab.tree import SINGLE, Structure
-
-Step = Callable[[Tensors, Tensors], Tensors]  # (what depends on time, leaves) → leaves
 
 
 class Slots(nn.Module):
@@ -246,48 +245,48 @@ class Run:
         """
         state, series, leaves = self.parts(tensors)
         way, n, k = self.loop.backwards, self.loop.count, len(self.batch)
-        forth, both = self.step("function", state), self._both(state, wanted)
-        totals, given = Totals(self, state, series, wanted), self._given(self.loop.forwards, leaves)[1]
+        moving = [(place, slot) for place, slot in self.places if wanted[len(state) + slot]]
+        summed = [i for i in range(len(state)) if wanted[i] and i not in dict(self.places)]
+        steps = self._steps(state, tuple(sorted([*summed, *(place for place, _ in moving)])))
+        # A series that the step does not read has the gradient zero.
+        of_series = [torch.zeros_like(s) if wanted[len(state) + j] else None for j, s in enumerate(series)]
+        given = self._given(self.loop.forwards, leaves)[1]
         (carry, taken), room = self._given(way, cotangents), self._room(way)
         for times, start in zip(self._in_order(way), reversed(kept), strict=True):
             moved, read = self.at_times(series, 0, times), self.at_times(given, k, times)
-            states = [start]
-            for j in range(len(times) - 1):
-                states.append(forth(moved[j], (*states[-1], *read[j]))[:n])
+            states, u = list[Tensors](), start
+            for j in range(len(times)):
+                x = tuple(map(self._ready, (*u, *read[j])))
+                u, found = steps.forth(moved[j], x, last=j + 1 == len(times))
+                states.append(found)
             pulled, places = self.at_times(taken, k, times), _entries(room, k, times)
             for j in reversed(range(len(times))):
-                of_state, found = both(moved[j], (*states.pop(), *read[j]), (*carry, *pulled[j]))
-                totals.add(times[j], of_state)
+                v = tuple(map(self._ready, (*carry, *pulled[j])))
+                found, gradients = steps.back(moved[j], states.pop(), read[j], v)
+                for (_, slot), gradient in zip(moving, gradients, strict=True):
+                    of_series[slot][times[j]] += gradient  # type: ignore[index]
                 carry = found[:n]
                 _write(found[n:], places[j])
-        return totals.found, self._result(way, carry, room)
+        of_state: list[Tensor | None] = [None for _ in state]
+        for place, gradient in zip(summed, steps.ends(), strict=False):  # of no step there may be none
+            of_state[place] = gradient
+        return [*of_state, *of_series], self._result(way, carry, room)
 
-    def _both(self, state: Tensors, wanted: tuple[bool, ...]) -> Callable[..., tuple[Sequence[Any], Tensors]]:
-        """Return ``(moved, x, v) → ∂θ Re⟨S_θ x, v⟩, Sᴴ v`` with a gradient for each tensor of the state."""
-        chosen, n = tuple(self._is_wanted(i, wanted) for i, _ in enumerate(state)), len(self.loop.source.domain.specs)
-        joint = self.derivation.joint()
-        if joint is not None and not any(
-            asked and node is None for node, asked in zip(joint.graph.outputs[n:], chosen, strict=True)
-        ):
-            run = joint.each(state, tuple(place for place, _ in self.places))
+    def _steps(self, state: Tensors, chosen: tuple[int, ...]) -> Together | Apart:
+        """Return steps with gradients in chosen places of the state."""
+        moving, n = tuple(place for place, _ in self.places), self.loop.count
+        programs = self.derivation.in_sweeps(n, moving, chosen)
+        if programs is not None:
+            return Together(programs, state, self.places, n)
+        wanted = tuple(i in chosen for i in range(len(state)))
+        of_state = state_gradient(self.derivation.programs["function"][0].whole, None, len(state), adjoint_side=False)
 
-            def at_once(moved: Tensors, x: Tensors, v: Tensors) -> tuple[Sequence[Any], Tensors]:
-                moving = tuple([moved[slot] for _, slot in self.places])
-                found = run(moving, tuple(map(self._ready, (*x, *v))))
-                return found[n:], found[:n]
+        def gradient(moved: Tensors, x: Tensors, v: Tensors) -> list[Tensor]:
+            found = of_state(self._state_at(state, moved), x, v, wanted)
+            return [found[i] for i in chosen]
 
-            return at_once
-        back = self.step("adjoint", state)
-        gradient = state_gradient(self.derivation.programs["function"][0].whole, None, len(state), adjoint_side=False)
-
-        def apart(moved: Tensors, x: Tensors, v: Tensors) -> tuple[Sequence[Any], Tensors]:
-            return gradient(self._state_at(state, moved), x, v, chosen), back(moved, v)
-
-        return apart
-
-    def _is_wanted(self, place: int, wanted: tuple[bool, ...]) -> bool:
-        slot = dict(self.places).get(place)
-        return wanted[place] if slot is None else wanted[len(self.derivation.state) + slot]
+        is_moving = [i in moving for i in chosen]
+        return Apart(self.step("function", state), self.step("adjoint", state), gradient, is_moving, n)
 
     def _state_at(self, state: Tensors, moved: Tensors) -> Tensors:
         found = list(state)
@@ -356,30 +355,6 @@ class Run:
             for i, gradient in zip(chosen, found, strict=True):
                 gradients[i] = gradient
         return gradients
-
-
-class Totals:
-    """Gradients in the state, summed over time, and in the series, at each time."""
-
-    def __init__(self, run: Run, state: Tensors, series: Tensors, wanted: tuple[bool, ...]) -> None:
-        n = len(state)
-        self._slots = {place: slot for place, slot in run.places if wanted[n + slot]}
-        self._summed = [i for i in range(n) if wanted[i] and i not in dict(run.places)]
-        # A series that the step does not read has the gradient zero.
-        of_series = [torch.zeros_like(s) if wanted[n + j] else None for j, s in enumerate(series)]
-        self.found: list[Tensor | None] = [*[None] * n, *of_series]
-        self._n = n
-
-    def add(self, time: int, gradients: Sequence[Tensor | None]) -> None:
-        """Add the gradients in the state of the step at one time."""
-        for place in self._summed:
-            gradient, total = gradients[place], self.found[place]
-            if gradient is not None:
-                self.found[place] = gradient.clone() if total is None else total.add_(gradient)
-        for place, slot in self._slots.items():
-            gradient, series = gradients[place], self.found[self._n + slot]
-            if gradient is not None and series is not None:
-                series[time] += gradient
 
 
 def _entries(tensors: Sequence[Tensor], dim: int, times: range) -> list[Tensors]:

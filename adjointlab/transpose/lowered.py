@@ -26,8 +26,10 @@ from adjointlab.transpose.passes.gram import RULES, simplified
 from adjointlab.transpose.passes.maps_by_index import maps_by_index
 from adjointlab.transpose.passes.own_outputs import own_outputs
 from adjointlab.transpose.passes.partition import value_of_state
+from adjointlab.transpose.passes.sweeps import sweeps
 from adjointlab.transpose.runtime.derivation import Derivation, Gram
 from adjointlab.transpose.runtime.program import Program, Residuals
+from adjointlab.transpose.runtime.steps import InSweeps, Together
 
 BUILDING = threading.RLock()  # tracing replaces functions of torch for a while, and graphs share what is fake
 Compiled = Callable[[], Mapping[str, Callable[..., Tensors]]]
@@ -70,14 +72,38 @@ def _is_equal(program: Program, graph: Graph, parts: Function) -> bool:
     return selfcheck.alike(lambda leaves: program.run(*state, *leaves), parts, shapes)
 
 
-def joint(graphs: Graphs, options: Options, mode: str, compiled: Compiled | None) -> Program | None:
-    """Return the adjoint with the gradients in the state as one program, where there is a graph of both."""
-    if graphs.adjoint.joint is None or graphs.linear is not graphs.forward:
+def in_sweeps(
+    derivation: Derivation, graphs: Graphs, options: Options, mode: str, count: int, moving: tuple[int, ...],
+    chosen: tuple[int, ...],
+) -> InSweeps | None:  # fmt: skip
+    """Return the programs for the chosen gradients in the state by two sweeps, None where the parts are to run."""
+    if graphs.adjoint.of_state is None or graphs.linear is not graphs.forward:
         return None
-    program = program_of(graphs.adjoint.joint, options=options, mode=mode)
-    if mode == "compiled" and compiled is None:
+    found = sweeps(graphs.forward, graphs.adjoint.graph, graphs.adjoint.of_state, count, moving, chosen)
+    if found is None:
+        return None
+    forth, back = (program_of(graph, options=options, mode=mode) for graph in (found.forth, found.back))
+    for program in (forth, back) if mode == "compiled" else ():
         program.compile(options.options)
-    return program
+    m, of_state = len(graphs.forward.inputs), graphs.adjoint.of_state.function
+    made = InSweeps(forth, back, found.end.function, found.given, found.sums, len(graphs.adjoint.graph.outputs))
+    state = read_all(derivation.state)
+
+    def at_once(leaves: Tensors) -> Tensors:
+        x, v, moved = leaves[:m], leaves[m:], tuple(state[i] for i in moving)
+        run = Together(made, state, tuple((i, j) for j, i in enumerate(moving)), count)
+        u, residuals = run.forth(moved, x)
+        cotangents, gradients = run.back(moved, residuals, x[count:], v)
+        return (*u, *cotangents, *gradients, *run.ends())
+
+    def parts(leaves: Tensors) -> Tensors:
+        found = of_state(*state, *leaves)
+        last = [found[i] for i in chosen if i in moving] + [found[i] for i in chosen if i not in moving]
+        u = derivation.function("function")(leaves[:m])[:count]
+        return (*u, *derivation.function("adjoint")(leaves[m:]), *last)
+
+    shapes = [node.meta["val"] for node in (*graphs.forward.inputs, *graphs.adjoint.graph.inputs)]
+    return made if selfcheck.alike(at_once, parts, shapes) else None
 
 
 def once(build: Callable[..., Any]) -> Callable[..., Any]:

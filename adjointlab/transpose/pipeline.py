@@ -178,13 +178,13 @@ def assemble(
         tuple(metadata_of(source.read()) for source in state), graphs.forward.specialized, graphs.mapping(),
         of_storage=any(map(of_storage, graphs.mapping().values())),
         is_doubtful=bool(graphs.adjoint.readers) or (residuals is None and not options.affine and adds_state(forward)),
-        joint=functools.cache(functools.partial(lowered.joint, graphs, options, mode, compiled)),
         residuals=residuals, has_checks=graphs.has_checks,
     )  # fmt: skip
     return replace(
         derivation,
         gradient=lowered.once(functools.partial(lowered.gradient, derivation, graphs, spaces[0], options, way)),
         gram=lowered.once(functools.partial(lowered.gram, derivation, graphs, spaces, options, way)),
+        in_sweeps=lowered.once(functools.partial(lowered.in_sweeps, derivation, graphs, options, mode)),
         multiplier=lowered.multiplier(derivation, graphs, spaces[0], options, way),
     )
 

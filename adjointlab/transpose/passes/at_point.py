@@ -39,7 +39,7 @@ def at_point(value: Graph, pull_back: Graph, push_forward: Graph) -> AtPoint:
     copies = [_merged(once, value, state, seen, set())]
     copies += [_merged(once, graph, state, seen, dependents(graph.inputs)) for graph in graphs]
     read = {copies[i][n] for i, graph in enumerate(graphs, 1) for n in _read_by_rest(graph)}
-    residuals = _affordable({_memory(node) for node in read} - set(state), _kept_by_autograd(graphs[0]))
+    residuals = _affordable({memory(node) for node in read} - set(state), _kept_by_autograd(graphs[0]))
     once.output((*[copies[0][node] for node in value.outputs], *residuals))
     first, second = (_rest(graph, found, state, residuals) for graph, found in zip(graphs, copies[1:], strict=True))
     clean(once)
@@ -70,18 +70,19 @@ def _merged(
     for node in graph.body.nodes:
         if node.op == "call_function" and node not in free:
             args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
-            key = node.target, _hashable(args), _hashable(kwargs)
+            key = node.target, hashable(args), hashable(kwargs)
             if key not in seen:
                 seen[key] = once.node_copy(node, copies.__getitem__)
             copies[node] = seen[key]
     return copies
 
 
-def _hashable(value: Any) -> Hashable:
+def hashable(value: Any) -> Hashable:
+    """Return arguments of a call as a key: equal calls have equal keys."""
     if isinstance(value, (list, tuple)):
-        return tuple(map(_hashable, value))
+        return tuple(map(hashable, value))
     if isinstance(value, dict):
-        return tuple((name, _hashable(item)) for name, item in value.items())
+        return tuple((name, hashable(item)) for name, item in value.items())
     return type(value), str(value) if isinstance(value, slice) else value  # 1, 1.0 and True are equal, and differ here
 
 
@@ -91,14 +92,15 @@ def _read_by_rest(graph: Graph) -> list[fx.Node]:
     return [node for node in graph.body.nodes if node not in free and any(u in free or u is end for u in node.users)]
 
 
-def _memory(node: fx.Node) -> fx.Node:
+def memory(node: fx.Node) -> fx.Node:
     """Return the node whose memory a node looks at; what costs nothing to make is made anew, from its first operand."""
     while node.all_input_nodes and packet_of(node) in VIEWS | LIKE:
         node = node.all_input_nodes[0]
     return node
 
 
-def _size(nodes: Iterable[fx.Node]) -> int:
+def size(nodes: Iterable[fx.Node]) -> int:
+    """Return how many bytes the values of nodes take."""
     values = [node.meta["val"] for node in nodes]
     return sum(v.numel() * v.dtype.itemsize for v in values if isinstance(v, Tensor))
 
@@ -110,16 +112,16 @@ def _kept_by_autograd(pull_back: Graph) -> int:
         if node in free and node.op == "call_function":
             break
         before.add(node)
-    read = {_memory(n) for n in before for user in n.users if n not in free and user not in before}
-    return _size(node for node in read if node.op != "placeholder")
+    read = {memory(n) for n in before for user in n.users if n not in free and user not in before}
+    return size(node for node in read if node.op != "placeholder")
 
 
 def _affordable(residuals: set[fx.Node], most: int) -> list[fx.Node]:
     """Return the nodes to keep, in no more than so many bytes: all others that are read can be computed from them."""
     chosen = {node for node in residuals if node.all_input_nodes}  # constants are made where they are used
-    while (size := _size(chosen)) > most:
+    while (now := size(chosen)) > most:
         tries = [(cost, node, found) for node in chosen for cost, found in [_without(node, chosen)] if cost]
-        better = [(cost, _size(found), node.name, found) for cost, node, found in tries if _size(found) < size]
+        better = [(cost, size(found), node.name, found) for cost, node, found in tries if size(found) < now]
         if not better:
             break
         chosen = min(better)[-1]
@@ -135,7 +137,7 @@ def _without(node: fx.Node, chosen: set[fx.Node]) -> tuple[int, set[fx.Node]]:
         cost += 1
         if cost > _MOST or not _is_pointwise(made):
             return 0, chosen
-        found = [_memory(operand) for operand in made.all_input_nodes]
+        found = [memory(operand) for operand in made.all_input_nodes]
         pending.extend(n for n in found if n not in kept and n.op != "placeholder" and n.all_input_nodes)
     return cost, kept
 

@@ -52,7 +52,6 @@ class Adjoint:
 
     graph: Graph  # (*state, *cotangents) → Aᴴ cotangents, with no forward in it
     of_state: Graph | None  # (*state, *primals, *cotangents) → gradients in the state, None for each that is not known
-    joint: Graph | None  # both of these in one, gradients in the input first, where they have work in common
     readers: tuple[str, ...]  # operations that still read the primal; if there are none, the map is affine by proof
     ops_before: Counter[str]  # of the vector-Jacobian product
 
@@ -60,9 +59,9 @@ class Adjoint:
 def drop_forward(whole: Graph, n_primals: int) -> Adjoint:
     """Return the adjoint without its forward, and the gradients in the state with what they need of it."""
     outputs = whole.outputs
-    vjp, of_state, joint = part(whole, outputs[:n_primals]), None, None
+    vjp, of_state = part(whole, outputs[:n_primals]), None
     if any(node is not None for node in outputs[n_primals:]):
-        of_state, joint = part(whole, outputs[n_primals:]), part(whole, outputs)
+        of_state = part(whole, outputs[n_primals:])
     graph, before = vjp.body, ops(vjp)
     primals = vjp.inputs[:n_primals]
     for node in list(graph.nodes):
@@ -86,13 +85,7 @@ def drop_forward(whole: Graph, n_primals: int) -> Adjoint:
     clean(graph)
     for primal in primals:
         graph.erase_node(primal)
-    return Adjoint(vjp, of_state, joint and _if_apart(joint), tuple(readers), before)
-
-
-def _if_apart(joint: Graph) -> Graph | None:
-    """Return a graph in which no operation computes two gradients at once, for which there are no kernels."""
-    nodes = joint.body.nodes
-    return None if any(n.target is aten.convolution_backward.default and sum(n.args[10]) > 1 for n in nodes) else joint
+    return Adjoint(vjp, of_state, tuple(readers), before)
 
 
 # Their derivatives choose between numbers, by "where".

@@ -86,6 +86,15 @@ class Piece:
         """Return the piece at one index of a new dimension."""
         return replace(self, spans=(*self.spans[:dim], Span(None, 0, index, 1), *self.spans[dim:]))
 
+    def aligned(self) -> Piece:
+        """Return the same with spans of one entry where both source and result have an index alone, if that fits."""
+        if not self.index or len(self.index) != sum(span.dim is None for span in self.spans):
+            return self
+        at = iter(sorted(self.index))
+        spans = tuple([Span(*next(at), span.write, 1) if span.dim is None else span for span in self.spans])
+        dims = [span.dim or 0 for span in spans]
+        return replace(self, spans=spans, index=()) if dims == sorted(dims) else self
+
     def _with(self, dim: int, *spans: Span) -> Piece:
         return replace(self, spans=(*self.spans[:dim], *spans, *self.spans[dim + 1 :]))
 
@@ -98,7 +107,8 @@ def fuse_slices(graph: Graph) -> Graph:
     fused = copied(graph)
     sums: dict[fx.Node, Sum] = {}
     worth: set[fx.Node] = set()  # sums that are more than views of one source: written for whatever reads them whole
-    written = functools.cache(lambda node: _write(fused.body, node, sums[node]))
+    made: dict[fx.Node, Sum] = {}  # of the calls that write
+    written = functools.cache(lambda node: _write(fused.body, node, sums[node], made))
     for node in list(fused.body.nodes):
         rule = _RULES.get(node.target)
         is_plain = not node.kwargs or rule is _zeros
@@ -110,22 +120,85 @@ def fuse_slices(graph: Graph) -> Graph:
             if isinstance(node.meta.get("val"), Tensor):
                 sums[node] = _whole(node)
             continue
-        sums[node] = found
+        sums[node] = found = _merged(found)
         if len(node.users) > 1 and sum(p.volume for p in found) > 2 * node.meta["val"].numel():
             sums[node] = _whole(written(node))
+            worth.add(node)  # it is written: others are to read that, too
         elif rule not in _READS or any(operand in worth for operand in node.all_input_nodes):
             worth.add(node)
     clean(fused.body)
+    for node in [node for node in fused.body.nodes if node in made]:
+        _absorb(fused.body, node, made)
     return fused
 
 
-def _whole(node: fx.Node) -> Sum:
-    return (Piece(node, 1, tuple(Span(dim, 0, 0, n) for dim, n in enumerate(node.meta["val"].shape))),)
+def _whole(node: fx.Node, factor: complex = 1) -> Sum:
+    return (Piece(node, factor, tuple(Span(dim, 0, 0, n) for dim, n in enumerate(node.meta["val"].shape))),)
 
 
-def _write(nodes: fx.Graph, node: fx.Node, found: Sum) -> fx.Node:
-    """Add the call that writes a sum, its largest pieces first: those that meet none before them are copied."""
+def _merged(pieces: Sum) -> Sum:
+    """Return an equal sum in which parts of one rectangle are one piece: a write of one entry leaves five around it."""
+    found, count = tuple([piece.aligned() for piece in pieces]), len(pieces) + 1
+    while 1 < len(found) < count:
+        count = len(found)
+        for dim in range(len(found[0].spans)):
+            found = _joined(found, dim)
+    return found
+
+
+def _joined(pieces: Sum, dim: int) -> Sum:
+    """Return an equal sum in which pieces that go on, along a dimension, where others end are parts of these."""
+    lines: dict[Any, list[Piece]] = {}
+    for piece in sorted(pieces, key=lambda piece: piece.spans[dim].write):
+        of, read, write, length = piece.spans[dim]
+        line = lines.setdefault((of, write - read, piece._with(dim)), [])
+        before = line[-1].spans[dim] if line else None
+        if of is not None and before is not None and before.write + before.length == write:
+            line[-1] = line[-1]._with(dim, before._replace(length=before.length + length))
+        else:
+            line.append(piece)
+    return tuple(itertools.chain.from_iterable(lines.values()))
+
+
+def _absorb(nodes: fx.Graph, node: fx.Node, made: dict[fx.Node, Sum]) -> None:
+    """Write what is added whole to a sum, and read by nothing else, with the other pieces of that."""
+    found: list[Piece] = []
+    for piece in made[node]:
+        source, times = piece.source, sum(piece.source is other.source for other in made[node])
+        is_alone = source in made and len(source.users) == times == 1 and (piece,) == _whole(source, piece.factor)
+        is_part = is_alone and source.meta["val"].dtype == node.meta["val"].dtype
+        found += [replace(p, factor=p.factor * piece.factor) for p in made[source]] if is_part else [piece]
+    if made[node] and len(found) <= _MOST and tuple(found) != made[node]:
+        made[node] = tuple(found)
+        node.args = _arguments(node.meta["val"], made[node])[0]
+        clean(nodes)
+
+
+def _write(nodes: fx.Graph, node: fx.Node, found: Sum, made: dict[fx.Node, Sum]) -> fx.Node:
+    """Add the call that writes a sum."""
     value = node.meta["val"]
+    is_kept = any(user.op == "output" or packet_of(user) in VIEWS for user in node.users)
+    if len(found) == 1 and not is_kept:  # a result has memory of its own
+        of = found[0].source.meta["val"]
+        if found == _whole(found[0].source) and of.shape == value.shape and of.dtype == value.dtype:
+            return found[0].source
+    arguments, is_disjoint = _arguments(value, found)
+    places = _windows(found, value.shape) if is_disjoint else None
+    with nodes.inserting_after(node):
+        if places is not None and not is_kept:
+            written = nodes.call_function(windows, (*arguments, *places))
+        else:
+            written = nodes.call_function(accumulate, arguments) if found else zeros(nodes, value)
+            made[written] = found
+    written.meta = dict(node.meta)
+    return written
+
+
+def _arguments(value: Tensor, found: Sum) -> tuple[tuple[Any, ...], bool]:
+    """Return how to write a sum, and whether its pieces cover the result without meeting each other.
+
+    The largest come first: those that meet none before them are copied.
+    """
     pieces = sorted(found, key=lambda piece: -piece.volume)
     sources = list(dict.fromkeys(piece.source for piece in pieces))
     alone = [not any(piece.meets(other) for other in pieces[:i]) for i, piece in enumerate(pieces)]
@@ -133,16 +206,7 @@ def _write(nodes: fx.Graph, node: fx.Node, found: Sum) -> fx.Node:
         (sources.index(p.source), p.factor, *p.places, first) for p, first in zip(pieces, alone, strict=True)
     )
     covered = sum(itertools.compress((p.volume for p in pieces), alone)) == value.numel()
-    arguments: tuple[Any, ...] = sources, layout, tuple(value.shape), covered
-    places = _windows(found, value.shape) if covered and all(alone) else None
-    is_kept = any(user.op == "output" or packet_of(user) in VIEWS for user in node.users)
-    with nodes.inserting_after(node):
-        if places is not None and not is_kept:  # a result has memory of its own
-            written = nodes.call_function(windows, (*arguments, *places))
-        else:
-            written = nodes.call_function(accumulate, arguments) if pieces else zeros(nodes, value)
-    written.meta = dict(node.meta)
-    return written
+    return (sources, layout, tuple(value.shape), covered), covered and all(alone)
 
 
 def _windows(found: Sum, shape: Sequence[int]) -> tuple[Any, ...] | None:
@@ -320,6 +384,14 @@ def _neg(node: fx.Node, sums: Sums, x: fx.Node) -> Sum:
     return tuple(replace(p, factor=-p.factor) for p in sums[x])
 
 
+def _scaled(node: fx.Node, sums: Sums, x: Any, factor: Any) -> Sum | None:
+    """Scale pieces, unless they are a view together; PyTorch rounds a product of half precision before it is added."""
+    is_number = isinstance(factor, (int, float)) and isinstance(x, fx.Node) and x.meta["val"].dtype.itemsize >= 4
+    if not is_number or _windows(sums[x], _shape(x)) is not None:
+        return None
+    return tuple(replace(p, factor=p.factor * factor) for p in sums[x])
+
+
 def _reduced(node: fx.Node, sums: Sums, x: fx.Node, dims: Sequence[int] = (), keepdim: bool = False) -> Sum | None:
     """Add up pieces that each have one index along the dimensions of a sum; PyTorch adds half precision in single."""
     pieces, n, dtype = sums[x], len(_shape(x)), x.meta["val"].dtype
@@ -349,6 +421,7 @@ _OPS: dict[Callable[..., Sum | None], tuple[Any, ...]] = {
     _unsqueeze: (aten.unsqueeze.default,),
     _squeeze: (aten.squeeze.dim,),
     _neg: (aten.neg.default,),
+    _scaled: (aten.mul.Tensor,),
     _add: (aten.add.Tensor, aten.sub.Tensor),
     _put: (
         aten.slice_backward.default, aten.select_backward.default, aten.slice_scatter.default,
@@ -364,4 +437,4 @@ _OPS: dict[Callable[..., Sum | None], tuple[Any, ...]] = {
     ),
 }  # fmt: skip
 _RULES = {op: rule for rule, ops in _OPS.items() for op in ops}
-_READS = {_taken, _unsqueeze, _squeeze, _neg, _add}  # a sum of these alone is left as it is
+_READS = {_taken, _unsqueeze, _squeeze, _neg, _scaled, _add}  # a sum of these alone is left as it is

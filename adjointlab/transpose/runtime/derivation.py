@@ -17,6 +17,7 @@ from adjointlab.transpose.explanation import Explanation
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.runtime.eager import Eager
 from adjointlab.transpose.runtime.program import Program, Residuals, Tensors, at_start, canonical
+from adjointlab.transpose.runtime.steps import InSweeps
 
 Run = Callable[..., Tensors]
 GONE = (KeyError, IndexError, AttributeError, TypeError)  # raised where what held a tensor holds none any more
@@ -54,8 +55,8 @@ class Derivation:
     is_doubtful: bool = False  # whether the map may be linear only for the values that its state has
     user: Eager | None = None  # the user's function, where there are no programs
     functions: Callable[[Eager], Mapping[str, Callable[[Tensors], Tensors]]] = lambda _: {}  # of it, by name
-    # (*state, *x, *v) → Aᴴ v and the gradients of Re⟨A_θ x, v⟩ in the state θ, None where there is no program for them.
-    joint: Callable[[], Program | None] = lambda: None
+    # (count, moving, chosen) to the programs for gradients in chosen places of the state by two sweeps through time.
+    in_sweeps: Callable[[int, tuple[int, ...], tuple[int, ...]], InSweeps | None] = lambda *_: None
     residuals: Residuals | None = None  # what is computed once for a point, where the function is a pull-back
     has_checks: bool = False  # whether the function raises on some points, which the programs do not
     checked: bool = False  # whether the functions were compared with the user's forward, and with each other
