@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import adjointlab as al
 from adjointlab.errors import NotLinearError, SpaceMismatchError
-from adjointlab.transpose import pipeline
+from adjointlab.transpose import lowered
 from adjointlab.transpose.graph.ops import op_name
 from tests.recurrence_zoo import ZOO, Case, Heat, Hidden, draw, moving, r, rotation
 
@@ -278,7 +278,7 @@ def test_a_sweep_keeps_what_gradients_read_and_leaves_what_is_the_same_to_the_en
 
 
 def test_a_sweep_that_keeps_something_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = pipeline.sweeps
+    true = lowered.sweeps
 
     def wrong(*arguments: Any) -> Any:
         found = true(*arguments)
@@ -297,7 +297,7 @@ def test_a_sweep_that_keeps_something_wrong_is_not_used(monkeypatch: pytest.Monk
     x = (r(3, seed=1), r(3, seed=2))
     found = []
     for each in (true, wrong):
-        monkeypatch.setattr(pipeline, "sweeps", each)
+        monkeypatch.setattr(lowered, "sweeps", each)
         A = al.recurrence(step, state, steps=5)
         found.append(torch.autograd.grad(sum(t.sum() for t in A(x)), list(step.parameters())))
         (known,) = A.parts[0].source._derivations[()]
