@@ -147,6 +147,4 @@ class Transposition(Derivations):
 
     def account(self, letter: str = "A", *, adjoint: bool) -> str:
         """Return in words how A or Aᴴ is computed, and how Aᴴ was derived."""
-        programs = self.nominal.programs
-        kept = [programs[name][0].kept() if programs else 0 for name in ("linear", "adjoint")]
-        return self.explanation.account(adjoint=adjoint, kept=(kept[0], kept[1]), letter=letter)
+        return self.explanation.account(adjoint=adjoint, letter=letter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ class Account:
 
     graph: Graph
     is_lowered: bool
+    kept: Callable[[], int]  # the bytes that it keeps between calls by now
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -68,9 +70,9 @@ class Explanation:
         """Whether the graph shows all that the function does: nothing reads the input, or hides it from autograd."""
         return self.independent and not self.cut and not self.hidden and not self.is_stateful
 
-    def account(self, *, adjoint: bool, kept: tuple[int, int], letter: str = "A") -> str:
-        """Return the account of A or of Aᴴ, given the bytes that each keeps between calls."""
-        return "\n".join([*self._origin(), *self._of_programs((letter, f"{letter}ᴴ"), kept, adjoint=adjoint)])
+    def account(self, *, adjoint: bool, letter: str = "A") -> str:
+        """Return the account of A or of Aᴴ."""
+        return "\n".join([*self._origin(), *self._of_programs((letter, f"{letter}ᴴ"), adjoint=adjoint)])
 
     def _origin(self) -> list[str]:
         evidence = "numerical only, there is no graph"
@@ -105,14 +107,13 @@ class Explanation:
             return f"{self.selected}: computed by themselves, but for what is computed whole: {', '.join(self.whole)}"
         return f"{self.selected}: computed by themselves"
 
-    def _of_programs(self, names: tuple[str, str], kept: tuple[int, int], *, adjoint: bool) -> list[str]:
+    def _of_programs(self, names: tuple[str, str], *, adjoint: bool) -> list[str]:
         if self.programs is None:
             return []
         before, after = sum(self.ops_before.values()), sum(self.ops_after.values())
         removed = ", ".join(f"{name} ×{n}" for name, n in sorted((self.ops_before - self.ops_after).items()))
-        asked = list(zip(names, self.programs, kept, strict=True))[1 if adjoint else 0 :]
-        own = {name: program for name, program, _ in asked}
-        memory = [f"{_short(n)}B for {name}" for name, _, n in asked]
+        own = dict(list(zip(names, self.programs, strict=True))[1 if adjoint else 0 :])
+        memory = [f"{_short(program.kept())}B for {name}" for name, program in own.items()]
         kernels = dict.fromkeys(kernel for program in own.values() for kernel in program.kernels)
         title = f"program of {names[1]}, whose own adjoint is {names[0]}" if adjoint else "adjoint program"
         return [

@@ -54,10 +54,9 @@ class Linearization(Transposition):
 
     def account(self, letter: str = "A", *, adjoint: bool) -> str:
         """Return in words how J, the adjoint of the pull-back, is computed, or how the pull-back is."""
-        residuals, programs = self.nominal.residuals, self.nominal.programs
+        residuals = self.nominal.residuals
         explanation = replace(self.explanation, programs=self.explanation.programs and self.explanation.programs[::-1])
-        kept = [programs[name][0].kept() if programs else 0 for name in ("adjoint", "linear")]
-        lines = [explanation.account(adjoint=not adjoint, kept=(kept[0], kept[1]), letter=letter)]
+        lines = [explanation.account(adjoint=not adjoint, letter=letter)]
         if residuals is not None:
             found = residuals(read_all(self.nominal.state))
             size = sum(memory.nbytes() for memory in {t.data_ptr(): t.untyped_storage() for t in found}.values())

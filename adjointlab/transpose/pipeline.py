@@ -167,10 +167,10 @@ def assemble(
         run = autodiff.affine(programs["function"], run_linear, run_adjoint, programs["adjoint"].whole, n, of_function)
     linked = {"function": run, "linear": run_linear, "adjoint": run_adjoint}
     is_lowered = options.lowering and mode != "plain"
-    accounts = Account(programs["linear"].graph, is_lowered), Account(programs["adjoint"].graph, is_lowered)
+    of_a, of_adjoint = (Account(programs[k].graph, is_lowered, programs[k].kept) for k in ("linear", "adjoint"))
     explanation = replace(
-        explanation, engine="compiled" if mode == "compiled" else "traced", ops_after=ops(accounts[1].graph),
-        programs=accounts,
+        explanation, engine="compiled" if mode == "compiled" else "traced", ops_after=ops(of_adjoint.graph),
+        programs=(of_a, of_adjoint),
     )  # fmt: skip
     way = "" if compiled is not None else mode  # what is compiled for all sizes has no graph of one size
     derivation = Derivation(

@@ -183,25 +183,31 @@ class Comparison:
 
     def fit(self, candidate: Candidate, *, complex_factor: bool = False, any_size: bool = False) -> complex | None:
         """Return α with ``B = α candidate`` to rounding in both draws, or None if there is none."""
-        factor: complex | None = None
-        how = (self.tolerance, complex_factor)
-        for draw in range(_DRAWS):
-            images, found = candidate(draw), _draw(self.found, draw)
-            if images is None or [t.shape for t in images] != [t.shape for t in found]:
-                return None
-            if factor is not None:
-                return None if far(_flat(found), factor * _flat(images), self.tolerance) else factor
-            step = sum(t.numel() for t in found) // _SAMPLE
-            sample = _flat(images, step) if step > 1 else None  # a few entries tell most wrong candidates
-            if sample is not None and bool(sample.any()) and _factor(_flat(found, step), sample, *how) is None:
-                return None
-            guess = _flat(images)
-            factor = _factor(_flat(found), guess, *how)
-            # A candidate that equals Aᴴ explains nothing, unless `any_size`.
-            same = not any_size and not far(guess, _flat(_draw(self.expected, draw)), 4 * self.tolerance)
-            if factor is None or same:
-                return None
-        return factor
+        first, second = (_draw(self.found, number) for number in range(_DRAWS))
+        guess = candidate(0)
+        if guess is None or not _alike(guess, first):
+            return None
+        factor = self._factor_of(first, guess, complex_factor=complex_factor, any_size=any_size)
+        again = None if factor is None else candidate(1)
+        if factor is None or again is None or not _alike(again, second):
+            return None
+        return None if far(_flat(second), factor * _flat(again), self.tolerance) else factor
+
+    def _factor_of(self, found: Tensors, guess: Tensors, *, complex_factor: bool, any_size: bool) -> complex | None:
+        """Return α with ``B y = α guess`` for the first y, or None if there is none, or if the guess is ``Aᴴ y``."""
+        how, step = (self.tolerance, complex_factor), sum(t.numel() for t in found) // _SAMPLE
+        sample = _flat(guess, step) if step > 1 else None  # a few entries tell most wrong candidates
+        if sample is not None and bool(sample.any()) and _factor(_flat(found, step), sample, *how) is None:
+            return None
+        whole = _flat(guess)
+        factor = _factor(_flat(found), whole, *how)
+        # A candidate that equals Aᴴ explains nothing, unless `any_size`.
+        same = not any_size and not far(whole, _flat(_draw(self.expected, 0)), 4 * self.tolerance)
+        return None if same else factor
+
+
+def _alike(images: Tensors, found: Tensors) -> bool:
+    return [t.shape for t in images] == [t.shape for t in found]
 
 
 def _draw(images: Tensors, number: int) -> Tensors:

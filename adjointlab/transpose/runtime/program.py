@@ -72,17 +72,20 @@ class Program:
 
     def run(self, *tensors: Tensor) -> Tensors:
         """Return the outputs for real tensors, without recording of gradients."""
-        found = self.run_if_prepared(*tensors)
-        return tuple(self.whole(*tensors)) if found is None else found
-
-    def run_if_prepared(self, *tensors: Tensor) -> Tensors | None:
-        """Return the outputs, None where what is kept between calls cannot be made of the state as it is."""
         try:
             given = tensors if self._residuals is None else self._extended(tensors, self._residuals)
             ready = self.prepared(given)
         except HasNoPiecesError:
-            return None
+            return tuple(self.whole(*tensors))
         return self._main(*given, *ready)  # type: ignore[no-any-return]
+
+    def run_if_prepared(self, *tensors: Tensor) -> Tensors | None:
+        """Return the outputs, None where what is kept between calls cannot be made of the state as it is."""
+        try:
+            ready = self.prepared(tensors)
+        except HasNoPiecesError:
+            return None
+        return self._main(*tensors, *ready)  # type: ignore[no-any-return]
 
     def is_prepared(self, state: Tensors) -> bool:
         """Return whether what is kept between calls can be made of a state."""
