@@ -206,8 +206,6 @@ def same(a: Tensor, b: Tensor) -> bool:
         is_same = not _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes)
         if is_same or a.numel() >= _MANY:
             return is_same
-    if a.is_cpu and a.ndim > 1 and a.numel() >= len(a) * _MANY:  # evenly spaced rows, say, each a block of memory
-        return all(map(same, a, b))
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 

@@ -164,7 +164,13 @@ def _clamped(lower: Any, upper: Any, x: Any, step: float) -> Any:
     def clamp(leaf: Tensor) -> Tensor:
         if leaf.is_complex():
             raise ValueError(f"expected real entries for bounds, got {leaf.dtype}: bound torch.view_as_real(x), or |x|")
-        return leaf if lower is None and upper is None else leaf.clamp(_at(lower, leaf), _at(upper, leaf))
+        if lower is None and upper is None:
+            return leaf
+        has_tensor = isinstance(lower, Tensor) or isinstance(upper, Tensor)  # clamp takes two of them, or two numbers
+        return leaf.clamp(*[
+            leaf.new_tensor(bound) if has_tensor and isinstance(bound, (int, float)) else _at(bound, leaf)
+            for bound in (lower, upper)
+        ])  # fmt: skip
 
     return map_leaves(clamp, x)
 

@@ -91,3 +91,9 @@ def test_zeros_stay_zeros() -> None:
 def test_refusals(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_number_and_a_tensor_as_bounds() -> None:
+    x, most = torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([1.0, 0.2, 1.0])
+    assert torch.equal(al.prox.box(0.0, most)(x, 1.0), torch.tensor([0.0, 0.2, 1.0]))
+    assert torch.equal(al.prox.box(-most, 1)(x, 1.0), torch.tensor([-1.0, 0.5, 1.0]))

@@ -69,7 +69,7 @@ def of_system(problem: Problem, solution: Solution, tol: float, maxiter: int, x0
         w, rest = (times(domain.vector(inner.element(t)), 1 / unit) for t in found)
         return {"residual": w, "start": rest}
 
-    return _as_function_of(domain, solution, {"residual": residual}, x0, cotangents)
+    return as_function_of(domain, solution, {"residual": residual}, x0, cotangents)
 
 
 def of_least_squares(problem: Problem, solution: Solution, tol: float, maxiter: int, x0: Any) -> Solution:
@@ -118,7 +118,7 @@ def of_least_squares(problem: Problem, solution: Solution, tol: float, maxiter: 
             correction = [a - b for a, b in zip(correction, detached(domain, x0), strict=True)]
         t = _preimage(problem, correction, tol, maxiter)
         inputs["kernel"] = domain.space.leaves(problem.A.H(codomain.space.unflatten(t)))
-    return _as_function_of(domain, solution, inputs, x0, cotangents, codomain=codomain)
+    return as_function_of(domain, solution, inputs, x0, cotangents, codomain=codomain)
 
 
 def of_minimum(gradient: Callable[[Any], Any], solution: Solution, space: Space, tol: float) -> Solution:
@@ -155,7 +155,7 @@ def of_minimum(gradient: Callable[[Any], Any], solution: Solution, space: Space,
             domain.fill(w, has_kernel, math.nan)
         return {"gradient": times(w, -1 / unit)}
 
-    return _as_function_of(
+    return as_function_of(
         domain, solution, {"gradient": space.leaves(gradient(space.unflatten(fixed)))}, None, cotangents
     )
 
@@ -209,7 +209,7 @@ def _required(space: Space, leaves: Leaves) -> bool:
     return not space.every(not any(leaf.requires_grad for leaf in leaves))
 
 
-def _as_function_of(
+def as_function_of(
     domain: Vectors,
     solution: Solution,
     inputs: dict[str, Leaves],

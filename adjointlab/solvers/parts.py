@@ -15,13 +15,14 @@ from adjointlab.affine import AffineOperator, Operator, require_operator
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.progress import progress_of
+from adjointlab.solvers.fixed_point import depends, learned, without_derivative
 from adjointlab.solvers.problem import count, nonnegative
 from adjointlab.solvers.solution import CONVERGED, REASONS, Callback, Info, Solution, Status
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common, scaled
 from adjointlab.space.selection import selection
 from adjointlab.spectral import operator_norm
-from adjointlab.tree import map_leaves
+from adjointlab.tree import map_leaves, tree_flatten
 
 Prox = Callable[[Any, float], Any]  # (x, step) ↦ argmin_u h(u) + ‖u − x‖² / (2 step)
 
@@ -326,9 +327,10 @@ def solve(
             if tol is not None and at.x is not before.x and change <= tol * float(domain.norm(at.x)):
                 status = Status.SHORT
                 break
-    return Solution(
-        at.x, status in CONVERGED, len(norms) - 1, torch.tensor(norms, dtype=torch.float64), REASONS[status]
-    )
+    sizes = torch.tensor(norms, dtype=torch.float64)
+    solution = Solution(at.x, status in CONVERGED, len(norms) - 1, sizes, REASONS[status])
+    known = [] if parts.prox is None else depends(parts.prox, at.x)
+    return without_derivative(solution, domain, [*learned(*parts.operators), *tree_flatten(y)[0], *known], name)
 
 
 def _start(parts: Parts, x0: Any) -> Any:

@@ -24,6 +24,7 @@ from adjointlab.operators import LinearOperator
 from adjointlab.prox import Prox, box
 from adjointlab.solvers.arithmetic import Vector, Vectors
 from adjointlab.solvers.composite import Composite, Smooth, largest, proximal, solve
+from adjointlab.solvers.fixed_point import depends, learned, without_derivative
 from adjointlab.solvers.problem import nonnegative
 from adjointlab.solvers.solution import Callback, Monitor, Solution, Status
 from adjointlab.typed import X
@@ -88,8 +89,8 @@ def pdhg(
     -----
     A step takes one gradient of F, one L, one Lᴴ and the proximal maps. The lengths of the steps come from estimates of
     ``‖H‖`` and ``‖L‖``, which are raised where a step shows more; their ratio is adapted until both residuals shrink
-    alike. Besides the memory of these, the solver needs eleven elements of the domain and eight of the codomain of L. x
-    is not differentiable.
+    alike. Besides the memory of these, the solver needs eleven elements of the domain and eight of the codomain of L. A
+    derivative of x is refused: unroll the steps to train through them.
 
     References
     ----------
@@ -112,7 +113,9 @@ def pdhg(
         )
     own = bounds if bounds is None or callable(bounds) else box(*bounds)
     run = partial(_pdhg, L=L, prox=prox, tol=nonnegative("tol", tol))
-    return solve(run, F, own, x0, name="pdhg", maxiter=maxiter, callback=callback, progress=progress)
+    found = solve(run, F, own, x0, name="pdhg", maxiter=maxiter, callback=callback, progress=progress)
+    known = depends(prox, L.codomain.with_batch(F.batch_shape).zeros()) + (depends(own, found.x) if own else [])
+    return without_derivative(found, F.domain, [*learned(F, L), *known], "pdhg")
 
 
 @dataclass

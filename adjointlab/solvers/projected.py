@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from adjointlab.prox import Prox, box
-from adjointlab.solvers.arithmetic import Vector
+from adjointlab.solvers.arithmetic import Vector, Vectors
 from adjointlab.solvers.composite import Composite, Smooth, solve
+from adjointlab.solvers.fixed_point import of_minimiser
 from adjointlab.solvers.problem import nonnegative
 from adjointlab.solvers.solution import Callback, Monitor, Solution, Status
 from adjointlab.typed import X
@@ -68,7 +69,7 @@ def projected_gradient(
     Notes
     -----
     A step takes one gradient of F and one projection. Besides the memory of these, the solver needs eight elements of
-    the domain. x is not differentiable.
+    the domain. x is differentiable as that of :func:`fista` is.
 
     References
     ----------
@@ -85,8 +86,10 @@ def projected_gradient(
     """
     projection = bounds if callable(bounds) else box(*bounds)
     run = partial(_projected, tol=nonnegative("tol", tol))
-    return solve(run, F, projection, x0, name="projected_gradient", maxiter=maxiter, callback=callback,
-                 progress=progress)  # fmt: skip
+    found = solve(
+        run, F, projection, x0, name="projected_gradient", maxiter=maxiter, callback=callback, progress=progress
+    )
+    return of_minimiser(F, projection, found, Vectors(F.domain, F.batch_shape), tol)
 
 
 @dataclass

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from adjointlab.prox import Prox
-from adjointlab.solvers.arithmetic import Vector
+from adjointlab.solvers.arithmetic import Vector, Vectors
 from adjointlab.solvers.composite import Composite, Smooth, largest, solve
+from adjointlab.solvers.fixed_point import of_minimiser
 from adjointlab.solvers.problem import nonnegative
 from adjointlab.solvers.solution import Callback, Monitor, Solution, Status
 from adjointlab.typed import X
@@ -84,7 +85,13 @@ def fista(
     Notes
     -----
     A step takes one gradient of F and one proximal map; one that is too long is repeated. Besides the memory of these,
-    the solver needs eight elements of the domain. x is not differentiable: unroll the steps to train through them.
+    the solver needs eight elements of the domain.
+
+    x is differentiable, once, in y, the weights, strengths and parameters of F, and in what ``prox`` depends on, by the
+    implicit function theorem at the fixed point: a backward pass solves a linear problem with the Hessian of F and the
+    derivative of ``prox``, which autograd has to know. That is the derivative of the exact minimiser, where it has one:
+    not where an entry is about to leave a bound, or zero. A minimum that is not isolated has none: it is NaN, with a
+    warning.
 
     References
     ----------
@@ -102,7 +109,8 @@ def fista(
     if step is not None and not 0 < step < math.inf:
         raise ValueError(f"expected step to be a positive number, got {step!r}: leave it out")
     run = partial(_fista, first=step, restart=restart, tol=nonnegative("tol", tol))
-    return solve(run, F, prox, x0, name="fista", maxiter=maxiter, callback=callback, progress=progress)
+    found = solve(run, F, prox, x0, name="fista", maxiter=maxiter, callback=callback, progress=progress)
+    return of_minimiser(F, prox, found, Vectors(F.domain, F.batch_shape), tol)
 
 
 @dataclass

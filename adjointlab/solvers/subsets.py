@@ -85,8 +85,8 @@ def sgd(
 
     Notes
     -----
-    x is a constant for autograd: use :func:`cgls` where gradients of the solution are wanted. The entries of a batch
-    are one problem. Besides x and y, the solver needs memory for four elements of the domain and for one of the
+    A derivative of x is refused: use :func:`cgls` or :func:`fista` where it is wanted. The entries of a batch are one
+    problem. Besides x and y, the solver needs memory for four elements of the domain and for one of the
     codomain.
 
     References
