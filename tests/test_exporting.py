@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from built import needs_torch
 from laws import Case
 from operator_zoo import BY_NAME
 from torch import Tensor, nn
@@ -84,6 +86,11 @@ def first(native: Any, others: Callable[[], dict[Any, Any]], device: Any) -> Any
 def spectral() -> al.LinearOperator:
     layer = nn.Conv2d(1, 1, 11, padding=5, padding_mode="circular", bias=False)
     return made(layer, 1, 1, 32, 32, choose=transformed)
+
+
+def transforms(n: int) -> al.LinearOperator:
+    factor = torch.randn(n, n // 2 + 1, dtype=torch.complex64)
+    return al.linear_operator(lambda x: torch.fft.irfft2(factor * torch.fft.rfft2(x), (n, n)), (1, n, n), batch_dims=1)
 
 
 def samples() -> al.LinearOperator:
@@ -195,6 +202,79 @@ def test_the_kernels_are_those_of_the_operator(tmp_path: Path) -> None:
     found = " ".join(operations(tmp_path / "map.pt2"))
     assert "sparse_csr" in found
     assert "grid_sampler" not in found
+
+
+@pytest.mark.cpu
+@needs_torch("2.13", "a call checks sizes")
+def test_sizes_are_refused_without_the_call_of_a_module(tmp_path: Path) -> None:
+    al.export(conv(3, 8, free=1).H, tmp_path / "adjoint.pt2", batch=(1, 4))
+    adjoint = torch.export.load(tmp_path / "adjoint.pt2").module().forward
+    for wrong in (
+        torch.randn(5, 1, 8, 8),
+        torch.randn(2, 1, 7, 8),
+        torch.randn(1, 8, 8),
+        torch.randn(2, 1, 8, 8).double(),
+    ):
+        with pytest.raises((AssertionError, RuntimeError), match=r"Guard failed|dtype mismatch"):
+            adjoint(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.cpu
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@needs_torch("2.13", "a package refuses batches of one")
+@pytest.mark.parametrize(
+    "make", [lambda: conv(3, 16, free=1).H, lambda: transforms(16).H], ids=["convolution", "transforms"]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_package_refuses_what_the_program_does(
+    make: Callable[[], al.LinearOperator], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "1")
+    A = make()
+    al.export(A, tmp_path / "map.pt2", batch=(1, 8))
+    program = torch.export.load(tmp_path / "map.pt2")
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "compiled.pt2"),
+        inductor_configs={"aot_inductor.check_lowerbound": False},
+    )  # fmt: skip
+    run = torch._inductor.aoti_load_package(package)
+    for n in (1, 5, 8):
+        x = A.domain.with_batch((n,)).randn()
+        with torch.no_grad():
+            assert relative_gap(A.codomain.leaves(A(x)), A.codomain.leaves(run(x))) <= UNITS * A.domain.eps
+    for wrong in (x.double(), x[..., 1:].contiguous(), torch.cat([x, x])):
+        with pytest.raises(RuntimeError, match="input_handles"):
+            run(wrong)
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: conv(5, 16, free=1, padding_mode="reflect").H,
+        lambda: conv(3, 16, free=1, stride=2).H,
+        lambda: al.linear_operator(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), (1, 1, 4, 4),
+                                   batch_dims=1),
+        lambda: al.linear_operator(lambda x: x[..., ::2].flip(-1).cumsum(-1), (2, 6), batch_dims=1).H,
+        lambda: sense(8).H.real_view,
+    ],
+    ids=["reflect", "stride", "interpolate", "slices", "sense"],
+)  # fmt: skip
+def test_onnx_where_it_has_the_operations(make: Callable[[], al.LinearOperator], tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
+    A = make()
+    al.export(A, tmp_path / "map.pt2", batch=(1, 8) if A.domain.batch_dims else None)
+    file = str(tmp_path / "map.onnx")
+    torch.onnx.export(torch.export.load(tmp_path / "map.pt2"), (), file, dynamo=True, verbose=False)
+    run = evaluator(file)
+    for n in (1, 5):
+        x = A.domain.with_batch((n,)[: A.domain.batch_dims]).randn()
+        found = run.run(None, {run.input_names[0]: x.numpy()})
+        with torch.no_grad():
+            assert relative_gap(A.codomain.leaves(A(x)), tuple(map(torch.from_numpy, found))) <= 64 * A.domain.eps
 
 
 def test_numbers_are_those_of_the_export(tmp_path: Path) -> None:

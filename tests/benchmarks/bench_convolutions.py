@@ -123,7 +123,7 @@ def test_exported(setup: Setup, compare: Any, tmp_path: Path) -> None:
     A, v = setup.operator, setup.v
     al.export(A.H, tmp_path / "adjoint.pt2")
     exported = torch.export.load(tmp_path / "adjoint.pt2").module()
-    ways = {"adjointlab": lambda: A.H(v), "exported": lambda: exported(v)}
+    ways = {"adjointlab": lambda: A.H(v), "exported": lambda: exported(v), "its forward": lambda: exported.forward(v)}
     assert_equal(ways, "exported")
     compare(ways, section="exported", **setup.case.facts)
 
