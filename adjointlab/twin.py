@@ -37,6 +37,7 @@ class Body:
     transposes: list[Any] = field(default_factory=lambda: [None, None])
     notation: Notation | None = None  # of A in terms of its parts
     rows: tuple[RowsOf | None, RowsOf | None] = (None, None)  # from rows of the result to the operators of them
+    is_apart: bool = False  # whether the entries of a batch were seen to be separate problems
     main: int = 0  # the side that is written without ᴴ
     whole: grams.Whole | None = None  # of an operator made of others, once its gram was asked for
     root: tuple[Operator, bool] | None = None  # A, and whether there is a W, of AᴴWA

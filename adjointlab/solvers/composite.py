@@ -13,8 +13,8 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.progress import progress_of
 from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector
-from adjointlab.solvers.problem import Problem, count
-from adjointlab.solvers.solution import Callback, Limits, Monitor, Solution, Status
+from adjointlab.solvers.problem import Problem, count, require_apart
+from adjointlab.solvers.solution import Callback, Limits, Monitor, Solution, Status, qualified
 from adjointlab.space import Space
 from adjointlab.typed import X
 
@@ -159,5 +159,6 @@ def solve(
     problem = Problem(composite.hessian, None, None, domain, domain, domain.scalar(0))
     shown = progress_of(name, progress, most, most=True)
     with torch.no_grad(), domain.space.without_autocast(), F.frozen(), shown as line:
+        require_apart(composite.hessian, domain.batch)
         monitor, x = Monitor(problem, Limits(most, callback), line), problem.start(x0)
-        return monitor.solution(run(composite, x, monitor))
+        return qualified(monitor.solution(run(composite, x, monitor)), composite.hessian)

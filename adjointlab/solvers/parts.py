@@ -17,7 +17,7 @@ from adjointlab.operators import LinearOperator
 from adjointlab.progress import progress_of
 from adjointlab.solvers.fixed_point import depends, learned, without_derivative
 from adjointlab.solvers.problem import count, nonnegative
-from adjointlab.solvers.solution import CONVERGED, REASONS, Callback, Info, Solution, Status
+from adjointlab.solvers.solution import CONVERGED, REASONS, Callback, Info, Solution, Status, qualified
 from adjointlab.space import Space
 from adjointlab.space.algebra import added, common, scaled
 from adjointlab.space.selection import selection
@@ -328,7 +328,7 @@ def solve(
                 status = Status.SHORT
                 break
     sizes = torch.tensor(norms, dtype=torch.float64)
-    solution = Solution(at.x, status in CONVERGED, len(norms) - 1, sizes, REASONS[status])
+    solution = qualified(Solution(at.x, status in CONVERGED, len(norms) - 1, sizes, REASONS[status]), *parts.linear)
     known = [] if parts.prox is None else depends(parts.prox, at.x)
     return without_derivative(solution, domain, [*learned(*parts.operators), *tree_flatten(y)[0], *known], name)
 

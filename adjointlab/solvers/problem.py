@@ -232,6 +232,27 @@ class Problem:
         return self.domain.plus(image, self.square, x) if self.is_damped else image
 
 
+def require_apart(A: LinearOperator, batch: tuple[int, ...]) -> None:
+    """Raise if what A or Aᴴ makes of the first entry of a batch reaches another: solvers take each for itself."""
+    if math.prod(batch) <= 1 or A._body.is_apart:
+        return
+    for side in (A, A.H):
+        space, draw = side.domain.with_batch(batch), torch.Generator().manual_seed(0)
+        x, first = space.leaves(space.randn(draw)), (0,) * len(batch)
+        for leaf in x:
+            kept = leaf[first].clone()
+            leaf.zero_()[first] = kept
+        for image in side.codomain.leaves(side(space.unflatten(x))):
+            found = image.detach().clone()
+            found[first] = 0
+            if bool((found.abs() > 0).any()):
+                raise SpaceMismatchError(
+                    "expected an operator that treats the entries of a batch apart, as solvers do, got one that mixes "
+                    "them: build it with batch_dims=0"
+                )
+    A._body.is_apart = True
+
+
 def _weighting(A: LinearOperator | AffineOperator, y: Any, weight: Any) -> Callable[[Any], Any]:
     """Return ``r ↦ Wr``; real entries of a diagonal stay real, even if r is complex."""
     if isinstance(weight, LinearOperator):

@@ -17,7 +17,7 @@ from adjointlab.operators import LinearOperator
 from adjointlab.progress import Line, progress_of
 from adjointlab.reporting import aligned, html_table
 from adjointlab.solvers.arithmetic import Vector
-from adjointlab.solvers.problem import Problem, nonnegative, of_each
+from adjointlab.solvers.problem import Problem, nonnegative, of_each, require_apart
 from adjointlab.typed import X
 from adjointlab.verify.mismatch import cost_of_mismatch
 
@@ -326,13 +326,19 @@ def solve(
         if isinstance(M, LinearOperator):
             stack.enter_context(M.frozen())
         line = stack.enter_context(shown)
+        require_apart(problem.A, problem.domain.batch)
         inner = problem.diagonalized().scaled(operator=scale_operator).leveled()
         monitor = Monitor(inner, limits, line, begin)
         _judge(inner, monitor)
         x = inner.start(x0)
         run(inner, x, monitor, x0 is not None)
-        found, cost = monitor.solution(x), cost_of_mismatch(problem.A)
-        return replace(found, reason=f"{found.reason}; but {cost}") if cost else found
+        return qualified(monitor.solution(x), problem.A)
+
+
+def qualified(solution: Solution[X], *operators: LinearOperator) -> Solution[X]:
+    """Return a solution whose reason says what an unchecked adjoint in one of the operators costs, if any."""
+    cost = next((said for A in operators if (said := cost_of_mismatch(A))), "")
+    return replace(solution, reason=f"{solution.reason}; but {cost}") if cost else solution
 
 
 def _judge(problem: Problem, monitor: Monitor) -> None:

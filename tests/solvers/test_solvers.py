@@ -444,3 +444,33 @@ def test_overflow_is_no_convergence(solve, size: float) -> None:
         assert norm(exact * (exact * scaled - data)) <= 1e-6 * (norm(exact * data) + reach)
     else:
         assert "NaN or infinity" in found.reason or "maxiter" in found.reason
+
+
+MIXED = {
+    "up": lambda x: x.cumsum(0),
+    "down": lambda x: x.flip(0).cumsum(0).flip(0),
+    "mean": lambda x: x - 0.5 * x.mean(0, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("mixed", MIXED)
+def test_entries_of_a_batch_that_are_mixed_are_refused(mixed: str) -> None:
+    A, y = al.linear_operator(MIXED[mixed], (1, 4), batch_dims=1), torch.ones(3, 4)
+    F = al.LeastSquares(A, y)
+    for attempt in (lambda: al.solvers.cgls(A, y), lambda: al.solvers.fista(F, al.prox.l1(1.0))):
+        with pytest.raises(al.SpaceMismatchError, match="treats the entries of a batch apart"):
+            attempt()
+    assert al.solvers.cgls(A, y[:1]).converged.all()  # there is nothing to mix
+
+
+def test_proximal_and_subset_solvers_say_what_an_unchecked_adjoint_costs() -> None:
+    matrix = torch.randn(8, 5, generator=seeded(0))
+    A = al.from_pair(lambda x: matrix @ x, lambda y: 2 * (matrix.T @ y), (5,), (8,), check=False)
+    y = torch.ones(8)
+    F = al.LeastSquares(A, y)
+    for found in (
+        al.solvers.fista(F, al.prox.l1(1.0)),
+        al.solvers.projected_gradient(F, (0, None)),
+        al.solvers.svrg(A, y, subsets=2, maxiter=1, step=1e-3),
+    ):
+        assert "what was given as the adjoint, with check=False, is none" in found.reason
