@@ -212,7 +212,7 @@ def identity(space: Any) -> LinearOperator[Any, Any]:
     operator: LinearOperator = derived(
         _identity, _identity, where, where, lambda: (identity, (operator.domain,)), notation=Notation("I")
     )
-    operator._body.views[1] = operator
+    operator.use_as_adjoint()
     return operator
 
 
@@ -283,5 +283,5 @@ def weighted_gram(A: LinearOperator, weight: LinearOperator) -> LinearOperator:
     operator: LinearOperator = A.H @ weight @ A
     if diagonal_entries(weight) is not None:
         as_gram(operator, A, lambda: diagonal_entries(weight))
-        operator._recipe = weighted_gram, (A, weight)
+        operator.made_by(weighted_gram, A, weight)
     return operator

@@ -76,7 +76,8 @@ class Jacobian(LinearOperator):
         space = self.domain.with_batch(leaves[0].shape[: self.domain.batch_dims])
         if space.batch_shape != self.domain.batch_shape:
             return _derived(source.callable.function, source.callable.kwargs, space, leaves, source.options)
-        return _operator(source.at(_copied(leaves)))
+        found = source.at(_copied(leaves))
+        return self.of_parts(found, _recipe(found), self._parts, side=1, notation=self._body.notation)
 
 
 def jacobian(
@@ -185,16 +186,17 @@ def _copied(leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _operator(source: Linearization) -> Jacobian:
     notation = Notation(meaning=f"the Jacobian of {name_of(source.callable.function)} at a point")
-    recipe = lambda: (_rebuild, _arguments(source))  # noqa: E731
-    found = Jacobian.of_source(source, recipe, modules_named(source), side=1, notation=notation)
-    assert isinstance(found, Jacobian)
-    return found
+    return Jacobian.of_source(source, _recipe(source), modules_named(source), side=1, notation=notation)
 
 
-def _arguments(source: Linearization) -> tuple[Any, ...]:
-    pull_back, options = source.callable, source.options
-    leaves = tuple([leaf.detach().clone() for leaf in pull_back.point])
-    return pull_back.function, pull_back.kwargs, pull_back.domain, leaves, (options.requested, options.check)
+def _recipe(source: Linearization) -> Callable[[], tuple[Callable[..., Jacobian], tuple[Any, ...]]]:
+    def recipe() -> tuple[Callable[..., Jacobian], tuple[Any, ...]]:
+        pull_back, options = source.callable, source.options
+        leaves = tuple([leaf.detach().clone() for leaf in pull_back.point])
+        chosen = options.requested, options.check
+        return _rebuild, (pull_back.function, pull_back.kwargs, pull_back.domain, leaves, chosen)
+
+    return recipe
 
 
 def _rebuild(f: Any, kwargs: dict[str, Any], space: Space, leaves: Any, options: tuple[str, bool]) -> Jacobian:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, overload
 
@@ -35,6 +36,7 @@ Scalar: TypeAlias = "Tensor | complex | np.number[Any]"  # complex stands for in
 # A function and its arguments that make the operator again, for copies and pickles; or a function that returns them.
 Recipe = tuple[Callable[..., Any], tuple[Any, ...]] | Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
 
+Parts = Mapping[str, "nn.Module | Tensor | None"]  # of an operator as a module, by name
 RowsOf = Callable[[Selection], "LinearOperator"]
 
 
@@ -47,11 +49,13 @@ class _Body:
     source: Transposition | None = None
     linked: list[Linked | None] = field(default_factory=lambda: [None, None])  # of functions from outside
     is_unchecked: bool = False  # whether the adjoint is one that its user knows to be unchecked
-    views: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
+    views: list[weakref.ref[LinearOperator] | None] = field(default_factory=lambda: [None, None])
+    is_self_adjoint: bool = False  # whether A is its own adjoint
     transposes: list[LinearOperator | None] = field(default_factory=lambda: [None, None])
     notation: Notation | None = None  # of A in terms of its parts
     rows: tuple[RowsOf | None, RowsOf | None] = (None, None)  # from rows of the result to the operators of them
     main: int = 0  # the side that is written without ᴴ
+    made: tuple[type[LinearOperator], Recipe] | None = None  # the class of that side, and how to make it again
     whole: grams.Whole | None = None  # of an operator made of others, once its gram was asked for
     root: tuple[LinearOperator, bool] | None = None  # A, and whether there is a W, of AᴴWA
 
@@ -84,35 +88,39 @@ class LinearOperator(nn.Module, Generic[X, Y]):
     derived_operator = True  # for the walk of what a function captures, which stops at operators
     _body: _Body
     _side: int
-    _recipe: Recipe
+    _twin: LinearOperator | None
 
     def __init__(
         self, function: Callable[[X], Y], adjoint_function: Callable[[Y], X], domain: Space[X], codomain: Space[Y]
     ) -> None:
-        recipe = (LinearOperator, (function, adjoint_function, domain, codomain))
-        self._set(_Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
+        made = LinearOperator, (LinearOperator, (function, adjoint_function, domain, codomain))
+        self._set(_Body((function, adjoint_function), (domain, codomain), made=made), {})
         twin = self.H
         k = domain.batch_dims
         self._body.linked[0] = Linked(self._leaves_of_function, twin._plain_leaves, k)
         self._body.linked[1] = Linked(twin._leaves_of_function, self._plain_leaves, k)
 
-    @classmethod
-    def _of(cls, *state: Any) -> LinearOperator:
-        operator = cls.__new__(cls)
-        operator._set(*state)
-        return operator
+    def _set(self, body: _Body, parts: Parts) -> None:
+        self._view(body, body.main, parts)
+        twin = LinearOperator.__new__(LinearOperator)
+        twin._view(body, 1 - body.main, parts)  # made now: torch.compile cannot make modules
+        self.__dict__["_twin"] = twin
 
-    def _set(self, body: _Body, side: int, recipe: Recipe, parts: dict[str, nn.Module | nn.Parameter]) -> None:
+    def _view(self, body: _Body, side: int, parts: Parts) -> None:
         super().__init__()
-        # The body is no submodule: A and Aᴴ know each other through it, and a module tree has no cycles.
-        self._body = body
-        self._side = side
-        self._recipe = recipe
-        body.views[side] = self
+        # The body is no submodule, nor is the twin: A and Aᴴ know each other, and a module tree has no cycles. Neither
+        # has memory: A holds Aᴴ, which does not hold A, so that both are freed with the last name of them.
+        self._body, self._side, self.__dict__["_twin"] = body, side, None
+        body.views[side] = weakref.ref(self)
         for name, part in parts.items():
             setattr(self, name, part)
-        if body.views[1 - side] is None:  # made now: torch.compile cannot make modules
-            LinearOperator._of(body, 1 - side, (adjoint_of, (self,)), parts)
+
+    @classmethod
+    def _of(cls, body: _Body, recipe: Recipe, parts: Parts) -> Self:
+        body.made = cls, recipe
+        operator = cls.__new__(cls)
+        operator._set(body, parts)
+        return operator
 
     @classmethod
     def of_source(
@@ -124,18 +132,37 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         side: int = 0,
         notation: Notation | None = None,
         rows: RowsOf | None = None,
-    ) -> LinearOperator:
+    ) -> Self:
         """Return the operator of a map that is already derived, or (``side=1``) its adjoint; without an offset."""
         inside = {id(parameter) for module in modules.values() for parameter in module.parameters()}
         outside = [p for p in source.tensors() if isinstance(p, nn.Parameter) and id(p) not in inside]
-        parts = {f"parameter_{index}": parameter for index, parameter in enumerate(outside)}  # of no module
+        named = {f"parameter_{index}": parameter for index, parameter in enumerate(outside)}  # of no module
+        return cls.of_parts(source, recipe, {**modules, **named}, side=side, notation=notation, rows=rows)
+
+    @classmethod
+    def of_parts(
+        cls,
+        source: Transposition,
+        recipe: Recipe,
+        parts: Parts,
+        *,
+        side: int,
+        notation: Notation | None,
+        rows: RowsOf | None = None,
+    ) -> Self:
+        """Return the operator of a derived map with modules, and with parameters that are in none, by name."""
         function = source.linear if source.options.affine else source.function
         body = _Body((function, source.adjoint), (source.domain, source.codomain), source, notation=notation, main=side)
         body.rows = rows, None
-        operator = cls._of(body, side, recipe, modules | parts)
-        for name, parameter in parts.items():
-            source.follow(parameter, name, (operator, operator.H))
+        operator = cls._of(body, recipe, parts)
+        for name, part in parts.items():
+            if isinstance(part, Tensor):
+                source.follow(part, name, (operator, operator.H))
         return operator
+
+    @property
+    def _parts(self) -> Parts:
+        return {**self._modules, **self._parameters}
 
     @property
     def source(self) -> Transposition | None:
@@ -150,13 +177,28 @@ class LinearOperator(nn.Module, Generic[X, Y]):
     def use_unchecked(self, make: Callable[..., LinearOperator]) -> None:
         """Note that the adjoint is unchecked, for copies by ``make`` as well."""
         self._body.is_unchecked = True
-        assert not callable(self._recipe)
-        self._recipe = make, self._recipe[1]
+        self.made_by(make, *self.recipe[1])
+
+    def made_by(self, make: Callable[..., LinearOperator], *arguments: Any) -> None:
+        """Have copies made by a function of arguments."""
+        self._body.made = type(self), (make, arguments)
+
+    def use_as_adjoint(self) -> None:
+        """Note that A is its own adjoint."""
+        self._body.is_self_adjoint, self.__dict__["_twin"] = True, None
+
+    @property
+    def _recipe(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        if self._side != self._body.main:
+            return adjoint_of, (self.H,)
+        assert self._body.made is not None
+        recipe = self._body.made[1]
+        return recipe() if callable(recipe) else recipe
 
     @property
     def recipe(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """The function that made the operator, of the algebra where it is of that, and its arguments."""
-        function, arguments = self._recipe() if callable(self._recipe) else self._recipe
+        function, arguments = self._recipe
         return (arguments[0], arguments[1:]) if function is made else (function, arguments)
 
     @property
@@ -215,8 +257,20 @@ class LinearOperator(nn.Module, Generic[X, Y]):
 
         Between spaces with weights it is ``W_X⁻¹ Aᴴ W_Y``; autograd's derivative of A stays the one without weights.
         """
-        twin = self._body.views[1 - self._side]
-        assert twin is not None
+        if self._body.is_self_adjoint:
+            return self  # type: ignore[return-value]  # X is Y
+        twin, view = self._twin, self._body.views[1 - self._side]
+        if twin is None and view is not None:
+            twin = view()
+        return self._made_twin() if twin is None else twin
+
+    def _made_twin(self) -> LinearOperator[Y, X]:
+        """Return the adjoint of an operator that has outlived the one that it was made with, and hold it."""
+        body, side = self._body, 1 - self._side
+        kind = body.made[0] if body.made and side == body.main else LinearOperator
+        twin = kind.__new__(kind)
+        twin._view(body, side, self._parts)
+        self.__dict__["_twin"] = twin
         return twin
 
     @property
@@ -552,15 +606,12 @@ class LinearOperator(nn.Module, Generic[X, Y]):
             body.source.move(fn)
             body.spaces = (body.source.domain, body.source.codomain)
         elif self.parts:  # which have moved, each in its way: .double() leaves complex tensors as they are
-            first = body.views[0]
-            assert first is not None
-            function, arguments = first._recipe() if callable(first._recipe) else first._recipe
+            function, arguments = (self if self._side == body.main else self.H)._recipe
             body.spaces = function(*arguments)._body.spaces
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, arguments = self._recipe() if callable(self._recipe) else self._recipe
-        return function, arguments, self.training
+        return *self._recipe, self.training
 
     def __setstate__(self, training: bool) -> None:
         self.training = training  # of this module alone: parts bring their own
@@ -577,7 +628,7 @@ def derived(
     # Rows of A, and of Aᴴ, are made by ``rows``; where that is None, they are selected after.
     named = {f"operator_{index}": part for index, part in enumerate(parts)}
     body = _Body((function, adjoint_function), (domain, codomain), notation=notation, rows=rows)
-    return LinearOperator._of(body, 0, recipe, named)
+    return LinearOperator._of(body, recipe, named)
 
 
 def adjoint_of(operator: LinearOperator) -> LinearOperator:
@@ -601,7 +652,7 @@ def product(a: LinearOperator, b: LinearOperator) -> LinearOperator:
     """Return ``AB``, which is its own adjoint where A is Bᴴ."""
     operator = _of(algebra.product(a, b), (product, (a, b)))
     if a._body is b._body and a._side != b._side:  # AAᴴ and AᴴA are their own adjoints
-        operator._body.views[1] = operator
+        operator.use_as_adjoint()
         grams.as_gram(operator, b)
     return operator
 

@@ -134,7 +134,7 @@ class Penalty(nn.Module):
             self.times, self.times, space, space, lambda: (Penalty.weight, (self, operator.domain)), self,
             notation=Notation("λ I" if isinstance(self.strength, Tensor) else f"{number(self.strength)} I", PRODUCT),
         )  # fmt: skip
-        operator._body.views[1] = operator
+        operator.use_as_adjoint()
         return operator
 
     @property

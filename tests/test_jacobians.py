@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -275,14 +276,45 @@ def test_results_may_be_written_to() -> None:
 
 
 def test_points_that_nobody_holds_are_freed() -> None:
-    J = al.jacobian(torch.exp, point(3))
-    for k in range(5):
-        J.at(point(3, seed=k))(point(3))
-    gc.collect()
-    derivation = J.source.nominal
-    J.at(point(3, seed=9))(point(3))
-    assert derivation.residuals is not None
-    assert sum(held() is not None for held, _ in derivation.residuals._kept) <= 2
+    scale = nn.Parameter(torch.ones(3, dtype=D))
+    for f in (torch.exp, network(), lambda x: scale * x.exp()):
+        J = al.jacobian(f, point(3))
+        J(point(3))
+        derivation = J.source.nominal
+        gc.collect()
+        gc.disable()  # with the last name of them, not some time later
+        try:
+            for k in range(3):
+                K = J.at(point(3, seed=k))
+                K(point(3)), K.H(K.value)
+                leaf = weakref.ref(K.source.callable.point[0])
+                del K
+                assert leaf() is None
+        finally:
+            gc.enable()
+        assert len(derivation.residuals._kept) == 1
+
+
+def test_the_adjoint_may_be_all_that_is_held() -> None:
+    f = network()
+    adjoint = al.jacobian(f, point(3)).H
+    J = adjoint.H
+    assert type(J) is al.Jacobian
+    assert J.H is adjoint
+    assert adjoint.H is J
+    assert torch.equal(J.value, f(point(3)))
+    assert [name for name, _ in J.named_parameters()] == [name for name, _ in adjoint.named_parameters()]
+    assert torch.equal(pickle.loads(pickle.dumps(adjoint)).H.value, J.value)
+
+
+def test_a_point_that_was_reached_by_many_is_as_another() -> None:
+    scale = nn.Parameter(torch.ones(3, dtype=D))
+    J = al.jacobian(lambda x: scale * x.exp(), point(3))
+    for k in range(1200):  # more than Python has frames
+        J = J.at(point(3, seed=k))
+    assert_is_derivative(J, torch.diag(point(3, seed=1199).exp()))
+    J.parameter_0 = nn.Parameter(2 * torch.ones(3, dtype=D))
+    assert_is_derivative(J, torch.diag(2 * point(3, seed=1199).exp()))
 
 
 @pytest.mark.parametrize("f", [torch.linalg.cholesky, torch.linalg.inv])

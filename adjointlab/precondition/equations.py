@@ -83,7 +83,7 @@ def of_module(module: nn.Module, space: Space) -> LinearOperator:
         apply, apply, space, space, lambda: (of_module, (module, operator.domain)), module,
         notation=Notation(meaning=f"a preconditioner on {space}"),
     )  # fmt: skip
-    operator._body.views[1] = operator
+    operator.use_as_adjoint()
     return operator
 
 
