@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adjointlab.compat import is_wrapped
 from adjointlab.derive import modules_named
 from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
 from adjointlab.linearity import assess
@@ -125,7 +126,8 @@ def jacobian(
     Raises
     ------
     NotDifferentiableError
-        If autograd has no derivative of f, or none twice, or it is not finite at x₀.
+        If autograd has no derivative of f, or none twice, or it is not finite at x₀; or x₀ belongs to a transform of
+        ``torch.func``, inside of which ``J.at`` serves.
     SpaceMismatchError
         If x₀ is no pytree of tensors, or f does not take it.
 
@@ -142,6 +144,10 @@ def jacobian(
         )
     space = Space.of(x0, batch_dims=batch_dims)
     leaves = space.leaves(x0, "x0")
+    if any(map(is_wrapped, leaves)):
+        raise NotDifferentiableError(
+            "expected x0 outside of transforms of torch.func, got a tensor of one: make J before, take J.at(x0) inside"
+        )
     function = functools.partial(_with_parameters, f) if isinstance(f, nn.Module) and _are_parameters(f, x0) else f
     return _derived(function, dict(kwargs or {}), space, leaves, _options(engine, check))
 
@@ -185,7 +191,7 @@ def _copied(leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _operator(source: Linearization) -> Jacobian:
-    notation = Notation(meaning=f"the Jacobian of {name_of(source.callable.function)} at a point")
+    notation = Notation(meaning=f"the Jacobian of {name_of(source.callable.function)} at a point", letter="J")
     return Jacobian.of_source(source, _recipe(source), modules_named(source), side=1, notation=notation)
 
 

@@ -538,7 +538,9 @@ class LinearOperator(nn.Module, Generic[X, Y]):
         letters = Expression(self).letters
         if not self.parts:
             return "\n".join([repr(self), *[part._account(letter, self._side) for letter, part in letters.items()]])
-        accounts = [f"\n\n{letter} = {meaning(part)}\n{part._account(letter, 0)}" for letter, part in letters.items()]
+        accounts = [
+            f"\n\n{letter} = {meaning(part)}\n{part._account(letter, part._side)}" for letter, part in letters.items()
+        ]
         count = f"made of {len(letters)} operator{'s' * (len(letters) != 1)}"
         return "\n".join([repr(self), *grams.simplified(self), count]) + "".join(accounts)
 

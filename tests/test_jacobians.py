@@ -150,6 +150,51 @@ def test_derivatives_of_it_in_the_point_and_in_parameters() -> None:
     assert torch.dist(found, expected) <= 64 * EPS * torch.linalg.vector_norm(expected)
 
 
+def product_with_sum(x: Tensor) -> Tensor:
+    return torch.sin(x) * x.sum()
+
+
+def test_nothing_is_derived_again_at_points_that_require_gradients() -> None:
+    J, d = al.jacobian(product_with_sum, point(3)), point(3, seed=1)
+    (derivation,) = J.source.current()
+    y = point(3, seed=2).requires_grad_()
+    K = J.at(y)
+    (found,) = torch.autograd.grad(K(d).sum(), [y])
+    (expected,) = torch.autograd.grad(torch.func.jvp(product_with_sum, (y,), (d,))[1].sum(), [y])
+    assert torch.dist(found, expected) <= 64 * EPS * torch.linalg.vector_norm(expected)
+    assert [other.programs for other in K.source.current()] == [derivation.programs]
+
+
+def test_points_inside_of_transforms() -> None:
+    J, x, d = al.jacobian(product_with_sum, point(3)), point(3, seed=1), point(3, seed=2)
+
+    def pushed(x: Tensor) -> Tensor:
+        return torch.func.jvp(product_with_sum, (x,), (d,))[1]
+
+    def pulled(x: Tensor) -> Tensor:
+        return torch.func.vjp(product_with_sum, x)[1](d)[0]
+
+    pairs = [(pushed, lambda x: J.at(x)(d)), (pulled, lambda x: J.at(x).H(d))]
+    pairs.append((product_with_sum, lambda x: J.at(x).value))
+    for reference, ours in pairs:
+        for transform in (torch.func.jacrev, torch.func.jacfwd, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
+            expected = transform(reference)(x)
+            assert torch.dist(transform(ours)(x), expected) <= 64 * EPS * torch.linalg.vector_norm(expected)
+        each = torch.stack([x, 2 * x])
+        assert torch.dist(torch.vmap(ours)(each), torch.vmap(reference)(each)) <= 64 * EPS * each.norm()
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap])
+def test_points_inside_of_transforms_that_would_not_be_seen_are_refused(transform: Any) -> None:
+    J, d = al.jacobian(product_with_sum, point(3), engine="eager"), point(3, seed=2)
+    x = point(3) if transform is torch.func.grad else point(2, 3)
+    for use in (lambda K: K(d).sum(), lambda K: K.H(d).sum()):
+        with pytest.raises(NotDifferentiableError, match="expected a graph of f"):
+            transform(lambda x, use=use: use(J.at(x)))(x)
+        with pytest.raises(NotDifferentiableError, match="expected x0 outside of transforms"):
+            transform(lambda x, use=use: use(al.jacobian(product_with_sum, x)))(x)
+
+
 def test_it_is_an_operator_as_others() -> None:
     f, x = network().requires_grad_(False), point(3)
     J, matrix = al.jacobian(f, x), dense(Case(network(), (3,)), x).detach()
@@ -363,3 +408,16 @@ def test_a_point_of_inference_mode_and_one_that_is_written_to() -> None:
 
     for engine in ("auto", "eager"):
         assert_is_derivative(al.jacobian(writes, point(3), engine=engine), torch.diag(8 * point(3)))
+
+
+def test_it_is_written_as_J() -> None:
+    J, A = al.jacobian(torch.sin, torch.ones(3)), al.matrix(torch.eye(3))
+    spaces = "(3,) float32 → (3,) float32"
+    assert repr(J) == f"Jacobian J: {spaces}\n  J = the Jacobian of the function sin at a point"
+    assert repr(J.H).startswith(f"LinearOperator Jᴴ: {spaces}")
+    assert repr(J.gram).startswith(f"LinearOperator Jᴴ J: {spaces}")
+    assert repr(J.H @ J.at(torch.zeros(3))).startswith("LinearOperator Jᴴ K: ")
+    assert repr(A @ J @ A.H).startswith("LinearOperator A J Aᴴ: ")
+    for account in (J.explain(), J.gram.explain()):
+        assert "cost of J: " in account
+        assert "memory kept between calls: 0 B for J, 0 B for Jᴴ" in account

@@ -190,6 +190,10 @@ class Residuals:
             self._kept[state[self._last]] = found
         return found(state, ())  # type: ignore[no-any-return]
 
+    def forget(self) -> None:
+        """Free what was computed."""
+        self._kept.clear()
+
     def __call__(self, state: Tensors) -> Tensors:
         """Return the residuals."""
         return self._of(state)[self._count :]
