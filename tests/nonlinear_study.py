@@ -143,7 +143,9 @@ def ways(p: Problem) -> dict[str, Callable[[], Run]]:
         found[f"torchsolve, gauss_newton, inner rtol {rtol}"] = lambda rtol=rtol: _torchsolve(p, rtol)  # type: ignore[misc]
     found["mrpro, lbfgs"] = lambda: _mrpro(p, "lbfgs", max_iterations=3000, tolerance_grad=0, tolerance_change=0)
     for rate in RATES:
-        found[f"mrpro, adam, rate {rate}"] = lambda rate=rate: _mrpro(p, "adam", max_iterations=100_000, learning_rate=rate)  # type: ignore[misc]
+        found[f"mrpro, adam, rate {rate}"] = lambda rate=rate: _mrpro(
+            p, "adam", max_iterations=100_000, learning_rate=rate
+        )  # type: ignore[misc]
     return found
 
 
