@@ -322,5 +322,5 @@ def weighted_gram(A: LinearOperator, weight: LinearOperator) -> LinearOperator:
     operator: LinearOperator = A.H @ weight @ A
     if diagonal_entries(weight) is not None:
         as_gram(operator, A, lambda: diagonal_entries(weight))
-        operator._recipe = weighted_gram, (A, weight)
+        operator.made_by(weighted_gram, A, weight)
     return operator

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adjointlab.compat import is_wrapped
 from adjointlab.derive import modules_named
 from adjointlab.errors import NotDifferentiableError, SpaceMismatchError
 from adjointlab.linearity import assess
@@ -76,7 +77,8 @@ class Jacobian(LinearOperator):
         space = self.domain.with_batch(leaves[0].shape[: self.domain.batch_dims])
         if space.batch_shape != self.domain.batch_shape:
             return _derived(source.callable.function, source.callable.kwargs, space, leaves, source.options)
-        return _operator(source.at(_copied(leaves)))
+        found = source.at(_copied(leaves))
+        return self.of_parts(found, _recipe(found), self._parts, side=1, notation=self._body.notation)
 
 
 def jacobian(
@@ -124,7 +126,8 @@ def jacobian(
     Raises
     ------
     NotDifferentiableError
-        If autograd has no derivative of f, or none twice, or it is not finite at x₀.
+        If autograd has no derivative of f, or none twice, or it is not finite at x₀; or x₀ belongs to a transform of
+        ``torch.func``, inside of which ``J.at`` serves.
     SpaceMismatchError
         If x₀ is no pytree of tensors, or f does not take it.
 
@@ -141,6 +144,10 @@ def jacobian(
         )
     space = Space.of(x0, batch_dims=batch_dims)
     leaves = space.leaves(x0, "x0")
+    if any(map(is_wrapped, leaves)):
+        raise NotDifferentiableError(
+            "expected x0 outside of transforms of torch.func, got a tensor of one: make J before, take J.at(x0) inside"
+        )
     function = functools.partial(_with_parameters, f) if isinstance(f, nn.Module) and _are_parameters(f, x0) else f
     return _derived(function, dict(kwargs or {}), space, leaves, _options(engine, check))
 
@@ -184,17 +191,18 @@ def _copied(leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _operator(source: Linearization) -> Jacobian:
-    notation = Notation(meaning=f"the Jacobian of {name_of(source.callable.function)} at a point")
-    recipe = lambda: (_rebuild, _arguments(source))  # noqa: E731
-    found = Jacobian.of_source(source, recipe, modules_named(source), side=1, notation=notation)
-    assert isinstance(found, Jacobian)
-    return found
+    notation = Notation(meaning=f"the Jacobian of {name_of(source.callable.function)} at a point", letter="J")
+    return Jacobian.of_source(source, _recipe(source), modules_named(source), side=1, notation=notation)
 
 
-def _arguments(source: Linearization) -> tuple[Any, ...]:
-    pull_back, options = source.callable, source.options
-    leaves = tuple([leaf.detach().clone() for leaf in pull_back.point])
-    return pull_back.function, pull_back.kwargs, pull_back.domain, leaves, (options.requested, options.check)
+def _recipe(source: Linearization) -> Callable[[], tuple[Callable[..., Jacobian], tuple[Any, ...]]]:
+    def recipe() -> tuple[Callable[..., Jacobian], tuple[Any, ...]]:
+        pull_back, options = source.callable, source.options
+        leaves = tuple([leaf.detach().clone() for leaf in pull_back.point])
+        chosen = options.requested, options.check
+        return _rebuild, (pull_back.function, pull_back.kwargs, pull_back.domain, leaves, chosen)
+
+    return recipe
 
 
 def _rebuild(f: Any, kwargs: dict[str, Any], space: Space, leaves: Any, options: tuple[str, bool]) -> Jacobian:

@@ -11,9 +11,10 @@ import functools
 import itertools
 import operator
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class Source:
     read: Callable[[], Tensor]
     name: str
     is_private: bool = False  # whether nobody else has it: it has the same values while it is the same tensor
+    # Of one that follows a parameter to where that is replaced: where it was read from, and the parameter.
+    origin: tuple[Source, Tensor] | None = field(default=None, compare=False)
 
 
 def read_all(sources: Iterable[Source]) -> tuple[Tensor, ...]:
@@ -324,11 +327,12 @@ class Registered:
 
     parameter: Tensor
     name: str
-    holders: tuple[nn.Module, ...]
+    holders: tuple[weakref.ref[nn.Module], ...]  # which hold the reader of this
 
     def now(self) -> Tensor:
         """Return the tensor that replaces the parameter, the parameter itself where none does."""
-        held = [holder._parameters[self.name] for holder in self.holders]
+        alive = [module for holder in self.holders if (module := holder()) is not None]
+        held = [module._parameters[self.name] for module in alive]
         return next((other for other in held if other is not None and other is not self.parameter), self.parameter)
 
     def read(self, source: Source) -> Tensor:
@@ -340,7 +344,14 @@ class Registered:
 def followed(state: tuple[Source, ...], registered: Mapping[int, Registered]) -> tuple[Source, ...]:
     """Return sources that read parameters from where they are registered; ``registered`` is by their ids."""
     found = [(source, registered.get(id(source.read()))) for source in state]
-    return tuple(replace(s, read=functools.partial(r.read, s)) if r else s for s, r in found)
+    return tuple(_following(source, by) if by else source for source, by in found)
+
+
+def _following(source: Source, by: Registered) -> Source:
+    if source.origin is not None:  # it is followed already, for an operator that this one was made from
+        source, parameter = source.origin
+        by = replace(by, parameter=parameter)
+    return replace(source, read=functools.partial(by.read, source), origin=(source, by.parameter))
 
 
 def require_own(registered: Mapping[int, Registered]) -> None:

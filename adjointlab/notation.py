@@ -32,6 +32,7 @@ class Notation:
     parts: int = SUM  # the level below which a part is put into brackets
     is_stack: bool = False
     meaning: str = ""
+    letter: str = "A"  # that it has by custom, if that is free
 
 
 class Expression:
@@ -64,8 +65,10 @@ class Expression:
         for letter, known in self.letters.items():
             if known is operator:
                 return letter
-        count = len(self.letters)
-        letter = _LETTERS[count] if count < len(_LETTERS) else f"A{count}"
+        first = operator._body.notation.letter if operator._body.notation else "A"
+        usual = *_LETTERS[_LETTERS.index(first) :], *_LETTERS
+        rest = f"A{len(self.letters)}"
+        letter = next((letter for letter in usual if letter not in self.letters), rest)
         self.letters[letter] = operator
         return letter
 
@@ -75,7 +78,7 @@ class Expression:
             f"  {letter} = {textwrap.indent(meaning(operator), '  ').lstrip()}"
             for letter, operator in self.letters.items()
         ]
-        return "\n".join([f"LinearOperator {self.text}: {arrow}", *meanings])
+        return "\n".join([f"{type(self.operator).__name__} {self.text}: {arrow}", *meanings])
 
 
 def meaning(operator: Any) -> str:

@@ -58,7 +58,7 @@ class LinearOperator(Twin[X, Y]):
         self, function: Callable[[X], Y], adjoint_function: Callable[[Y], X], domain: Space[X], codomain: Space[Y]
     ) -> None:
         recipe = (LinearOperator, (function, adjoint_function, domain, codomain))
-        self._set(Body((function, adjoint_function), (domain, codomain)), 0, recipe, {})
+        self._set(Body((function, adjoint_function), (domain, codomain)), recipe, {})
         twin = self.H
         k = domain.batch_dims
         self._body.linked[0] = Linked(self._leaves_of_function, twin._plain_leaves, k)
@@ -70,7 +70,7 @@ class LinearOperator(Twin[X, Y]):
 
         Between spaces with weights it is ``W_X⁻¹ Aᴴ W_Y``; autograd's derivative of A stays the one without weights.
         """
-        return self._body.views[1 - self._side]  # type: ignore[no-any-return]
+        return self._other()  # type: ignore[no-any-return]
 
     @property
     def T(self) -> LinearOperator[Y, X]:
@@ -282,7 +282,9 @@ class LinearOperator(Twin[X, Y]):
         letters = Expression(self).letters
         if not self.parts:
             return "\n".join([repr(self), *[part._account(letter, self._side) for letter, part in letters.items()]])
-        accounts = [f"\n\n{letter} = {meaning(part)}\n{part._account(letter, 0)}" for letter, part in letters.items()]
+        accounts = [
+            f"\n\n{letter} = {meaning(part)}\n{part._account(letter, part._side)}" for letter, part in letters.items()
+        ]
         count = f"made of {len(letters)} operator{'s' * (len(letters) != 1)}"
         return "\n".join([repr(self), *grams.simplified(self), count]) + "".join(accounts)
 
@@ -333,6 +335,9 @@ class LinearOperator(Twin[X, Y]):
     # -- being a module ----------------------------------------------------------------------------------------------
 
 
+LinearOperator.plain = LinearOperator
+
+
 # -- the algebra: pairs of closures, late-bound so that a part may move -----------------------------------------------
 
 
@@ -344,7 +349,7 @@ def derived(
     # Rows of A, and of Aᴴ, are made by ``rows``; where that is None, they are selected after.
     named = {f"operator_{index}": part for index, part in enumerate(parts)}
     body = Body((function, adjoint_function), (domain, codomain), notation=notation, rows=rows)
-    return LinearOperator._of(body, 0, recipe, named)
+    return LinearOperator._of(body, recipe, named)
 
 
 def made(make: Callable[..., algebra.Made], *arguments: Any) -> LinearOperator:
@@ -369,7 +374,7 @@ def product(a: LinearOperator, b: LinearOperator) -> LinearOperator:
 
 def self_adjoint(operator: LinearOperator[X, X]) -> LinearOperator[X, X]:
     """Have an operator be its own adjoint, and return it."""
-    operator._body.views[1] = operator
+    operator._body.is_self_adjoint, operator.__dict__["_twin"] = True, None
     return operator
 
 

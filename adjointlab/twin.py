@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from adjointlab.typed import X, Y
 
 Made = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments that make an operator again
 Recipe = Made | Callable[[], Made]  # for copies and pickles; a function returns what these are by then
+Parts = Mapping[str, nn.Module | Tensor | None]  # of an operator as a module, by name
 
 
 @dataclass
@@ -33,12 +35,14 @@ class Body:
     source: Transposition | None = None
     linked: list[Linked | None] = field(default_factory=lambda: [None, None])  # of functions from outside
     is_unchecked: bool = False  # whether the adjoint is one that its user knows to be unchecked
-    views: list[Any] = field(default_factory=lambda: [None, None])
+    views: list[weakref.ref[Any] | None] = field(default_factory=lambda: [None, None])
+    is_self_adjoint: bool = False
     transposes: list[Any] = field(default_factory=lambda: [None, None])
     notation: Notation | None = None  # of A in terms of its parts
     rows: tuple[RowsOf | None, RowsOf | None] = (None, None)  # from rows of the result to the operators of them
     is_apart: bool = False  # whether the entries of a batch were seen to be separate problems
     main: int = 0  # the side that is written without ᴴ
+    made: tuple[type[Any], Recipe] | None = None  # the class of that side, and how to make it again
     whole: grams.Whole | None = None  # of an operator made of others, once its gram was asked for
     root: tuple[Operator, bool] | None = None  # A, and whether there is a W, of AᴴWA
 
@@ -49,25 +53,48 @@ class Twin(nn.Module, Generic[X, Y]):
     derived_operator = True  # for the walk of what a function captures, which stops at operators
     _body: Body
     _side: int
-    _recipe: Recipe
+    _twin: Self | None
+    plain: ClassVar[Any]  # the class of adjoints, whatever that of A is
 
     @classmethod
-    def _of(cls, *state: Any) -> Self:
+    def _of(cls, body: Body, recipe: Recipe, parts: Parts) -> Self:
         operator = cls.__new__(cls)
-        operator._set(*state)
+        operator._set(body, recipe, parts)
         return operator
 
-    def _set(self, body: Body, side: int, recipe: Recipe, parts: dict[str, nn.Module | nn.Parameter]) -> None:
+    def _set(self, body: Body, recipe: Recipe, parts: Parts) -> None:
+        body.made = type(self), recipe
+        self._view(body, body.main, parts)
+        twin = self.plain.__new__(self.plain)
+        twin._view(body, 1 - body.main, parts)  # made now: torch.compile cannot make modules
+        self.__dict__["_twin"] = twin
+
+    def _view(self, body: Body, side: int, parts: Parts) -> None:
         super().__init__()
-        # The body is no submodule: A and Aᴴ know each other through it, and a module tree has no cycles.
-        self._body = body
-        self._side = side
-        self._recipe = recipe
-        body.views[side] = self
+        # The body is no submodule, nor is the twin: A and Aᴴ know each other, and a module tree has no cycles. Neither
+        # has memory: A holds Aᴴ, which does not hold A, so that both are freed with the last name of them.
+        self._body, self._side, self.__dict__["_twin"] = body, side, None
+        body.views[side] = weakref.ref(self)
         for name, part in parts.items():
             setattr(self, name, part)
-        if body.views[1 - side] is None:  # made now: torch.compile cannot make modules
-            type(self)._of(body, 1 - side, (adjoint_of, (self,)), parts)
+
+    def _other(self) -> Any:
+        """Return the other of A and Aᴴ, made anew and held where this one has outlived it."""
+        body, side = self._body, 1 - self._side
+        if body.is_self_adjoint:
+            return self
+        twin, view = self._twin, body.views[side]
+        if twin is None and view is not None:
+            twin = view()
+        if twin is None:
+            kind: Any = body.made[0] if body.made and side == body.main else self.plain
+            twin = self.__dict__["_twin"] = kind.__new__(kind)
+            twin._view(body, side, self._parts)
+        return twin
+
+    @property
+    def _parts(self) -> Parts:
+        return {**self._modules, **self._parameters}
 
     @classmethod
     def of_source(
@@ -83,13 +110,28 @@ class Twin(nn.Module, Generic[X, Y]):
         """Return the operator of a map that is already derived, or (``side=1``) its adjoint; without an offset."""
         inside = {id(parameter) for module in modules.values() for parameter in module.parameters()}
         outside = [p for p in source.tensors() if isinstance(p, nn.Parameter) and id(p) not in inside]
-        parts = {f"parameter_{index}": parameter for index, parameter in enumerate(outside)}  # of no module
+        named = {f"parameter_{index}": parameter for index, parameter in enumerate(outside)}  # of no module
+        return cls.of_parts(source, recipe, {**modules, **named}, side=side, notation=notation, rows=rows)
+
+    @classmethod
+    def of_parts(
+        cls,
+        source: Transposition,
+        recipe: Recipe,
+        parts: Parts,
+        *,
+        side: int,
+        notation: Notation | None,
+        rows: RowsOf | None = None,
+    ) -> Self:
+        """Return the operator of a derived map with modules, and with parameters that are in none, by name."""
         function = source.linear if source.options.affine else source.function
         body = Body((function, source.adjoint), (source.domain, source.codomain), source, notation=notation, main=side)
         body.rows = rows, None
-        operator = cls._of(body, side, recipe, modules | parts)
-        for name, parameter in parts.items():
-            source.follow(parameter, name, tuple(body.views))
+        operator = cls._of(body, recipe, parts)
+        for name, part in parts.items():
+            if isinstance(part, Tensor):
+                source.follow(part, name, (operator, operator._other()))
         return operator
 
     @property
@@ -105,12 +147,19 @@ class Twin(nn.Module, Generic[X, Y]):
     def use_unchecked(self, make: Callable[..., Operator]) -> None:
         """Note that the adjoint is unchecked, for copies by ``make`` as well."""
         self._body.is_unchecked = True
-        assert not callable(self._recipe)
-        self._recipe = make, self._recipe[1]
+        self.made_by(make, *self._making[1])
+
+    def made_by(self, make: Callable[..., Operator], *arguments: Any) -> None:
+        """Have copies made by a function of arguments."""
+        self._body.made = type(self), (make, arguments)
 
     @property
     def _making(self) -> Made:
-        return self._recipe() if callable(self._recipe) else self._recipe
+        if self._side != self._body.main:
+            return adjoint_of, (self._other(),)
+        assert self._body.made is not None
+        recipe = self._body.made[1]
+        return recipe() if callable(recipe) else recipe
 
     @property
     def parts(self) -> list[Self]:
@@ -245,7 +294,7 @@ class Twin(nn.Module, Generic[X, Y]):
             body.source.move(fn)
             body.spaces = (body.source.domain, body.source.codomain)
         elif self.parts:  # which have moved, each in its way: .double() leaves complex tensors as they are
-            function, arguments = body.views[0]._making
+            function, arguments = (self if self._side == body.main else self._other())._making
             body.spaces = function(*arguments)._body.spaces
         return self
 

@@ -1,6 +1,7 @@
 """How ``check_derivative`` does: wrong backwards that it finds, and right ones that it calls wrong.
 
-``python -m tests.derivative_study 10000`` draws as many points for right backwards, and prints what failed.
+``python -m tests.derivative_study 10000`` draws as many points for right backwards, and prints what failed, and the
+table for docs/verification_power.md.
 """
 
 from __future__ import annotations
@@ -192,8 +193,14 @@ def false_alarms(count: int, names: Any = ZOO) -> Iterator[tuple[str, str, int, 
 
 
 if __name__ == "__main__":
-    lines = [" ".join(map(str, alarm)) for alarm in false_alarms(int(sys.argv[1]), sys.argv[2:] or ZOO)]
-    for precision in (lambda case: case, single):
-        rows = list(injected(sys.argv[2:] or ZOO, precision))
-        lines += [str(Counter(bool(row[2]) for row in rows)), *[str(row) for row in rows if not row[2]]]
+    names = sys.argv[2:] or ZOO
+    alarms = [" ".join(map(str, alarm)) for alarm in false_alarms(int(sys.argv[1]), names)]
+    lines, table = [f"{len(alarms)} false alarms", *alarms], [Counter[tuple[str, bool]](), Counter[tuple[str, bool]]()]
+    for seen, precision in zip(table, (lambda case: case, single), strict=True):
+        for name, kind, diagnosis in injected(names, precision):
+            seen[kind, bool(diagnosis)] += 1
+            lines += [] if diagnosis else [f"not found: {kind} in {name}"]
+    for kind in MISTAKES:
+        found = [(seen[kind, True], seen[kind, True] + seen[kind, False]) for seen in table]
+        lines.append(f"| {kind} | {' | '.join(f'{100 * k / max(n, 1):.1f} % of {n}' for k, n in found)} |")
     sys.stdout.write("\n".join(lines) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -149,6 +150,51 @@ def test_derivatives_of_it_in_the_point_and_in_parameters() -> None:
     assert torch.dist(found, expected) <= 64 * EPS * torch.linalg.vector_norm(expected)
 
 
+def product_with_sum(x: Tensor) -> Tensor:
+    return torch.sin(x) * x.sum()
+
+
+def test_nothing_is_derived_again_at_points_that_require_gradients() -> None:
+    J, d = al.jacobian(product_with_sum, point(3)), point(3, seed=1)
+    (derivation,) = J.source.current()
+    y = point(3, seed=2).requires_grad_()
+    K = J.at(y)
+    (found,) = torch.autograd.grad(K(d).sum(), [y])
+    (expected,) = torch.autograd.grad(torch.func.jvp(product_with_sum, (y,), (d,))[1].sum(), [y])
+    assert torch.dist(found, expected) <= 64 * EPS * torch.linalg.vector_norm(expected)
+    assert [other.programs for other in K.source.current()] == [derivation.programs]
+
+
+def test_points_inside_of_transforms() -> None:
+    J, x, d = al.jacobian(product_with_sum, point(3)), point(3, seed=1), point(3, seed=2)
+
+    def pushed(x: Tensor) -> Tensor:
+        return torch.func.jvp(product_with_sum, (x,), (d,))[1]
+
+    def pulled(x: Tensor) -> Tensor:
+        return torch.func.vjp(product_with_sum, x)[1](d)[0]
+
+    pairs = [(pushed, lambda x: J.at(x)(d)), (pulled, lambda x: J.at(x).H(d))]
+    pairs.append((product_with_sum, lambda x: J.at(x).value))
+    for reference, ours in pairs:
+        for transform in (torch.func.jacrev, torch.func.jacfwd, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
+            expected = transform(reference)(x)
+            assert torch.dist(transform(ours)(x), expected) <= 64 * EPS * torch.linalg.vector_norm(expected)
+        each = torch.stack([x, 2 * x])
+        assert torch.dist(torch.vmap(ours)(each), torch.vmap(reference)(each)) <= 64 * EPS * each.norm()
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap])
+def test_points_inside_of_transforms_that_would_not_be_seen_are_refused(transform: Any) -> None:
+    J, d = al.jacobian(product_with_sum, point(3), engine="eager"), point(3, seed=2)
+    x = point(3) if transform is torch.func.grad else point(2, 3)
+    for use in (lambda K: K(d).sum(), lambda K: K.H(d).sum()):
+        with pytest.raises(NotDifferentiableError, match="expected a graph of f"):
+            transform(lambda x, use=use: use(J.at(x)))(x)
+        with pytest.raises(NotDifferentiableError, match="expected x0 outside of transforms"):
+            transform(lambda x, use=use: use(al.jacobian(product_with_sum, x)))(x)
+
+
 def test_it_is_an_operator_as_others() -> None:
     f, x = network().requires_grad_(False), point(3)
     J, matrix = al.jacobian(f, x), dense(Case(network(), (3,)), x).detach()
@@ -275,14 +321,45 @@ def test_results_may_be_written_to() -> None:
 
 
 def test_points_that_nobody_holds_are_freed() -> None:
-    J = al.jacobian(torch.exp, point(3))
-    for k in range(5):
-        J.at(point(3, seed=k))(point(3))
-    gc.collect()
-    derivation = J.source.nominal
-    J.at(point(3, seed=9))(point(3))
-    assert derivation.residuals is not None
-    assert sum(held() is not None for held, _ in derivation.residuals._kept) <= 2
+    scale = nn.Parameter(torch.ones(3, dtype=D))
+    for f in (torch.exp, network(), lambda x: scale * x.exp()):
+        J = al.jacobian(f, point(3))
+        J(point(3))
+        derivation = J.source.nominal
+        gc.collect()
+        gc.disable()  # with the last name of them, not some time later
+        try:
+            for k in range(3):
+                K = J.at(point(3, seed=k))
+                K(point(3)), K.H(K.value)
+                leaf = weakref.ref(K.source.callable.point[0])
+                del K
+                assert leaf() is None
+        finally:
+            gc.enable()
+        assert len(derivation.residuals._kept) == 1
+
+
+def test_the_adjoint_may_be_all_that_is_held() -> None:
+    f = network()
+    adjoint = al.jacobian(f, point(3)).H
+    J = adjoint.H
+    assert type(J) is al.Jacobian
+    assert J.H is adjoint
+    assert adjoint.H is J
+    assert torch.equal(J.value, f(point(3)))
+    assert [name for name, _ in J.named_parameters()] == [name for name, _ in adjoint.named_parameters()]
+    assert torch.equal(pickle.loads(pickle.dumps(adjoint)).H.value, J.value)
+
+
+def test_a_point_that_was_reached_by_many_is_as_another() -> None:
+    scale = nn.Parameter(torch.ones(3, dtype=D))
+    J = al.jacobian(lambda x: scale * x.exp(), point(3))
+    for k in range(1200):  # more than Python has frames
+        J = J.at(point(3, seed=k))
+    assert_is_derivative(J, torch.diag(point(3, seed=1199).exp()))
+    J.parameter_0 = nn.Parameter(2 * torch.ones(3, dtype=D))
+    assert_is_derivative(J, torch.diag(2 * point(3, seed=1199).exp()))
 
 
 @pytest.mark.parametrize("f", [torch.linalg.cholesky, torch.linalg.inv])
@@ -331,3 +408,16 @@ def test_a_point_of_inference_mode_and_one_that_is_written_to() -> None:
 
     for engine in ("auto", "eager"):
         assert_is_derivative(al.jacobian(writes, point(3), engine=engine), torch.diag(8 * point(3)))
+
+
+def test_it_is_written_as_J() -> None:
+    J, A = al.jacobian(torch.sin, torch.ones(3)), al.matrix(torch.eye(3))
+    spaces = "(3,) float32 → (3,) float32"
+    assert repr(J) == f"Jacobian J: {spaces}\n  J = the Jacobian of the function sin at a point"
+    assert repr(J.H).startswith(f"LinearOperator Jᴴ: {spaces}")
+    assert repr(J.gram).startswith(f"LinearOperator Jᴴ J: {spaces}")
+    assert repr(J.H @ J.at(torch.zeros(3))).startswith("LinearOperator Jᴴ K: ")
+    assert repr(A @ J @ A.H).startswith("LinearOperator A J Aᴴ: ")
+    for account in (J.explain(), J.gram.explain()):
+        assert "cost of J: " in account
+        assert "memory kept between calls: 0 B for J, 0 B for Jᴴ" in account

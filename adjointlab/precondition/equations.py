@@ -13,7 +13,7 @@ from adjointlab import blocks
 from adjointlab.affine import AffineOperator, Operator, require_operator
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.notation import Notation
-from adjointlab.operators import LinearOperator, derived
+from adjointlab.operators import LinearOperator, derived, self_adjoint
 from adjointlab.precondition.columns import Leaves, probed_norms, squared_norms
 from adjointlab.space import Space
 from adjointlab.terms import weight_operator
@@ -133,8 +133,7 @@ def of_module(module: nn.Module, space: Space) -> LinearOperator:
         apply, apply, space, space, lambda: (of_module, (module, operator.domain)), module,
         notation=Notation(meaning=f"a preconditioner on {space}"),
     )  # fmt: skip
-    operator._body.views[1] = operator
-    return operator
+    return self_adjoint(operator)
 
 
 def seeded(generator: torch.Generator | None) -> torch.Generator:

@@ -7,6 +7,7 @@ function depends on besides tensors. A call takes the first whose guards hold. W
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,7 +121,8 @@ class Derivations:
 
     def follow(self, parameter: Tensor, name: str, holders: tuple[nn.Module, ...]) -> None:
         """Read a parameter that the function closes over from modules, by name, once they hold another there."""
-        self._registered[id(parameter)] = modules.Registered(parameter, name, holders)
+        self._registered = {**self._registered}
+        self._registered[id(parameter)] = modules.Registered(parameter, name, tuple(map(weakref.ref, holders)))
         for batch, known in self._derivations.items():
             self._derivations[batch] = [self._followed(derivation) for derivation in known]
 

@@ -58,7 +58,8 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     linear = linear_part(forward) if options.affine else forward
 
     def adjoint_of(graph: Graph) -> Adjoint:
-        found = drop_forward(normalise(trace_vjp(graph, options.seconds), detached=False), n)
+        traced = trace_vjp(graph, options.seconds, apart=captured.point)  # of which gradients are of the second order
+        found = drop_forward(normalise(traced, detached=False), n)
         of_state = None if found.of_state is None else own_outputs(found.of_state)
         return replace(found, graph=own_outputs(found.graph), of_state=of_state)
 

@@ -1,5 +1,8 @@
 """Jacobians at a point, against `torch.func.linearize` and a pull-back that autograd keeps: five models.
 
+mrpro's `Jacobian` and curvlinops' `JacobianLinearOperator` take part where they are installed: the first in a real or
+complex tensor, the second in the parameters of a module, which is made of a model here.
+
 The operators are called within `frozen()`, as solvers call them. A *new point* is `J.at(x1)` with one `J(d)` and one
 `J.H(v)`, of which the time of both alone is taken off, in multiples of a call of the function.
 """
@@ -7,13 +10,13 @@ The operators are called within `frozen()`, as solvers call them. A *new point* 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from contenders import Ways, assert_equal
+from contenders import Ways, assert_equal, imported
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -118,6 +121,57 @@ class Setup:
         return lambda: push(*tangents)
 
 
+class InParameters(nn.Module):
+    """A function of leaves as a module of one sample, whose parameters the leaves are."""
+
+    def __init__(self, f: Callable[..., Any], leaves: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.f, self.leaves = f, nn.ParameterList(leaf.detach().clone() for leaf in leaves)
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.f(*self.leaves)[None]
+
+
+def by_mrpro(s: Setup, which: str) -> Callable[[], Any] | str:
+    if imported("mrpro", "cpu") is None:
+        return "not installed"
+    if len(s.leaves) > 1:
+        return "its adjoint is in one tensor only"
+    from mrpro.operators import Jacobian
+
+    J = Jacobian(lambda *x: (s.flat(*x),), *[leaf.detach() for leaf in s.leaves])
+    argument = s.J.domain.leaves(s.d) if which == "J" else (s.v,)
+    return lambda: (J if which == "J" else J.adjoint)(*argument)[0]
+
+
+def by_curvlinops(s: Setup, which: str) -> Callable[[], Any] | str:
+    library = imported("curvlinops", "cpu")
+    if library is None:
+        return "not installed"
+    model, nothing = InParameters(s.flat, s.leaves), torch.zeros(1, 1)
+    J = library.JacobianLinearOperator(model, list(model.parameters()), [(nothing, nothing)], check_deterministic=False)
+    A, argument = (J, s.J.domain.leaves(s.d)) if which == "J" else (J.adjoint(), (s.v[None],))
+    return lambda: (A @ list(argument))[0][0 if which == "J" else ...]
+
+
+def peers(s: Setup, which: str) -> tuple[Ways, dict[str, str]]:
+    """Return the ways of other libraries that are installed and can, and why the others are left out."""
+    ways: Ways = {}
+    skipped = {}
+    for name, make in (("mrpro", by_mrpro), ("curvlinops", by_curvlinops)):
+        way = make(s, which)
+        if not isinstance(way, str):
+            try:
+                way()
+            except (NotImplementedError, RuntimeError) as error:
+                way = str(error).splitlines()[0]
+        if isinstance(way, str):
+            skipped[name] = way
+        else:
+            ways[name] = way
+    return ways, skipped
+
+
 @functools.lru_cache(maxsize=1)
 def _setup(name: str, *, quick: bool) -> Setup:
     torch.manual_seed(0)
@@ -137,11 +191,16 @@ def test_jacobian(name: str, which: str, quick: bool, compare: Any) -> None:
             skipped["linearize"] = push
         else:
             ways["linearize"] = push
+        found, without = peers(s, which)
+        ways, skipped = ways | found, skipped | without
         assert_equal(ways, "adjointlab")
     elif which == "J.H":
         ways = {"adjointlab": lambda: J.H(s.v), "kept pull-back": s.pull_back}
         for found, expected in zip(J.domain.leaves(ways["adjointlab"]()), s.pull_back(), strict=True):
             assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        others, skipped = peers(s, which)
+        assert_equal({"ours": lambda: J.domain.leaves(J.H(s.v))[0], **others}, "ours", 1e-4)
+        ways |= others
     else:
 
         def point() -> None:

@@ -285,11 +285,11 @@ def constant(tensor: Tensor) -> Source:
     return Source(lambda: tensor, "a constant")
 
 
-def trace_vjp(forward: Graph, seconds: float = math.inf, *, of_state: bool = True) -> Graph:
+def trace_vjp(forward: Graph, seconds: float = math.inf, *, apart: tuple[Source, ...] = ()) -> Graph:
     """Return the graph ``(*state, *primals, *cotangents) → (*Aᴴ cotangents, *gradients)`` of the forward's VJP.
 
-    Gradients are those in the state, None for what requires none, and for all of it where one cannot be traced, or is
-    not to be.
+    Gradients are those in the state, None for what requires none or is ``apart``, and for all of it where one cannot be
+    traced.
     """
     n_state, n_inputs = len(forward.state), len(forward.inputs)
     examples = [node.meta["val"] for node in forward.placeholders]
@@ -315,7 +315,7 @@ def trace_vjp(forward: Graph, seconds: float = math.inf, *, of_state: bool = Tru
 
         return run
 
-    learned = [index for index, source in enumerate(forward.state) if of_state and source.read().requires_grad]
+    learned = [i for i, source in enumerate(forward.state) if source not in apart and source.read().requires_grad]
     tries = [(vjp_by_func, learned), *([(vjp_by_func, [])] if learned else []), (vjp_by_grad, [])]
     for vjp, wanted in tries:
         try:
@@ -331,7 +331,7 @@ def trace_vjp(forward: Graph, seconds: float = math.inf, *, of_state: bool = Tru
 
 def trace_pull_back(forward: Graph, point: tuple[Source, ...], seconds: float = math.inf) -> Graph:
     """Return the graph ``(*state, *cotangents) → J(x₀)ᴴ cotangents`` of a forward, with ``x₀`` in the state."""
-    whole = trace_vjp(forward, seconds, of_state=False)
+    whole = trace_vjp(forward, seconds, apart=forward.state)
     found = part(whole, whole.outputs[: len(point)])
     return Graph(found.body, (*forward.state, *point), found.specialized)
 

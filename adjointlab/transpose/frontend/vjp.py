@@ -218,13 +218,10 @@ class PullBack:
     def __init__(self, function: Callable[..., Any], kwargs: dict[str, Any], domain: Space, point: Tensors) -> None:
         self.function, self.kwargs, self.domain, self.point = function, kwargs, domain, point
         self.sources = tuple(
-            Source(functools.partial(self._leaf, i), f"x0, leaf {i}" if len(point) > 1 else "x0", is_private=True)
-            for i in range(len(point))
+            Source(functools.partial(_itself, leaf), f"x0, leaf {i}" if len(point) > 1 else "x0", is_private=True)
+            for i, leaf in enumerate(point)
         )
         self._choice: Choice | None = None
-
-    def _leaf(self, index: int) -> Tensor:
-        return self.point[index]
 
     def at(self, point: Tensors) -> PullBack:
         """Return the pull-back of the same function elsewhere."""
@@ -255,3 +252,7 @@ class PullBack:
         else:
             found = self._choice.linearize(flat, self.point, once=True).pull_back(cotangents)
         return self.domain.unflatten(found)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

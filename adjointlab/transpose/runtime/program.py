@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from adjointlab import compat
 from adjointlab.modules import Source
@@ -179,17 +180,19 @@ class Residuals:
     def __init__(self, program: Program, state: Sequence[Source], count: int, reference: Graph) -> None:
         self._program, self._count, self._reference = program, count, reference
         self._private = frozenset(i for i, source in enumerate(state) if source.is_private)
-        self._kept: list[tuple[weakref.ref[Tensor], Prepack]] = []  # by a tensor of the point, as long as that lives
+        self._last = max(self._private)
+        self._kept = WeakIdKeyDictionary()  # by a tensor of the point, as long as that lives
 
     def _of(self, state: Tensors) -> Tensors:
-        (last, *_), found = sorted(self._private, reverse=True), None
-        for point, kept in self._kept:
-            found = kept if point() is state[last] else found
+        found = self._kept.get(state[self._last])
         if found is None:
             found = _kept(self._program.run, tuple(range(len(state))), self._private, dear=False)
-            alive = [(point, kept) for point, kept in self._kept if point() is not None]
-            self._kept = [*alive, (weakref.ref(state[last]), found)]
-        return found(state, ())
+            self._kept[state[self._last]] = found
+        return found(state, ())  # type: ignore[no-any-return]
+
+    def forget(self) -> None:
+        """Free what was computed."""
+        self._kept.clear()
 
     def __call__(self, state: Tensors) -> Tensors:
         """Return the residuals."""
