@@ -48,4 +48,9 @@ class ConvergenceWarning(RuntimeWarning):
 
 
 # Functions raise these for arguments that do not fit them. Others, a NameError say, are faults of the function itself.
-ARGUMENT_ERRORS = RuntimeError, TypeError, ValueError, LookupError, AssertionError
+_OF_ARGUMENTS = RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, Warning
+
+
+def remedy_of(error: Exception, remedy: str) -> str:
+    """Return what to do about an error of a user's function: a remedy, if the argument may be to blame."""
+    return remedy if isinstance(error, _OF_ARGUMENTS) else "mend the function, whose traceback is above"

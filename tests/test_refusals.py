@@ -418,11 +418,14 @@ def _without_name(x: torch.Tensor) -> torch.Tensor:
     return missing * x  # type: ignore[name-defined]  # noqa: F821
 
 
-def test_faults_of_the_function_pass_as_they_are() -> None:
-    with pytest.raises(NameError, match="missing"):
+def test_faults_of_the_function_are_told_from_those_of_the_argument() -> None:
+    fault = r"raised NameError: name 'missing' is not defined; mend the function"
+    with pytest.raises(al.SpaceMismatchError, match=fault):
         al.linear_operator(_without_name, (3,))
-    with pytest.raises(NameError, match="missing"):
+    with pytest.raises(al.SpaceMismatchError, match=fault):
         al.check_adjoint(_without_name, lambda y: y, domain=(3,))
+    with pytest.raises(al.SpaceMismatchError, match="no attribute 'flip'; check the shape and dtype of the domain"):
+        al.linear_operator(lambda x: x.flip(0), {"a": (3,)})
 
 
 I3, COMPLEX = al.identity((3,)), torch.zeros(3, dtype=torch.complex64)

@@ -343,6 +343,7 @@ class Derivations:
                     captured = capture(self.callable, self.kwargs, domain, *watched)
                     step(CAPTURING * self._operations)
                     graphs = pipeline.graphs_of(captured, domain, options)
+                graphs = graphs.stateful(captured.is_stateful())  # which runs it, where modules hold no fake tensors
             except UntraceableError as error:
                 self.untraceable = error
         if not domain.every(graphs is not None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -47,6 +47,10 @@ class Graphs:
     explanation: Explanation  # what is known before they are programs
     value: Graph | None = None  # of the function whose pull-back at a point the forward is
     has_checks: bool = False  # whether that raises on some values, which a graph does not
+
+    def stateful(self, is_stateful: bool) -> Graphs:
+        """Return the same of a function of which calls change what the next ones do, or not."""
+        return replace(self, explanation=replace(self.explanation, is_stateful=is_stateful))
 
     def mapping(self) -> dict[str, Graph]:
         """Return the graphs of what can be called, by name."""

@@ -69,7 +69,6 @@ def graphs_of(captured: Capture, domain: Space, options: Options) -> Graphs:
     explanation = Explanation(
         "traced", options.requested, readers=choices_named(adjoint.readers, forward), ops_before=adjoint.ops_before,
         cut=cut_off(forward), whole=whole, hidden=hides(captured), partly=captured.partly,
-        is_stateful=captured.is_stateful(),
     )  # fmt: skip
     has_checks = any(node.target in CHECKS for node in traced.body.nodes)
     return Graphs(forward, linear, adjoint, of_state, captured.holds, explanation, value, has_checks)

@@ -12,7 +12,7 @@ import torch
 
 from adjointlab.affine import AffineOperator
 from adjointlab.derive import linear_operator
-from adjointlab.errors import ARGUMENT_ERRORS, NotDifferentiableError, NotLinearError, SpaceMismatchError
+from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMismatchError, remedy_of
 from adjointlab.linearity import like_parameters, require_map
 from adjointlab.numerics import full_precision
 from adjointlab.operators import LinearOperator
@@ -298,10 +298,11 @@ def _image(forward: Callable[[Any], Any], space: Space) -> Space:
     with torch.no_grad():
         try:
             result = forward(space.randn(torch.Generator().manual_seed(0)))
-        except ARGUMENT_ERRORS as error:
+        except Exception as error:  # a third-party function may raise anything
             line = next(iter(str(error).splitlines()), "")
             raise SpaceMismatchError(
-                f"expected A to take an element of {space}, but it raised {type(error).__name__}: {line}; check domain"
+                f"expected A to take an element of {space}, but it raised {type(error).__name__}: {line}; "
+                f"{remedy_of(error, 'check domain')}"
             ) from error
     leaves, _ = tree_flatten(result)
     if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adjointlab import compat
-from adjointlab.errors import ARGUMENT_ERRORS, NotDifferentiableError, SpaceMismatchError
+from adjointlab.errors import NotDifferentiableError, SpaceMismatchError, remedy_of
 from adjointlab.modules import attributes_kept, modules_of
 from adjointlab.space import Space
 from adjointlab.transpose.frontend import vjp
@@ -84,17 +84,17 @@ class Eager:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Raise errors of the function that its domain may explain as a mismatch, with what to do."""
+        """Raise what the function raises on elements of its domain as a mismatch, with what to do."""
         try:
             yield
         except (SpaceMismatchError, NotDifferentiableError):
             raise
-        except ARGUMENT_ERRORS as error:
+        except Exception as error:  # a third-party forward may raise anything
             words = str(error) if isinstance(error, TypeError) else ""
             remedy = next(said for word, said in _REMEDIES.items() if word in words)
             raise SpaceMismatchError(
                 f"expected the forward to take an element of {self.domain}, but it raised {type(error).__name__}: "
-                f"{vjp.first_line(error)}; {remedy}"
+                f"{vjp.first_line(error)}; {remedy_of(error, remedy)}"
             ) from error
 
     def tried(self, leaves: Tensors, *, copied: bool = True) -> Tensors:
