@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 _MARKERS = (
     "adjoint(operators, **options): run the test, which must take the fixture adjoint_check, once for each operator: a "
     "mapping or list of LinearOperator, (module, domain), (function, adjoint, domain), or a function that makes one of "
-    "these; options, such as trials=20 or seed=1, go to adjointlab.check_adjoint",
+    "these; options, such as trials=20 or seed=1, go to adjointlab.check_adjoint; tol=1e-3 is what to judge "
+    "by",
     "derivative(functions, **options): run the test, which must take the fixture derivative_check, once for each "
     "function: a mapping or list of (function, x0), or a function without arguments that makes one of these; options, "
     "such as seed=1, go to adjointlab.check_derivative",
@@ -67,7 +68,8 @@ class AdjointCheck(_Check):
         adjoint : callable, optional
             A hand-written adjoint.
         **options
-            Options of :func:`adjointlab.check_adjoint`; they override the options of the marker.
+            Options of :func:`adjointlab.check_adjoint`, and ``tol``, the relative accuracy to judge by, where a map
+            computes in lower precision inside; they override the options of the marker.
 
         Returns
         -------
@@ -101,12 +103,14 @@ class AdjointCheck(_Check):
             A, own, domain = _operator(self._case)
             adjoint = own if adjoint is None else adjoint
             options = options if domain is None else {"domain": domain, **options}
+        options = {**self._options, **options}
+        tol = options.pop("tol", None)
         if "domain" in options and adjoint is None:
             try:
-                A = linear_operator(A, options.pop("domain"))
+                A = linear_operator(A, options.pop("domain"), tol=tol)
             except (NotLinearError, NotDifferentiableError) as error:
                 raise error.with_traceback(None) from None  # the message says all: where it was found says nothing
-        return check_adjoint(A, adjoint, **{**self._options, **options})
+        return check_adjoint(A, adjoint, **options).within(tol)
 
 
 class DerivativeCheck(_Check):

@@ -52,6 +52,33 @@ def test_adjoints(adjoint_check):
     done.stdout.fnmatch_lines(["*test_adjoints?operator?*", "*test_adjoints?module?*", "*test_adjoints?pair?*"])
 
 
+ROUGH = """
+def rough(y):
+    return 2 * y + 1e-4 * y.roll(1)
+"""
+
+
+def test_a_tolerance_is_what_is_judged_by(project) -> None:
+    def checked(options: str) -> pytest.RunResult:
+        return project(f"""{ROUGH}
+@pytest.mark.adjoint([(lambda x: 2 * x, rough, (8,))], tol=1e-3)
+def test_adjoints(adjoint_check):
+    report = adjoint_check({options})
+    assert report.tolerance == 1e-3
+    assert "where 1.0e-03 was asked for" in str(report)
+    assert "within tol=0.001" in str(report.notes)
+""")
+
+    checked("").assert_outcomes(passed=1)
+    for tol in ("1e-6", "None"):  # which override the marker
+        done = checked(f"tol={tol}")
+        done.assert_outcomes(failed=1)
+        done.stdout.fnmatch_lines(["*AdjointMismatchError*"])
+    done = checked("tol=2")
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(["*expected tol between 0 and 1, got 2*"])
+
+
 def test_wrong_adjoint_fails_with_its_diagnosis(project) -> None:
     done = project("""
 @pytest.mark.adjoint([(lambda x: 2 * x, lambda y: -2 * y, (4,)), A])

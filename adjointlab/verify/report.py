@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from adjointlab.reporting import Grid, heat_map
@@ -38,6 +38,8 @@ class AdjointReport(Report):
         Whether A and B were zero on every draw, so that the test means nothing.
     notes : tuple of str
         Further remarks, such as measured rounding errors.
+    asked : bool
+        Whether ``tolerance`` is one that was asked for, in place of what rounding can explain.
     diagnosis : str
         The mistake in words; empty if the test passed.
     figure : tuple of (str, grid of floats)
@@ -58,6 +60,32 @@ class AdjointReport(Report):
     notes: tuple[str, ...] = ()
     diagnosis: str = ""
     figure: tuple[tuple[str, Grid], ...] = field(default=(), repr=False)
+    asked: bool = False
+
+    def within(self, tol: float | None) -> AdjointReport:
+        """Return the report judged by an accuracy that was asked for, where that is coarser than rounding.
+
+        Parameters
+        ----------
+        tol : float, optional
+            The largest error that passes; as it is, if not given.
+
+        Returns
+        -------
+        AdjointReport
+            This report, or one that passed, with a note of what rounding explains.
+
+        Raises
+        ------
+        ValueError
+            If ``tol`` is not between 0 and 1.
+        """
+        if tol is not None and not 0 < tol < 1:
+            raise ValueError(f"expected tol between 0 and 1, got {tol}")
+        if tol is None or self.passed or not self.error <= tol:
+            return self
+        notes = (*self.notes, f"more than rounding explains ({self.tolerance:.1e}), and within tol={tol:g}")
+        return replace(self, passed=True, tolerance=tol, diagnosis="", figure=(), notes=notes, asked=True)
 
     @property
     def _title(self) -> str:
@@ -67,7 +95,8 @@ class AdjointReport(Report):
         if not self.pairs:
             return []
         pairs = f"largest of {self.pairs} pairs of x and y" if self.pairs != 1 else "of one pair of x and y"
-        return [("error", f"{self.error:.1e} ({pairs}), where rounding explains {self.tolerance:.1e}")]
+        bound = f"{self.tolerance:.1e} was asked for" if self.asked else f"rounding explains {self.tolerance:.1e}"
+        return [("error", f"{self.error:.1e} ({pairs}), where {bound}")]
 
     def _detailed(self) -> list[tuple[str, str]]:
         return [

@@ -373,7 +373,7 @@ def test_a_tolerance_is_what_is_judged_by():
     assert checked(*claim)[0] == 1
     code, record = checked(*claim, "--tol", "1e-3")
     assert (code, record["adjoint"]["tolerance"]) == (0, 1e-3)
-    assert "within --tol" in str(record["adjoint"]["notes"])
+    assert "within tol=0.001" in str(record["adjoint"]["notes"])
     assert checked(*claim, "--tol", "1e-4")[0] == 1
 
 
