@@ -7,13 +7,21 @@ import sys
 
 import pytest
 import torch._dynamo
+import torch._inductor.compile_fx
 
 import adjointlab as al
 
 pytestmark = pytest.mark.slow
 
 # Pytester forgets what its tests import, and these must not be imported twice: run alone, this file would fail.
-IMPORTED = (torch._dynamo, al.linear_operator, al.affine_operator, al.check_adjoint, al.check_derivative)
+IMPORTED = (
+    torch._dynamo,
+    torch._inductor,
+    al.linear_operator,
+    al.affine_operator,
+    al.check_adjoint,
+    al.check_derivative,
+)
 
 pytest_plugins = ["pytester"]
 
