@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
@@ -152,13 +153,17 @@ def solve(
     maxiter: int,
     callback: Callback[X] | None,
     progress: bool | None,
+    beside: LinearOperator | None = None,
 ) -> Solution[X]:
-    """Return the solution by ``run(composite, x, monitor)``, which returns the last iterate."""
+    """Return the solution by ``run(composite, x, monitor)``, which returns the last iterate; it may use ``beside``."""
     composite, most = Composite(F, prox), count("maxiter", maxiter)
     domain = composite.domain
     problem = Problem(composite.hessian, None, None, domain, domain, domain.scalar(0))
     shown = progress_of(name, progress, most, most=True)
-    with torch.no_grad(), domain.space.without_autocast(), F.frozen(), shown as line:
-        require_apart(composite.hessian, domain.batch)
+    frozen = contextlib.nullcontext() if beside is None else beside.frozen()
+    operators = [composite.hessian, *([] if beside is None else [beside])]
+    with torch.no_grad(), domain.space.without_autocast(), F.frozen(), frozen, shown as line:
+        for A in operators:
+            require_apart(A, domain.batch)
         monitor, x = Monitor(problem, Limits(most, callback), line), problem.start(x0)
-        return qualified(monitor.solution(run(composite, x, monitor)), composite.hessian)
+        return qualified(monitor.solution(run(composite, x, monitor)), *operators)

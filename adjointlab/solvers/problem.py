@@ -14,6 +14,7 @@ from torch import Tensor
 from adjointlab.affine import AffineOperator, require_operator
 from adjointlab.blocks import is_scalar, weighted_gram
 from adjointlab.errors import SpaceMismatchError
+from adjointlab.numerics import UNITS, allowance, eps_of, norm
 from adjointlab.operators import LinearOperator
 from adjointlab.precondition.equations import Equations
 from adjointlab.precondition.spectra import of_equations
@@ -234,23 +235,30 @@ class Problem:
 
 def require_apart(A: LinearOperator, batch: tuple[int, ...]) -> None:
     """Raise if what A or Aᴴ makes of the first entry of a batch reaches another: solvers take each for itself."""
-    if math.prod(batch) <= 1 or A._body.is_apart:
-        return
-    for side in (A, A.H):
-        space, draw = side.domain.with_batch(batch), torch.Generator().manual_seed(0)
-        x, first = space.leaves(space.randn(draw)), (0,) * len(batch)
-        for leaf in x:
-            kept = leaf[first].clone()
-            leaf.zero_()[first] = kept
-        for image in side.codomain.leaves(side(space.unflatten(x))):
-            found = image.detach().clone()
-            found[first] = 0
-            if bool((found.abs() > 0).any()):
-                raise SpaceMismatchError(
-                    "expected an operator that treats the entries of a batch apart, as solvers do, got one that mixes "
-                    "them: build it with batch_dims=0"
-                )
-    A._body.is_apart = True
+
+    def check() -> None:
+        for side in (A, A.H):
+            _require_apart(side, batch)
+
+    if math.prod(batch) > 1:
+        A.once(batch, check)
+
+
+def _require_apart(A: LinearOperator, batch: tuple[int, ...]) -> None:
+    space, draw = A.domain.with_batch(batch), torch.Generator().manual_seed(0)
+    x, first = space.leaves(space.randn(draw)), (0,) * len(batch)
+    for leaf in x:
+        kept = leaf[first].clone()
+        leaf.zero_()[first] = kept
+    image = A.codomain.leaves(A(space.unflatten(x)))
+    beside = tuple(leaf.detach().clone() for leaf in image)
+    for leaf in beside:
+        leaf[first] = 0
+    if norm(beside, A.codomain) > allowance(UNITS, eps_of(image)) * norm(image, A.codomain):
+        raise SpaceMismatchError(
+            "expected an operator that treats the entries of a batch apart, as solvers do, got one that mixes them: "
+            "build it with batch_dims=0"
+        )
 
 
 def _weighting(A: LinearOperator | AffineOperator, y: Any, weight: Any) -> Callable[[Any], Any]:

@@ -148,70 +148,6 @@ def test_residual_norms_are_those_of_the_iterates(solve: Any, damp: float) -> No
 # -------------------------------------------------------------------------------------------------------------- batches
 
 
-def batch(n: int = 6) -> tuple[al.LinearOperator, Tensor]:
-    """Return an operator of four problems of very different condition."""
-    matrices = torch.stack([torch.eye(n) + s * torch.randn(n, n) for s in (0, 1e-3, 0.1, 0.4)]).double()
-    domain = torch.zeros(4, n, dtype=torch.float64)
-    return al.linear_operator(
-        lambda x: (matrices @ x[..., None])[..., 0], domain, batch_dims=1, engine="eager"
-    ), matrices
-
-
-@every_solver
-def test_every_problem_of_a_batch_stops_by_itself(solve: Any) -> None:
-    A, matrices = batch()
-    y = torch.randn(4, 6, dtype=torch.float64)
-    together = solve(A, y, tol=1e-8)
-    assert together.converged.tolist() == [True] * 4
-    for i, matrix in enumerate(matrices):
-        alone = solve(
-            al.linear_operator(lambda x, m=matrix: m @ x, torch.zeros(6, dtype=torch.float64)), y[i], tol=1e-8
-        )
-        assert int(together.iterations[i]) == alone.iterations
-        assert norm(together.x[i] - alone.x) <= 1e4 * A.domain.eps * norm(alone.x)
-        own = together.residual_norms[:, i]
-        assert torch.equal(own[alone.iterations :], own[alone.iterations].expand(len(own) - alone.iterations))
-    assert together.residual_norms.shape == (int(together.iterations.max()) + 1, 4)
-    assert together.iterations[0] < together.iterations[3]
-
-
-@every_solver
-@pytest.mark.parametrize("weighted", [False, True])
-def test_warm_damped_batches(solve: Any, weighted: bool) -> None:
-    A, matrices = batch()
-    y, x0 = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
-    weight = torch.rand(4, 6, dtype=torch.float64) if weighted else None
-    x0[0] = minimiser(matrices[0], y[0], 0.3, None if weight is None else weight[0])  # one of them has nothing to do
-    found = solve(A, y, x0=x0, damp=0.3, weight=weight)
-    for i, matrix in enumerate(matrices):
-        w = torch.ones(6, dtype=torch.float64) if weight is None else weight[i]
-        assert close(found.x[i], minimiser(matrix, y[i], 0.3, w), w.sqrt()[:, None] * matrix)
-        last = ((w * (y[i] - matrix @ found.x[i]) ** 2).sum() + 0.09 * (found.x[i] ** 2).sum()).sqrt()
-        assert abs(float(found.residual_norms[-1, i] - last)) <= 1e3 * A.domain.eps * norm(y[i])
-    assert found.iterations[0] <= 1 < found.iterations[3]
-
-
-def test_cg_over_a_batch_of_another_size() -> None:
-    A = al.linear_operator(lambda x: 2 * x, torch.zeros(1, 5), batch_dims=1)
-    solution = al.solvers.cg(A, torch.ones(3, 5))
-    assert torch.equal(solution.x, torch.full((3, 5), 0.5))
-    assert solution.converged.shape == (3,)
-
-
-@every_solver
-def test_one_bad_problem_leaves_the_others_alone(solve: Any) -> None:
-    A, matrices = batch()
-    y = torch.randn(4, 6, dtype=torch.float64)
-    y[1, 2] = math.nan
-    y[2] = 0
-    solution = solve(A, y, tol=1e-10)
-    assert solution.converged.tolist() == [True, False, True, True]
-    assert torch.isfinite(solution.x).all()
-    assert norm(solution.x[2]) == 0
-    assert close(solution.x[3], torch.linalg.solve(matrices[3], y[3]), matrices[3], 1e-10)
-    assert "1 of 4 problems: NaN" in solution.reason
-
-
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
@@ -422,11 +358,6 @@ def test_what_is_refused() -> None:
     for option in ({"tol": -1.0}, {"damp": math.nan}, {"maxiter": -1}, {"maxiter": 1.5}):
         with pytest.raises(ValueError, match=f"expected {next(iter(option))}"):
             al.solvers.cgls(A, y, **option)  # type: ignore[arg-type]
-    B, _ = batch()
-    with pytest.raises(al.SpaceMismatchError, match="x0 of the batch sizes"):
-        al.solvers.cgls(B, torch.ones(4, 6).double(), x0=torch.ones(3, 6).double())
-    with pytest.raises(al.SpaceMismatchError, match="weights of the batch sizes"):
-        al.solvers.cgls(B, torch.ones(4, 6).double(), weight=torch.ones(3, 6).double())
 
 
 @every_solver
@@ -446,23 +377,6 @@ def test_overflow_is_no_convergence(solve, size: float) -> None:
         assert "NaN or infinity" in found.reason or "maxiter" in found.reason
 
 
-MIXED = {
-    "up": lambda x: x.cumsum(0),
-    "down": lambda x: x.flip(0).cumsum(0).flip(0),
-    "mean": lambda x: x - 0.5 * x.mean(0, keepdim=True),
-}
-
-
-@pytest.mark.parametrize("mixed", MIXED)
-def test_entries_of_a_batch_that_are_mixed_are_refused(mixed: str) -> None:
-    A, y = al.linear_operator(MIXED[mixed], (1, 4), batch_dims=1), torch.ones(3, 4)
-    F = al.LeastSquares(A, y)
-    for attempt in (lambda: al.solvers.cgls(A, y), lambda: al.solvers.fista(F, al.prox.l1(1.0))):
-        with pytest.raises(al.SpaceMismatchError, match="treats the entries of a batch apart"):
-            attempt()
-    assert al.solvers.cgls(A, y[:1]).converged.all()  # there is nothing to mix
-
-
 def test_proximal_and_subset_solvers_say_what_an_unchecked_adjoint_costs() -> None:
     matrix = torch.randn(8, 5, generator=seeded(0))
     A = al.from_pair(lambda x: matrix @ x, lambda y: 2 * (matrix.T @ y), (5,), (8,), check=False)
@@ -472,5 +386,6 @@ def test_proximal_and_subset_solvers_say_what_an_unchecked_adjoint_costs() -> No
         al.solvers.fista(F, al.prox.l1(1.0)),
         al.solvers.projected_gradient(F, (0, None)),
         al.solvers.svrg(A, y, subsets=2, maxiter=1, step=1e-3),
+        al.solvers.pdhg(al.LeastSquares(al.identity((5,)), torch.ones(5)), A, al.prox.l1(1.0)),
     ):
         assert "what was given as the adjoint, with check=False, is none" in found.reason
