@@ -78,7 +78,7 @@ def matrix(
     batch_dims : int
         Number of leading dimensions of the domain that may have any size: M multiplies what is at each place of them.
     device : torch.device or str, optional
-        Where M is to be; where it is if not given. What comes from NumPy and SciPy is on the CPU.
+        Where M is to be; where it is if not given. Arrays of NumPy and SciPy are on the CPU.
 
     Returns
     -------

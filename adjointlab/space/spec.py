@@ -138,8 +138,8 @@ class TensorSpec:
         if tensor.is_complex() and not self.is_complex:
             return "pass its real part, or use al.complexify(A), which takes complex numbers"
         if tensor.dtype != self.dtype:
-            numeric = tensor.dtype.is_complex == self.is_complex and (tensor.is_floating_point() or self.is_complex)
-            also = f", or the operator with A.to({tensor.dtype})" if numeric else ""
+            fits = tensor.is_complex() if self.is_complex else tensor.is_floating_point()
+            also = f", or the operator with A.to({tensor.dtype})" if fits else ""
             return f"convert it with .to({self.dtype}){also}"
         if tensor.layout != torch.strided:
             return f"its layout is {tensor.layout}: pass a dense tensor, .to_dense()"

@@ -18,7 +18,7 @@ def lead(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
             "*The adjoint of a convolution by other means. A dot at 10× takes ten times as long as `A.H(v)`; a dot to "
             "the left of the line is faster.*\n"
         )
-    yield "What this means for you:\n"
+    yield "This means for you:\n"
     yield (
         f"- **Instead of autograd**, which is what you have without any work: it takes {_span(found, 'eager vjp')} as "
         "long as `A.H(v)`.\n"

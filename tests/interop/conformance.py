@@ -1,4 +1,4 @@
-"""What the suites compare with: the matrix of a claimed adjoint, and the dot test of a pair."""
+"""The suites compare with the matrix of a claimed adjoint, and with the dot test of a pair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other libraries warn about, at import and at work, is theirs to mend."""
+"""Warnings of other libraries, at import and at work, are theirs to mend."""
 
 import pytest
 

@@ -165,7 +165,7 @@ CASES: dict[str, tuple[Make, Any]] = {
     ),
 }
 
-# What deepinv's own adjoint is off by, and why; ours passes the dot test and is the transpose in each case.
+# Errors of deepinv's own adjoints, and their reasons; ours passes the dot test and is the transpose in each case.
 INEXACT = {
     "CompressiveSpectralImaging-even": "shear(un=True) convolves with a kernel that is centred for odd sizes only: for "
     "even ones the un-sheared image is one pixel off (odd sizes, above, are exact)",

@@ -1,4 +1,4 @@
-"""What type checkers see of operators: mypy and pyright read these tests, and pytest runs them."""
+"""Types of operators: mypy and pyright read these tests, and pytest runs them."""
 
 from collections.abc import Callable
 from typing import assert_type

@@ -1,4 +1,4 @@
-"""What type checkers see of objectives and solvers: mypy and pyright read these tests, and pytest runs them."""
+"""Types of objectives and solvers: mypy and pyright read these tests, and pytest runs them."""
 
 from typing import assert_type
 

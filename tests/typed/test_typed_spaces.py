@@ -1,4 +1,4 @@
-"""What type checkers see of spaces: mypy and pyright read these tests, and pytest runs them."""
+"""Types of spaces: mypy and pyright read these tests, and pytest runs them."""
 
 from typing import assert_type
 

@@ -41,7 +41,7 @@ class ReadsInputError(UntraceableError):
 class _Values(compat.TorchDispatchMode):
     """Answer reads of values (``.item()``, ``bool(t)``, ``mask.nonzero()``) from real tensors; refuse the input's.
 
-    What is read that way is part of the graph from then on: ``read`` keeps the tensors, so that the graph can be found
+    A value that is read that way is part of the graph from then on: ``read`` keeps the tensors, so that the graph can be found
     out of date.
     """
 

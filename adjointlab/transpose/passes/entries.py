@@ -23,7 +23,7 @@ def entries(graph: Graph, state: Sequence[Tensor], like: Tensor, batch_dims: int
 
     Raises ``NotByIndexError`` where there are none, or more entries than ``most``.
     """
-    # What is empty is written to.
+    # A tensor that is made empty is written to before it is read: zeros serve as well.
     spelt = rewritten(graph, lambda body, node: zeros(body, node.meta["val"]) if packet_of(node) in _EMPTY else None)
     for node in spelt.body.nodes:
         node.target = _RULES.get(packet_of(node), node.target)

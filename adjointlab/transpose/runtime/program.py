@@ -133,7 +133,7 @@ class Program:
     def each(self, state: Tensors, moving: tuple[int, ...] = ()) -> Callable[[Tensors, Tensors], Tensors]:
         """Return ``(moved, inputs) → outputs`` for calls in a row with one state, but for what moves in it.
 
-        What depends on the state alone is computed now. Results may share memory with inputs.
+        The part that depends on the state alone is computed now. Results may share memory with inputs.
         """
         if self._reads_state:
             return self._whole_each(state, moving)
