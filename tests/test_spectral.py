@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from laws import assert_close, norm
+from laws import assert_close, norm, seeded
 from torch import Tensor, nn
 
 import adjointlab as al
@@ -132,6 +132,23 @@ def test_norm_that_has_not_converged_says_so() -> None:
         found = float(al.operator_norm(al.diagonal(d), tol=1e-8, maxiter=3))
     assert found < 1
     assert said[0].filename == __file__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
+@pytest.mark.parametrize("wrong", [0.0, 0.05, 1.0, 30.0])
+@pytest.mark.filterwarnings("ignore:operator_norm has not converged:adjointlab.errors.ConvergenceWarning")
+def test_norm_of_an_unchecked_pair_is_a_lower_bound(wrong: float, dtype: torch.dtype) -> None:
+    matrix, noise = torch.randn(2, 8, 6, dtype=dtype, generator=seeded(3))
+    other = matrix + wrong * noise
+    spaces = (al.Space.of((n,), dtype=dtype) for n in (6, 8))
+    A = al.from_pair(lambda x: matrix @ x, lambda y: other.mH @ y, *spaces, check=False)
+    exact = float(torch.linalg.matrix_norm(matrix, 2))
+    for B, size in ((A, 1.0), (2 * A, 2.0), (A.H, 1.0)):
+        found = float(al.operator_norm(B, maxiter=1000))
+        of = exact if B is not A.H else float(torch.linalg.matrix_norm(other, 2))
+        assert found <= (1 + 8 * torch.finfo(dtype).eps) * size * of
+        if wrong <= 0.05:
+            assert found >= 0.98 * size * of
 
 
 def test_norm_starts_from_a_seed() -> None:
