@@ -43,9 +43,9 @@ ABOUT = """\
 `make bench` measures what is on this page and writes it. Compare only numbers of one row: the ways of a row take turns
 in one run, so that a machine whose speed changes slows all of them alike. Each number is the median of several runs,
 after two runs that do not count. Before a short run, the same way runs for about a millisecond without being timed,
-because every library leaves its own threads and data behind. All that can be prepared is ready before the clock starts, for
-every way alike: flipped kernels, transforms of kernels, plans, compiled functions. All ways of a row are first checked
-to compute the same.
+because every library leaves its own threads and data behind. All that can be prepared is ready before the clock starts,
+for every way alike: flipped kernels, transforms of kernels, plans, compiled functions. All ways of a row are first
+checked to compute the same.
 """
 
 

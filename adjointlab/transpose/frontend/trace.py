@@ -41,8 +41,8 @@ class ReadsInputError(UntraceableError):
 class _Values(compat.TorchDispatchMode):
     """Answer reads of values (``.item()``, ``bool(t)``, ``mask.nonzero()``) from real tensors; refuse the input's.
 
-    A value that is read that way is part of the graph from then on: ``read`` keeps the tensors, so that the graph can be found
-    out of date.
+    A value that is read that way is part of the graph from then on: ``read`` keeps the tensors, so that the graph can
+    be found out of date.
     """
 
     def __init__(self, state: Sequence[Tensor] = (), seconds: float = math.inf) -> None:
