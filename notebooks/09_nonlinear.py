@@ -283,7 +283,7 @@ for k, (name, found) in enumerate(images.items()):
         panels[2, k].set_axis_off()
     else:
         picture = show(panels[2, k], (x - truth).abs(), "|x − truth|", cmap="magma", vmin=0, vmax=0.1)
-fig.colorbar(picture, ax=panels[2, 3], shrink=0.9)
+fig.colorbar(picture, cax=panels[2, 3].inset_axes([1.05, 0.05, 0.05, 0.9]))
 plt.show()
 
 # %% [markdown]
@@ -459,7 +459,7 @@ for k, (name, (picture, rates)) in enumerate(columns_mri.items()):
     off = (milliseconds(rates) - milliseconds(rate)).abs()
     late = show(panels[3, k], off, f"error of the rate {wrong:.1%}", cmap="magma", vmin=0, vmax=30)
 for row, (picture, label) in {1: (bad, ""), 2: (relaxation, "ms"), 3: (late, "ms")}.items():
-    fig.colorbar(picture, ax=panels[row, 3], shrink=0.9, label=label)
+    fig.colorbar(picture, cax=panels[row, 3].inset_axes([1.05, 0.05, 0.05, 0.9]), label=label)
 plt.show()
 
 # %% [markdown]

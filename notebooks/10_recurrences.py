@@ -218,7 +218,7 @@ for axes, image, title in (
     bound = float(image[inside][20:].abs().quantile(0.98))
     show(axes, image[inside], title, vmin=-bound, vmax=bound)
 panels[3].plot([1.0, *residuals], "o-", ms=4)
-panels[3].set(title="relative residual", xlabel="step of cgls", ylim=(0, 1.05))
+panels[3].set(title="relative residual", xlabel="step of cgls", ylim=(0, 1.05), xticks=range(0, 13, 3))
 plt.show()
 
 # %% [markdown]
@@ -331,7 +331,9 @@ panels[0].plot(columns - border, rows - border, ".", color="#d9622b", ms=3)
 panels[4].semilogy(falls, label="cgls, with Aᴴ")
 panels[4].semilogy(stalls, label="cgls, with time reversal for Aᴴ")
 panels[4].semilogy(repeated, label="time reversal, repeated")
-panels[4].set(title="relative residual", xlabel="step")
+panels[4].set(title="relative residual", xlabel="step", xticks=range(0, 16, 5))
+panels[4].yaxis.set_minor_formatter("{x:.1f}")
+panels[4].yaxis.set_major_formatter("{x:.1f}")
 panels[4].legend()
 plt.show()
 
@@ -409,7 +411,7 @@ fig, axes = plt.subplots(figsize=(6, 3.4))
 for label, found in used.items():
     axes.loglog(list(found), [max(size, 1.0) for size in found.values()], "o-", label=label)
 axes.set(title="memory, 192² cells", xlabel="steps T", ylabel="MB")
-axes.xaxis.set_major_formatter("{x:.0f}")
+axes.set_xticks((125, 500, 2000), ("125", "500", "2000"))
 axes.xaxis.set_minor_formatter("")
 axes.legend()
 plt.show()

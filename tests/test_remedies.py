@@ -59,6 +59,14 @@ REMEDIES = {
     "size": (lambda: al.TensorSpec(3), "sizes of all dimensions as a tuple .*, got 3"),
     "keyword": (lambda: al.linear_operator(lambda x: x, (3,), kwargs={"q": 1}), "argument 'q'; take it out of kwargs"),
     "fixed argument": (lambda: al.linear_operator(lambda x, a: a * x, (3,)), "pass fixed arguments in kwargs"),
+    "functions of arrays": (
+        lambda: al.check_adjoint(np.diff, lambda y: y, domain=(3,)),
+        r"got ndarray: .* al.from_pair\(.*, arrays='numpy'\)",
+    ),
+    "forward of arrays": (
+        lambda: al.linear_operator(np.diff, (3,)),
+        r"al.from_pair\(.*, arrays='numpy'\)",
+    ),
     "domain in the place of the adjoint": (
         lambda: al.check_adjoint(I3, (3,)),
         "got tuple: .*, and a domain as domain=",
@@ -71,6 +79,11 @@ def test_errors_name_the_remedy(slip: str) -> None:
     attempt, remedy = REMEDIES[slip]
     with pytest.raises(al.SpaceMismatchError, match=remedy):
         attempt()
+
+
+def test_a_pair_of_functions_of_arrays_is_told_where_to_go() -> None:
+    with pytest.raises(al.AdjointMismatchError, match=r"got a NumPy array .*: .* arrays='numpy'"):
+        al.from_pair(np.diff, lambda y: np.pad(y, (1, 0)) - np.pad(y, (0, 1)), (3,), (2,))
 
 
 def test_refusals_say_in_words_how_a_map_reads_its_input() -> None:

@@ -82,3 +82,10 @@ def refuse_sharded(space: Space) -> None:
             f"expected a space of one process, got the sharded {space}: its elements are nowhere as a whole; use "
             "inner products and solvers, or adjointlab.distributed.gather"
         )
+
+
+def remedy_for(result: Any) -> str:
+    """Return advice on a leaf that a function returned and that is no tensor."""
+    if is_array(result):
+        return "a pair of functions of arrays goes to al.from_pair(f, adjoint, domain, codomain, arrays='numpy')"
+    return "return tensors only"

@@ -19,6 +19,7 @@ from adjointlab.operators import LinearOperator
 from adjointlab.progress import progress_of
 from adjointlab.space import Space
 from adjointlab.space.coordinates import real_element, real_size, real_vector
+from adjointlab.space.refusals import remedy_for
 from adjointlab.transpose.frontend.vjp import applied
 from adjointlab.tree import tree_flatten
 from adjointlab.verify.checked_map import BrokenError, CheckedMap, Tensors
@@ -304,10 +305,11 @@ def _image(forward: Callable[[Any], Any], space: Space) -> Space:
                 f"expected A to take an element of {space}, but it raised {type(error).__name__}: {line}; "
                 f"{remedy_of(error, 'check domain')}"
             ) from error
-    leaves, _ = tree_flatten(result)
-    if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+    others = [leaf for leaf in tree_flatten(result)[0] or [None] if not isinstance(leaf, torch.Tensor)]
+    if others:
         raise SpaceMismatchError(
-            f"expected A to return a tensor or a pytree of tensors, got {type(result).__name__}: return tensors only"
+            f"expected A to return a tensor or a pytree of tensors, got {type(result).__name__}: "
+            f"{remedy_for(others[0])}"
         )
     return Space.of(result)
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.progress import step
 from adjointlab.space import Space
+from adjointlab.space.refusals import remedy_for
+from adjointlab.space.spec import describe
 from adjointlab.tree import tree_flatten
 
 Tensors = tuple[Tensor, ...]
@@ -112,7 +114,10 @@ def _wrong_kind(name: str, result: Any, space: Space) -> str:
     if result is None:
         return f"{name} returned None: a return statement is missing"
     flat, _ = tree_flatten(result)
-    if not all(isinstance(leaf, Tensor) for leaf in flat) or len(flat) != len(space.specs):
+    others = [leaf for leaf in flat if not isinstance(leaf, Tensor)]
+    if others:
+        return f"{name}: expected tensors, got {describe(others[0])}: {remedy_for(others[0])}"
+    if len(flat) != len(space.specs):
         kinds = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in flat[:4])
         wanted = ", ".join(str(spec.shape) for spec in space.specs[:4])
         return f"{name}: wrong structure: {len(flat)} leaves ({kinds}) where {len(space.specs)} ({wanted}) are expected"

@@ -21,6 +21,7 @@ from adjointlab.linked import pulled_back
 from adjointlab.modules import Source
 from adjointlab.space import Space
 from adjointlab.space.algebra import moved
+from adjointlab.space.refusals import remedy_for
 from adjointlab.tree import Structure, tree_flatten
 
 Tensors = tuple[Tensor, ...]
@@ -205,7 +206,7 @@ def flatten_outputs(output: Any) -> tuple[Tensors, Structure | None]:
         if not isinstance(leaf, Tensor):
             raise SpaceMismatchError(
                 f"expected the forward to return a tensor or a pytree of tensors, got {type(leaf).__name__} "
-                f"({str(leaf)[:60]}): return tensors only"
+                f"({str(leaf)[:60]}): {remedy_for(leaf)}"
             )
     if not flat:
         raise SpaceMismatchError("expected the forward to return at least one tensor, got an empty pytree")
