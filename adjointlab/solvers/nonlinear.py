@@ -2,7 +2,7 @@ r"""Non-linear least squares, ``½‖f(x) − y‖²_W + ½ damp² ‖x‖² + �
 
 With the Jacobian J of f at x, a step d minimises the quadratic model, in which f is ``f(x) + J d``: a linear problem,
 that ``cgls`` or ``cg`` solves as far as is worth while. The norm of its gradient is brought down by a *forcing term*,
-which shrinks as the gradient of the objective does.
+which shrinks as well as the last model foretold the gradient of the objective.
 
 References
 ----------
@@ -33,7 +33,7 @@ from adjointlab.tree import map_leaves
 
 _INNER = 100  # steps of the linear solver for one step, unless told
 _DECREASE = 1e-4  # of what a linear model promises, at least (Armijo)
-_FORCING = 0.1, 0.9  # of the first step; factor of the others (Eisenstat and Walker, choice 2)
+_FORCING = 0.1, 0.5  # of the first step, and the largest of the others
 _FREE = 0.1  # of the gradient, up to which the damping of a step plays no part in it
 _EASE = 1e-3  # of a damping that keeps steps too short to be seen
 
@@ -300,6 +300,14 @@ def _solved(
     return implicit.of_minimum(lambda x: scaled(-1, replace(at, J=last.J.at(x), x=x).descent), solution, domain, tol)
 
 
+def _forcing(last: float, ratio: float) -> float:
+    """Return how exact the next step is to be, from the ratio of gradients that the last one made of ``last``."""
+    # Where a model foretold its gradient badly, more steps with the next one are in vain: Eisenstat and Walker, choice
+    # 1, with their safeguard against a small term by chance.
+    slow = last ** ((1 + math.sqrt(5)) / 2)
+    return min(max(abs(ratio - last), slow if slow > 0.1 else 0.0), _FORCING[1])
+
+
 def _run(
     at: Iterate, advance: Advance, most: int, tol: float, *, callback: Callback | None, line: Line
 ) -> tuple[Iterate, Status, list[float]]:
@@ -312,14 +320,15 @@ def _run(
             return at, Status.LEAST_SQUARES, values
         if len(values) > most:
             return at, status, values
-        found = advance(at, max(forcing, tol / 10))
+        forcing = max(forcing, tol / 10)
+        found = advance(at, forcing)
         if isinstance(found, Status):
             return at, found, values
         new, is_full = found
         if not math.isfinite(new.slope):
             return at, Status.NOT_FINITE, values
         length, size = float(at.J.domain.norm(added(new.x, scaled(-1, at.x)))), float(at.J.domain.norm(new.x))
-        forcing = min(_FORCING[0], _FORCING[1] * (new.slope / at.slope) ** 2)
+        forcing = _forcing(forcing, new.slope / at.slope)
         at = new
         values.append(at.value)
         line.step(note=lambda: f"objective {values[-1]:.3e}")
