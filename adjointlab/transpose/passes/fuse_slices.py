@@ -8,7 +8,6 @@ piece, as a person would write it.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -22,6 +21,8 @@ from adjointlab.compat import plain
 from adjointlab.transpose.graph.edit import clean, copied, zeros
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import VIEWS, packet_of
+from adjointlab.transpose.kernels.select import SumChooser
+from adjointlab.transpose.passes.quicker_sums import Rule, worth_writing
 from adjointlab.transpose.passes.sums import Piece, Sum, merged, moved, whole
 
 aten = torch.ops.aten
@@ -30,34 +31,52 @@ _MOST = 256  # pieces of one sum; more are not worth following
 _VIEW = 4  # pieces that are windows of one source, from which on a view of it is faster than copies
 
 
-def fuse_slices(graph: Graph) -> Graph:
-    """Return an equal graph in which sums of slices are written in one pass."""
+def fuse_slices(graph: Graph, choose: SumChooser | None = None) -> Graph:
+    """Return an equal graph in which sums of slices are written in one pass, where that is faster.
+
+    ``choose`` is the rule for that; without one, all are written.
+    """
     fused = copied(graph)
-    sums: dict[fx.Node, Sum] = {}
-    worth: set[fx.Node] = set()  # sums that are more than views of one source: written for whatever reads them whole
+    sums, wanted = _sums(fused.body)
+    written: dict[fx.Node, fx.Node] = {}
+    is_worth = worth_writing(fused, {node for node in sums if sums[node] == whole(node)}, written, choose)
     made: dict[fx.Node, Sum] = {}  # of the calls that write
-    written = functools.cache(lambda node: _write(fused.body, node, sums[node], made))
-    for node in list(fused.body.nodes):
-        rule = _RULES.get(node.target)
-        is_plain = not node.kwargs or rule is _zeros
-        found = rule(node, sums, *node.args) if rule is not None and is_plain else None
-        if found is None or len(found) > _MOST:
-            for operand in node.all_input_nodes:
-                if operand in worth:
-                    node.replace_input_with(operand, written(operand))
-            if isinstance(node.meta.get("val"), Tensor):
-                sums[node] = whole(node)
-            continue
-        sums[node] = found = merged(found)
-        if len(node.users) > 1 and sum(p.volume for p in found) > 2 * node.meta["val"].numel():
-            sums[node] = whole(written(node))
-            worth.add(node)  # it is written: others are to read that, too
-        elif rule not in _READS or any(operand in worth for operand in node.all_input_nodes):
-            worth.add(node)
+    for node in [node for node in fused.body.nodes if node in wanted]:
+        found = tuple([replace(p, source=written.get(p.source, p.source)) for p in wanted[node]])
+        written[node] = _write(fused.body, node, found, made, is_worth)
+        if written[node] is not node:
+            node.replace_all_uses_with(written[node])
     clean(fused.body)
     for node in [node for node in fused.body.nodes if node in made]:
         _absorb(fused.body, node, made)
     return fused
+
+
+def _sums(nodes: fx.Graph) -> tuple[dict[fx.Node, Sum], dict[fx.Node, Sum]]:
+    """Return each node as a sum, and the sums that are wanted as tensors.
+
+    A node is the whole of itself where it is no sum, and where others are to read what is written for it.
+    """
+    sums: dict[fx.Node, Sum] = {}
+    wanted: dict[fx.Node, Sum] = {}
+    worth: dict[fx.Node, Sum] = {}  # sums that are more than views of one source: written for whatever reads them whole
+    for node in nodes.nodes:
+        rule = _RULES.get(node.target)
+        is_plain = not node.kwargs or rule is _zeros
+        found = rule(node, sums, *node.args) if rule is not None and is_plain else None
+        if found is None or len(found) > _MOST:
+            wanted |= {operand: worth[operand] for operand in node.all_input_nodes if operand in worth}
+            if isinstance(node.meta.get("val"), Tensor):
+                sums[node] = whole(node)
+            continue
+        sums[node] = found = merged(found)
+        is_large = len(node.users) > 1 and sum(p.volume for p in found) > 2 * node.meta["val"].numel()
+        if is_large or rule not in _READS or any(operand in worth for operand in node.all_input_nodes):
+            worth[node] = found
+        if is_large:
+            wanted[node] = found
+            sums[node] = whole(node)
+    return sums, wanted
 
 
 def _absorb(nodes: fx.Graph, node: fx.Node, made: dict[fx.Node, Sum]) -> None:
@@ -74,8 +93,8 @@ def _absorb(nodes: fx.Graph, node: fx.Node, made: dict[fx.Node, Sum]) -> None:
         clean(nodes)
 
 
-def _write(nodes: fx.Graph, node: fx.Node, found: Sum, made: dict[fx.Node, Sum]) -> fx.Node:
-    """Add the call that writes a sum."""
+def _write(nodes: fx.Graph, node: fx.Node, found: Sum, made: dict[fx.Node, Sum], is_worth: Rule) -> fx.Node:
+    """Add the call that writes a sum; the node itself where that is not quicker."""
     value = node.meta["val"]
     is_kept = any(user.op == "output" or packet_of(user) in VIEWS for user in node.users)
     if len(found) == 1 and not is_kept:  # a result has memory of its own
@@ -83,9 +102,11 @@ def _write(nodes: fx.Graph, node: fx.Node, found: Sum, made: dict[fx.Node, Sum])
         if found == whole(found[0].source) and of.shape == value.shape and of.dtype == value.dtype:
             return found[0].source
     arguments, is_disjoint = _arguments(value, found)
-    places = _windows(found, value.shape) if is_disjoint else None
+    places = _windows(found, value.shape) if is_disjoint and not is_kept else None
+    if found and places is None and not is_worth(node, accumulate, arguments):
+        return node
     with nodes.inserting_after(node):
-        if places is not None and not is_kept:
+        if places is not None:
             written = nodes.call_function(windows, (*arguments, *places))
         else:
             written = nodes.call_function(accumulate, arguments) if found else zeros(nodes, value)
