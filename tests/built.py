@@ -18,7 +18,7 @@ from adjointlab.linearity import like_parameters
 from adjointlab.transpose import Options, Transposition
 from adjointlab.transpose.kernels.convolution import ConvSpec, sized
 from adjointlab.transpose.kernels.registry import KERNELS, NATIVE, Kernel
-from adjointlab.transpose.kernels.select import Run, Timed
+from adjointlab.transpose.kernels.select import Run, Timed, Ways
 
 TORCH = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
@@ -49,6 +49,16 @@ def first_way(native: Timed, ways: Callable[[], dict[Run, Timed]], device: torch
 def last_way(native: Timed, ways: Callable[[], dict[Run, Timed]], device: torch.device) -> Run | None:
     """Choose the last of several products with a sparse map."""
     return next(reversed(ways()), None)
+
+
+def always(expected: tuple[float, float], ways: Ways, device: torch.device) -> bool:
+    """Write every sum of slices."""
+    return True
+
+
+def never(expected: tuple[float, float], ways: Ways, device: torch.device) -> bool:
+    """Leave every sum of slices to PyTorch's own operations."""
+    return False
 
 
 def source(function: Any, domain: Any, choose: Any = None, *, kwargs: Any = None, **options: Any) -> Transposition:

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adjointlab.transpose.kernels.convolution import ConvSpec
-from adjointlab.transpose.kernels.select import Chooser, MapChooser, choose, quickest, suits_transform
+from adjointlab.transpose.kernels.select import (
+    Chooser,
+    MapChooser,
+    SumChooser,
+    choose,
+    is_quicker,
+    quickest,
+    suits_transform,
+)
 
 ENGINES = ("auto", "eager", "traced", "compiled")
 DERIVATIVES = ("autograd", "forward")
@@ -20,8 +28,8 @@ class Options:
     """How an operator is to be derived.
 
     ``budget`` is in seconds; ``progress`` says whether builds show theirs; ``choose`` is the rule for kernels,
-    ``choose_map`` that for maps by index, None for none; ``transform`` that for gradients in a kernel; ``fuse`` says
-    whether slices become sums of pieces; ``options`` are for torch.compile. ``for_gram`` says that of an operator made
+    ``choose_map`` that for maps by index, ``choose_sum`` that for sums of pieces, None for none; ``transform`` that for
+    gradients in a kernel; ``options`` are for torch.compile. ``for_gram`` says that of an operator made
     of others nothing but the gram is wanted: only that is lowered.
     """
 
@@ -36,7 +44,7 @@ class Options:
     progress: bool | None = None
     choose: Chooser | None = None
     choose_map: MapChooser | None = quickest
-    fuse: bool = True
+    choose_sum: SumChooser | None = is_quicker
     transform: Callable[[ConvSpec], bool] = suits_transform
     options: dict[str, Any] = field(default_factory=dict)
     for_gram: bool = False

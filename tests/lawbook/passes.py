@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from built import first_way, last_way, prefer
+from built import first_way, last_way, never, prefer
 from laws import Case, in_widest_dtype, law, once, seeded
 from torch import Tensor
 
@@ -26,6 +26,8 @@ PASSES: dict[str, Callable[[Graph], Graph]] = {
     "normalise": normalise,
     "own_outputs": own_outputs,
     "fuse_slices": fuse_slices,
+    "fuse_slices, none": lambda graph: fuse_slices(graph, never),
+    "fuse_slices, some": lambda graph: fuse_slices(graph, lambda expected, *_: expected[1] < expected[0]),
     "joined": joined,
     **{
         f"lower to {name}": lambda graph, name=name: lower(graph, prefer(name), lambda _: True)

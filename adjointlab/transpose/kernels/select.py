@@ -23,11 +23,16 @@ Chooser = Callable[[ConvSpec], Kernel]
 Run = Callable[..., torch.Tensor]
 Timed = Callable[[], object]
 MapChooser = Callable[[Timed, Callable[[], "dict[Run, Timed]"], torch.device], "Run | None"]
+Ways = Callable[[], "tuple[Timed, Timed]"]  # PyTorch's own, and another, on data that are made for them
+SumChooser = Callable[[tuple[float, float], Ways, torch.device], bool]  # the first are seconds by a model
 Clock = Callable[[Callable[[], object], torch.device], "float | None"]  # None for a run that was disturbed
 
 _GAIN = 0.8  # of native's time: two medians of one kernel differ by less than a fifth, 99 times in 100
 _MODEL = 8.0  # kernels whose costs differ by more are not run: the model was seen to be off by a factor of 5 at most
 _RUNS = 5  # of each kernel, in turns, after one that pays for code and plans
+_MANY, _FEW = 31, 3  # runs of short ways: at most, and where each of one is clearly faster than all of the other
+_LEAD = 0.9  # of native's time: two medians of so many runs differ by less than a tenth, beside other work too
+_NEAR = 2.0  # ways of a few operations whose costs differ by more are not run: that is how far off their model was seen
 _FAR = 4.0  # times as fast as native another way must seem beside other work
 _BUDGET = 0.03  # seconds for all runs of a kernel; of one that takes longer, there are fewer
 _SHORT = 5e-5  # where PyTorch's own way takes no longer, others are not tried: one call of theirs takes half of it
@@ -118,6 +123,27 @@ def quickest(native: Timed, others: Callable[[], dict[Run, Timed]], device: torc
     return best if seconds <= gain * first else None
 
 
+def is_quicker(expected: tuple[float, float], ways: Ways, device: torch.device) -> bool:
+    """Return whether another way than PyTorch's own is faster, where both are a few operations.
+
+    ``expected`` are the seconds of native and of the other by a model. Runs decide where these are near, and short
+    enough for a build.
+    """
+    share = expected[1] / expected[0]
+    if not 1 / _NEAR < share < _NEAR or max(expected) > _BUDGET:
+        return share < 1
+
+    def is_clear(seen: list[list[float]]) -> bool:
+        native, other = seen
+        return max(other) <= _GAIN * min(native) or max(native) <= _GAIN * min(other)
+
+    try:
+        native, other = _median([*ways()], device, undisturbed, _MANY, is_clear)
+    except (_DisturbedError, torch.OutOfMemoryError):
+        return share < 1
+    return other <= _LEAD * native
+
+
 def _least(ways: list[Callable[[], object]], device: torch.device) -> list[float]:
     """Return the least seconds of a few runs of several ways: other work makes a run longer, never shorter."""
     seen = [[_seconds(way, device)] for way in ways]
@@ -133,13 +159,19 @@ def _timed(spec: ConvSpec, clock: Clock) -> Callable[..., list[float]]:
     return lambda *kernels: _median([_runner(kernel, spec, data) for kernel in kernels], spec.device, clock)
 
 
-def _median(ways: list[Callable[[], object]], device: torch.device, clock: Clock) -> list[float]:
-    """Return the median seconds of several ways, run in turns: what slows the machine for a while slows all of them."""
+def _median(
+    ways: list[Timed], device: torch.device, clock: Clock, runs: int = _RUNS,
+    is_clear: Callable[[list[list[float]]], bool] = lambda _: False,
+) -> list[float]:  # fmt: skip
+    """Return the median seconds of several ways, run in turns: what slows the machine for a while slows all of them.
+
+    ``is_clear`` says of the seconds of at least three runs of each whether they tell enough.
+    """
     for way in ways:
         way()  # pays for code, plans and memory
     seen: list[list[float]] = [[] for _ in ways]
     disturbed, began = 0, time.perf_counter()
-    while (least := min(map(len, seen))) < _RUNS and (least < 2 or sum(map(sum, seen)) < len(ways) * _BUDGET):
+    while (least := min(map(len, seen))) < runs and (least < 2 or sum(map(sum, seen)) < len(ways) * _BUDGET):
         for way, taken in zip(ways, seen, strict=True):
             seconds = clock(way, device)
             if seconds is None:
@@ -147,10 +179,12 @@ def _median(ways: list[Callable[[], object]], device: torch.device, clock: Clock
             else:
                 taken.append(seconds)
         waited = time.perf_counter() - began > 10 * len(ways) * _BUDGET and least < 1
-        if disturbed > 4 * _RUNS * len(ways) or waited:
+        if disturbed > 4 * runs * len(ways) or waited:
             raise _DisturbedError("other work takes processors away in nearly every run")
         if disturbed == 0 and max(map(max, seen)) > 10 * _BUDGET:
             break  # one run of that length tells
+        if min(map(len, seen)) >= _FEW and is_clear(seen):
+            break
     return [statistics.median(taken) for taken in seen]
 
 

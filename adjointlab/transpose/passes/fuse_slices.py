@@ -8,12 +8,11 @@ piece, as a person would write it.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +21,9 @@ from adjointlab.compat import plain
 from adjointlab.transpose.graph.edit import clean, copied, zeros
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import VIEWS, packet_of
+from adjointlab.transpose.kernels.select import SumChooser
+from adjointlab.transpose.passes.quicker_sums import Rule, worth_writing
+from adjointlab.transpose.passes.sums import Piece, Sum, merged, moved, whole
 
 aten = torch.ops.aten
 
@@ -29,135 +31,52 @@ _MOST = 256  # pieces of one sum; more are not worth following
 _VIEW = 4  # pieces that are windows of one source, from which on a view of it is faster than copies
 
 
-class Span(NamedTuple):
-    """A range of one dimension of a result, and of which dimension of the source, None where that has none."""
+def fuse_slices(graph: Graph, choose: SumChooser | None = None) -> Graph:
+    """Return an equal graph in which sums of slices are written in one pass, where that is faster.
 
-    dim: int | None
-    read: int
-    write: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """``factor`` times a rectangle of a source, placed in a result, of whose dimensions each has a span."""
-
-    source: fx.Node
-    factor: complex
-    spans: tuple[Span, ...]
-    index: tuple[tuple[int, int], ...] = ()  # dimensions of the source that the result lacks, and where it is in them
-
-    @property
-    def volume(self) -> int:
-        """Number of entries."""
-        return math.prod(span.length for span in self.spans)
-
-    @property
-    def places(self) -> tuple[tuple[slice | int, ...], tuple[slice | int, ...]]:
-        """How to index the source, and how the result: by a number where the other has no dimension."""
-        read: dict[int, slice | int] = dict(self.index)
-        read |= {dim: slice(start, start + length) for dim, start, _, length in self.spans if dim is not None}
-        write = [start if dim is None else slice(start, start + length) for dim, _, start, length in self.spans]
-        return tuple(read[dim] for dim in sorted(read)), tuple(write)
-
-    def meets(self, other: Piece) -> bool:
-        """Return whether two pieces of one result have places in common."""
-        pairs = zip(self.spans, other.spans, strict=True)
-        return all(a.write < b.write + b.length and b.write < a.write + a.length for a, b in pairs)
-
-    @property
-    def starts(self) -> dict[int, int]:
-        """Where the rectangle begins in the source, by its dimensions."""
-        return {span.dim: span.read for span in self.spans if span.dim is not None} | dict(self.index)
-
-    def moved(self, dim: int, by: int, size: int) -> Sum:
-        """Return the piece moved along a dimension of the result, and cut to the new size of that."""
-        of, read, write, length = self.spans[dim]
-        start, stop = max(0, write + by), min(size, write + by + length)
-        span = Span(of, read + start - write - by, start, stop - start)
-        return (self._with(dim, span),) if start < stop else ()
-
-    def dropped(self, dim: int) -> Piece:
-        """Return the piece in a result without a dimension, where it is at one index."""
-        of, read, *_ = self.spans[dim]
-        return replace(self._with(dim), index=self.index if of is None else (*self.index, (of, read)))
-
-    def inserted(self, dim: int, index: int) -> Piece:
-        """Return the piece at one index of a new dimension."""
-        return replace(self, spans=(*self.spans[:dim], Span(None, 0, index, 1), *self.spans[dim:]))
-
-    def aligned(self) -> Piece:
-        """Return the same with spans of one entry where both source and result have an index alone, if that fits."""
-        if not self.index or len(self.index) != sum(span.dim is None for span in self.spans):
-            return self
-        at = iter(sorted(self.index))
-        spans = tuple([Span(*next(at), span.write, 1) if span.dim is None else span for span in self.spans])
-        dims = [span.dim or 0 for span in spans]
-        return replace(self, spans=spans, index=()) if dims == sorted(dims) else self
-
-    def _with(self, dim: int, *spans: Span) -> Piece:
-        return replace(self, spans=(*self.spans[:dim], *spans, *self.spans[dim + 1 :]))
-
-
-Sum = tuple[Piece, ...]
-
-
-def fuse_slices(graph: Graph) -> Graph:
-    """Return an equal graph in which sums of slices are written in one pass."""
+    ``choose`` is the rule for that; without one, all are written.
+    """
     fused = copied(graph)
-    sums: dict[fx.Node, Sum] = {}
-    worth: set[fx.Node] = set()  # sums that are more than views of one source: written for whatever reads them whole
+    sums, wanted = _sums(fused.body)
+    written: dict[fx.Node, fx.Node] = {}
+    is_worth = worth_writing(fused, {node for node in sums if sums[node] == whole(node)}, written, choose)
     made: dict[fx.Node, Sum] = {}  # of the calls that write
-    written = functools.cache(lambda node: _write(fused.body, node, sums[node], made))
-    for node in list(fused.body.nodes):
-        rule = _RULES.get(node.target)
-        is_plain = not node.kwargs or rule is _zeros
-        found = rule(node, sums, *node.args) if rule is not None and is_plain else None
-        if found is None or len(found) > _MOST:
-            for operand in node.all_input_nodes:
-                if operand in worth:
-                    node.replace_input_with(operand, written(operand))
-            if isinstance(node.meta.get("val"), Tensor):
-                sums[node] = _whole(node)
-            continue
-        sums[node] = found = _merged(found)
-        if len(node.users) > 1 and sum(p.volume for p in found) > 2 * node.meta["val"].numel():
-            sums[node] = _whole(written(node))
-            worth.add(node)  # it is written: others are to read that, too
-        elif rule not in _READS or any(operand in worth for operand in node.all_input_nodes):
-            worth.add(node)
+    for node in [node for node in fused.body.nodes if node in wanted]:
+        found = tuple([replace(p, source=written.get(p.source, p.source)) for p in wanted[node]])
+        written[node] = _write(fused.body, node, found, made, is_worth)
+        if written[node] is not node:
+            node.replace_all_uses_with(written[node])
     clean(fused.body)
     for node in [node for node in fused.body.nodes if node in made]:
         _absorb(fused.body, node, made)
     return fused
 
 
-def _whole(node: fx.Node, factor: complex = 1) -> Sum:
-    return (Piece(node, factor, tuple(Span(dim, 0, 0, n) for dim, n in enumerate(node.meta["val"].shape))),)
+def _sums(nodes: fx.Graph) -> tuple[dict[fx.Node, Sum], dict[fx.Node, Sum]]:
+    """Return each node as a sum, and the sums that are wanted as tensors.
 
-
-def _merged(pieces: Sum) -> Sum:
-    """Return an equal sum in which parts of one rectangle are one piece: a write of one entry leaves five around it."""
-    found, count = tuple([piece.aligned() for piece in pieces]), len(pieces) + 1
-    while 1 < len(found) < count:
-        count = len(found)
-        for dim in range(len(found[0].spans)):
-            found = _joined(found, dim)
-    return found
-
-
-def _joined(pieces: Sum, dim: int) -> Sum:
-    """Return an equal sum in which pieces that go on, along a dimension, where others end are parts of these."""
-    lines: dict[Any, list[Piece]] = {}
-    for piece in sorted(pieces, key=lambda piece: piece.spans[dim].write):
-        of, read, write, length = piece.spans[dim]
-        line = lines.setdefault((of, write - read, piece._with(dim)), [])
-        before = line[-1].spans[dim] if line else None
-        if of is not None and before is not None and before.write + before.length == write:
-            line[-1] = line[-1]._with(dim, before._replace(length=before.length + length))
-        else:
-            line.append(piece)
-    return tuple(itertools.chain.from_iterable(lines.values()))
+    A node is the whole of itself where it is no sum, and where others are to read what is written for it.
+    """
+    sums: dict[fx.Node, Sum] = {}
+    wanted: dict[fx.Node, Sum] = {}
+    worth: dict[fx.Node, Sum] = {}  # sums that are more than views of one source: written for whatever reads them whole
+    for node in nodes.nodes:
+        rule = _RULES.get(node.target)
+        is_plain = not node.kwargs or rule is _zeros
+        found = rule(node, sums, *node.args) if rule is not None and is_plain else None
+        if found is None or len(found) > _MOST:
+            wanted |= {operand: worth[operand] for operand in node.all_input_nodes if operand in worth}
+            if isinstance(node.meta.get("val"), Tensor):
+                sums[node] = whole(node)
+            continue
+        sums[node] = found = merged(found)
+        is_large = len(node.users) > 1 and sum(p.volume for p in found) > 2 * node.meta["val"].numel()
+        if is_large or rule not in _READS or any(operand in worth for operand in node.all_input_nodes):
+            worth[node] = found
+        if is_large:
+            wanted[node] = found
+            sums[node] = whole(node)
+    return sums, wanted
 
 
 def _absorb(nodes: fx.Graph, node: fx.Node, made: dict[fx.Node, Sum]) -> None:
@@ -165,7 +84,7 @@ def _absorb(nodes: fx.Graph, node: fx.Node, made: dict[fx.Node, Sum]) -> None:
     found: list[Piece] = []
     for piece in made[node]:
         source, times = piece.source, sum(piece.source is other.source for other in made[node])
-        is_alone = source in made and len(source.users) == times == 1 and (piece,) == _whole(source, piece.factor)
+        is_alone = source in made and len(source.users) == times == 1 and (piece,) == whole(source, piece.factor)
         is_part = is_alone and source.meta["val"].dtype == node.meta["val"].dtype
         found += [replace(p, factor=p.factor * piece.factor) for p in made[source]] if is_part else [piece]
     if made[node] and len(found) <= _MOST and tuple(found) != made[node]:
@@ -174,18 +93,20 @@ def _absorb(nodes: fx.Graph, node: fx.Node, made: dict[fx.Node, Sum]) -> None:
         clean(nodes)
 
 
-def _write(nodes: fx.Graph, node: fx.Node, found: Sum, made: dict[fx.Node, Sum]) -> fx.Node:
-    """Add the call that writes a sum."""
+def _write(nodes: fx.Graph, node: fx.Node, found: Sum, made: dict[fx.Node, Sum], is_worth: Rule) -> fx.Node:
+    """Add the call that writes a sum; the node itself where that is not quicker."""
     value = node.meta["val"]
     is_kept = any(user.op == "output" or packet_of(user) in VIEWS for user in node.users)
     if len(found) == 1 and not is_kept:  # a result has memory of its own
         of = found[0].source.meta["val"]
-        if found == _whole(found[0].source) and of.shape == value.shape and of.dtype == value.dtype:
+        if found == whole(found[0].source) and of.shape == value.shape and of.dtype == value.dtype:
             return found[0].source
     arguments, is_disjoint = _arguments(value, found)
-    places = _windows(found, value.shape) if is_disjoint else None
+    places = _windows(found, value.shape) if is_disjoint and not is_kept else None
+    if found and places is None and not is_worth(node, accumulate, arguments):
+        return node
     with nodes.inserting_after(node):
-        if places is not None and not is_kept:
+        if places is not None:
             written = nodes.call_function(windows, (*arguments, *places))
         else:
             written = nodes.call_function(accumulate, arguments) if found else zeros(nodes, value)
@@ -309,10 +230,6 @@ def _shape(node: fx.Node) -> list[int]:
     return list(node.meta["val"].shape)
 
 
-def _moved(pieces: Sum, dim: int, by: int, size: int) -> Sum:
-    return tuple(left for piece in pieces for left in piece.moved(dim, by, size))
-
-
 def _window(node: fx.Node, shape: list[int], dim: int = 0, start: Any = None, stop: Any = None, step: Any = 1) -> Any:
     """Return the dimension, start and stop that a node takes or writes; None where it has a step, or nothing."""
     n = shape[dim]
@@ -327,7 +244,7 @@ def _taken(node: fx.Node, sums: Sums, x: fx.Node, *where: Any) -> Sum | None:
     if window is None:
         return None
     dim, start, stop = window
-    pieces = _moved(sums[x], dim, -start, stop - start)
+    pieces = moved(sums[x], dim, -start, stop - start)
     return tuple(p.dropped(dim) for p in pieces) if node.target in _AT_INDEX else pieces
 
 
@@ -341,16 +258,16 @@ def _put(node: fx.Node, sums: Sums, first: fx.Node, second: Any, *where: Any) ->
     n = shape[dim]
     source, base = (second, sums[first]) if isinstance(second, fx.Node) else (first, ())
     is_index = node.target in _AT_INDEX
-    placed = tuple(p.inserted(dim, start) for p in sums[source]) if is_index else _moved(sums[source], dim, start, n)
-    after = _moved(_moved(base, dim, -stop, n - stop), dim, stop, n)
-    return (*_moved(base, dim, 0, start), *after, *placed)
+    placed = tuple(p.inserted(dim, start) for p in sums[source]) if is_index else moved(sums[source], dim, start, n)
+    after = moved(moved(base, dim, -stop, n - stop), dim, stop, n)
+    return (*moved(base, dim, 0, start), *after, *placed)
 
 
 def _pad(node: fx.Node, sums: Sums, x: fx.Node, pads: list[int], value: complex = 0) -> Sum | None:
     pieces, shape = sums[x], _shape(node)
     for i, before in enumerate(pads[::2]):
         dim = len(shape) - 1 - i
-        pieces = _moved(pieces, dim, before, shape[dim])
+        pieces = moved(pieces, dim, before, shape[dim])
     return pieces if value == 0 else None
 
 
@@ -360,7 +277,7 @@ def _cat(node: fx.Node, sums: Sums, parts: list[fx.Node], dim: int = 0) -> Sum |
         return None
     offsets = itertools.accumulate((_shape(part)[dim] for part in parts), initial=0)
     placed = zip(parts, offsets, strict=False)
-    return tuple(p for part, by in placed for p in _moved(sums[part], dim % value.ndim, by, value.shape[dim]))
+    return tuple(p for part, by in placed for p in moved(sums[part], dim % value.ndim, by, value.shape[dim]))
 
 
 def _roll(node: fx.Node, sums: Sums, x: fx.Node, shifts: list[int], dims: Sequence[int] = ()) -> Sum | None:
@@ -368,7 +285,7 @@ def _roll(node: fx.Node, sums: Sums, x: fx.Node, shifts: list[int], dims: Sequen
     for shift, axis in zip(shifts, dims, strict=bool(dims)):
         dim, n = axis % len(shape), shape[axis]
         by = shift % n
-        pieces = (*_moved(pieces, dim, by, n), *_moved(pieces, dim, by - n, n))
+        pieces = (*moved(pieces, dim, by, n), *moved(pieces, dim, by - n, n))
     return pieces if dims else None
 
 

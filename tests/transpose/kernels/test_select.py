@@ -13,7 +13,15 @@ from built import BY_NAME, square
 
 from adjointlab.transpose.kernels import select
 from adjointlab.transpose.kernels.registry import NATIVE, available
-from adjointlab.transpose.kernels.select import by_model, choose, fastest, quickest, suits_transform, undisturbed
+from adjointlab.transpose.kernels.select import (
+    by_model,
+    choose,
+    fastest,
+    is_quicker,
+    quickest,
+    suits_transform,
+    undisturbed,
+)
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.cpu
@@ -177,3 +185,39 @@ def test_ways_are_taken_where_they_are_clearly_faster(
     found = quickest(lasting(native) if native else lambda: None, ways, CPU)
     assert found is (None if best is None else named[best])
     assert bool(made) is bool(native)
+
+
+@pytest.mark.parametrize(("expected", "found"), [(0.01, True), (0.4, True), (2.5, False), (100.0, False)])
+def test_short_ways_that_are_far_apart_are_not_run(expected: float, found: bool) -> None:
+    def ways() -> tuple[Any, Any]:
+        raise AssertionError("they are made")
+
+    assert is_quicker((1e-4, expected * 1e-4), ways, CPU) is found
+
+
+@pytest.mark.parametrize("expected", [0.6, 1.5])
+def test_long_ways_are_not_run(expected: float) -> None:
+    assert is_quicker((1.0, expected), lambda: pytest.fail("they are made"), CPU) is (expected < 1)
+
+
+@pytest.mark.parametrize("expected", [0.6, 1.5])
+def test_short_ways_for_which_there_is_no_memory_are_chosen_by_the_model(expected: float) -> None:
+    def ways() -> tuple[Any, Any]:
+        raise torch.OutOfMemoryError("no memory")
+
+    assert is_quicker((1e-4, expected * 1e-4), ways, CPU) is (expected < 1)
+
+
+@pytest.mark.parametrize("expected", [0.6, 1.5])
+def test_runs_decide_between_short_ways_that_are_near(expected: float) -> None:
+    slow, fast = lasting(0.02), lasting(0.0)
+    assert is_quicker((1e-4, expected * 1e-4), lambda: (slow, fast), CPU)
+    assert not is_quicker((1e-4, expected * 1e-4), lambda: (fast, slow), CPU)
+
+
+@pytest.mark.parametrize("expected", [0.6, 1.5])
+def test_short_ways_that_cannot_be_timed_are_chosen_by_the_model(
+    expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select, "_switches", iter(range(10_000)).__next__)
+    assert is_quicker((1e-4, expected * 1e-4), lambda: (lasting(0.0), lasting(0.0)), CPU) is (expected < 1)

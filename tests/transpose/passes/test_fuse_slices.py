@@ -1,7 +1,11 @@
 """Sums of pieces equal the graphs that they replace."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from built import always, never, operator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import seeded
@@ -17,6 +21,11 @@ SHAPE = (5, 6)
 def _window(draw: st.DrawFn, size: int) -> tuple[int, int]:
     start = draw(st.integers(0, size - 1))
     return start, draw(st.integers(start + 1, size))
+
+
+def written(function: Callable[[torch.Tensor], torch.Tensor], domain: Any) -> al.LinearOperator:
+    """Return the operator in which all sums are written."""
+    return operator(function, domain, None, choose_sum=always)
 
 
 @st.composite
@@ -66,12 +75,14 @@ def test_lowered_equals_plain(steps: list[tuple]) -> None:
 
     domain = al.TensorSpec(SHAPE, torch.float64)
     plain = al.linear_operator(f, domain, lowering=False)
-    lowered = al.linear_operator(f, domain)
+    turns = iter([True, False] * 99)
     # Small integers: sums of them are exact in any order, so that the two are equal, not only close.
     x = torch.randint(-9, 9, SHAPE, generator=seeded(0)).double()
-    assert lowered.engine == plain.engine == "traced"
-    assert torch.equal(lowered(x), plain(x))
-    assert torch.equal(lowered.H(x), plain.H(x))
+    for rule in (always, never, lambda *_: next(turns)):
+        lowered = operator(f, domain, None, choose_sum=rule)
+        assert lowered.engine == plain.engine == "traced"
+        assert torch.equal(lowered(x), plain(x))
+        assert torch.equal(lowered.H(x), plain.H(x))
 
 
 def test_finite_differences_are_one_pass() -> None:
@@ -81,7 +92,7 @@ def test_finite_differences_are_one_pass() -> None:
         g[1, :, :-1] = x[:, 1:] - x[:, :-1]
         return g
 
-    program = al.linear_operator(gradient, (8, 8)).explain().split("adjoint program:")[1]
+    program = written(gradient, (8, 8)).explain().split("adjoint program:")[1]
     assert program.count(" = ") == 1
     assert "accumulate" in program
 
@@ -95,7 +106,7 @@ def test_windows_of_one_source_are_a_view(axis: int, step: int, dtype: torch.dty
     def windows(x: torch.Tensor) -> torch.Tensor:
         return 2 * torch.stack([x[1:, at : at + 6] for at in offsets], axis)
 
-    A = al.linear_operator(windows, al.TensorSpec((4, 31), dtype))
+    A = written(windows, al.TensorSpec((4, 31), dtype))
     # Small integers, whose sums are exact.
     x, y = ((3 * t).real.round().to(dtype) for t in (A.domain.randn(seeded(0)), A.codomain.randn(seeded(1))))
     assert torch.equal(A(x), windows(x))
@@ -114,7 +125,7 @@ def test_bands_shifted_and_added_are_one_pass() -> None:
             shifted[i, :, i : i + 8] = band
         return shifted.sum(0)
 
-    A = al.linear_operator(lambda cube: dispersed(3 * cube), (40, 8, 8))
+    A = written(lambda cube: dispersed(3 * cube), (40, 8, 8))
     program = A.explain().split("adjoint program:")[1]
     assert "windows([" in program
     assert program.count(" = ") == 4  # two views of v, windows of it, the product
@@ -123,28 +134,28 @@ def test_bands_shifted_and_added_are_one_pass() -> None:
 
 
 def test_a_result_is_no_window_of_its_input() -> None:
-    A = al.linear_operator(lambda x: torch.stack([x[i : i + 4] for i in range(6)]), (9,))
+    A = written(lambda x: torch.stack([x[i : i + 4] for i in range(6)]), (9,))
     x = torch.arange(9.0)
     A(x).zero_()
     assert torch.equal(x, torch.arange(9.0))
-    H = al.linear_operator(lambda x: torch.stack([x[i : i + 4] for i in range(6)]).reshape(2, 3, 4)[1].mT, (9,))
+    H = written(lambda x: torch.stack([x[i : i + 4] for i in range(6)]).reshape(2, 3, 4)[1].mT, (9,))
     H(x).zero_()
     assert torch.equal(x, torch.arange(9.0))
 
 
-def _written(x: torch.Tensor) -> torch.Tensor:
+def _entry(x: torch.Tensor) -> torch.Tensor:
     y = 2 * x - x.roll(1, 0)
     y[3, 4] += x[0, 0]
     return y
 
 
 def test_a_write_to_an_entry_leaves_the_rest_in_one_piece() -> None:
-    A = al.linear_operator(_written, al.TensorSpec((6, 7), torch.float64))
+    A = written(_entry, al.TensorSpec((6, 7), torch.float64))
     programs = [g for name in ("function", "adjoint") for g in [A.source.nominal.programs[name][0].graph]]
     counts = [[len(n.args[1]) for n in g.body.nodes if n.target is accumulate] for g in programs]
     assert counts == [[4], [4]]  # the image, the two parts of the rolled one, and the entry
     x = A.domain.randn(seeded(0))
-    assert torch.allclose(A(x), _written(x), rtol=0, atol=1e-14)
+    assert torch.allclose(A(x), _entry(x), rtol=0, atol=1e-14)
     assert al.check_adjoint(A).passed
 
 
@@ -155,14 +166,14 @@ def test_what_is_written_whole_into_another_sum_is_written_there() -> None:
         z[:, :7] = -2 * y
         return z + x.sum()
 
-    A = al.linear_operator(f, al.TensorSpec((6, 7), torch.float64))
+    A = written(f, al.TensorSpec((6, 7), torch.float64))
     x = A.domain.randn(seeded(0))
     assert torch.allclose(A(x), f(x), rtol=0, atol=1e-13)
     assert al.check_adjoint(A).passed
 
 
 def test_an_image_that_is_read_whole_is_not_copied() -> None:
-    A = al.linear_operator(lambda x: torch.cat([x[:2], x[2:]]).cumsum(0), (5,))
+    A = written(lambda x: torch.cat([x[:2], x[2:]]).cumsum(0), (5,))
     x = torch.arange(5.0)
     assert torch.equal(A(x), x.cumsum(0))
     assert torch.equal(x, torch.arange(5.0))
