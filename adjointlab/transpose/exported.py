@@ -26,7 +26,7 @@ from adjointlab.numerics import same
 from adjointlab.transpose.dispatch import STAND_IN, Transposition
 from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.graph.ir import compiled
-from adjointlab.transpose.graph.ops import VIEWS
+from adjointlab.transpose.graph.ops import VIEWS, is_mutable, packet_of
 from adjointlab.transpose.kernels.select import MapChooser, Run, Timed
 from adjointlab.transpose.runtime.derivation import Derivation
 
@@ -269,7 +269,7 @@ def _dependent(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         if node.op == "placeholder" or any(n in depend or _owner(n) in memory for n in node.all_input_nodes):
             depend.add(node)
-            if _writes(node):
+            if is_mutable(node.target):
                 memory.add(_owner(node.args[0]))
     return depend | memory
 
@@ -282,13 +282,13 @@ def _owner(node: Any) -> fx.Node:
 
 
 def _shows(node: fx.Node) -> bool:
-    return _writes(node) or getattr(node.target, "overloadpacket", None) in VIEWS
+    return is_mutable(node.target) or packet_of(node) in VIEWS
 
 
 def _fold(module: fx.GraphModule, depend: set[fx.Node]) -> None:
     """Compute what constants alone give, where that takes no more memory than they do; drop what nothing reads."""
     graph, values = module.graph, dict[fx.Node, Any]()
-    written = {_owner(node.args[0]) for node in graph.nodes if _writes(node)}
+    written = {_owner(node.args[0]) for node in graph.nodes if is_mutable(node.target)}
     for node in list(graph.nodes):
         if node.op == "get_attr":
             values[node] = getattr(module, str(node.target))
@@ -297,7 +297,7 @@ def _fold(module: fx.GraphModule, depend: set[fx.Node]) -> None:
             continue
         if _owner(node) in written:
             continue
-        if _writes(node) or not hasattr(node.target, "_schema"):  # an item of several results
+        if is_mutable(node.target) or not hasattr(node.target, "_schema"):  # an item of several results
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         found = node.target(*args, **kwargs)
@@ -308,7 +308,7 @@ def _fold(module: fx.GraphModule, depend: set[fx.Node]) -> None:
             with graph.inserting_before(node):
                 node.replace_all_uses_with(graph.create_node("get_attr", name))
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op in {"call_function", "get_attr"} and not _writes(node):
+        if not node.users and node.op in {"call_function", "get_attr"} and not is_mutable(node.target):
             graph.erase_node(node)
 
 
@@ -326,13 +326,9 @@ def _with_tensors(module: fx.GraphModule) -> None:
             node.target, node.args = aten.mul.Tensor, (node.args[0], factor)
 
 
-def _writes(node: fx.Node) -> bool:
-    return bool(hasattr(node.target, "_schema") and node.target._schema.is_mutable)
-
-
 def reads_memory(module: fx.GraphModule) -> bool:
     """Return whether a graph reads tensors by places in their memory, and not by indices."""
-    return any(getattr(node.target, "overloadpacket", None) is aten.as_strided for node in module.graph.nodes)
+    return any(packet_of(node) is aten.as_strided for node in module.graph.nodes)
 
 
 def corners(k: int) -> list[tuple[int, ...]]:

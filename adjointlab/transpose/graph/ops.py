@@ -17,8 +17,8 @@ def op_name(target: Any) -> str:
 
 
 def packet_of(node: fx.Node) -> Any:
-    """Return the op of a node, whatever its overload; None for what is no op."""
-    return getattr(node.target, "overloadpacket", None)
+    """Return the op of a node, whatever its overload; for what is no op, the target itself."""
+    return getattr(node.target, "overloadpacket", node.target)
 
 
 def has_tag(target: Any, tag: torch.Tag) -> bool:

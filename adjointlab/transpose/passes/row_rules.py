@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from adjointlab.modules import Source
 from adjointlab.space.selection import Rows
-from adjointlab.transpose.graph.ops import LIKE, arguments
+from adjointlab.transpose.graph.ops import LIKE, arguments, op_name, packet_of
 
 aten = torch.ops.aten
 
@@ -136,7 +136,7 @@ def _view_as_real(node: Any, dim: int, rows: Rows) -> Plan | None:
 
 @rule(*LIKE - {aten.fill, aten.zero}, aten.zeros, aten.ones, aten.full, aten.empty)
 def _filled(node: Any, dim: int, rows: Rows) -> Plan | None:
-    name = str(node.target.overloadpacket).removeprefix("aten.").removeprefix("new_").removesuffix("_like")
+    name = op_name(node.target).removeprefix("new_").removesuffix("_like")
     given = arguments(node).get("fill_value")
     fill = {"zeros": 0, "ones": 1, "empty": 0}.get(name, given if name == "full" else None)
     if fill is None or isinstance(fill, fx.Node):
@@ -331,7 +331,7 @@ def _select_scatter(node: Any, dim: int, rows: Rows) -> Plan:
 def _getitem(node: Any, dim: int, rows: Rows) -> Plan | None:
     """Rows of one of several results."""
     parent, which = node.args
-    packet = getattr(parent.target, "overloadpacket", None)
+    packet = packet_of(parent)
     if packet in {aten.split, aten.split_with_sizes, aten.unbind}:
         x, size = parent.args[0], shape(parent.args[0])
         at = 1 if packet is aten.unbind else 2
