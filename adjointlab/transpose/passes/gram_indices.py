@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import call, known
+from adjointlab.transpose.graph.ops import window
 from adjointlab.transpose.passes.gram_terms import Fixed, Found, Rule, dims_of, made, times, value, weighed
 
 aten = torch.ops.aten
@@ -54,8 +55,8 @@ def crops(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     if not isinstance(x, fx.Node) or fixed(x) or value(x).shape != value(node).shape:
         return None
     if node.target is aten.slice_backward.default:
-        where = _window(node.args[1], *node.args[2:])
-        inner = cut.target is aten.slice.Tensor and _window(value(x).shape, *cut.args[1:]) == where
+        where = window(node.args[1], *node.args[2:])
+        inner = cut.target is aten.slice.Tensor and window(value(x).shape, *cut.args[1:]) == where
         changed = {where[0]}
     else:
         outer, padding = _padding(node) or [-1], _padding(cut)
@@ -98,18 +99,18 @@ def _padding(node: Any) -> list[int] | None:
         given = list(node.args[1])
         return given + [0] * (2 * value(node).ndim - len(given))
     if node.target is aten.slice.Tensor:
-        dim, first, last, step = _window(value(node.args[0]).shape, *node.args[1:])
-        window = -first, last - value(node.args[0]).shape[dim]
+        dim, first, last, step = window(value(node.args[0]).shape, *node.args[1:])
+        sides = -first, last - value(node.args[0]).shape[dim]
     elif node.target is aten.slice_backward.default:
-        dim, first, last, step = _window(*node.args[1:])
-        window = first, node.args[1][dim] - last
+        dim, first, last, step = window(*node.args[1:])
+        sides = first, node.args[1][dim] - last
     else:
         return None
     if step != 1 or last < first:
         return None
     found, ndim = [0] * (2 * value(node).ndim), value(node).ndim
     k = 2 * (ndim - 1 - dim)
-    found[k : k + 2] = window
+    found[k : k + 2] = sides
     return found
 
 
@@ -119,11 +120,6 @@ def _is_of_transform(node: Any) -> bool:
     while node.target in through:
         node = node.args[0]
     return node.target in {aten._fft_c2c.default, aten._fft_r2c.default}
-
-
-def _window(shape: Sequence[int], dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> tuple[int, ...]:
-    """Return the dimension, and the first entry, the end and the step of a slice."""
-    return dim % len(shape), *slice(start, stop, step).indices(shape[dim])
 
 
 def _like(x: Any, weight: Any) -> Tensor:
