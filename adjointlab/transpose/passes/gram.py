@@ -16,7 +16,6 @@ from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import call, clean, dependents, known, rewritten, zeros
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import has_tag
 from adjointlab.transpose.passes import strides
 from adjointlab.transpose.passes.gram_terms import (
     Fixed,
@@ -54,7 +53,6 @@ def simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, 
 
 def _simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, dict[str, None]]:
     graph, names = rewritten(graph, _plain), dict[str, None]()
-    _merge_fixed(graph, dependents(graph.inputs[:count]))
     while (name := _applied(graph, rules, count)) is not None:
         names |= {name: None} if name else {}
     return graph, names
@@ -81,18 +79,6 @@ def _applied(graph: Graph, rules: Sequence[Rule], count: int) -> str | None:
                 clean(graph.body)
                 return found[1]
     return None
-
-
-def _merge_fixed(graph: Graph, dependent: set[fx.Node]) -> None:
-    """Have equal calls that depend on no input computed once: A and Aᴴ have indices and factors in common."""
-    known_calls: dict[Any, fx.Node] = {}
-    for node in graph.body.nodes:
-        is_random = has_tag(node.target, torch.Tag.nondeterministic_seeded)
-        if node.op == "call_function" and node not in dependent and not is_random:
-            first = known_calls.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
-            if first is not node:
-                node.replace_all_uses_with(first)
-    clean(graph.body)
 
 
 def _kept(graph: Graph, count: int) -> Graph:
@@ -190,19 +176,6 @@ def numbers(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
         return None
     moved = call(body, node.target, found[0], *node.args[1:], **node.kwargs)
     return (moved if found[1] == 1 else call(body, aten.mul.Tensor, moved, found[1])), ""
-
-
-def rolls(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
-    """``roll(roll(x, s), t) = roll(x, s + t)``."""
-    outer = _shifts(node)
-    inner = _shifts(node.args[0]) if outer is not None and len(node.args[0].users) == 1 else None
-    if outer is None or inner is None:
-        return None
-    shifts = {
-        dim: (outer.get(dim, 0) + inner.get(dim, 0)) % max(1, value(node).shape[dim])
-        for dim in dict.fromkeys((*outer, *inner))
-    }
-    return _rolled(body, node.args[0].args[0], shifts), "roll · roll merged"
 
 
 def shifts_around(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
@@ -361,4 +334,4 @@ def sums(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     return total, "sum of diagonals merged"
 
 
-RULES: tuple[Rule, ...] = (numbers, rolls, shifts_around, transforms, conjugates, real_parts, factors, sums)
+RULES: tuple[Rule, ...] = (numbers, shifts_around, transforms, conjugates, real_parts, factors, sums)
