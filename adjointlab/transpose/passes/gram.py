@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import call, clean, dependents, known, rewritten, zeros
 from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.graph.ops import conjugated_twice
 from adjointlab.transpose.passes import strides
 from adjointlab.transpose.passes.gram_terms import (
     Fixed,
@@ -27,6 +28,8 @@ from adjointlab.transpose.passes.gram_terms import (
     factor_of,
     is_constant,
     made,
+    rescaled,
+    suffix,
     times,
     value,
     whose_real_part,
@@ -265,24 +268,19 @@ def whole_transforms(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
 
 def _cancelled(body: fx.Graph, node: Any, inner: Any, shared: list[int]) -> Found:
     """Take dimensions out of two transforms."""
-    size, scale = math.prod(value(node).shape[d] for d in shared), 1.0
+    size, norms = math.prod(value(node).shape[d] for d in shared), list[int]()
     whole = all(set(shared) >= set((_transform(each) or ([],))[0]) for each in (inner, node))
     some = "" if whole else f" along dimension{'s' * (len(shared) > 1)} {', '.join(map(str, shared))}"
     for each in (inner, node):
         dims, norm, forward = _transform(each) or ([], 0, True)
         rest = [d for d in dims if d not in shared]
-        scale *= {0: 1.0, 1: size**-0.5, 2: 1 / size}[norm]
+        norms.append(norm)
         with body.inserting_before(each):
             found: Any = call(body, aten._fft_c2c.default, each.args[0], rest, norm, forward) if rest else each.args[0]
         if each is inner:
             each.replace_all_uses_with(found)
-            name = _name(len(shared), not forward), _name(len(shared), forward)
-    unit = math.isclose(scale * size, 1.0, rel_tol=1e-9)
-    return found if unit else call(body, aten.mul.Tensor, found, scale * size), f"{name[0]} · {name[1]} cancelled{some}"
-
-
-def _name(dims: int, forward: bool) -> str:
-    return ("fft" if forward else "ifft") + {1: "", 2: "2"}.get(dims, "n")
+            name = " · ".join(f"{'fft' if way else 'ifft'}{suffix(shared)}" for way in (not forward, forward))
+    return rescaled(body, found, norms, size), f"{name} cancelled{some}"
 
 
 def real_parts(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
@@ -305,13 +303,8 @@ def real_parts(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
 
 def conjugates(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     """The conjugate of the conjugate is the number itself."""
-    if node.target is not aten._conj.default:
-        return None
-    source = node.args[0]
-    if source.target is aten.clone.default and len(source.users) == 1:
-        source = source.args[0]
-    twice = source.target is aten._conj.default and len(source.users) == 1
-    return (source.args[0], "") if twice else None
+    source = conjugated_twice(node)
+    return None if source is None else (source, "")
 
 
 def sums(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
