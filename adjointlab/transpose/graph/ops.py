@@ -33,14 +33,6 @@ def uncopied(node: Any) -> Any:
     return node.args[0] if is_copy else node
 
 
-def conjugated_twice(node: Any) -> Any:
-    """Return the node of which a node is the conjugate of the conjugate, None for any other node."""
-    if node.target is not aten._conj.default or not isinstance(node.args[0], fx.Node):
-        return None
-    inner: Any = uncopied(node.args[0])
-    return inner.args[0] if inner.target is aten._conj.default and isinstance(inner.args[0], fx.Node) else None
-
-
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of a call by name, in the order of the op's schema; none for what is no op."""
     names = [argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())]

@@ -47,9 +47,16 @@ def at_point(value: Graph, pull_back: Graph, push_forward: Graph) -> AtPoint:
 
 
 def _plain(_: fx.Graph, node: Any) -> fx.Node | None:
-    """Drop copies for operations that take any memory."""
+    """Drop copies for operations that take any memory, and conjugates of conjugates."""
     source: fx.Node = uncopied(node)
-    return source if source is not node and all(map(_is_pointwise, node.users)) else None
+    if source is not node and all(map(_is_pointwise, node.users)):
+        return source
+    if node.target is not aten._conj.default or not isinstance(node.args[0], fx.Node):
+        return None
+    inner: Any = node.args[0]
+    while inner.target is aten.clone.default:
+        inner = inner.args[0]
+    return inner.args[0] if inner.target is aten._conj.default else None
 
 
 def _is_pointwise(node: fx.Node) -> bool:

@@ -16,7 +16,6 @@ from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import call, clean, dependents, known, rewritten, zeros
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import conjugated_twice
 from adjointlab.transpose.passes import strides
 from adjointlab.transpose.passes.gram_terms import (
     Fixed,
@@ -303,8 +302,13 @@ def real_parts(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
 
 def conjugates(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     """The conjugate of the conjugate is the number itself."""
-    source = conjugated_twice(node)
-    return None if source is None else (source, "")
+    if node.target is not aten._conj.default:
+        return None
+    source = node.args[0]
+    if source.target is aten.clone.default and len(source.users) == 1:
+        source = source.args[0]
+    twice = source.target is aten._conj.default and len(source.users) == 1
+    return (source.args[0], "") if twice else None
 
 
 def sums(body: fx.Graph, node: Any, fixed: Fixed) -> Found:

@@ -9,7 +9,7 @@ from torch import fx
 
 from adjointlab.transpose.graph.edit import call, rewritten, zeros
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import conjugated_twice, window
+from adjointlab.transpose.graph.ops import window
 
 aten = torch.ops.aten
 
@@ -27,8 +27,6 @@ def normalise(whole: Graph, *, detached: bool = True) -> Graph:
             return _copied(graph, *args[:2])
         if target is aten.zero.default:  # which autograd does not differentiate where numbers are complex
             return zeros(graph, value)
-        if target is aten._conj.default:
-            return conjugated_twice(node)  # type: ignore[no-any-return]
         if target in _SCATTERS and value.is_complex():
             return _scatter_as_cat(graph, node)
         is_copy = target is aten.clone.default and not node.kwargs and args[0].op == "placeholder"
