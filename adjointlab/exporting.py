@@ -177,7 +177,8 @@ class _Structured(nn.Module):
 
 def _program(map: Any, domain: Space[Any], batch: tuple[int, int] | None, fixed: Any) -> Any:
     """Return the exported program of a map."""
-    from adjointlab.transpose.exported import SIZES, corners, finish, reads_memory, traced, unified
+    from adjointlab.transpose.exported import SIZES, corners, reads_memory, traced, unified
+    from adjointlab.transpose.stand_ins import finish
 
     k = domain.batch_dims
     structure: list[Space[Any]] = []

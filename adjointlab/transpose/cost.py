@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from adjointlab.compat import pytree
 from adjointlab.transpose.graph.edit import dependents
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import VIEWS
+from adjointlab.transpose.graph.ops import VIEWS, packet_of
 from adjointlab.transpose.kernels.convolution import ConvSpec, window
 from adjointlab.transpose.kernels.registry import FFT, POLYPHASE, bound
 
@@ -26,15 +26,11 @@ def cost(graph: Graph) -> tuple[int, int]:
     work = moved = 0
     after_input = dependents(graph.inputs)
     for node in graph.body.nodes:
-        if node.op != "call_function" or node not in after_input or _packet(node) in _FREE:
+        if node.op != "call_function" or node not in after_input or packet_of(node) in _FREE:
             continue
         work += _work(node)
         moved += sum(_bytes(each) for each in {*node.all_input_nodes, node} if "stands_for" not in each.meta)
     return work, moved
-
-
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", node.target)
 
 
 def _tensors(node: fx.Node) -> list[Tensor]:
@@ -52,7 +48,7 @@ def _work(node: fx.Node) -> int:
         return _of_convolution(*found)
     if "entries" in node.meta:
         return int(2 * node.meta["entries"])
-    packet, results = _packet(node), _tensors(node)
+    packet, results = packet_of(node), _tensors(node)
     if packet in _TRANSFORMS:
         (result,), (operand, *_) = results, _tensors(node.all_input_nodes[0])
         size = max(result.numel(), operand.numel())

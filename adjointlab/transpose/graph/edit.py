@@ -27,6 +27,11 @@ def known(node: fx.Node, value: Any) -> fx.Node:
     return node
 
 
+def inputs_like(graph: fx.Graph, name: str, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Add inputs like some nodes, which may be of another graph."""
+    return [known(graph.placeholder(f"{name}_{i}"), node.meta["val"]) for i, node in enumerate(nodes)]
+
+
 def zeros(graph: fx.Graph, like: Tensor) -> fx.Node:
     """Add zeros of the shape, dtype and device of a value."""
     options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ def op_name(target: Any) -> str:
 
 
 def packet_of(node: fx.Node) -> Any:
-    """Return the op of a node, whatever its overload; None for what is no op."""
-    return getattr(node.target, "overloadpacket", None)
+    """Return the op of a node, whatever its overload; for what is no op, the target itself."""
+    return getattr(node.target, "overloadpacket", node.target)
 
 
 def has_tag(target: Any, tag: torch.Tag) -> bool:
@@ -36,6 +37,11 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of a call by name, in the order of the op's schema; none for what is no op."""
     names = [argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())]
     return dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+def window(shape: Sequence[int], dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> tuple[int, ...]:
+    """Return the dimension, and the first entry, the end and the step of a slice, from the arguments of its call."""
+    return dim % len(shape), *slice(start, stop, step).indices(shape[dim])
 
 
 def is_mutable(target: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,25 +76,8 @@ def _product(source: Tensor, transform: Tensor) -> Tensor:
 def _synthesis(product: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
     """Return the result with a spectrum."""
     dims = spec.dims
-    if product.device.type == "cpu":
-        rows = torch.fft.ifftn(product, dim=dims[:-1]) if len(dims) > 1 else product
-        y: Tensor = torch.fft.irfft(_spread(rows), n=spec.fft_size[-1], dim=-1)
-    else:
-        y = torch.fft.irfftn(product, s=spec.fft_size, dim=dims)
+    y: Tensor = torch.fft.irfftn(product, s=spec.fft_size, dim=dims)
     steps = [1] * len(dims) if spec.transposed else spec.stride
     wanted: Any = (..., *[slice(0, (n - 1) * s + 1, s) for n, s in zip(spec.output_shape[1:], steps, strict=True)])
     y = y[wanted]
     return y.contiguous() if bias is None else y + bias.reshape(-1, *[1] * len(dims))
-
-
-def _spread(rows: Tensor) -> Tensor:
-    """Return rows whose entries do not lie a power of two apart in the CPU's memory."""
-    # The first transforms leave the last dimension as the slowest. Where its entries are kilobytes apart, all of a row
-    # compete for the same few lines of the cache, and the last transform takes twice as long: far more than a copy.
-    *inner, last = rows.shape[2:]
-    step = math.prod(inner)
-    if rows.stride(-1) != step or step * rows.element_size() % 1024:
-        return rows
-    step += 8
-    strides = (rows.shape[1] * last * step, last * step, *rows.stride()[2:-1], step)
-    return torch.empty_strided(rows.shape, strides, dtype=rows.dtype).copy_(rows)

@@ -49,9 +49,6 @@ def ways(shape: Sequence[int], batch_dims: int, *, trails: bool = False) -> list
             torch.mv(matrix, source, out=into)
         return found
 
-    def sparse_map_together(x: Tensor, matrix: Tensor) -> Tensor:
-        return (matrix @ x.reshape(count, -1).mT.contiguous()).mT.reshape(shape)
-
     def sparse_map_transposed(x: Tensor, matrix: Tensor) -> Tensor:
         return (matrix @ x.reshape(count, -1).mT).mT.reshape(shape)
 
@@ -60,7 +57,7 @@ def ways(shape: Sequence[int], batch_dims: int, *, trails: bool = False) -> list
 
     if trails and count > 1:
         return [sparse_map_columns]
-    return [sparse_map] if count == 1 else [sparse_map_each, sparse_map_together, sparse_map_transposed]
+    return [sparse_map] if count == 1 else [sparse_map_each, sparse_map_transposed]
 
 
 def most_entries(like: Tensor) -> int:

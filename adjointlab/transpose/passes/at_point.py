@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from adjointlab.modules import Source
-from adjointlab.transpose.graph.edit import clean, dependents, known, rewritten
+from adjointlab.transpose.graph.edit import clean, dependents, inputs_like, rewritten
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import LIKE, VIEWS, has_tag, packet_of
+from adjointlab.transpose.graph.ops import LIKE, VIEWS, has_tag, packet_of, uncopied
 
 aten = torch.ops.aten
 _MOST = 4  # operations that a residual may cost at each call, if memory is to be saved
@@ -35,7 +35,7 @@ def at_point(value: Graph, pull_back: Graph, push_forward: Graph) -> AtPoint:
     """Return two graphs of one state in parts; ``value`` is the graph ``(*state) → f(x₀)``, with what it shares."""
     graphs = tuple(rewritten(graph, _plain) for graph in (pull_back, push_forward))
     once, seen = fx.Graph(), dict[Hashable, fx.Node]()
-    state = [known(once.placeholder(f"state_{i}"), node.meta["val"]) for i, node in enumerate(value.placeholders)]
+    state = inputs_like(once, "state", value.placeholders)
     copies = [_merged(once, value, state, seen, set())]
     copies += [_merged(once, graph, state, seen, dependents(graph.inputs)) for graph in graphs]
     read = {copies[i][n] for i, graph in enumerate(graphs, 1) for n in _read_by_rest(graph)}
@@ -48,8 +48,9 @@ def at_point(value: Graph, pull_back: Graph, push_forward: Graph) -> AtPoint:
 
 def _plain(_: fx.Graph, node: Any) -> fx.Node | None:
     """Drop copies for operations that take any memory, and conjugates of conjugates."""
-    if node.target is aten.clone.default and not node.kwargs and all(map(_is_pointwise, node.users)):
-        return node.args[0]  # type: ignore[no-any-return]
+    source: fx.Node = uncopied(node)
+    if source is not node and all(map(_is_pointwise, node.users)):
+        return source
     if node.target is not aten._conj.default or not isinstance(node.args[0], fx.Node):
         return None
     inner: Any = node.args[0]
@@ -145,9 +146,8 @@ def _without(node: fx.Node, chosen: set[fx.Node]) -> tuple[int, set[fx.Node]]:
 def _rest(graph: Graph, copies: dict[fx.Node, fx.Node], state: list[fx.Node], residuals: list[fx.Node]) -> Graph:
     """Return a graph that takes residuals as state after its own; what is not kept of the state is computed in it."""
     body, free = fx.Graph(), dependents(graph.inputs)
-    made = {node: known(body.placeholder(f"state_{i}"), node.meta["val"]) for i, node in enumerate(state)}
-    for i, node in enumerate(residuals):
-        made[node] = known(body.placeholder(f"residual_{i}"), node.meta["val"])
+    made = dict(zip(state, inputs_like(body, "state", state), strict=True))
+    made |= zip(residuals, inputs_like(body, "residual", residuals), strict=True)
     inputs = {node: body.node_copy(node) for node in graph.inputs}
 
     def of_state(node: fx.Node) -> fx.Node:

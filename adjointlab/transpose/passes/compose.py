@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adjointlab.transpose.graph.edit import call, clean, copied, dependents, known, zeros
+from adjointlab.transpose.graph.edit import call, clean, copied, dependents, inputs_like, zeros
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import arguments, uncopied
 
@@ -19,7 +19,8 @@ def residual_and_gradient(forward: Graph, adjoint: Graph, *, weighted: bool, res
     """Return the graph ``(*state, *x, *y[, *w]) → ([*residual,] *gradient)`` from those of ``f`` and ``f'ᴴ``."""
     graph, n = fx.Graph(), len(forward.state)
     given = [graph.node_copy(node) for node in forward.placeholders]
-    data, weights = _inputs(graph, "y", forward), _inputs(graph, "w", forward) if weighted else []
+    data = inputs_like(graph, "y", forward.outputs)
+    weights = inputs_like(graph, "w", forward.outputs) if weighted else []
     apart = _entrywise(graph, aten.sub.Tensor, _inlined(graph, forward, given), data)
     cotangents = _entrywise(graph, aten.mul.Tensor, weights, apart) if weighted else apart
     gradient = _inlined(graph, adjoint, [*given[:n], *cotangents])
@@ -31,17 +32,12 @@ def gram(forward: Graph, adjoint: Graph, *, weighted: bool) -> Graph:
     """Return the graph ``(*state, *x[, *w]) → Aᴴ w ⊙ A x`` from those of ``A`` and ``Aᴴ``."""
     graph, n = fx.Graph(), len(forward.state)
     given = [graph.node_copy(node) for node in forward.placeholders]
-    weights = _inputs(graph, "w", forward) if weighted else []
+    weights = inputs_like(graph, "w", forward.outputs) if weighted else []
     images = [uncopied(node) for node in _inlined(graph, forward, given)]  # they stay inside
     images = _entrywise(graph, aten.mul.Tensor, images, weights) if weighted else images
     graph.output(tuple(_inlined(graph, adjoint, [*given[:n], *images])))
     clean(graph)
     return Graph(graph, forward.state, forward.specialized)
-
-
-def _inputs(graph: fx.Graph, name: str, like: Graph) -> list[fx.Node]:
-    """Add inputs like the outputs of another graph."""
-    return [known(graph.placeholder(f"{name}_{i}"), out.meta["val"]) for i, out in enumerate(like.outputs)]
 
 
 def _inlined(graph: fx.Graph, part: Graph, given: Sequence[fx.Node]) -> list[Any]:

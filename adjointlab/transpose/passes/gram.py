@@ -16,7 +16,6 @@ from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import call, clean, dependents, known, rewritten, zeros
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import has_tag
 from adjointlab.transpose.passes import strides
 from adjointlab.transpose.passes.gram_terms import (
     Fixed,
@@ -28,6 +27,8 @@ from adjointlab.transpose.passes.gram_terms import (
     factor_of,
     is_constant,
     made,
+    rescaled,
+    suffix,
     times,
     value,
     whose_real_part,
@@ -54,7 +55,6 @@ def simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, 
 
 def _simplified(graph: Graph, rules: Sequence[Rule], count: int) -> tuple[Graph, dict[str, None]]:
     graph, names = rewritten(graph, _plain), dict[str, None]()
-    _merge_fixed(graph, dependents(graph.inputs[:count]))
     while (name := _applied(graph, rules, count)) is not None:
         names |= {name: None} if name else {}
     return graph, names
@@ -81,18 +81,6 @@ def _applied(graph: Graph, rules: Sequence[Rule], count: int) -> str | None:
                 clean(graph.body)
                 return found[1]
     return None
-
-
-def _merge_fixed(graph: Graph, dependent: set[fx.Node]) -> None:
-    """Have equal calls that depend on no input computed once: A and Aᴴ have indices and factors in common."""
-    known_calls: dict[Any, fx.Node] = {}
-    for node in graph.body.nodes:
-        is_random = has_tag(node.target, torch.Tag.nondeterministic_seeded)
-        if node.op == "call_function" and node not in dependent and not is_random:
-            first = known_calls.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
-            if first is not node:
-                node.replace_all_uses_with(first)
-    clean(graph.body)
 
 
 def _kept(graph: Graph, count: int) -> Graph:
@@ -192,19 +180,6 @@ def numbers(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     return (moved if found[1] == 1 else call(body, aten.mul.Tensor, moved, found[1])), ""
 
 
-def rolls(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
-    """``roll(roll(x, s), t) = roll(x, s + t)``."""
-    outer = _shifts(node)
-    inner = _shifts(node.args[0]) if outer is not None and len(node.args[0].users) == 1 else None
-    if outer is None or inner is None:
-        return None
-    shifts = {
-        dim: (outer.get(dim, 0) + inner.get(dim, 0)) % max(1, value(node).shape[dim])
-        for dim in dict.fromkeys((*outer, *inner))
-    }
-    return _rolled(body, node.args[0].args[0], shifts), "roll · roll merged"
-
-
 def shifts_around(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     """``roll(f ⊙ roll(x, −s), s) = roll(f, s) ⊙ x``, and a shift goes past a diagonal between transforms."""
     for dim, shift in (_shifts(node) or {}).items():
@@ -292,24 +267,19 @@ def whole_transforms(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
 
 def _cancelled(body: fx.Graph, node: Any, inner: Any, shared: list[int]) -> Found:
     """Take dimensions out of two transforms."""
-    size, scale = math.prod(value(node).shape[d] for d in shared), 1.0
+    size, norms = math.prod(value(node).shape[d] for d in shared), list[int]()
     whole = all(set(shared) >= set((_transform(each) or ([],))[0]) for each in (inner, node))
     some = "" if whole else f" along dimension{'s' * (len(shared) > 1)} {', '.join(map(str, shared))}"
     for each in (inner, node):
         dims, norm, forward = _transform(each) or ([], 0, True)
         rest = [d for d in dims if d not in shared]
-        scale *= {0: 1.0, 1: size**-0.5, 2: 1 / size}[norm]
+        norms.append(norm)
         with body.inserting_before(each):
             found: Any = call(body, aten._fft_c2c.default, each.args[0], rest, norm, forward) if rest else each.args[0]
         if each is inner:
             each.replace_all_uses_with(found)
-            name = _name(len(shared), not forward), _name(len(shared), forward)
-    unit = math.isclose(scale * size, 1.0, rel_tol=1e-9)
-    return found if unit else call(body, aten.mul.Tensor, found, scale * size), f"{name[0]} · {name[1]} cancelled{some}"
-
-
-def _name(dims: int, forward: bool) -> str:
-    return ("fft" if forward else "ifft") + {1: "", 2: "2"}.get(dims, "n")
+            name = " · ".join(f"{'fft' if way else 'ifft'}{suffix(shared)}" for way in (not forward, forward))
+    return rescaled(body, found, norms, size), f"{name} cancelled{some}"
 
 
 def real_parts(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
@@ -361,4 +331,4 @@ def sums(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     return total, "sum of diagonals merged"
 
 
-RULES: tuple[Rule, ...] = (numbers, rolls, shifts_around, transforms, conjugates, real_parts, factors, sums)
+RULES: tuple[Rule, ...] = (numbers, shifts_around, transforms, conjugates, real_parts, factors, sums)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import call, known
+from adjointlab.transpose.graph.ops import window
 from adjointlab.transpose.passes.gram_terms import Fixed, Found, Rule, dims_of, made, times, value, weighed
 
 aten = torch.ops.aten
@@ -44,35 +45,6 @@ def samples(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     return call(body, aten.mul.Tensor, x, made(count)), "reading and adding by index to a mask"
 
 
-def crops(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
-    """To cut a part out and put it back between zeros is to multiply by zeros and ones."""
-    if node.target not in {aten.slice_backward.default, aten.constant_pad_nd.default}:
-        return None
-    cut, weight = weighed(node.args[0], fixed)
-    alone = len(cut.users) == len(node.args[0].users) == 1
-    x = cut.args[0] if cut.op == "call_function" and cut.args and alone else None
-    if not isinstance(x, fx.Node) or fixed(x) or value(x).shape != value(node).shape:
-        return None
-    if node.target is aten.slice_backward.default:
-        where = _window(node.args[1], *node.args[2:])
-        inner = cut.target is aten.slice.Tensor and _window(value(x).shape, *cut.args[1:]) == where
-        changed = {where[0]}
-    else:
-        outer, padding = _padding(node) or [-1], _padding(cut)
-        inner = min(outer) >= 0 and padding == [-p for p in outer]
-        pairs = list(zip(outer[::2], outer[1::2], strict=False))
-        changed = {len(pairs) - 1 - i for i, pair in enumerate(pairs) if any(pair)}
-    if not inner or not _is_of_transform(x):
-        return None  # elsewhere, what reads or adds windows is no faster as a product
-    small = [n if i in changed else 1 for i, n in enumerate(value(cut).shape)]
-    ones = _constant(body, aten.ones, small, _like(x, weight))
-    ones = ones if weight is None else times(body, ones, weight, value(x))
-    shape = [value(x).shape[i] if i in changed else n for i, n in enumerate(value(ones).shape)]
-    options = (shape, *node.args[2:]) if node.target is aten.slice_backward.default else node.args[1:]
-    mask = made(call(body, node.target, ones, *options))
-    return call(body, aten.mul.Tensor, x, mask), "crop and padding with zeros to a mask"
-
-
 def pads(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     """To pad with zeros and cut them off again is to do nothing."""
     outer = _padding(node)
@@ -80,16 +52,8 @@ def pads(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     inner = _padding(source) if source is not node and len(source.users) == 1 else None
     if outer is None or inner is None or any(p < 0 for p in inner):
         return None
-    total = [a + b for a, b in zip(outer, inner, strict=True)]
-    cut = [min(0, a) + min(0, b) for a, b in zip(total[::2], total[1::2], strict=True)]
-    left = all(n + c > 0 for n, c in zip(reversed(value(source.args[0]).shape), cut, strict=True))
-    if not any(p < 0 for p in outer) or not left:
-        return None
-    if any(total):
-        if not _is_of_transform(source.args[0]):
-            return None
-        return call(body, aten.constant_pad_nd.default, source.args[0], total), "pad · crop merged"
-    return source.args[0], "pad · crop cancelled"
+    undone = any(inner) and outer == [-p for p in inner]
+    return (source.args[0], "pad · crop cancelled") if undone else None
 
 
 def _padding(node: Any) -> list[int] | None:
@@ -98,32 +62,19 @@ def _padding(node: Any) -> list[int] | None:
         given = list(node.args[1])
         return given + [0] * (2 * value(node).ndim - len(given))
     if node.target is aten.slice.Tensor:
-        dim, first, last, step = _window(value(node.args[0]).shape, *node.args[1:])
-        window = -first, last - value(node.args[0]).shape[dim]
+        dim, first, last, step = window(value(node.args[0]).shape, *node.args[1:])
+        sides = -first, last - value(node.args[0]).shape[dim]
     elif node.target is aten.slice_backward.default:
-        dim, first, last, step = _window(*node.args[1:])
-        window = first, node.args[1][dim] - last
+        dim, first, last, step = window(*node.args[1:])
+        sides = first, node.args[1][dim] - last
     else:
         return None
     if step != 1 or last < first:
         return None
     found, ndim = [0] * (2 * value(node).ndim), value(node).ndim
     k = 2 * (ndim - 1 - dim)
-    found[k : k + 2] = window
+    found[k : k + 2] = sides
     return found
-
-
-def _is_of_transform(node: Any) -> bool:
-    """Return whether an image is a Fourier transform, cut or padded or with factors: there, a mask may meet others."""
-    through = {aten.slice.Tensor, aten.slice_backward.default, aten.constant_pad_nd.default, aten.mul.Tensor}
-    while node.target in through:
-        node = node.args[0]
-    return node.target in {aten._fft_c2c.default, aten._fft_r2c.default}
-
-
-def _window(shape: Sequence[int], dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> tuple[int, ...]:
-    """Return the dimension, and the first entry, the end and the step of a slice."""
-    return dim % len(shape), *slice(start, stop, step).indices(shape[dim])
 
 
 def _like(x: Any, weight: Any) -> Tensor:
@@ -160,4 +111,4 @@ def views(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     return call(body, aten.mul.Tensor, x, made(call(body, aten.view.default, factor, shape))), ""
 
 
-RULES: tuple[Rule, ...] = (samples, crops, pads, views)
+RULES: tuple[Rule, ...] = (samples, pads, views)

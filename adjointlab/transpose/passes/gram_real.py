@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import call, known
-from adjointlab.transpose.passes.gram_terms import Fixed, Found, Rule, cast, made, value, weighed, whose_real_part
+from adjointlab.transpose.passes.gram_terms import (
+    Fixed,
+    Found,
+    Rule,
+    cast,
+    made,
+    rescaled,
+    suffix,
+    value,
+    weighed,
+    whose_real_part,
+)
 
 aten = torch.ops.aten
 
@@ -116,19 +128,13 @@ def there_and_back(body: fx.Graph, node: Any, fixed: Fixed) -> Found:
     whole = value(spectrum.args[0]).shape == shape and all(d[-1] == dims[-1] and set(d) == set(dims) for d in all_dims)
     if not whole:
         return None
-    size, scale = 1, 1.0
-    for d in dims:
-        size *= shape[d]
-    for each in (node, back):
-        scale *= {0: 1.0, 1: size**-0.5, 2: 1 / size}[each.args[2]]
     found = spectrum
     if isinstance(kernel, fx.Node):
         kernel = _hermitian(body, kernel, dims, ndim, value(spectrum), shape[dims[-1]])
     if kernel is not None:
         found = call(body, aten.mul.Tensor, found, kernel)
-    if abs(scale * size - 1) > 1e-9:
-        found = call(body, aten.mul.Tensor, found, scale * size)
-    return found, f"rfft{_suffix(dims)} · irfft{_suffix(dims)} cancelled"
+    found = rescaled(body, found, [node.args[2], back.args[2]], math.prod(shape[d] for d in dims))
+    return found, f"rfft{suffix(dims)} · irfft{suffix(dims)} cancelled"
 
 
 def _hermitian(body: fx.Graph, kernel: Any, dims: list[int], ndim: int, like: Tensor, n: int) -> Any:
@@ -168,10 +174,6 @@ def _is_zero(node: Any) -> bool:
 def _on_cpu(node: Any) -> bool:
     """Return whether what inverse transforms do with spectra of no real image is known: it is, on the CPU."""
     return value(node).device.type == "cpu"
-
-
-def _suffix(dims: list[int]) -> str:
-    return {1: "", 2: "2"}.get(len(dims), "n")
 
 
 def embedded(body: fx.Graph, node: Any, fixed: Fixed) -> Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,6 +111,17 @@ def times(body: fx.Graph, a: Any, b: Any, like: Tensor) -> Any:
         return a * b
     a, b = (cast(body, each, like) if isinstance(each, fx.Node) else each for each in (a, b))
     return made(call(body, aten.mul.Tensor, *((a, b) if isinstance(a, fx.Node) else (b, a))))
+
+
+def rescaled(body: fx.Graph, found: Any, norms: Sequence[int], size: int) -> Any:
+    """Return a value times what two transforms of so many points, there and back, make of it with their norms."""
+    scale = size * math.prod({0: 1.0, 1: size**-0.5, 2: 1 / size}[norm] for norm in norms)
+    return found if math.isclose(scale, 1.0, rel_tol=1e-9) else call(body, aten.mul.Tensor, found, scale)
+
+
+def suffix(dims: Sequence[int]) -> str:
+    """Return the end of the name of a transform along some dimensions."""
+    return {1: "", 2: "2"}.get(len(dims), "n")
 
 
 def dims_of(dims: Sequence[int], node: Any) -> list[int]:

@@ -9,6 +9,7 @@ from torch import fx
 
 from adjointlab.transpose.graph.edit import call, rewritten, zeros
 from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.graph.ops import window
 
 aten = torch.ops.aten
 
@@ -50,19 +51,18 @@ _SCATTERS = {aten.slice_scatter.default, aten.select_scatter.default}
 
 def _scatter_as_cat(graph: fx.Graph, node: Any) -> fx.Node:
     """Write a scatter of complex numbers, which autograd does not differentiate, as base before, source, base after."""
-    base, source, dim, *window = [*node.args, *[None] * 5][:6]
+    base, source, *where = node.args
     shape = node.meta["val"].shape
-    dim = (dim or 0) % len(shape)
     if node.target is aten.select_scatter.default:
-        start = window[0] % shape[dim]
+        dim, start = where[0] % len(shape), where[1] % shape[where[0]]
         stop = start + 1
         source = call(graph, aten.unsqueeze.default, source, dim)
-    elif window[2] in {None, 1}:
-        start, stop, _ = slice(*window[:2]).indices(shape[dim])
     else:
-        pairs = [call(graph, aten.view_as_real.default, part) for part in (base, source)]
-        scattered = call(graph, aten.slice_scatter.default, *pairs, dim, *window)
-        return call(graph, aten.view_as_complex.default, scattered)
+        dim, start, stop, step = window(shape, *where)
+        if step != 1:
+            pairs = [call(graph, aten.view_as_real.default, part) for part in (base, source)]
+            scattered = call(graph, aten.slice_scatter.default, *pairs, dim, start, stop, step)
+            return call(graph, aten.view_as_complex.default, scattered)
     before, after = (
         [call(graph, aten.slice.Tensor, base, dim, a, b)] if a < b else [] for a, b in ((0, start), (stop, shape[dim]))
     )

@@ -16,7 +16,7 @@ from adjointlab.modules import Source
 from adjointlab.space.selection import Rows, Selection, window
 from adjointlab.transpose.graph.edit import clean, copied, dependents, known
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import op_name
+from adjointlab.transpose.graph.ops import has_tag, op_name, packet_of
 from adjointlab.transpose.passes.row_products import added_by_index
 from adjointlab.transpose.passes.row_rules import RULES, SELECT, Call, Numbers, Plan, Want, leaves_of, pointwise
 
@@ -81,13 +81,12 @@ class _Plans:
                 self._whole.add(leaf)
 
     def _of(self, node: fx.Node, key: Key) -> Plan | None:
-        target: Any = node.target
-        packet = getattr(target, "overloadpacket", target)
+        packet = packet_of(node)
         if packet is aten.index_add:
             return added_by_index(node, *key, self._values)
         if packet in RULES:
             return RULES[packet](node, *key)
-        is_pointwise = torch.Tag.pointwise in getattr(target, "tags", ()) and isinstance(node.meta["val"], Tensor)
+        is_pointwise = has_tag(node.target, torch.Tag.pointwise) and isinstance(node.meta["val"], Tensor)
         return pointwise(node, *key) if is_pointwise else None
 
     def _values(self, node: fx.Node) -> tuple[Source, Tensor] | None:

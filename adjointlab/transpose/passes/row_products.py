@@ -25,22 +25,13 @@ from adjointlab.transpose.passes.row_rules import (
 aten = torch.ops.aten
 
 
-@rule(aten.mm, aten.bmm, aten.mv)
+@rule(aten.mm, aten.bmm, aten.mv, aten.addmm, aten.baddbmm, aten.addmv)
 def _product(node: Any, dim: int, rows: Rows) -> Plan:
-    a, b = node.args
+    *added, a, b = node.args
     n = len(shape(a))  # the last two dimensions are those of matrices
     left = want(a, dim, rows) if dim < n - 1 else a
     right = want(b, dim, rows) if dim < n - 2 or dim == n - 1 else b
-    return Call(node.target, (left, right))
-
-
-@rule(aten.addmm, aten.baddbmm, aten.addmv)
-def _sum_and_product(node: Any, dim: int, rows: Rows) -> Plan:
-    added, a, b = node.args
-    n = len(shape(a))
-    left = want(a, dim, rows) if dim < n - 1 else a
-    right = want(b, dim, rows) if dim < n - 2 or dim == n - 1 else b
-    return Call(node.target, (broadcast(added, shape(node), dim, rows), left, right), node.kwargs)
+    return Call(node.target, (*[broadcast(t, shape(node), dim, rows) for t in added], left, right), node.kwargs)
 
 
 @rule(aten.sum, aten.mean)
@@ -173,17 +164,26 @@ def _col2im(node: Any, dim: int, rows: Rows) -> Plan | None:
 @rule(aten.index)
 def _index(node: Any, dim: int, rows: Rows) -> Plan | None:
     x, indices = node.args
-    given = [d for d, index in enumerate(indices) if index is not None]
-    first, last = given[0], given[-1] + 1
-    if len(given) != last - first:
+    first, last, common = _indexed(indices)
+    if common is None:
         return None
-    common = torch.broadcast_shapes(*[shape(indices[d]) for d in given])
     if dim < first:
         return Call(node.target, (want(x, dim, rows), indices))
     if dim >= first + len(common):
-        return Call(node.target, (want(x, dim - len(common) + len(given), rows), indices))
-    taken = [None if i is None else broadcast(i, tuple(common), dim - first, rows) for i in indices]
+        return Call(node.target, (want(x, dim - len(common) + last - first, rows), indices))
+    taken = [None if i is None else broadcast(i, common, dim - first, rows) for i in indices]
     return Call(node.target, (x, taken))
+
+
+def _indexed(indices: Any) -> tuple[int, int, tuple[int, ...] | None]:
+    """Return the first dimension with an index, the one after the last, and the shape of the indices.
+
+    That is None where there are dimensions without an index in between.
+    """
+    given = [d for d, index in enumerate(indices) if index is not None]
+    first, last = given[0], given[-1] + 1
+    is_whole = len(given) == last - first
+    return first, last, tuple(torch.broadcast_shapes(*[shape(indices[d]) for d in given])) if is_whole else None
 
 
 @rule(aten.index_select)
@@ -212,12 +212,11 @@ def _scatter_add(node: Any, dim: int, rows: Rows) -> Plan | None:
 @rule(aten.index_put)
 def _index_put(node: Any, dim: int, rows: Rows) -> Plan | None:
     base, indices, values, *rest = node.args
-    given = [d for d, index in enumerate(indices) if index is not None]
-    if dim in given or len(given) != given[-1] + 1 - given[0]:
+    first, last, common = _indexed(indices)
+    if common is None or first <= dim < last:
         return None
-    common = torch.broadcast_shapes(*[shape(indices[d]) for d in given])
-    size = (*shape(base)[: given[0]], *common, *shape(base)[given[-1] + 1 :])  # of values, once broadcast
-    at = dim if dim < given[0] else dim - len(given) + len(common)
+    size = (*shape(base)[:first], *common, *shape(base)[last:])  # of values, once broadcast
+    at = dim if dim < first else dim - (last - first) + len(common)
     return Call(node.target, (want(base, dim, rows), indices, broadcast(values, size, at, rows), *rest))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from adjointlab.modules import Source
 from adjointlab.space.selection import Rows
-from adjointlab.transpose.graph.ops import LIKE, arguments
+from adjointlab.transpose.graph.ops import LIKE, arguments, op_name, packet_of, window
 
 aten = torch.ops.aten
 
@@ -136,7 +136,7 @@ def _view_as_real(node: Any, dim: int, rows: Rows) -> Plan | None:
 
 @rule(*LIKE - {aten.fill, aten.zero}, aten.zeros, aten.ones, aten.full, aten.empty)
 def _filled(node: Any, dim: int, rows: Rows) -> Plan | None:
-    name = str(node.target.overloadpacket).removeprefix("aten.").removeprefix("new_").removesuffix("_like")
+    name = op_name(node.target).removeprefix("new_").removesuffix("_like")
     given = arguments(node).get("fill_value")
     fill = {"zeros": 0, "ones": 1, "empty": 0}.get(name, given if name == "full" else None)
     if fill is None or isinstance(fill, fx.Node):
@@ -183,19 +183,13 @@ def _select(node: Any, dim: int, rows: Rows) -> Plan:
     return same(node, dim, rows, at=dim + (dim >= gone))
 
 
-def _window(args: Sequence[Any], operands: int) -> list[Any]:
-    """Return the arguments of a slice with those that are left out: dimension, start, stop, step."""
-    defaults: list[Any] = [0, None, None, 1]
-    return [*args, *defaults[len(args) - operands :]]
-
-
 @rule(aten.slice)
 def _slice(node: Any, dim: int, rows: Rows) -> Plan:
-    x, at, start, stop, step = _window(node.args, 1)
-    if at % len(shape(node)) != dim:
+    x, *where = node.args
+    along, *taken = window(shape(x), *where)
+    if along != dim:
         return same(node, dim, rows)
-    taken = range(shape(x)[dim])[slice(start, stop, step)]
-    return want(x, dim, [taken[row] for row in rows])  # type: ignore[no-any-return]
+    return want(x, dim, [range(*taken)[row] for row in rows])  # type: ignore[no-any-return]
 
 
 @rule(aten.expand)
@@ -302,10 +296,11 @@ def _stack(node: Any, dim: int, rows: Rows) -> Plan:
 
 @rule(aten.slice_scatter)
 def _slice_scatter(node: Any, dim: int, rows: Rows) -> Plan:
-    base, source, along, start, stop, step = _window(node.args, 2)
-    if along % len(shape(node)) != dim:
-        return Call(node.target, (want(base, dim, rows), want(source, dim, rows), *node.args[2:]))
-    written = {row: i for i, row in enumerate(range(shape(node)[dim])[slice(start, stop, step)])}
+    base, source, *where = node.args
+    along, *taken = window(shape(node), *where)
+    if along != dim:
+        return Call(node.target, (want(base, dim, rows), want(source, dim, rows), *where))
+    written = {row: i for i, row in enumerate(range(*taken))}
     pieces = [(1, written[row]) if row in written else (0, row) for row in rows]
     return _gathered(dim, pieces, lambda i, at: want((base, source)[i], dim, at))  # type: ignore[no-any-return]
 
@@ -331,7 +326,7 @@ def _select_scatter(node: Any, dim: int, rows: Rows) -> Plan:
 def _getitem(node: Any, dim: int, rows: Rows) -> Plan | None:
     """Rows of one of several results."""
     parent, which = node.args
-    packet = getattr(parent.target, "overloadpacket", None)
+    packet = packet_of(parent)
     if packet in {aten.split, aten.split_with_sizes, aten.unbind}:
         x, size = parent.args[0], shape(parent.args[0])
         at = 1 if packet is aten.unbind else 2

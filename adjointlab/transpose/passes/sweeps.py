@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import clean, dependents, known, part, reached
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.graph.ops import VIEWS
+from adjointlab.transpose.graph.ops import VIEWS, packet_of
 from adjointlab.transpose.passes.at_point import hashable, memory, size
 from adjointlab.transpose.passes.own_outputs import own_outputs
 
@@ -160,7 +160,7 @@ def _terms(node: fx.Node, varying: set[fx.Node]) -> list[fx.Node]:
 
 def _is_linear(node: fx.Node, varying: set[fx.Node]) -> bool:
     """Return whether a node is linear in its operands that vary, all at once."""
-    packet = getattr(node.target, "overloadpacket", None)
+    packet = packet_of(node)
     where = [position for position, a in enumerate(node.args) if isinstance(a, fx.Node) and a in varying]
     fits = where == [0, 1] if packet in _SUMS else len(where) == 1 if packet in _PRODUCTS else where == [0]
     if packet not in _SUMS | _PRODUCTS | _OF_FIRST or not fits:

@@ -82,19 +82,18 @@ class Program:
 
     def run_if_prepared(self, *tensors: Tensor) -> Tensors | None:
         """Return the outputs, None where what is kept between calls cannot be made of the state as it is."""
-        try:
-            ready = self.prepared(tensors)
-        except HasNoPiecesError:
-            return None
-        return self._main(*tensors, *ready)  # type: ignore[no-any-return]
+        ready = self._ready(tensors)
+        return None if ready is None else self._main(*tensors, *ready)
 
     def is_prepared(self, state: Tensors) -> bool:
         """Return whether what is kept between calls can be made of a state."""
+        return self._ready(state) is not None
+
+    def _ready(self, tensors: Tensors) -> Tensors | None:
         try:
-            self.prepared(state)
+            return self.prepared(tensors)
         except HasNoPiecesError:
-            return False
-        return True
+            return None
 
     def _extended(self, tensors: Tensors, residuals: Callable[[Tensors], Tensors]) -> Tensors:
         """Return tensors with residuals after the state."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adjointlab.transpose.kernels import fft, polyphase
+from adjointlab.transpose.kernels import polyphase
 from adjointlab.transpose.kernels.convolution import ConvSpec, sized
 from adjointlab.transpose.kernels.registry import available, bound
 
@@ -156,15 +156,3 @@ def test_images_of_one_channel_are_in_both_orders(shape: tuple[int, ...]) -> Non
         assert found.stride() == torch.empty(shape, memory_format=order).stride()
     else:
         assert found is image
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("size", [(128, 20), (16, 8, 12), (9, 20)])
-def test_rows_are_spread_without_a_change_of_value(size: tuple[int, ...]) -> None:
-    dims = tuple(range(2, 2 + len(size)))
-    half = torch.fft.rfftn(torch.randn(2, 3, *size, dtype=torch.float64), dim=dims)
-    rows = torch.fft.ifftn(half, dim=dims[:-1])
-    spread = fft._spread(rows)
-    assert torch.equal(spread, rows)
-    assert (spread is rows) is (size == (9, 20))
-    assert spread.stride(-1) % 128 != 0 or spread is rows
