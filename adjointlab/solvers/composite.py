@@ -13,6 +13,7 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.progress import progress_of
 from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector
+from adjointlab.solvers.fourier import multiplier
 from adjointlab.solvers.problem import Problem, count, require_apart
 from adjointlab.solvers.solution import Callback, Limits, Monitor, Solution, Status, qualified
 from adjointlab.space import Space
@@ -46,7 +47,10 @@ class Smooth(Protocol[X]):
 
 
 class Composite:
-    """``F + g`` on vectors; ``size`` is the norm of the gradient of F at zero, of every problem."""
+    """``F + g`` on vectors; ``size`` is the norm of the gradient of F at zero, of every problem.
+
+    Where the Hessian is a cyclic convolution, ``∇F(x) = Hx + ∇F(0)`` takes two transforms.
+    """
 
     def __init__(self, F: Smooth[Any], prox: Callable[[Any, float], Any] | None) -> None:
         if not isinstance(F, Smooth):
@@ -58,9 +62,15 @@ class Composite:
         self.domain = Vectors(F.domain, F.batch_shape)
         self.hessian = F.hessian
         self.size = self.domain.scalar(0)
+        self._spectrum = multiplier(self.hessian)
+        self._at_zero: Tensor | None = None
 
     def gradient(self, x: Vector) -> Vector:
         """Return ``∇F(x)``."""
+        if self._spectrum is not None and self._at_zero is not None:
+            dims = tuple(range(1 - self._spectrum.ndim, 0))
+            spectrum = torch.fft.rfftn(x[0], dim=dims).mul_(self._spectrum.real)
+            return [torch.fft.irfftn(spectrum, x[0].shape[dims[0] :], dims).add_(self._at_zero)]
         return [leaf.detach() for leaf in self.domain.vector(self.F.gradient(self.domain.element(x)))]
 
     def start(self, x: Vector) -> Vector:
@@ -69,6 +79,8 @@ class Composite:
         gradient = self.gradient(x)
         at_zero = gradient if all(torch.equal(a, b) for a, b in zip(x, zero, strict=True)) else self.gradient(zero)
         del zero
+        if self._spectrum is not None:
+            self._at_zero = at_zero[0].clone()
         self.size = domain.norm(at_zero)
         domain.choose_precision(self.size)
         return gradient
