@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -164,6 +165,7 @@ def solve(
     maxiter: int,
     callback: Callback[X] | None,
     progress: bool | None,
+    measure: str = "norm of a subgradient",
 ) -> Solution[X]:
     """Return the solution by ``run(composite, x, monitor)``, which returns the last iterate."""
     composite, most = Composite(F, prox), count("maxiter", maxiter)
@@ -173,4 +175,5 @@ def solve(
     with torch.no_grad(), domain.space.without_autocast(), F.frozen(), shown as line:
         require_apart(composite.hessian, domain.batch)
         monitor, x = Monitor(problem, Limits(most, callback), line), problem.start(x0)
-        return qualified(monitor.solution(run(composite, x, monitor)), composite.hessian)
+        solution = replace(monitor.solution(run(composite, x, monitor)), measure=measure)
+        return qualified(solution, composite.hessian)

@@ -318,6 +318,22 @@ def assert_multiplier(A: al.LinearOperator, expected: Tensor) -> None:
     assert torch.dist(K, expected) <= 4 * EPS * expected.norm()
 
 
+@pytest.mark.parametrize(
+    ("name", "measure"),
+    [
+        ("fista", "norm of a subgradient"),
+        ("projected_gradient", "norm of a subgradient"),
+        ("pdhg", "relative residual"),
+    ],
+)
+def test_the_account_names_its_norms(name: str, measure: str) -> None:
+    F, _, _ = problem()
+    solution = SOLVERS[name](F, al.prox.nonnegative(), maxiter=2)
+    assert solution.measure == measure
+    assert f"{measure} " in str(solution)
+    assert "residual norm " in str(al.solvers.cgls(F.A, F.y, maxiter=2))
+
+
 def test_memory_is_what_the_docstrings_say() -> None:
     c = torch.nn.Conv1d(1, 1, 3, padding=1, bias=False, dtype=D).requires_grad_(False)
     A = al.linear_operator(c, torch.zeros(1, 1, 5000, dtype=D))
