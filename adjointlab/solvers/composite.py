@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +15,7 @@ from adjointlab.errors import SpaceMismatchError
 from adjointlab.operators import LinearOperator
 from adjointlab.progress import progress_of
 from adjointlab.solvers.arithmetic import Vector, Vectors, as_vector
+from adjointlab.solvers.fourier import multiplier
 from adjointlab.solvers.problem import Problem, count, require_apart
 from adjointlab.solvers.solution import Callback, Limits, Monitor, Solution, Status, qualified
 from adjointlab.space import Space
@@ -47,7 +49,10 @@ class Smooth(Protocol[X]):
 
 
 class Composite:
-    """``F + g`` on vectors; ``size`` is the norm of the gradient of F at zero, of every problem."""
+    """``F + g`` on vectors; ``size`` is the norm of the gradient of F at zero, of every problem.
+
+    Where the Hessian is a cyclic convolution, ``∇F(x) = Hx + ∇F(0)`` takes two transforms.
+    """
 
     def __init__(self, F: Smooth[Any], prox: Callable[[Any, float], Any] | None) -> None:
         if not isinstance(F, Smooth):
@@ -59,9 +64,15 @@ class Composite:
         self.domain = Vectors(F.domain, F.batch_shape)
         self.hessian = F.hessian
         self.size = self.domain.scalar(0)
+        self._spectrum = multiplier(self.hessian)
+        self._at_zero: Tensor | None = None
 
     def gradient(self, x: Vector) -> Vector:
         """Return ``∇F(x)``."""
+        if self._spectrum is not None and self._at_zero is not None:
+            dims = tuple(range(1 - self._spectrum.ndim, 0))
+            spectrum = torch.fft.rfftn(x[0], dim=dims).mul_(self._spectrum.real)
+            return [torch.fft.irfftn(spectrum, x[0].shape[dims[0] :], dims).add_(self._at_zero)]
         return [leaf.detach() for leaf in self.domain.vector(self.F.gradient(self.domain.element(x)))]
 
     def start(self, x: Vector) -> Vector:
@@ -70,6 +81,8 @@ class Composite:
         gradient = self.gradient(x)
         at_zero = gradient if all(torch.equal(a, b) for a, b in zip(x, zero, strict=True)) else self.gradient(zero)
         del zero
+        if self._spectrum is not None:
+            self._at_zero = at_zero[0].clone()
         self.size = domain.norm(at_zero)
         domain.choose_precision(self.size)
         return gradient
@@ -154,6 +167,7 @@ def solve(
     callback: Callback[X] | None,
     progress: bool | None,
     beside: LinearOperator | None = None,
+    measure: str = "norm of a subgradient",
 ) -> Solution[X]:
     """Return the solution by ``run(composite, x, monitor)``, which returns the last iterate; it may use ``beside``."""
     composite, most = Composite(F, prox), count("maxiter", maxiter)
@@ -166,4 +180,5 @@ def solve(
         for A in operators:
             require_apart(A, domain.batch)
         monitor, x = Monitor(problem, Limits(most, callback), line), problem.start(x0)
-        return qualified(monitor.solution(run(composite, x, monitor)), *operators)
+        solution = replace(monitor.solution(run(composite, x, monitor)), measure=measure)
+        return qualified(solution, *operators)

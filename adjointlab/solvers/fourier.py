@@ -8,9 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adjointlab.operators import LinearOperator
+from adjointlab.operators import LinearOperator, product
 from adjointlab.solvers.arithmetic import Vector
 from adjointlab.space import Space, TensorSpec
+
+
+def multiplier(A: LinearOperator) -> Tensor | None:
+    """Return ``K`` with ``A = F⁻¹ diag(K) F`` for a cyclic convolution or a product of two; None for any other."""
+    made, arguments = A.recipe
+    if made is not product:
+        return A.multiplier
+    first, second = (part.multiplier for part in arguments)
+    return None if first is None or second is None or first.shape != second.shape else first * second
 
 
 @dataclass(frozen=True)

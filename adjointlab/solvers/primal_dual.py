@@ -113,7 +113,10 @@ def pdhg(
         )
     own = bounds if bounds is None or callable(bounds) else box(*bounds)
     run = partial(_pdhg, L=L, prox=prox, tol=nonnegative("tol", tol))
-    found = solve(run, F, own, x0, name="pdhg", maxiter=maxiter, callback=callback, progress=progress, beside=L)
+    found = solve(
+        run, F, own, x0, name="pdhg", maxiter=maxiter, callback=callback, progress=progress, beside=L,
+        measure="relative residual",
+    )  # fmt: skip
     known = depends(prox, L.codomain.with_batch(F.batch_shape).zeros()) + (depends(own, found.x) if own else [])
     return without_derivative(found, F.domain, [*learned(F, L), *known], "pdhg")
 

@@ -130,10 +130,11 @@ def _projected(composite: Composite, x: Vector, monitor: Monitor, *, tol: float)
         subgradient = domain.norm(domain.plus(change, -1 / lengths.now, d))
         monitor.stop(~(subgradient < math.inf), Status.NOT_FINITE)
         square, slope, bend = domain.dot(d, d), domain.dot(gradient, d), domain.dot(d, change)
-        noise = composite.noise(at_new) * square.sqrt()
+        length_of_gradient = domain.norm(at_new)
+        noise = composite.noise(length_of_gradient) * square.sqrt()
         monitor.stop(slope > noise, Status.UPHILL)
         moved = monitor.running
-        composite.rules(monitor, subgradient, new, domain.norm(at_new), norm=norm, tol=tol)
+        composite.rules(monitor, subgradient, new, length_of_gradient, norm=norm, tol=tol)
         is_low = value + slope + bend / 2 <= torch.stack(list(values)).amax(0) + _DECREASE * slope
         is_full = is_low | ~monitor.running | (bend <= 0)
         length = torch.where(is_full, 1, (-slope / bend).clamp(0, 1))

@@ -84,8 +84,9 @@ def fista(
 
     Notes
     -----
-    A step takes one gradient of F and one proximal map; one that is too long is repeated. Besides the memory of these,
-    the solver needs eight elements of the domain.
+    A step takes one gradient of F and one proximal map; one that is too long is repeated. Where F is a cyclic
+    convolution (``A.multiplier`` is not None) without weights and penalties, the gradient takes two Fourier transforms.
+    Besides the memory of these, the solver needs eight elements of the domain, and two more for such a gradient.
 
     x is differentiable, once, in y, the weights, strengths and parameters of F, and in what ``prox`` depends on, by the
     implicit function theorem at the fixed point: a backward pass solves a linear problem with the Hessian of F and the
@@ -121,8 +122,8 @@ class _Steps:
     monitor: Monitor
     tau: float
 
-    def __call__(self, z: Vector, p: Vector) -> tuple[Vector, Vector, Tensor]:
-        """Return x, its gradient and the norm of a subgradient; z becomes ``z − x``, and p the subgradient."""
+    def __call__(self, z: Vector, p: Vector) -> tuple[Vector, Vector, Tensor, Tensor]:
+        """Return x, its gradient, the norms of that and of a subgradient; z becomes ``z − x``, p the subgradient."""
         composite, domain, one = self.composite, self.composite.domain, self.composite.domain.scalar(1)
         while True:
             x = composite.proximal(p, self.tau)
@@ -133,12 +134,13 @@ class _Steps:
             square, slope = domain.dot(z, z), domain.dot(z, p)
             # With d = x − z, ⟨d, Hd⟩ / ‖d‖² = 1/τ + ⟨d, s⟩ / ‖d‖² is to be at most 1/τ.
             curvature = square / self.tau - slope
-            noise = composite.noise(gradient) * square.sqrt()
+            length = domain.norm(gradient)
+            noise = composite.noise(length) * square.sqrt()
             bent = self.monitor.running & (square > 0)
             self.monitor.stop(bent & (curvature < -noise), Status.NO_CURVATURE)
             steepest = largest((curvature - noise) / square, bent)
             if steepest * self.tau <= 1:
-                return x, gradient, domain.norm(p)
+                return x, gradient, length, domain.norm(p)
             domain.add(p, -one, gradient)  # back to the start, for a shorter step
             domain.update(p, x, domain.scalar(self.tau))
             domain.add(z, one, x)
@@ -158,7 +160,7 @@ def _fista(
     z, p, t = domain.copy(x), domain.plus(x, -one * steps.tau, gradient), one
     q = domain.copy(p)  # of x what p is of z
     before, tau = domain.norm(gradient), steps.tau
-    new, gradient, subgradient = steps(z, p)
+    new, gradient, length, subgradient = steps(z, p)
     start = domain.norm(z) / steps.tau
     composite.rules(monitor, start, x, before, norm=1 / steps.tau, tol=tol)
     going, _ = monitor.start(start, start)
@@ -170,7 +172,7 @@ def _fista(
         moved = monitor.running
         if not bool(moved.all()):
             composite.replace(new, x, ~moved)
-        composite.rules(monitor, subgradient, new, domain.norm(gradient), norm=1 / tau, tol=tol)
+        composite.rules(monitor, subgradient, new, length, norm=1 / tau, tol=tol)
         going, _ = monitor.step(new, subgradient, subgradient, moved)
         if not going:
             return new
@@ -184,5 +186,5 @@ def _fista(
         domain.approach(z, ahead, x)
         p, q = q, domain.plus(x, -one * tau, gradient)
         domain.approach(p, ahead, q)
-        new, gradient, subgradient = steps(z, p)
+        new, gradient, length, subgradient = steps(z, p)
     return x

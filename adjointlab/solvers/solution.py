@@ -110,11 +110,23 @@ class Solution(Generic[X]):
     iterations : int, or Tensor of int
         Number of steps; with ``batch_dims``, for each problem.
     residual_norms : Tensor
-        The residual norms of the start and after each step, ``float64``, of shape ``(steps + 1, *batch)``: ``‖b − Ax‖``
-        for ``cg``, ``√(‖y − Ax‖²_W + damp² ‖x‖²)`` for ``cgls`` and ``lsmr``. The recurrences of the solver compute
-        them; but if ``converged``, the last one is computed from x. A problem that has stopped keeps its last value.
+        The norms that the solver watches, of the start and after each step, ``float64``, of shape ``(steps + 1,
+        *batch)``; ``measure`` names them, and those of two solvers can be compared if it is the same. They are
+
+        - ``‖b − Ax‖`` for ``cg``;
+        - ``√(‖y − Ax‖²_W + damp² ‖x‖²)``, the root of twice the objective, for ``cgls``, ``lsmr``, ``sgd``, ``saga``,
+          ``svrg`` and the closed form of ``F.solve()``, with penalties as well; for ``gauss_newton`` and
+          ``levenberg_marquardt``, with ``f(x)`` in place of ``Ax``;
+        - that of a subgradient of the objective, which tells the distance to a minimum and not from the data, for
+          ``fista`` and ``projected_gradient``;
+        - the larger one of two such, each in units of its first size, for ``pdhg``.
+
+        The recurrences of ``cg``, ``cgls`` and ``lsmr`` compute them; but if ``converged``, the last one is computed
+        from x. A problem that has stopped keeps its last value.
     reason : str
         Why the solver stopped, in words.
+    measure : str
+        The name of these norms, in words.
 
     Examples
     --------
@@ -131,6 +143,7 @@ class Solution(Generic[X]):
     iterations: int | Tensor
     residual_norms: Tensor = field(repr=False)
     reason: str
+    measure: str = field(default="residual norm", repr=False)
 
     def __str__(self) -> str:
         return aligned(*self._table())
@@ -150,7 +163,7 @@ class Solution(Generic[X]):
         rows = [
             ("iterations", str(low) if low == high else f"{low} to {high}"),
             (
-                "residual norm",
+                self.measure,
                 f"{float(first.max()):.4g} at the start, {float(last.max()):.4g} at the end"
                 + " (the largest of all)" * bool(converged.ndim),
             ),
@@ -159,7 +172,7 @@ class Solution(Generic[X]):
         return f"Solution: {title}", rows
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw the residual norms over the iterations, on a logarithmic scale; needs matplotlib.
+        """Draw ``residual_norms`` over the iterations, on a logarithmic scale; needs matplotlib.
 
         Parameters
         ----------
@@ -177,7 +190,7 @@ class Solution(Generic[X]):
             _, ax = pyplot.subplots(layout="constrained")
         ax.semilogy(self.residual_norms.detach().cpu().reshape(len(self.residual_norms), -1).numpy())
         ax.set_xlabel("iteration")
-        ax.set_ylabel("residual norm")
+        ax.set_ylabel(self.measure)
         return ax
 
 

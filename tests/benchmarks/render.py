@@ -28,6 +28,7 @@ SECTIONS = {
     "build",
     "solvers",
     "bounds",
+    "preconditioners",
     "maps",
     "kept",
     "subsets",
@@ -36,6 +37,13 @@ SECTIONS = {
     "recurrences",
     "recurrences, memory",
     "grams",
+}
+_OWN = {
+    "adjointlab": "`auto`",
+    "cgls": "none",
+    "diagonal": "`diagonal`",
+    "circulant": "`circulant`",
+    "nystrom": "`nystrom`",
 }
 ABOUT = """\
 ## How it is measured
@@ -170,6 +178,7 @@ def _sections(rows: list[Row], drawn: dict[str, str]) -> Iterable[str]:
     yield from _costs(rows)
     yield from _solvers(rows)
     yield from _bounds(rows)
+    yield from _preconditioners(rows)
 
 
 def _contenders(found: list[Row], title: str, label: str, figure: str | None) -> Iterable[str]:
@@ -461,6 +470,26 @@ def _bounds(rows: list[Row]) -> Iterable[str]:
         "many steps as they need for its residual. Peers that are not installed are left out.\n"
     )
     yield _races(found, "`fista`")
+
+
+def _preconditioners(rows: list[Row]) -> Iterable[str]:
+    if not (found := select(rows, "preconditioners")):
+        return
+    yield "## Preconditioners\n"
+    yield (
+        "`al.solvers.cgls` with each of `al.precondition`, to a gradient of 1e-6 of the first one, in single "
+        "precision; the peers solve the same normal equations with the same products, and torchsolve with what one "
+        "writes by hand. Seconds contain making the preconditioner. The last column is the gradient at the result, "
+        "computed anew: a peer whose one is larger than 2e-6 has stopped by a recurrence, or at 3000 steps. Peers that "
+        "are not installed are left out.\n"
+    )
+    body = [
+        (r["case"], _OWN.get(name, name), str(r["steps"][name]),
+         f"{t:.3f}", f"{t / r['seconds']['adjointlab']:.2f}", f"{r['gradients'][name]:.0e}")
+        for r in found
+        for name, t in r["seconds"].items()
+    ]  # fmt: skip
+    yield table(("", "", "steps", "seconds", "in multiples of `auto`", "gradient"), body, "llrrrr")
 
 
 def _races(found: list[Row], own: str) -> str:

@@ -72,7 +72,7 @@ def targets(rows: list[Row]) -> list[tuple[str, list[Target]]]:
         ("Recurrences", _recurrences(rows)),
         ("Grams", _grams(rows)),
         ("Costs", [*_overhead(rows), *_memory(rows), *_start(rows)]),
-        ("Solvers", _solvers(rows)),
+        ("Solvers", [*_solvers(rows), *_bounds(rows), *_preconditioners(rows)]),
     ]
 
 
@@ -318,4 +318,27 @@ def _solvers(rows: list[Row]) -> list[Target]:
         text = "50 steps of `cgls`, faster than the fastest peer that reaches its residual"
         measured = seconds / row["seconds"]["adjointlab"]
         result.append(Target(text, 2, measured, f"{row['case']}, {name}", least=True))
+    return result
+
+
+def _bounds(rows: list[Row]) -> list[Target]:
+    result = []
+    for row in select(rows, "bounds"):
+        for name in ("mrpro pgd", "PyProximal FISTA"):
+            if name in row["seconds"]:
+                text = f"50 steps of `fista`, in multiples of {name} to the same residual"
+                result.append(Target(text, 1.0, ratio(row, "adjointlab", name), row["case"]))
+    return result
+
+
+def _preconditioners(rows: list[Row]) -> list[Target]:
+    result = []
+    for row in select(rows, "preconditioners"):
+        steps, case = row["steps"], row["case"]
+        text = "fewer steps of `cgls` with `auto` than without"
+        result.append(Target(text, 3, steps["cgls"] / steps["adjointlab"], case, least=True))
+        for name in ("torchsolve CG, by hand", "torch-linops Nyström"):
+            if name in row["seconds"]:
+                text = f"`cgls` with `auto`, making it included, in multiples of {name}"
+                result.append(Target(text, 1.0, ratio(row, "adjointlab", name), case))
     return result

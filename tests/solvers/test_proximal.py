@@ -13,6 +13,7 @@ from torch import Tensor
 
 import adjointlab as al
 from adjointlab.solvers import Info, Solution, fista, pdhg, projected_gradient
+from adjointlab.solvers.fourier import multiplier
 
 D = torch.float64
 EPS = torch.finfo(D).eps
@@ -279,6 +280,60 @@ def test_a_longer_problem_restarts_its_momentum() -> None:
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("solve", [fista, projected_gradient])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_the_hessian_of_a_cyclic_convolution_is_a_product_of_transforms(
+    solve: Callable[..., Solution], batch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = torch.nn.Conv2d(1, 1, 5, padding=2, padding_mode="circular", bias=False, dtype=D).requires_grad_(False)
+    c.weight.copy_(randn(1, 1, 5, 5, seed=4))
+    shape = (*(batch or (1,)), 1, 12, 10)
+    A, plain = (al.linear_operator(c, shape, batch_dims=len(batch), lowering=on) for on in (True, False))
+    assert A.multiplier is not None
+    assert plain.multiplier is None
+    y, x0, bounds = randn(*shape, seed=5), randn(*shape, seed=6), al.prox.nonnegative()
+    F, other = al.LeastSquares(A, y), al.LeastSquares(plain, y)
+    gradient, calls = al.LeastSquares.gradient, []
+    monkeypatch.setattr(al.LeastSquares, "gradient", lambda self, x: (calls.append(self), gradient(self, x))[1])
+    for start in (None, x0):
+        found, expected = (solve(f, bounds, x0=start, tol=1e-10, maxiter=20_000) for f in (F, other))
+        assert bool(torch.as_tensor(found.converged & expected.converged).all())
+        assert torch.dist(found.x, expected.x) <= 1e-6 * expected.x.norm()
+    assert calls.count(F) <= 4  # at the first iterates and at zero
+    assert calls.count(other) > 20
+
+
+def test_multipliers_of_products() -> None:
+    c = torch.nn.Conv2d(1, 1, 5, padding=2, padding_mode="circular", bias=False, dtype=D).requires_grad_(False)
+    A = al.linear_operator(c, (1, 1, 12, 10))
+    assert_multiplier(A.gram, A.multiplier.abs().square())
+    assert_multiplier(A @ A, A.multiplier.square())
+    assert multiplier(al.identity(A.domain) @ A) is None
+    assert multiplier(A + A) is None
+
+
+def assert_multiplier(A: al.LinearOperator, expected: Tensor) -> None:
+    K = multiplier(A)
+    assert K is not None
+    assert torch.dist(K, expected) <= 4 * EPS * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "measure"),
+    [
+        ("fista", "norm of a subgradient"),
+        ("projected_gradient", "norm of a subgradient"),
+        ("pdhg", "relative residual"),
+    ],
+)
+def test_the_account_names_its_norms(name: str, measure: str) -> None:
+    F, _, _ = problem()
+    solution = SOLVERS[name](F, al.prox.nonnegative(), maxiter=2)
+    assert solution.measure == measure
+    assert f"{measure} " in str(solution)
+    assert "residual norm " in str(al.solvers.cgls(F.A, F.y, maxiter=2))
+
+
 def test_memory_is_what_the_docstrings_say() -> None:
     c = torch.nn.Conv1d(1, 1, 3, padding=1, bias=False, dtype=D).requires_grad_(False)
     A = al.linear_operator(c, torch.zeros(1, 1, 5000, dtype=D))
