@@ -29,6 +29,7 @@ _WRITING: dict[Any, Callable[..., Any]] = {
     aten.neg.default: torch.neg, aten.mm.default: torch.mm, aten.bmm.default: torch.bmm, aten.mv.default: torch.mv,
     aten.addcmul.default: torch.addcmul, aten.cat.default: torch.cat,
 }  # fmt: skip
+_UPDATES = {aten.add.Tensor, aten.sub.Tensor, aten.addcmul.default}  # which may write to their first operand
 _BY_STRIDES = {aten.view, aten._unsafe_view, aten.reshape}  # views of memory without gaps, and of some other
 _VIEWS = VIEWS - _BY_STRIDES - {aten.as_strided, aten.view_as_complex}
 
@@ -128,6 +129,10 @@ class _Builder:
 
     def _room(self, node: fx.Node) -> fx.Node:
         """Return where the result of a call is to be written."""
+        if self._is_update(node):
+            at = self._outputs.index(node)
+            self._after[at] = -1 - at
+            return self._images[self._inputs[at]]
         if node in self._outputs:
             self._after[self._outputs.index(node)] = len(self._rooms)
         elif self._others.count(node) == 1 and all(_is_end(user) for user in node.users):
@@ -135,6 +140,18 @@ class _Builder:
             self._written.add(at)
             return self._places[at]
         return self._new(node.meta["val"])
+
+    def _is_update(self, node: fx.Node) -> bool:
+        """Return whether a call adds to what is carried, and alone reads it, and is what is carried next."""
+        if node.target not in _UPDATES or node not in self._outputs:
+            return False
+        before, first = self._inputs[self._outputs.index(node)], node.args[0]
+        passed = [output for output in self._outputs if output in self._inputs]
+        return (
+            first is before and len(before.users) == 1 and before not in [*node.args[1:], *self._others]
+            and all(getattr(before.meta["val"], of) == getattr(node.meta["val"], of) for of in ("shape", "dtype"))
+            and len(set(passed)) == len(passed)
+        )  # fmt: skip
 
     def _new(self, value: Tensor) -> fx.Node:
         room = self._bind.placeholder(f"room_{len(self._rooms)}")

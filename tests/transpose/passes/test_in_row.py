@@ -49,11 +49,19 @@ def products(state: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
     return (m @ u - w / 3, F.pad(w[1:, :-1], (1, 0, 0, 1)) + u), (u * w.new_ones(6), torch.zeros_like(u))
 
 
+def updated(state: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
+    return (state[0] + 0.5 * state[1], state[1].neg()), state[1].sum()
+
+
+def updated_and_seen(state: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
+    return (state[0] + 0.5 * state[1], state[1] - 0.1 * state[1].mean()), state[0]
+
+
 def half_gone(state: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
     return (torch.zeros_like(state[0]), state[0]), state[1] + 0
 
 
-STEPS = [leapfrog, swapped, same_twice, of_views, products, half_gone]
+STEPS = [leapfrog, swapped, same_twice, of_views, products, updated, updated_and_seen, half_gone]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -94,6 +102,13 @@ def test_memory_is_taken_once_and_views_are_made_once() -> None:
     graph = in_row(program.graph, (), ((0, 0), (1, 1)))
     assert "slice" not in graph.run.__code__.co_names
     assert graph.after == (len(graph.rooms) - 1, -1)
+
+
+def test_sums_over_time_are_added_up_in_place() -> None:
+    A = al.recurrence(updated, STATE, steps=3)
+    graph = A.parts[0].source.now(())[0].programs["function"][0].graph
+    assert in_row(graph, (), ((0, 0), (1, 1))).after[0] == -1  # the memory that it was in
+    assert in_row(graph, (), ((0, 0), (1, 1)), kept=(0,)).after[0] >= 0  # of what is seen afterwards, it is not
 
 
 def test_results_of_one_call_are_left_by_the_next() -> None:
