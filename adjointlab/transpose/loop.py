@@ -24,7 +24,7 @@ from adjointlab.transpose.dispatch import Transposition
 from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.runtime.autodiff import state_gradient
 from adjointlab.transpose.runtime.derivation import Derivation
-from adjointlab.transpose.runtime.program import at_start, canonical
+from adjointlab.transpose.runtime.program import Call, as_traced
 from adjointlab.transpose.runtime.steps import Apart, Step, Together
 from adjointlab.tree import SINGLE, Structure
 
@@ -138,6 +138,9 @@ class Loop:
             added = tuple(a + b for a, b in zip(of_x, of_z, strict=True))
             if relative_gap(added, of_both) > 2 * bound or abs(left - right) > bound * scale:
                 return f"at step {t} it is not: an offset has to come in by inputs, a choice to be made before"
+        for name, leaves in (("function", x), ("adjoint", v)) if derivation.programs and self.steps else ():
+            if run.gap(name, state, leaves) > bound:
+                derivation.programs[name][0].unbind()
         return ""
 
     def _places(self, derivation: Derivation) -> tuple[tuple[int, int], ...]:
@@ -195,9 +198,7 @@ class Run:
         return [tuple(map(self._ready, entries)) for entries in _entries(tensors, dim, times)]
 
     def _ready(self, tensor: Tensor) -> Tensor:
-        if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-            tensor = canonical(tensor)
-        return at_start(tensor) if self.derivation.of_storage else tensor
+        return as_traced(tensor, of_storage=self.derivation.of_storage)
 
     def step(self, name: str, state: Tensors) -> Step:
         """Return the step, or its adjoint, as a function of the entries of the series and of leaves."""
@@ -209,23 +210,41 @@ class Run:
             tuple([moved[slot] for _, slot in self.places]), tuple(map(self._ready, leaves))
         )
 
+    def row(self, name: str, state: Tensors) -> Call:
+        """Return the step, or its adjoint, for many calls in a row: see :meth:`Program.row`."""
+        moving, carried = tuple(place for place, _ in self.places), tuple((i, i) for i in range(self.loop.count))
+        return self.derivation.programs[name][0].row(state, moving, carried)
+
+    def gap(self, name: str, state: Tensors, leaves: Tensors) -> float:
+        """Return how far some steps in a row are from steps one by one: as many as put each tensor at each place."""
+        n, row, step = self.loop.count, self.row(name, state), self.step(name, state)
+        moved = self.at_times(self.loop.series.leaves(), 0, range(1))[0]
+        carry, inputs, gaps = leaves[:n], tuple(map(self._ready, leaves[n:])), list[float]()
+        for _ in range(min(self.loop.steps, n + 2)):
+            expected = tuple([t.clone() for t in step(moved, (*carry, *inputs))])
+            places = tuple(map(torch.empty_like, expected[n:]))
+            carry = row(carry, (*[moved[slot] for _, slot in self.places], *inputs), places)
+            gaps.append(relative_gap(expected, (*carry, *places)))
+        return max(gaps)
+
     # -- sweeps --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def swept(self, way: Way, tensors: Tensors, kept: list[Tensors] | None = None) -> Tensors:
         """Return the results of a way for leaves; put the states at the beginning of each segment into ``kept``."""
         state, series, leaves = self.parts(tensors)
-        step, n, k = self.step(way.name, state), self.loop.count, len(self.batch)
+        step, order, k = self.row(way.name, state), [slot for _, slot in self.places], len(self.batch)
         (carry, given), room = self._given(way, leaves), self._room(way)
         for times in self._in_order(way):
             if kept is not None:
-                kept.append(carry)
+                kept.append(tuple([t.clone() for t in carry]))
             moved, read = self.at_times(series, 0, times), self.at_times(given, k, times)
-            entries = list(zip(moved, read, _entries(room, k, times), strict=True))
-            for x, i, places in reversed(entries) if way.is_back else entries:
-                found = step(x, (*carry, *i))
-                carry = found[:n]
-                _write(found[n:], places)
+            entries = [
+                ((*[x[slot] for slot in order], *i), places)
+                for x, i, places in zip(moved, read, _entries(room, k, times), strict=True)
+            ]
+            for others, places in reversed(entries) if way.is_back else entries:
+                carry = step(carry, others, places)
         return self._result(way, carry, room)
 
     def _in_order(self, way: Way) -> Iterator[range]:
@@ -244,7 +263,7 @@ class Run:
         ``kept`` are the states at the beginning of each segment.
         """
         state, series, leaves = self.parts(tensors)
-        way, n, k = self.loop.backwards, self.loop.count, len(self.batch)
+        way, k = self.loop.backwards, len(self.batch)
         moving = [(place, slot) for place, slot in self.places if wanted[len(state) + slot]]
         summed = [i for i in range(len(state)) if wanted[i] and i not in dict(self.places)]
         steps = self._steps(state, tuple(sorted([*summed, *(place for place, _ in moving)])))
@@ -256,17 +275,13 @@ class Run:
             moved, read = self.at_times(series, 0, times), self.at_times(given, k, times)
             states, u = list[Tensors](), start
             for j in range(len(times)):
-                x = tuple(map(self._ready, (*u, *read[j])))
-                u, found = steps.forth(moved[j], x, last=j + 1 == len(times))
+                u, found = steps.forth(u, moved[j], read[j], j, last=j + 1 == len(times))
                 states.append(found)
             pulled, places = self.at_times(taken, k, times), _entries(room, k, times)
             for j in reversed(range(len(times))):
-                v = tuple(map(self._ready, (*carry, *pulled[j])))
-                found, gradients = steps.back(moved[j], states.pop(), read[j], v)
+                carry, gradients = steps.back(carry, moved[j], states.pop(), read[j], pulled[j], places[j])
                 for (_, slot), gradient in zip(moving, gradients, strict=True):
                     of_series[slot][times[j]] += gradient  # type: ignore[index]
-                carry = found[:n]
-                _write(found[n:], places[j])
         of_state: list[Tensor | None] = [None for _ in state]
         for place, gradient in zip(summed, steps.ends(), strict=False):  # of no step there may be none
             of_state[place] = gradient
@@ -282,6 +297,7 @@ class Run:
         of_state = state_gradient(self.derivation.programs["function"][0].whole, None, len(state), adjoint_side=False)
 
         def gradient(moved: Tensors, x: Tensors, v: Tensors) -> list[Tensor]:
+            x, v = (tuple(map(self._ready, leaves)) for leaves in (x, v))
             found = of_state(self._state_at(state, moved), x, v, wanted)
             return [found[i] for i in chosen]
 
@@ -361,11 +377,6 @@ def _entries(tensors: Sequence[Tensor], dim: int, times: range) -> list[Tensors]
     """Return views of the entries of stacked tensors at each of some times."""
     parts = [t.narrow(dim, times.start, len(times)).unbind(dim) for t in tensors]
     return list(zip(*parts, strict=True)) if parts else [()] * len(times)
-
-
-def _write(results: Tensors, places: Tensors) -> None:
-    for result, place in zip(results, places, strict=True):  # at once: it may be a view of a whole state
-        place.copy_(result)
 
 
 class _Swept(torch.autograd.Function):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adjointlab.modules import read_all
@@ -97,9 +98,10 @@ def in_sweeps(
     def at_once(leaves: Tensors) -> Tensors:
         x, v, moved = leaves[:m], leaves[m:], tuple(state[i] for i in moving)
         run = Together(made, state, tuple((i, j) for j, i in enumerate(moving)), count)
-        u, residuals = run.forth(moved, x)
-        cotangents, gradients = run.back(moved, residuals, x[count:], v)
-        return (*u, *cotangents, *gradients, *run.ends())
+        inputs, of_inputs = x[count:], tuple(map(torch.empty_like, x[count:]))
+        u, residuals = run.forth(x[:count], moved, inputs, 0)
+        of_u, gradients = run.back(v[:count], moved, residuals, inputs, v[count:], of_inputs)
+        return (*u, *of_u, *of_inputs, *gradients, *run.ends())
 
     def parts(leaves: Tensors) -> Tensors:
         found = of_state(*state, *leaves)

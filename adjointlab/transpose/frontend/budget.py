@@ -16,6 +16,10 @@ T = TypeVar("T")
 
 _RATE = 100  # operations of a forward that a build gets through in a second
 _OFTEN, _MOSTLY, _LONGEST = 16, 0.8, 256  # times that a block repeats, its part of all operations, and its length
+ADVICE = (
+    "where that is a step in time, write it with al.recurrence(step, state, steps=…), which derives the step once, and "
+    "whose adjoint runs backwards without storing a state"
+)
 CAPTURING, TRACING = 7, 9  # steps of its progress for each of them: a step of tracing is an operation of ATen
 
 
@@ -56,9 +60,7 @@ def repeats(calls: Sequence[int]) -> str:
         run = int(np.diff(differs, prepend=-1, append=len(calls) - length).max()) - 1 + length
         if run >= max(_OFTEN * length, _MOSTLY * len(calls)):
             return (
-                f"the forward repeats a block of {length} operation{'s' * (length > 1)} {run // length} times: where "
-                "that is a step in time, write it with al.recurrence(step, state, steps=…), which derives the step "
-                "once, and whose adjoint runs backwards without storing a state"
+                f"the forward repeats a block of {length} operation{'s' * (length > 1)} {run // length} times: {ADVICE}"
             )
     return ""
 

@@ -18,7 +18,7 @@ from adjointlab import compat
 from adjointlab.modules import Source, read_all
 from adjointlab.progress import step
 from adjointlab.transpose.frontend import torchscript
-from adjointlab.transpose.frontend.budget import deadline
+from adjointlab.transpose.frontend.budget import ADVICE, deadline
 from adjointlab.transpose.frontend.capture import Capture
 from adjointlab.transpose.frontend.derivatives import differentiable
 from adjointlab.transpose.frontend.sparse import SparseMatrices, multiplied
@@ -145,11 +145,14 @@ def _branch(mode: _Values, flag: Any, first: Callable[..., Any], second: Callabl
         return chosen(*operands)
 
 
+@torch.ops.higher_order.scan.py_impl(_Values)
+def _scan(*_: Any) -> Any:
+    raise UntraceableError(f"it calls torch's scan, which is not traced: {ADVICE}")
+
+
 _READERS = {aten.is_nonzero.default, aten.nonzero.default}
 _INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
-_MEMORY = {
-    Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage,
-}  # fmt: skip
+_MEMORY = {Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage}
 
 
 class _Memory(TorchFunctionMode):

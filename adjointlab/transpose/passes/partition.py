@@ -97,14 +97,18 @@ def hoisted(graph: Graph, moving: frozenset[int]) -> tuple[Callable[..., Any], C
     ``moving`` are positions of what is another tensor at each call. Outputs may share memory with inputs.
     """
     state = graph.placeholders[: len(graph.state)]
-    varying = dependents([*graph.inputs, *(state[i] for i in moving)])
-    pieces = [
+    pieces = shared(graph, dependents([*graph.inputs, *(state[i] for i in moving)]))
+    outputs = [None if node is None else uncopied(node) for node in graph.outputs]
+    return extract(graph, state, pieces), extract(graph, [*graph.placeholders, *pieces], outputs)
+
+
+def shared(graph: Graph, varying: set[fx.Node]) -> list[fx.Node]:
+    """Return the nodes that do not vary, of which those that do are computed."""
+    return [
         node for node in graph.body.nodes
         if node.op == "call_function" and node not in varying and isinstance(node.meta.get("val"), Tensor)
         and any(user in varying for user in node.users)
     ]  # fmt: skip
-    outputs = [None if node is None else uncopied(node) for node in graph.outputs]
-    return extract(graph, state, pieces), extract(graph, [*graph.placeholders, *pieces], outputs)
 
 
 def kept_nodes(graph: Graph) -> set[fx.Node]:
@@ -155,13 +159,18 @@ def extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callable
     needed = reached([n for n in outputs if n is not None], lambda n: [] if n in copies else n.all_input_nodes)
     for node in graph.body.nodes:
         if node in needed and node not in copies:
-            copies[node] = part.node_copy(node, copies.__getitem__)
-            if node.args and isinstance(node.args[0], (fx.Node, list)):  # they take no number for a tensor
-                copies[node].target = _BUILTIN.get(node.target, node.target)
+            copies[node] = builtin(part.node_copy(node, copies.__getitem__))
     part.output(tuple(copies.get(node) for node in outputs))
     _in_place(part)
     part.lint()
     return compiled(part)
+
+
+def builtin(node: fx.Node) -> fx.Node:
+    """Return a node that calls the same function by the cheaper door, if there is one."""
+    if node.args and isinstance(node.args[0], (fx.Node, list)):  # they take no number for a tensor
+        node.target = _BUILTIN.get(node.target, node.target)
+    return node
 
 
 def _in_place(part: fx.Graph) -> None:

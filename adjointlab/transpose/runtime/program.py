@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import weakref
@@ -16,6 +17,7 @@ from adjointlab import compat
 from adjointlab.modules import Source
 from adjointlab.numerics import parts_of, same
 from adjointlab.transpose.graph.ir import Graph
+from adjointlab.transpose.passes.in_row import InRow, in_row
 from adjointlab.transpose.passes.partition import HasNoPiecesError, hoisted, partition
 
 Tensors = tuple[Tensor, ...]
@@ -23,6 +25,7 @@ _SMALL = 1 << 16  # entries that are sent to the CPU to be compared
 _WORTH = 32  # calls that pay for a sparse matrix
 _MOST_REMADE = 2  # in a row, each for fewer calls
 
+Call = Callable[[Tensors, Tensors, Tensors], Tensors]  # (carried, other arguments, places) → next carried
 Prepack = Callable[[Tensors, Tensors], Tensors]  # of the state and inputs, and constants
 
 
@@ -47,6 +50,59 @@ def at_start(tensor: Tensor) -> Tensor:
     return tensor.clone() if compat.plain() and tensor.storage_offset() else tensor
 
 
+def as_traced(tensor: Tensor, *, of_storage: bool) -> Tensor:
+    """Return the tensor as it was traced, which it mostly is."""
+    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        tensor = canonical(tensor)
+    return at_start(tensor) if of_storage else tensor
+
+
+class Row:
+    """Calls in a row of a graph that is bound to memory, as often as what is carried is in another part of that."""
+
+    def __init__(self, graph: InRow, state: Tensors, moving: tuple[int, ...]) -> None:
+        self._graph, results = graph, set(graph.after)
+        stays = tuple([t for i, t in enumerate(state) if i not in moving])
+        self._fixed = (*stays, *graph.once(*state))
+        self._rooms = [None if i in results else _memory(room) for i, room in enumerate(graph.rooms)]
+        self._pools: dict[Any, list[Tensor]] = {}
+        self._calls: dict[tuple[int, ...], tuple[Tensors, Tensors, Tensors]] = {}  # by what is carried
+
+    def __call__(self, carry: Tensors, given: Tensors, places: Tensors) -> Tensors:
+        """Return what is carried on."""
+        found = self._calls.get(tuple(map(id, carry))) or self._found(carry)
+        self._graph.run(*given, *places, *found[0])
+        return found[1]
+
+    def _found(self, carry: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+        """Return what a call reads and writes, and what is carried on; it refers to what is carried, too."""
+        made = {id(t) for pool in self._pools.values() for t in pool}
+        taken = [t for t in carry if id(t) in made]
+        own = tuple([t if id(t) in made else self._free(t, taken).copy_(t) for t in carry])
+        key = tuple(map(id, own))
+        if key not in self._calls:
+            busy = list(own)
+            rooms = tuple([self._free(fake, busy) if room is None else room
+                           for fake, room in zip(self._graph.rooms, self._rooms, strict=True)])  # fmt: skip
+            after = tuple([rooms[i] if i >= 0 else own[-1 - i] for i in self._graph.after])
+            self._calls[key] = self._graph.bind(*self._fixed, *own, *rooms), after, own
+        return self._calls[key]
+
+    def _free(self, like: Tensor, taken: list[Tensor]) -> Tensor:
+        """Return memory of the shape and dtype of something that is not taken; it is, from now on."""
+        pool = self._pools.setdefault((like.shape, like.dtype, like.device), [])
+        found = next((t for t in pool if not any(t is other for other in taken)), None)
+        if found is None:
+            found = _memory(like)
+            pool.append(found)
+        taken.append(found)
+        return found
+
+
+def _memory(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
 class Program:
     """A callable ``(*state, *inputs) → outputs`` that equals its graph.
 
@@ -65,6 +121,8 @@ class Program:
         self._constants: Tensors | None = None
         self._compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
         self._hoisted: dict[tuple[int, ...], tuple[Callable[..., Any], Callable[..., Any]]] = {}  # by what moves
+        self._in_row: dict[Any, InRow] = {}
+        self._binds = True  # whether calls in a row are bound to memory
         self._reads_state = False  # whether the main part does so by itself
 
     def __call__(self, *tensors: Tensor) -> Tensors:
@@ -148,11 +206,51 @@ class Program:
             return lambda _, inputs: main(*state, *inputs, *ready)
         return lambda moved, inputs: main(*_replaced(state, moving, moved), *inputs, *ready)
 
+    def row(
+        self, state: Tensors, moving: tuple[int, ...], carried: tuple[tuple[int, int], ...], kept: tuple[int, ...] = ()
+    ) -> Call:
+        """Return ``(carried inputs, other arguments, places) → next carried inputs`` for calls in a row with one state.
+
+        Other arguments are what moves in the state, and the other inputs; other outputs are written to places, and
+        inputs that are ``kept`` after them. ``carried`` are positions of outputs, and those of inputs that they are
+        next. Calls write to what they returned before, but for the last time.
+        """
+        key = moving, carried, kept
+        if self._binds and not self._reads_state and not of_storage(self.graph):
+            if key not in self._in_row:
+                self._in_row[key] = in_row(self.graph, *key)
+            with contextlib.suppress(HasNoPiecesError):
+                return Row(self._in_row[key], state, moving)
+        return self._row_of_calls(self.each(state, moving), len(moving), carried, kept)
+
+    def unbind(self) -> None:
+        """Make calls in a row as all others are made."""
+        self._binds = False
+
+    def _row_of_calls(
+        self, run: Callable[[Tensors, Tensors], Tensors], moving: int, carried: tuple[tuple[int, int], ...],
+        kept: tuple[int, ...],
+    ) -> Call:  # fmt: skip
+        to, of = dict(carried), {i: j for j, (_, i) in enumerate(carried)}
+        positions, reads = range(len(self.graph.inputs)), of_storage(self.graph)
+
+        def call(carry: Tensors, given: Tensors, places: Tensors) -> Tensors:
+            rest = iter(given[moving:])
+            inputs = tuple([as_traced(carry[of[i]], of_storage=reads) if i in of else next(rest) for i in positions])
+            found = run(given[:moving], inputs)
+            others = [t for i, t in enumerate(found) if i not in to] + [inputs[i] for i in kept]
+            for result, place in zip(others, places, strict=True):  # at once: it may be a view of a whole state
+                place.copy_(result)
+            return tuple([found[i] for i, _ in carried])
+
+        return call
+
     def _whole_each(self, state: Tensors, moving: tuple[int, ...]) -> Callable[[Tensors, Tensors], Tensors]:
         return lambda moved, inputs: tuple(self.whole(*_replaced(state, moving, moved), *inputs))
 
     def compile(self, options: dict[str, Any]) -> None:
         """Put the main part through ``torch.compile`` as one region: a break in it is an error, to fall back from."""
+        self._binds = False
         self._compile = functools.partial(_compiled, options={"fullgraph": True, **options})
         self._main = self._compile(self._main)
 

@@ -38,24 +38,36 @@ class Together:
     def __init__(self, programs: InSweeps, state: Tensors, places: Sequence[tuple[int, int]], count: int) -> None:
         self._programs, self._state, self._count = programs, state, count
         moving, self._order = tuple(place for place, _ in places), tuple(slot for _, slot in places)
-        self._forth, self._back = programs.forth.each(state, moving), programs.back.each(state, moving)
-        self._computes = len(programs.forth.graph.outputs) > count
-        self._sums = tuple([torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in programs.sums])
+        made, m = [node.meta["val"] for node in programs.forth.graph.outputs[count:]], len(programs.sums)
+        like = [node.meta["val"] for node in programs.back.graph.inputs]
+        start, stop = len(made) + len(programs.given) + len(programs.forth.graph.inputs) - count, len(like) - m
+        moves, sums = [(i, start + i) for i in range(count)], [(programs.count + i, stop + i) for i in range(m)]
+        self._forth = programs.forth.row(state, moving, tuple((i, i) for i in range(count)), programs.given)
+        self._back = programs.back.row(state, moving, (*moves, *sums))
+        self._computes, self._like = bool(made), tuple(like[: len(made) + len(programs.given)])
+        self._kept: list[Tensors] = []  # room for what is kept of each step of a segment
+        self._sums = tuple(map(zeros, programs.sums))
+        self._of_moving = tuple([zeros(n.meta["val"]) for n in programs.back.graph.outputs[programs.count + m :]])
 
-    def forth(self, moved: Tensors, x: Tensors, *, last: bool = False) -> tuple[Tensors, Tensors]:
-        """Return the next u, unless that is the last and not asked for, and what is kept."""
-        given = tuple([x[i] for i in self._programs.given])
+    def forth(
+        self, u: Tensors, moved: Tensors, inputs: Tensors, j: int, *, last: bool = False
+    ) -> tuple[Tensors, Tensors]:
+        """Return the next u, unless that is the last and not asked for, and what is kept of the j-th of a segment."""
         if last and not self._computes:
-            return (), given
-        found = self._forth(tuple([moved[i] for i in self._order]), x)
-        return found[: self._count], (*found[self._count :], *given)
+            x = (*u, *inputs)
+            return (), tuple([x[i] for i in self._programs.given])
+        if j == len(self._kept):
+            self._kept.append(tuple(map(zeros, self._like)))
+        return self._forth(u, (*[moved[i] for i in self._order], *inputs), self._kept[j]), self._kept[j]
 
-    def back(self, moved: Tensors, kept: Tensors, inputs: Tensors, v: Tensors) -> tuple[Tensors, Tensors]:
-        """Return ``Sᴴ v`` and the gradients in what moves."""
-        moving = tuple([moved[i] for i in self._order])
-        found, n = self._back(moving, (*kept, *inputs, *v, *self._sums)), self._programs.count
-        self._sums = found[n : n + len(self._sums)]
-        return found[:n], found[n + len(self._sums) :]
+    def back(
+        self, v: Tensors, moved: Tensors, kept: Tensors, inputs: Tensors, taken: Tensors, places: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        """Return the part of ``Sᴴ v`` in u and the gradients in what moves; write that in inputs to places."""
+        given = (*[moved[i] for i in self._order], *kept, *inputs, *taken)
+        found = self._back((*v, *self._sums), given, (*places, *self._of_moving))
+        self._sums = found[self._count :]
+        return found[: self._count], self._of_moving
 
     def ends(self) -> Tensors:
         """Return the gradients in what does not move."""
@@ -73,18 +85,36 @@ class Apart:
         self._is_moving, self._count = is_moving, count
         self._sums: list[Tensor] = []
 
-    def forth(self, moved: Tensors, x: Tensors, *, last: bool = False) -> tuple[Tensors, Tensors]:
-        """Return the next u, unless that is the last and not asked for, and what is kept."""
-        return () if last else self._function(moved, x)[: self._count], x[: self._count]
+    def forth(
+        self, u: Tensors, moved: Tensors, inputs: Tensors, j: int, *, last: bool = False
+    ) -> tuple[Tensors, Tensors]:
+        """Return the next u, unless that is the last and not asked for, and what is kept of the j-th of a segment."""
+        return () if last else self._function(moved, (*u, *inputs))[: self._count], u
 
-    def back(self, moved: Tensors, kept: Tensors, inputs: Tensors, v: Tensors) -> tuple[Tensors, Tensors]:
-        """Return ``Sᴴ v`` and the gradients in what moves."""
+    def back(
+        self, v: Tensors, moved: Tensors, kept: Tensors, inputs: Tensors, taken: Tensors, places: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        """Return the part of ``Sᴴ v`` in u and the gradients in what moves; write that in inputs to places."""
+        v = (*v, *taken)
         pairs = list(zip(self._is_moving, self._gradient(moved, (*kept, *inputs), v), strict=True))
         terms = [gradient for moves, gradient in pairs if not moves]
         before = self._sums or [torch.zeros_like(term) for term in terms]
         self._sums = [a + b for a, b in zip(before, terms, strict=True)]
-        return self._adjoint(moved, v), tuple(gradient for moves, gradient in pairs if moves)
+        found = self._adjoint(moved, v)
+        write(found[self._count :], places)
+        return found[: self._count], tuple(gradient for moves, gradient in pairs if moves)
 
     def ends(self) -> Sequence[Tensor]:
         """Return the gradients in what does not move."""
         return self._sums
+
+
+def zeros(like: Tensor) -> Tensor:
+    """Return zeros of the shape, dtype and device of a fake tensor."""
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+
+
+def write(results: Sequence[Tensor], places: Tensors) -> None:
+    """Copy results to places."""
+    for result, place in zip(results, places, strict=True):
+        place.copy_(result)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from built import ops_of
+from built import needs_torch, ops_of
 from laws import assert_close, draw, norm, operator, seeded
 from operator_zoo import BY_NAME, ZOO
 from torch import nn
+from torch._higher_order_ops.scan import scan
 
 import adjointlab as al
 
@@ -167,6 +168,17 @@ def test_a_branch_on_a_constant_follows_it() -> None:
     assert torch.equal(A.H(torch.ones(3)), 2 * torch.ones(3))
     flag.fill_(False)
     assert torch.equal(A.H(torch.ones(3)), 3 * torch.ones(3))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which PyTorch itself looks at
+@needs_torch("2.10", "scan has no derivative")
+def test_a_scan_is_left_to_autograd_and_told_of_recurrences() -> None:
+    A = al.linear_operator(lambda x: scan(lambda c, y: (0.5 * c + y, c + y), torch.zeros(()), x)[1], (4,))
+    assert A.engine == "eager"
+    assert "it calls torch's scan, which is not traced: where that is a step in time, write it with al.recurrence(" in (
+        A.explain()
+    )
+    assert al.check_adjoint(A).passed
 
 
 class Named(torch.Tensor):

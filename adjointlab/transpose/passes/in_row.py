@@ -1,0 +1,211 @@
+"""A graph for many calls in a row: memory is taken, and views of it are made, once for all of them.
+
+An operation costs about a microsecond to be called, as much as some thousand entries take; so does each view, and each
+result in new memory. What a graph reads and writes at the same places in every call is therefore *bound* before:
+views of these are made once, and results are written there. What is left to a call are the operations themselves.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adjointlab.transpose.graph.edit import dependents, known, reached
+from adjointlab.transpose.graph.ir import Graph, compiled
+from adjointlab.transpose.graph.ops import VIEWS, packet_of, uncopied
+from adjointlab.transpose.passes.fuse_slices import accumulate
+from adjointlab.transpose.passes.partition import builtin, extract, shared
+
+aten = torch.ops.aten
+
+# Operations that write a result to memory that is given, and are no slower for that.
+_WRITING: dict[Any, Callable[..., Any]] = {
+    aten.add.Tensor: torch.add, aten.sub.Tensor: torch.sub, aten.mul.Tensor: torch.mul, aten.div.Tensor: torch.div,
+    aten.neg.default: torch.neg, aten.mm.default: torch.mm, aten.bmm.default: torch.bmm, aten.mv.default: torch.mv,
+    aten.addcmul.default: torch.addcmul, aten.cat.default: torch.cat,
+}  # fmt: skip
+_UPDATES = {aten.add.Tensor, aten.sub.Tensor, aten.addcmul.default}  # which may write to their first operand
+_BY_STRIDES = {aten.view, aten._unsafe_view, aten.reshape}  # views of memory without gaps, and of some other
+_VIEWS = VIEWS - _BY_STRIDES - {aten.as_strided, aten.view_as_complex}
+
+
+@dataclass(frozen=True)
+class InRow:
+    """A graph for calls in a row. Some outputs of each are inputs of the next: they are *carried*.
+
+    ``rooms`` are fake tensors of the memory that calls write to; ``after`` says of each carried output in which room it
+    is, or, by −1 − i, that it is the i-th of the carried inputs.
+    """
+
+    once: Callable[..., Any]  # (*state) → pieces
+    bind: Callable[..., Any]  # (*state that stays, *pieces, *carried inputs, *rooms) → what is bound
+    run: Callable[..., Any]  # (*state that moves, *other inputs, *places of other outputs, *what is bound) → ()
+    rooms: tuple[Tensor, ...]
+    after: tuple[int, ...]
+
+
+def in_row(graph: Graph, moving: Sequence[int], carried: Sequence[tuple[int, int]], kept: Sequence[int] = ()) -> InRow:
+    """Return a graph for calls in a row.
+
+    ``moving`` are positions of state that is another tensor at each call; ``carried`` are those of an output and of the
+    input that it is next; ``kept`` are those of inputs to be copied to places after those of other outputs.
+    """
+    state, inputs = graph.placeholders[: len(graph.state)], graph.inputs
+    moves = [state[i] for i in moving]
+    varying = dependents([*inputs, *moves])
+    outputs = [uncopied(node) for node in graph.outputs]
+    alone = [node for node in outputs if node.op == "call_function" and node not in varying]
+    pieces = list(dict.fromkeys([*shared(graph, varying), *alone]))
+    others = [node for i, node in enumerate(outputs) if i not in dict(carried)] + [inputs[i] for i in kept]
+    builder = _Builder([outputs[i] for i, _ in carried], [inputs[i] for _, i in carried], others)
+    builder.given([*(node for node in state if node not in moves), *pieces], [*moves, *inputs])
+    needed = reached([*outputs, *others], lambda node: node.all_input_nodes) & varying
+    for node in graph.body.nodes:
+        if node.op == "call_function" and node in needed:
+            builder.add(node)
+    return builder.built(extract(graph, state, pieces))
+
+
+class _Builder:
+    """Writes a graph as two: ``_bind`` has what is in the same memory at each call, ``_run`` all else."""
+
+    def __init__(self, outputs: list[Any], inputs: list[fx.Node], others: list[Any]) -> None:
+        self._outputs, self._inputs, self._others = outputs, inputs, others
+        self._bind, self._run = fx.Graph(), fx.Graph()
+        self._images: dict[fx.Node, fx.Node] = {}  # of nodes, in one of the two
+        self._bound: dict[fx.Node, fx.Node] = {}  # from those in _bind that _run reads to what it reads
+        self._rooms: list[Tensor] = []
+        self._whole: set[fx.Node] = set()  # in _bind: whole memory without gaps
+        self._after: dict[int, int] = {}
+        self._places: list[fx.Node] = []
+        self._written: set[int] = set()  # places that a result is written to by itself
+
+    def given(self, fixed: list[fx.Node], free: list[fx.Node]) -> None:
+        """Add what is given once, and what is given to each call."""
+        for node in [*fixed, *self._inputs]:
+            self._images[node] = known(self._bind.placeholder(node.name), node.meta["val"])
+        self._whole = {self._images[node] for node in self._inputs}
+        for node in free:
+            if node not in self._images:
+                self._images[node] = known(self._run.placeholder(node.name), node.meta["val"])
+        self._places = [self._run.placeholder(f"place_{i}") for i in range(len(self._others))]
+
+    def add(self, node: fx.Node) -> None:
+        """Add a call of the graph."""
+        source = self._images.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        is_fixed, packet = source is not None and source.graph is self._bind, packet_of(node)
+        if node.target is accumulate:
+            self._images[node] = room = self._room(node)
+            self._sum(room, node.meta["val"], node.args)
+        elif is_fixed and (packet in _VIEWS or (packet in _BY_STRIDES and source in self._whole)):
+            self._images[node] = self._bind.node_copy(node, self._images.__getitem__)
+        elif node.target in _WRITING and isinstance(node.args[0], (fx.Node, list)):
+            self._images[node] = room = self._room(node)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._read(self._images[n]))
+            self._run.call_function(_WRITING[node.target], args, {**kwargs, "out": self._read(room)})
+        else:
+            self._images[node] = builtin(self._run.node_copy(node, lambda n: self._read(self._images[n])))
+
+    def built(self, once: Callable[..., Any]) -> InRow:
+        """Return the two as functions."""
+        for i, node in enumerate(self._outputs):
+            if node in self._inputs:
+                self._after[i] = -1 - self._inputs.index(node)
+            elif i not in self._after:
+                self._after[i] = len(self._rooms)
+                self._copy(self._images[node], self._new(node.meta["val"]))
+        for i, (node, place) in enumerate(zip(self._others, self._places, strict=True)):
+            if i not in self._written:
+                self._copy(self._images[node], place)
+        self._bind.output(tuple(self._bound))
+        self._run.output(())
+        after = tuple([self._after[i] for i in range(len(self._outputs))])
+        return InRow(once, compiled(self._bind), compiled(self._run), tuple(self._rooms), after)
+
+    def _room(self, node: fx.Node) -> fx.Node:
+        """Return where the result of a call is to be written."""
+        if self._is_update(node):
+            at = self._outputs.index(node)
+            self._after[at] = -1 - at
+            return self._images[self._inputs[at]]
+        if node in self._outputs:
+            self._after[self._outputs.index(node)] = len(self._rooms)
+        elif self._others.count(node) == 1 and all(_is_end(user) for user in node.users):
+            at = self._others.index(node)
+            self._written.add(at)
+            return self._places[at]
+        return self._new(node.meta["val"])
+
+    def _is_update(self, node: fx.Node) -> bool:
+        """Return whether a call adds to what is carried, and alone reads it, and is what is carried next."""
+        if node.target not in _UPDATES or node not in self._outputs:
+            return False
+        before, first = self._inputs[self._outputs.index(node)], node.args[0]
+        passed = [output for output in self._outputs if output in self._inputs]
+        return (
+            first is before and len(before.users) == 1 and before not in [*node.args[1:], *self._others]
+            and all(getattr(before.meta["val"], of) == getattr(node.meta["val"], of) for of in ("shape", "dtype"))
+            and len(set(passed)) == len(passed)
+        )  # fmt: skip
+
+    def _new(self, value: Tensor) -> fx.Node:
+        room = self._bind.placeholder(f"room_{len(self._rooms)}")
+        self._rooms.append(value)
+        self._whole.add(room)
+        return room
+
+    def _read(self, image: fx.Node) -> fx.Node:
+        """Return what ``_run`` reads for a node of either."""
+        if image.graph is self._run:
+            return image
+        if image not in self._bound:
+            self._bound[image] = self._run.placeholder(f"bound_{len(self._bound)}")
+        return self._bound[image]
+
+    def _copy(self, image: fx.Node, to: fx.Node) -> None:
+        self._run.call_method("copy_", (self._read(to), self._read(image)))
+
+    def _view(self, image: fx.Node, index: tuple[slice | int, ...], shape: Sequence[int]) -> fx.Node:
+        """Return a rectangle of something, as ``_run`` reads it."""
+        if list(index) != [slice(0, n) for n in shape]:
+            image = image.graph.call_function(operator.getitem, (image, index))
+        return self._read(image)
+
+    def _sum(self, room: fx.Node, value: Tensor, arguments: Any) -> None:
+        """Add what ``accumulate`` does."""
+        sources, layout, shape, covered = arguments
+        whole = tuple([slice(0, n) for n in shape])
+        dtypes = [node.meta["val"].dtype for node in sources]
+        full = [piece for piece in layout if piece[3] == whole and dtypes[piece[0]] == value.dtype]
+        first = next((piece for piece in full if piece[1] == 1), None)
+        second = next((piece for piece in full if piece is not first), None)
+
+        def parts(piece: Any) -> tuple[fx.Node, fx.Node]:
+            number, _, read, write, _ = piece
+            source = sources[number]
+            return self._view(self._images[source], read, source.meta["val"].shape), self._view(room, write, shape)
+
+        if first is not None and second is not None:  # at once, which saves a pass
+            (one, target), (other, _) = parts(first), parts(second)
+            self._run.call_function(torch.add, (one, other), {"alpha": second[1], "out": target})
+            layout = [(*piece[:4], False) for piece in layout if piece is not first and piece is not second]
+        elif not covered:
+            self._run.call_method("zero_", (self._read(room),))
+        for piece in layout:
+            part, target = parts(piece)
+            if not piece[4]:
+                self._run.call_method("add_", (target, part), {} if piece[1] == 1 else {"alpha": piece[1]})
+            elif piece[1] == 1:
+                self._run.call_method("copy_", (target, part))
+            else:
+                self._run.call_function(torch.mul, (part, piece[1]), {"out": target})
+
+
+def _is_end(node: fx.Node) -> bool:
+    """Return whether a node is where a graph ends, or a copy for that alone."""
+    return node.op == "output" or (uncopied(node) is not node and all(user.op == "output" for user in node.users))
