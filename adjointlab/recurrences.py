@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adjointlab.compat import pytree
 from adjointlab.derive import modules_named, require_linear
@@ -110,6 +111,7 @@ def recurrence(
         initial = learn_initial
     series, structure = tree_flatten(xs) if xs is not None else ([], SINGLE)
     _require_series(series)
+    _require_arguments(step, ["u", *(["i"] if inputs is not None else []), *(["x"] if series else [])])
     where = like_parameters(step, state, batch_dims)
     given = None if inputs is None else like_parameters(step, inputs, batch_dims)
     for space in (where, *([] if given is None else [given])):
@@ -201,6 +203,19 @@ def _require_series(series: list[Any]) -> None:
                 f"expected xs to be tensors with an entry for each step in the first dimension, got {describe(leaf)}: "
                 "what is the same at all steps, the step can read by itself"
             )
+
+
+def _require_arguments(step: Any, given: list[str]) -> None:
+    """Raise where a step does not take the arguments that it will be given, as far as its signature tells."""
+    try:
+        signature = inspect.signature(step.forward if isinstance(step, nn.Module) else step)
+    except (TypeError, ValueError):  # a builtin has none
+        return
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        remedy = "pass inputs= for one with an entry for each step, and xs= for what changes from step to step"
+        raise SpaceMismatchError(f"expected a step of ({', '.join(given)}), got one with {error}: {remedy}") from error
 
 
 def _count(steps: Any, inputs: Space | None, series: list[Tensor]) -> int:
