@@ -249,7 +249,7 @@ def test_preconditioners(name: str, quick: bool, compare: Comparison, device: to
         making[way] = time.perf_counter() - start
     timed = {way: run for way, run in ways.items() if way in gradients}
     compare(
-        timed, share=1.0, most=7, skipped=skipped, section="preconditioners", case=problem.name, steps=steps,
+        timed, share=1.0, most=3, skipped=skipped, section="preconditioners", case=problem.name, steps=steps,
         gradients=gradients, making=making,
     )  # fmt: skip
     assert gradients["adjointlab"] <= 2 * TOL
