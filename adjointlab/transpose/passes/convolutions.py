@@ -31,9 +31,11 @@ def lower(graph: Graph, choose: Chooser, transform: Callable[[ConvSpec], bool] =
     for node in list(lowered.body.nodes):
         if node.target is aten.convolution.default:
             source, last, spec = node.args[0], node, _spec_of(node)
-            kernel = choose(spec)
+            cyclic = _cyclic(node, spec)
+            # The time of a kernel is told by sizes: a transform is one of the whole, whatever it is of.
+            kernel = choose(spec._replace(fft_size=cyclic[2].fft_size))
             if kernel is FFT:
-                source, last, spec = _cyclic(node, spec)
+                source, last, spec = cyclic
             if kernel.name != "native":
                 with lowered.body.inserting_before(node):
                     found = _computed(lowered.body, kernel, spec, (source, *node.args[1:3]), last.meta["val"])

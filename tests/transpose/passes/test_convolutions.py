@@ -57,7 +57,10 @@ def test_circular_padding_is_left_to_the_transform(shape: tuple[int, ...], setti
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
     module = layer(shape[1], shape[1], padding_mode="circular", bias=False, dtype=torch.float64, **settings)
     module.requires_grad_(False)
-    eager, lowered = al.linear_operator(module, shape, engine="eager"), operator(module, shape, transformed)
+    asked = []
+    eager = al.linear_operator(module, shape, engine="eager")
+    lowered = operator(module, shape, lambda spec: asked.append(spec) or transformed(spec))
+    assert {"×".join(map(str, spec.fft_size)) for spec in asked} == {size}  # a kernel is chosen by the time of these
     generator = torch.Generator().manual_seed(0)
     x, v = eager.domain.randn(generator), eager.codomain.randn(generator)
     for a, b in ((eager(x), lowered(x)), (eager.H(v), lowered.H(v))):
