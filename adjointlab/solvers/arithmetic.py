@@ -4,12 +4,12 @@ A vector is a list of real tensors, one for each leaf (a complex leaf becomes pa
 ``Re⟨·, ·⟩``, for which every derived adjoint is the adjoint, is a plain sum of products. A scalar is a ``float64``
 tensor with the shape of the free leading dimensions: each entry of a batch is a separate problem.
 
-Products of float32 are summed in single precision over blocks of 4096 entries, or by BLAS, which has several sums, over
-eight of these, and the sums of the blocks in double.
-The relative error of a squared norm is then about 1e-8: less is useless, since each iteration rounds every entry by
-6e-8. ``vector_norm`` sums squares in one pass (0.02 ms at 512²; a sum in double takes 0.2 ms). Other products are
-summed piece by piece, so that no temporary has the size of a vector. Products of two numbers of size 1e-19 underflow in
-float32; if the data are that small, or very large, every product is computed in double precision.
+Products of float32 are summed in single precision over blocks of 4096 entries, squares over 256, and the sums of the
+blocks in double. The relative error of a squared norm is then about 1e-8, and up to 6e-7 where all entries are equal:
+less is useless, since each iteration rounds every entry by 6e-8. ``vector_norm`` sums squares in one pass (0.02 ms at
+512²; a sum in double takes 0.2 ms). Other products are summed piece by piece, so that no temporary has the size of a
+vector. Products of two numbers of size 1e-19 underflow in float32; if the data are that small, or very large, every
+product is computed in double precision.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from adjointlab.space import Space
 Vector = list[Tensor]
 
 _BLOCK = 4096
+_SQUARES = 256  # numbers whose squares vector_norm adds up: equal ones all round the same way
 _PIECE = 1 << 17  # number of products in memory at a time
-_RUN = 8 * _BLOCK  # of a product by BLAS, which adds several sums side by side
 _SAFE = (1e-12, 1e12)  # sizes of entries whose products fit into float32, with room for six digits of convergence
 
 
@@ -176,7 +176,7 @@ def _squares(u: Tensor) -> Tensor:
         return norm.square()
     if not whole:
         return _products(u, u, wide=True)
-    norms = torch.linalg.vector_norm(u[..., :whole].unflatten(-1, (-1, _BLOCK)), dim=-1)
+    norms = torch.linalg.vector_norm(u[..., :whole].unflatten(-1, (-1, _SQUARES)), dim=-1)
     total: Tensor = norms.double().square().sum(-1)
     return total if whole == u.shape[-1] else total + _products(u[..., whole:], u[..., whole:], wide=True)
 
@@ -190,9 +190,6 @@ def _products(u: Tensor, v: Tensor, wide: bool) -> Tensor:
     for a, b in zip(u.split(length, -1), v.split(length, -1), strict=True):
         if wide or a.shape[-1] % _BLOCK or u.dtype == torch.float64:
             total = total + torch.linalg.vecdot(a.double(), b.double())
-        elif problems == 1:  # without a temporary of the products
-            runs = zip(a.reshape(-1).split(_RUN), b.reshape(-1).split(_RUN), strict=True)
-            total = total + torch.stack([torch.dot(*run) for run in runs]).sum(dtype=torch.float64)
         else:
             blocks = torch.linalg.vecdot(a.unflatten(-1, (-1, _BLOCK)), b.unflatten(-1, (-1, _BLOCK)))
             total = total + blocks.sum(-1, dtype=torch.float64)

@@ -108,7 +108,11 @@ class Composite:
     def noise(self, gradient: Vector | Tensor) -> Tensor:
         """Return how far rounding moves a gradient, or one of some norm: the difference of ``Hx`` and ``−∇F(0)``."""
         norm = gradient if isinstance(gradient, Tensor) else self.domain.norm(gradient)
-        return _ROUNDING * self.domain.space.eps * (norm + 2 * self.size)
+        return self.rounding(norm + 2 * self.size)
+
+    def rounding(self, size: Tensor) -> Tensor:
+        """Return how far rounding moves what is computed from terms of some size."""
+        return _ROUNDING * self.domain.space.eps * size
 
     def rules(
         self, monitor: Monitor, subgradient: Tensor, x: Vector, gradient: Tensor, *, norm: float, tol: float
@@ -117,7 +121,7 @@ class Composite:
         self.size = torch.where(self.size > 0, self.size, subgradient)  # where the data are zero, by the start
         monitor.stop(~(subgradient < torch.inf), Status.NOT_FINITE)
         monitor.stop(subgradient <= tol * self.size, Status.OPTIMAL)
-        rounding = self.noise(gradient) + _ROUNDING * self.domain.space.eps * norm * self.domain.norm(x)
+        rounding = self.noise(gradient) + self.rounding(norm * self.domain.norm(x))
         monitor.stop(subgradient <= rounding, Status.PRECISION)
 
     def replace(self, x: Vector, new: Vector, where: Tensor) -> None:

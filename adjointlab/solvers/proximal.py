@@ -135,7 +135,7 @@ class _Steps:
             # With d = x − z, ⟨d, Hd⟩ / ‖d‖² = 1/τ + ⟨d, s⟩ / ‖d‖² is to be at most 1/τ.
             curvature = square / self.tau - slope
             length = domain.norm(gradient)
-            noise = composite.noise(length) * square.sqrt()
+            noise = composite.noise(length) * square.sqrt() + composite.rounding(square / self.tau + slope.abs())
             bent = self.monitor.running & (square > 0)
             self.monitor.stop(bent & (curvature < -noise), Status.NO_CURVATURE)
             steepest = largest((curvature - noise) / square, bent)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import adjointlab as al
 from adjointlab.solvers import Info, Solution, fista, pdhg, projected_gradient
+from adjointlab.solvers.arithmetic import Vectors
 from adjointlab.solvers.fourier import multiplier
 
 D = torch.float64
@@ -210,6 +211,25 @@ def test_what_is_not_convex_is_told() -> None:
     found = projected_gradient(F, lambda x, step: -x, x0=torch.ones(8, dtype=D))
     assert not found.converged
     assert "uphill" in found.reason
+
+
+@pytest.mark.parametrize("least", [0.3, 3.3, 33.3, 100.1])
+def test_equal_entries_that_the_map_ignores_are_no_negative_curvature(least: float) -> None:
+    # The step is to a constant, of which F sees nothing: its curvature is the difference of two sums of equal numbers.
+    differences = al.linear_operator(lambda x: x.roll(1, -1) - x, (256, 256))
+    y = 1e-3 * randn(256, 256, dtype=torch.float32)
+    found = fista(al.LeastSquares(differences, y), lambda x, step: x.clamp(min=least), maxiter=100)
+    assert "breakdown" not in found.reason
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 3.3, 33.3])
+def test_products_of_equal_entries_are_as_exact_as_said(value: float) -> None:
+    a = torch.full((1 << 18,), value)
+    vectors = Vectors(al.Space.of((1 << 18,)), ())
+    vectors.wide = False
+    for b in (a, a * 1.1):
+        exact = a.double() @ b.double()
+        assert abs(vectors.dot([a], [b]) - exact) < 6e-7 * exact
 
 
 @every_solver
