@@ -19,6 +19,7 @@ from adjointlab.progress import expect, progress_of, step
 from adjointlab.space import Space
 from adjointlab.space.coordinates import common_dtype, complex_entries, real_size, split_complex
 from adjointlab.typed import X
+from adjointlab.verify.mismatch import unmatched
 
 _CHUNK = 1 << 22  # most entries of basis vectors and images in memory at a time
 
@@ -180,14 +181,14 @@ def operator_norm(
     Warns
     -----
     ConvergenceWarning
-        If ``maxiter`` is reached first. The current σ is returned, a lower bound, and the warning says how close it is.
+        If ``maxiter`` is reached first: the current σ is returned, a lower bound, and the warning says how close it is.
+        If the adjoint in A was given with ``check=False`` and is none: then σ is a lower bound, and no more is known.
 
     Notes
     -----
     Only the last two vectors are kept: besides the memory of A, it needs two elements of the domain and two of the
     codomain. Clustered singular values do not slow it down, as they do power iteration. Where A has an adjoint B that
-    was given with ``check=False``, σ is ``‖Av‖`` of power iteration with BA instead, which stops once σ changes by
-    ``tol · σ`` or less: a lower bound whatever B is, and near to ``‖A‖`` if B is near to Aᴴ.
+    is none, σ is the largest ``‖Av‖`` of power iteration with BA, which stops once it changes by ``tol · σ`` or less.
 
     References
     ----------
@@ -208,9 +209,15 @@ def operator_norm(
     shown = progress_of("operator_norm", progress, maxiter, most=True)
     with torch.no_grad(), A.domain.without_autocast(), shown:
         start = A.domain.randn(generator or torch.Generator().manual_seed(seed))
-        is_unchecked = any(isinstance(part, LinearOperator) and part.is_unchecked for part in A.modules())
-        norm, error = (_by_power if is_unchecked else _bidiagonalised)(A, start, maxiter, tol)
-    if error > tol:
+        said = unmatched(A)
+        norm, error = (_by_power if said else _bidiagonalised)(A, start, maxiter, tol)
+    if said:
+        warnings.warn(
+            f"{said}; so {norm:.6g} is a lower bound of the norm, and nothing is known of an upper one",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    elif error > tol:
         warnings.warn(
             f"operator_norm has not converged in maxiter={maxiter} steps: {norm:.6g} is a lower bound, with a relative "
             f"error of about {error:.1e}, where tol={tol:g} was asked for; raise maxiter or tol",
@@ -255,9 +262,9 @@ def _bidiagonalised(A: LinearOperator, start: Any, maxiter: int, tol: float) -> 
 
 
 def _by_power(A: LinearOperator, start: Any, maxiter: int, tol: float) -> tuple[float, float]:
-    """Return the largest ``‖Av‖`` of unit vectors ``v ← BAv / ‖BAv‖``, and its last relative change; 0 if below tol."""
+    """Return the largest ``‖Av‖`` of unit vectors ``v ← BAv / ‖BAv‖``, and its relative error: unknown, if not zero."""
     domain, codomain = _Sphere(A.domain), _Sphere(A.codomain)
-    v, norm, change = domain.vector(start), 0.0, math.inf
+    v, norm = domain.vector(start), 0.0
     for _ in range(maxiter):
         v = [leaf.clone() for leaf in v]
         domain.normalise(v)
@@ -265,13 +272,13 @@ def _by_power(A: LinearOperator, start: Any, maxiter: int, tol: float) -> tuple[
         length = codomain.normalise(u)
         if not math.isfinite(length):
             return math.nan, 0.0
-        change = abs(length - norm) / length if length else 0.0
+        is_still = abs(length - norm) <= tol * length
         norm = max(norm, length)
-        if change <= tol:
-            return norm, 0.0
+        if is_still:
+            break
         step(note=partial("at least {:.6g}".format, norm))
         v = domain.vector(A.H(codomain.element(u)))
-    return norm, change
+    return norm, math.inf
 
 
 def _bidiagonal(diagonal: list[float], above: list[float]) -> Tensor:

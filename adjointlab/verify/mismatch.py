@@ -29,6 +29,8 @@ def mismatch(A: Map, B: Map, domain: Space, codomain: Space, generator: torch.Ge
     left = [float(codomain.inner(at_x, y).real) for _, at_x in pairs for y, _ in others]
     right = [float(domain.inner(x, at_y).real) for x, _ in pairs for _, at_y in others]
     power = math.fsum(v * v for v in left)
+    if not power and not any(right):  # both are zero
+        return 1.0, 0.0
     alpha = math.fsum(u * v for u, v in zip(left, right, strict=True)) / power if power else 0.0
     if not (alpha and math.isfinite(alpha)):
         return 0.0, math.inf
@@ -49,6 +51,13 @@ def roughly(alpha: float, error: float) -> str:
 
 def cost_of_mismatch(A: LinearOperator) -> str:
     """Return in words what unchecked adjoints in A, given as pairs of functions, cost; an empty string if nothing."""
+    said = unmatched(A)
+    cost = "x is at best where it takes the residual to zero, instead of the minimum, and derivatives of x are inexact"
+    return f"{said}; {cost}" if said else ""
+
+
+def unmatched(A: LinearOperator) -> str:
+    """Return in words that an unchecked adjoint in A, given with a function, is none; an empty string if all are."""
     unchecked = [part for part in A.modules() if isinstance(part, LinearOperator) and part.is_unchecked]
     with torch.no_grad(), full_precision:
         for part in unchecked:
@@ -57,8 +66,5 @@ def cost_of_mismatch(A: LinearOperator) -> str:
             apart = math.hypot(error, alpha - 1) if alpha else math.inf
             if apart > allowance(_LONG_SUMS * UNITS, max(part.domain.eps, part.codomain.eps)):
                 near = roughly(alpha, error) or "it is not near to Aᴴ"
-                return (
-                    f"what was given as the adjoint, with check=False, is none: {near}; x is at best where it takes "
-                    "the residual to zero, instead of the minimum, and derivatives of x are as inexact"
-                )
+                return f"what was given as the adjoint, with check=False, is none: {near}"
     return ""
