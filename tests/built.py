@@ -41,12 +41,12 @@ def broken(kernel: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Kerne
     return replace(right, make=make)
 
 
-def first_way(native: Timed, ways: Callable[[], dict[Run, Timed]], device: torch.device) -> Run | None:
+def first_way(native: Timed, ways: Callable[[], dict[Run, Timed]], device: torch.device, beside: Timed) -> Run | None:
     """Choose a sparse map wherever there is one."""
     return next(iter(ways()), None)
 
 
-def last_way(native: Timed, ways: Callable[[], dict[Run, Timed]], device: torch.device) -> Run | None:
+def last_way(native: Timed, ways: Callable[[], dict[Run, Timed]], device: torch.device, beside: Timed) -> Run | None:
     """Choose the last of several products with a sparse map."""
     return next(reversed(ways()), None)
 

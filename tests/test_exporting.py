@@ -79,7 +79,7 @@ def made(function: Callable[[Tensor], Tensor], *shape: int, free: int = 0, **opt
     return al.LinearOperator.of_source(source, (made, (function, *shape)), {})
 
 
-def first(native: Any, others: Callable[[], dict[Any, Any]], device: Any) -> Any:
+def first(native: Any, others: Callable[[], dict[Any, Any]], device: Any, beside: Any) -> Any:
     return next(iter(others()), None)
 
 

@@ -74,10 +74,12 @@ class Fixed:
         chosen = self._chosen.setdefault(source, [])
         rest = iter(chosen)
 
-        def choose(native: Timed, others: Callable[[], dict[Run, Timed]], device: torch.device) -> Run | None:
+        def choose(
+            native: Timed, others: Callable[[], dict[Run, Timed]], device: torch.device, beside: Timed
+        ) -> Run | None:
             if first:
                 fitting = lambda: {run: timed for run, timed in others().items() if not _is_loop(run)}  # noqa: E731
-                found = None if rule is None else rule(native, fitting, device)
+                found = None if rule is None else rule(native, fitting, device, beside)
                 chosen.append(None if found is None else found.__name__)
                 return found
             name = next(rest, None)

@@ -22,7 +22,7 @@ except ImportError:  # Windows: no run is known to have been disturbed
 Chooser = Callable[[ConvSpec], Kernel]
 Run = Callable[..., torch.Tensor]
 Timed = Callable[[], object]
-MapChooser = Callable[[Timed, Callable[[], "dict[Run, Timed]"], torch.device], "Run | None"]
+MapChooser = Callable[[Timed, Callable[[], "dict[Run, Timed]"], torch.device, Timed], "Run | None"]
 Ways = Callable[[], "tuple[Timed, Timed]"]  # PyTorch's own, and another, on data that are made for them
 SumChooser = Callable[[tuple[float, float], Ways, torch.device], bool]  # the first are seconds by a model
 Clock = Callable[[Callable[[], object], torch.device], "float | None"]  # None for a run that was disturbed
@@ -30,6 +30,7 @@ Clock = Callable[[Callable[[], object], torch.device], "float | None"]  # None f
 _GAIN = 0.8  # of native's time: two medians of one kernel differ by less than a fifth, 99 times in 100
 _MODEL = 8.0  # kernels whose costs differ by more are not run: the model was seen to be off by a factor of 5 at most
 _RUNS = 5  # of each kernel, in turns, after one that pays for code and plans
+_NO_SLOWER = 1.1  # times native's time, for all that a call does
 _MANY, _FEW = 31, 3  # runs of short ways: at most, and where each of one is clearly faster than all of the other
 _LEAD = 0.9  # of native's time: two medians of so many runs differ by less than a tenth, beside other work too
 _NEAR = 2.0  # ways of a few operations whose costs differ by more are not run: that is how far off their model was seen
@@ -102,10 +103,11 @@ def fastest(spec: ConvSpec, clock: Clock, factor: float = _MODEL) -> Kernel:
     return best if again <= _GAIN * native else NATIVE
 
 
-def quickest(native: Timed, others: Callable[[], dict[Run, Timed]], device: torch.device) -> Run | None:
+def quickest(native: Timed, others: Callable[[], dict[Run, Timed]], device: torch.device, beside: Timed) -> Run | None:
     """Return the fastest of other ways to compute what PyTorch's own way does, None where none is clearly faster.
 
-    ``others`` are not made where native takes no longer than a call of them.
+    ``others`` are not made where native takes no longer than a call of them. A call by itself runs ``beside`` as well,
+    which loops and solvers do once only: with that, a way may be no slower than native.
     """
     (first,) = _least([native], device)
     if first < _SHORT:
@@ -120,7 +122,10 @@ def quickest(native: Timed, others: Callable[[], dict[Run, Timed]], device: torc
         except _DisturbedError:
             first, *times = _least([native, *ways.values()], device)
     seconds, best = min(zip(times, ways, strict=True), key=operator.itemgetter(0))
-    return best if seconds <= gain * first else None
+    if seconds > gain * first:
+        return None
+    (rest,) = _least([beside], device)
+    return best if seconds + rest <= _NO_SLOWER * first else None
 
 
 def is_quicker(expected: tuple[float, float], ways: Ways, device: torch.device) -> bool:

@@ -115,7 +115,7 @@ def _factored(graph: Graph, node: fx.Node, choose: MapChooser, most_entries: Cal
         return {run: functools.partial(run, x) for run in found}
 
     with torch.no_grad():
-        run = choose(lambda: node.target(x, *rest), ways, x.device)  # type: ignore[operator]
+        run = choose(lambda: node.target(x, *rest), ways, x.device, lambda: None)  # type: ignore[operator]
     if run is not None:
         account = f"{run.__name__}, a small matrix along each dimension, for {op_name(node.target)}"
         _put(graph, node, run, source, account=account)
@@ -165,13 +165,11 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
         before = tuple(v if node in private else v.clone() for v, node in zip(values, region.coefficients, strict=True))
         ready.append((before, matrix))
 
-        def timed(run: Run) -> Callable[[], object]:  # to compare what may have changed takes its time at each call
-            return lambda: (_are_same(values, before), run(x, matrix))
-
-        return {run: timed(run) for run in sparse_map.ways(target.shape, batch.dims, trails=batch.trails)}
+        found = sparse_map.ways(target.shape, batch.dims, trails=batch.trails)
+        return {run: functools.partial(run, x, matrix) for run in found}
 
     with torch.no_grad():
-        run = choose(lambda: function(x, *values), ways, x.device)
+        run = choose(lambda: function(x, *values), ways, x.device, lambda: _are_same(values, ready[0][0]))
     if run is None:
         if ready or "memory" in said:
             region.result.meta["account"] = f"native, for {region.name}: a sparse map is {said}"

@@ -163,17 +163,20 @@ def lasting(seconds: float) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize(
-    ("native", "others", "best"),
+    ("native", "others", "beside", "best"),
     [
-        (0.0, {"at once": 0.0}, None),  # none is made
-        (0.004, {}, None),
-        (0.004, {"slower": 0.008}, None),
-        (0.004, {"slower": 0.008, "faster": 0.001}, "faster"),
-        (0.05, {"far": 0.001}, "far"),
+        (0.0, {"at once": 0.0}, 0.0, None),  # none is made
+        (0.004, {}, 0.0, None),
+        (0.004, {"slower": 0.008}, 0.0, None),
+        (0.004, {"slower": 0.008, "faster": 0.001}, 0.0, "faster"),
+        (0.02, {"faster": 0.001}, 0.015, "faster"),  # where native is left by a loop, and a call is no slower
+        (0.02, {"faster": 0.001}, 0.04, None),
+        (0.05, {"far": 0.001}, 0.0, "far"),
+        (0.05, {"far": 0.001}, 0.1, None),
     ],
 )
 def test_ways_are_taken_where_they_are_clearly_faster(
-    native: float, others: dict[str, float], best: str | None
+    native: float, others: dict[str, float], beside: float, best: str | None
 ) -> None:
     named = {name: lambda x: x for name in others}
     made: list[int] = []
@@ -182,7 +185,7 @@ def test_ways_are_taken_where_they_are_clearly_faster(
         made.append(1)
         return {named[name]: lasting(seconds) for name, seconds in others.items()}
 
-    found = quickest(lasting(native) if native else lambda: None, ways, CPU)
+    found = quickest(lasting(native) if native else lambda: None, ways, CPU, lasting(beside))
     assert found is (None if best is None else named[best])
     assert bool(made) is bool(native)
 
