@@ -214,8 +214,10 @@ def _require_arguments(step: Any, given: list[str]) -> None:
     try:
         signature.bind(*given)
     except TypeError as error:
-        remedy = "pass inputs= for one with an entry for each step, and xs= for what changes from step to step"
-        raise SpaceMismatchError(f"expected a step of ({', '.join(given)}), got one with {error}: {remedy}") from error
+        raise SpaceMismatchError(
+            f"expected a step that takes ({', '.join(given)}), but its signature says {error}: inputs= adds one "
+            "with an entry for each step, and xs= another for what changes from step to step"
+        ) from error
 
 
 def _count(steps: Any, inputs: Space | None, series: list[Tensor]) -> int:

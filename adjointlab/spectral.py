@@ -210,8 +210,8 @@ def operator_norm(
     with torch.no_grad(), A.domain.without_autocast(), shown:
         start = A.domain.randn(generator or torch.Generator().manual_seed(seed))
         said = unmatched(A)
-        norm, error = (_by_power if said else _bidiagonalised)(A, start, maxiter, tol)
-    if said:
+        norm, error = (_by_power(A, start, maxiter, tol), 0.0) if said else _bidiagonalised(A, start, maxiter, tol)
+    if said and math.isfinite(norm):
         warnings.warn(
             f"{said}; so {norm:.6g} is a lower bound of the norm, and nothing is known of an upper one",
             ConvergenceWarning,
@@ -261,24 +261,24 @@ def _bidiagonalised(A: LinearOperator, start: Any, maxiter: int, tol: float) -> 
     return norm, error
 
 
-def _by_power(A: LinearOperator, start: Any, maxiter: int, tol: float) -> tuple[float, float]:
-    """Return the largest ``‖Av‖`` of unit vectors ``v ← BAv / ‖BAv‖``, and its relative error: unknown, if not zero."""
+def _by_power(A: LinearOperator, start: Any, maxiter: int, tol: float) -> float:
+    """Return the largest ``‖Av‖`` of unit vectors ``v ← BAv / ‖BAv‖``, until it changes no more than by tol."""
     domain, codomain = _Sphere(A.domain), _Sphere(A.codomain)
     v, norm = domain.vector(start), 0.0
     for _ in range(maxiter):
-        v = [leaf.clone() for leaf in v]
+        v = [leaf.clone() for leaf in v]  # it may be the function's own memory
         domain.normalise(v)
         u = [leaf * (codomain.radius / domain.radius) for leaf in codomain.vector(A(domain.element(v)))]
         length = codomain.normalise(u)
         if not math.isfinite(length):
-            return math.nan, 0.0
+            return math.nan
         is_still = abs(length - norm) <= tol * length
         norm = max(norm, length)
         if is_still:
             break
         step(note=partial("at least {:.6g}".format, norm))
         v = domain.vector(A.H(codomain.element(u)))
-    return norm, math.inf
+    return norm
 
 
 def _bidiagonal(diagonal: list[float], above: list[float]) -> Tensor:

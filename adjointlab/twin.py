@@ -40,7 +40,7 @@ class Body:
     transposes: list[Any] = field(default_factory=lambda: [None, None])
     notation: Notation | None = None  # of A in terms of its parts
     rows: tuple[RowsOf | None, RowsOf | None] = (None, None)  # from rows of the result to the operators of them
-    passed: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # derivations that a check has passed with
+    apart: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # derivations seen to mix no batch
     main: int = 0  # the side that is written without ᴴ
     made: tuple[type[Any], Recipe] | None = None  # the class of that side, and how to make it again
     whole: grams.Whole | None = None  # of an operator made of others, once its gram was asked for
@@ -273,13 +273,13 @@ class Twin(nn.Module, Generic[X, Y]):
                         stack.enter_context(source.frozen() if source else contextlib.nullcontext())
             yield
 
-    def once(self, batch: tuple[int, ...], check: Callable[[], None]) -> None:
-        """Call a check, which raises what it finds, unless it has passed with what A computes now for a batch."""
+    def require_apart(self, batch: tuple[int, ...], check: Callable[[], None]) -> None:
+        """Call a check of whether A mixes a batch, which raises if so, unless it passed with what A computes now."""
         bodies = [part._body for part in self.modules() if isinstance(part, Twin)]
         now = [body.source.now(batch)[0] if body.source else body for body in bodies]
-        if any(known not in self._body.passed for known in now):
+        if any(known not in self._body.apart for known in now):
             check()
-            self._body.passed.update(now)
+            self._body.apart.update(now)
 
     def refresh(self) -> Self:
         """Derive A again from the map as it is now, after a change that ``explain()`` says is not watched; return A."""

@@ -342,8 +342,8 @@ def thresholded(u: Tensor, x: Tensor) -> Tensor:
         (lambda: al.recurrence(moving, (3,), xs=2.0), SpaceMismatchError, "expected xs to be tensors"),
         (lambda: al.recurrence(rotation, (2,), steps=2, final=False), SpaceMismatchError, "codomain of a recurrence"),
         (lambda: al.recurrence(lambda u: u + 0j, (2,), steps=2), SpaceMismatchError, "return a state in"),
-        (lambda: al.recurrence(lambda u, i: u + i, (2,), steps=2), SpaceMismatchError, "argument: 'i': pass inputs="),
-        (lambda: al.recurrence(rotation, (2,), inputs=(4, 2)), SpaceMismatchError, r"a step of \(u, i\), .* too many"),
+        (lambda: al.recurrence(lambda u, i: u + i, (2,), steps=2), SpaceMismatchError, "argument: 'i': inputs="),
+        (lambda: al.recurrence(rotation, (2,), inputs=(4, 2)), SpaceMismatchError, r"takes \(u, i\), .* too many"),
         # Steps that are linear at the first time alone.
         (
             lambda: al.recurrence(lambda u, x: u + x, (2,), xs=torch.tensor([[0.0, 0], [0, 0], [1, 1], [0, 0]])),

@@ -241,7 +241,7 @@ def require_apart(A: LinearOperator, batch: tuple[int, ...]) -> None:
             _require_apart(side, batch)
 
     if math.prod(batch) > 1:
-        A.once(batch, check)
+        A.require_apart(batch, check)
 
 
 def _require_apart(A: LinearOperator, batch: tuple[int, ...]) -> None:

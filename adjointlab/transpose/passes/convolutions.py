@@ -32,7 +32,7 @@ def lower(graph: Graph, choose: Chooser, transform: Callable[[ConvSpec], bool] =
         if node.target is aten.convolution.default:
             source, last, spec = node.args[0], node, _spec_of(node)
             cyclic = _cyclic(node, spec)
-            # The time of a kernel is told by sizes: a transform is one of the whole, whatever it is of.
+            # A transform needs no margin for circular padding: the chooser is told the size that it would have.
             kernel = choose(spec._replace(fft_size=cyclic[2].fft_size))
             if kernel is FFT:
                 source, last, spec = cyclic
