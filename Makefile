@@ -62,7 +62,7 @@ quick: $(STAMP) ## Run a part of the tests in a minute or two: every fifth opera
 # Two files of one process each; what is found is printed at once, with the number that makes it again.
 fuzz: $(STAMP) ## Try operators and changes at random, for an hour or two; FUZZ_STEPS=2000 FUZZ_OPERATORS=500 for less
 	$(ONE_THREAD) FUZZ_STEPS=$${FUZZ_STEPS:-20000} FUZZ_OPERATORS=$${FUZZ_OPERATORS:-5000} \
-		$(BIN)/python -W error -m pytest -s tests/fuzz $(ARGS)
+		$(BIN)/python -W error -m pytest -s tests/fuzz -o faulthandler_timeout=0 $(ARGS)
 
 # The oldest torch that we support.
 $(OLDEST_STAMP): pyproject.toml $(OLDEST_CONSTRAINTS)
@@ -102,7 +102,7 @@ $(BENCH_STAMP): $(STAMP)
 # benchmark fails; a quick or partial run leaves docs/ alone.
 bench: $(BENCH_STAMP) ## Run the benchmarks and render docs/benchmarks.md; a smoke test with ARGS=--quick
 	@mkdir -p $(BENCH)
-	status=0; $(BIN)/python -W error -m pytest tests/benchmarks -p no:logging -o python_files='bench_*.py' \
+	status=0; $(BIN)/python -W error -m pytest tests/benchmarks -p no:logging -o faulthandler_timeout=0 -o python_files='bench_*.py' \
 		--benchmark-enable --benchmark-json=$(BENCH)/latest.json --benchmark-disable-gc --benchmark-sort=fullname \
 		--benchmark-columns=median,iqr,rounds $(ARGS) || status=$$?; \
 	$(BIN)/python tests/benchmarks/render.py $(BENCH)/latest.json docs; \
