@@ -87,10 +87,11 @@ $(INTEROP_STAMP): pyproject.toml $(INTEROP_CONSTRAINTS)
 	test -x $(INTEROP_BIN)/python || $(PYTHON) -m venv $(INTEROP)
 	$(INTEROP_BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
 	$(INTEROP_BIN)/python -m pip install --quiet --disable-pip-version-check -c $(INTEROP_CONSTRAINTS) \
-		-e '.[dev,demo]' deepinv==0.5.0 mrpro==0.261015 pylops==2.8.0 pyproximal==0.13.0 torchkbnufft==1.5.2
+		-e '.[dev,demo]' deepinv==0.5.0 mrpro==0.261015 pylops==2.8.0 pyproximal==0.13.0 torchkbnufft==1.5.2 \
+		astra-toolbox==2.5.0 jax==0.10.2
 	@touch $@
 
-interop: $(INTEROP_STAMP) ## Run the tests beside deepinv and mrpro, on the newest supported torch, in .venv-interop; WHOLE=1
+interop: $(INTEROP_STAMP) ## Run the tests beside deepinv, mrpro and ASTRA, on the newest supported torch, in .venv-interop; WHOLE=1
 	$(call on_torch,$(INTEROP_BIN))
 
 # What only the benchmarks need: JAX, and all that they compare with.
