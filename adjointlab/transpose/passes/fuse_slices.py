@@ -23,7 +23,7 @@ from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import VIEWS, packet_of
 from adjointlab.transpose.kernels.select import SumChooser
 from adjointlab.transpose.passes.quicker_sums import Rule, worth_writing
-from adjointlab.transpose.passes.sums import Piece, Sum, merged, moved, whole
+from adjointlab.transpose.passes.sums import Piece, Place, Sum, merged, moved, uncovered, whole
 
 aten = torch.ops.aten
 
@@ -118,16 +118,16 @@ def _write(nodes: fx.Graph, node: fx.Node, found: Sum, made: dict[fx.Node, Sum],
 def _arguments(value: Tensor, found: Sum) -> tuple[tuple[Any, ...], bool]:
     """Return how to write a sum, and whether its pieces cover the result without meeting each other.
 
-    The largest come first: those that meet none before them are copied.
+    The largest come first, those without a factor before others: pieces that meet none before them are copied.
     """
-    pieces = sorted(found, key=lambda piece: -piece.volume)
+    pieces = sorted(found, key=lambda piece: (-piece.volume, piece.factor != 1))
     sources = list(dict.fromkeys(piece.source for piece in pieces))
     alone = [not any(piece.meets(other) for other in pieces[:i]) for i, piece in enumerate(pieces)]
     layout = tuple(
         (sources.index(p.source), p.factor, *p.places, first) for p, first in zip(pieces, alone, strict=True)
     )
-    covered = sum(itertools.compress((p.volume for p in pieces), alone)) == value.numel()
-    return (sources, layout, tuple(value.shape), covered), covered and all(alone)
+    bare = uncovered(tuple(itertools.compress(pieces, alone)), value.shape)
+    return (sources, layout, tuple(value.shape), bare), not bare and all(alone)
 
 
 def _windows(found: Sum, shape: Sequence[int]) -> tuple[Any, ...] | None:
@@ -151,22 +151,26 @@ def _windows(found: Sum, shape: Sequence[int]) -> tuple[Any, ...] | None:
 
 
 def windows(
-    sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ...], covered: bool,
+    sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ...], bare: tuple[Place, ...],
     origin: dict[int, int], moves: list[dict[int, int]],
 ) -> Tensor:  # fmt: skip
     """Return the sum of pieces that are windows of one source as a view of that."""
     if not plain():
-        return accumulate(sources, layout, shape, covered)
+        return accumulate(sources, layout, shape, bare)
     strides, at = sources[0].stride(), sources[0].storage_offset()
     along = [sum(strides[d] * by for d, by in move.items()) for move in moves]
     return sources[0].as_strided(shape, along, at + sum(strides[d] * start for d, start in origin.items()))
 
 
-def accumulate(sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ...], covered: bool) -> Tensor:
+def accumulate(
+    sources: list[Tensor], layout: tuple[Any, ...], shape: tuple[int, ...], bare: tuple[Place, ...]
+) -> Tensor:
     """Return the sum of pieces, each written once: copied where nothing was before it, added elsewhere."""
     if torch.compiler.is_compiling():
         return _as_sum(sources, layout, shape)
-    result = sources[0].new_empty(shape) if covered else sources[0].new_zeros(shape)
+    result = sources[0].new_empty(shape)
+    for place in bare:
+        result[place].zero_()
     for number, factor, read, write, exclusive in layout:
         part, target = sources[number][read], result[write]
         if not exclusive:

@@ -178,7 +178,7 @@ class _Builder:
 
     def _sum(self, room: fx.Node, value: Tensor, arguments: Any) -> None:
         """Add what ``accumulate`` does."""
-        sources, layout, shape, covered = arguments
+        sources, layout, shape, bare = arguments
         whole = tuple([slice(0, n) for n in shape])
         dtypes = [node.meta["val"].dtype for node in sources]
         full = [piece for piece in layout if piece[3] == whole and dtypes[piece[0]] == value.dtype]
@@ -194,8 +194,9 @@ class _Builder:
             (one, target), (other, _) = parts(first), parts(second)
             self._run.call_function(torch.add, (one, other), {"alpha": second[1], "out": target})
             layout = [(*piece[:4], False) for piece in layout if piece is not first and piece is not second]
-        elif not covered:
-            self._run.call_method("zero_", (self._read(room),))
+        else:
+            for place in bare:
+                self._run.call_method("zero_", (self._view(room, place, shape),))
         for piece in layout:
             part, target = parts(piece)
             if not piece[4]:

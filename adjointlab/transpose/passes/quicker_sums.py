@@ -14,6 +14,7 @@ from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import VIEWS, op_name, packet_of
 from adjointlab.transpose.kernels.select import SumChooser, Timed
 from adjointlab.transpose.passes.partition import extract
+from adjointlab.transpose.passes.sums import Place
 
 aten = torch.ops.aten
 
@@ -87,12 +88,12 @@ def _passes(node: fx.Node) -> int:
     return len(node.args[2]) if node.target is aten.roll.default and len(node.args) > 2 else 1  # type: ignore[arg-type]
 
 
-def _of_sum(node: fx.Node, layout: tuple[Any, ...], shape: tuple[int, ...], covered: bool) -> float:
+def _of_sum(node: fx.Node, layout: tuple[Any, ...], _: tuple[int, ...], bare: tuple[Place, ...]) -> float:
     """Return the same for a sum of pieces, each of which takes two views and a copy or an addition."""
-    moved = 0 if covered else math.prod(shape)
+    moved = sum(math.prod(s.stop - s.start for s in place) for place in bare)
     for *_, write, first in layout:
         moved += (2 if first else 3) * math.prod(w.stop - w.start for w in write if isinstance(w, slice))
-    return _seconds(node, 1 + 3 * len(layout), moved)
+    return _seconds(node, 1 + 2 * len(bare) + 3 * len(layout), moved)
 
 
 def _seconds(node: fx.Node, calls: int, entries: int) -> float:

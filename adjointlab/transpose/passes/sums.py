@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import fx
+
+_MOST_BARE = 8  # rectangles that are zeroed one by one
 
 
 class Span(NamedTuple):
@@ -81,6 +84,38 @@ class Piece:
 
 
 Sum = tuple[Piece, ...]
+Place = tuple[slice, ...]
+
+
+def uncovered(pieces: Sum, shape: Sequence[int]) -> tuple[Place, ...]:
+    """Return the rectangles of a result that are to be zero before pieces are added to it.
+
+    They are those that none of the ``pieces`` covers, which do not meet each other, or all of it at once where these
+    are many, or large.
+    """
+    whole = tuple([slice(0, n) for n in shape])
+    places = [whole]
+    for piece in pieces:
+        places = [rest for place in places for rest in _around(place, piece)]
+        if len(places) > _MOST_BARE:
+            return (whole,)
+    volume = sum(math.prod(s.stop - s.start for s in place) for place in places)
+    return tuple(places) if 2 * volume <= math.prod(shape) else (whole,)
+
+
+def _around(place: Place, piece: Piece) -> list[Place]:
+    """Return a rectangle without that of a piece, as rectangles that do not meet each other."""
+    spans = [
+        slice(max(own.start, write), min(own.stop, write + length))
+        for own, (_, _, write, length) in zip(place, piece.spans, strict=True)
+    ]
+    if any(span.start >= span.stop for span in spans):
+        return [place]
+    found: list[Place] = []
+    for dim, (own, span) in enumerate(zip(place, spans, strict=True)):
+        sides = slice(own.start, span.start), slice(span.stop, own.stop)
+        found += [(*spans[:dim], side, *place[dim + 1 :]) for side in sides if side.start < side.stop]
+    return found
 
 
 def whole(node: fx.Node, factor: complex = 1) -> Sum:

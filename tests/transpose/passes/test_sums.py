@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given
+from hypothesis.strategies import DataObject, data, integers, tuples
 from laws import seeded
 from torch import Tensor, fx
 
 from adjointlab.transpose.graph.edit import known
-from adjointlab.transpose.passes.sums import Sum, merged, moved, whole
+from adjointlab.transpose.passes.sums import Sum, merged, moved, uncovered, whole
 
 SHAPE = (4, 5)
 
@@ -60,3 +62,25 @@ def test_parts_of_one_rectangle_are_merged() -> None:
     apart = (*left, *moved(whole(node), 1, 2, 5))  # which do not continue each other in the source
     assert set(merged(apart)) == set(apart)
     assert torch.equal(_written(merged(apart), x, *SHAPE), _written(apart, x, *SHAPE))
+
+
+@given(data())
+def test_the_rest_of_a_result_is_zeroed_once(draw: DataObject) -> None:
+    shape = draw.draw(tuples(integers(1, 6), integers(1, 6)))
+    node = known(fx.Graph().placeholder("x"), torch.zeros(shape))
+    pieces: Sum = ()
+    for _ in range(draw.draw(integers(0, 3))):
+        piece = whole(node)
+        for dim, n in enumerate(shape):
+            piece = moved(piece, dim, draw.draw(integers(1 - n, n - 1)), n)
+        if not any(piece[0].meets(other) for other in pieces):
+            pieces += piece
+    written = torch.zeros(shape)
+    for place in uncovered(pieces, shape):
+        written[place] += 1
+    left = torch.ones(shape)
+    for piece in pieces:
+        left[piece.places[1]] = 0
+    if 2 * left.sum() > left.numel():  # all of it is zeroed at once
+        left.fill_(1)
+    assert torch.equal(written, left)
