@@ -8,6 +8,7 @@ worth; on accelerators, only what :attr:`Kernel.kept_everywhere` says is.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,20 +33,12 @@ def _as_complex(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.contiguous())
 
 
-# The same functions by a door that costs half as much: calls through torch.ops parse their arguments in Python. And
-# views that copy where they must: real results need not have the strides that fake ones had.
-_BUILTIN: dict[Any, Callable[..., Any]] = {
-    **{op: getattr(torch, op_name(op)) for op in (
-        aten.convolution.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.neg.default,
-        aten.transpose.int, aten.permute.default, aten.select.int, aten.unsqueeze.default, aten.cat.default,
-        aten.view_as_real.default, aten.slice_scatter.default, aten.constant_pad_nd.default, aten.mm.default,
-        aten.bmm.default,
-    )},
-    aten._conj.default: torch.conj,
+# Views that copy where they must: real results need not have the strides that fake ones had.
+_VIEWS_OR_COPIES: dict[Any, Callable[..., Any]] = {
     aten.view_as_complex.default: _as_complex,
     aten.view.default: torch.reshape,
     aten._unsafe_view.default: torch.reshape,
-}  # fmt: skip
+}
 _IN_PLACE = {torch.add: torch.Tensor.add_, torch.sub: torch.Tensor.sub_, torch.mul: torch.Tensor.mul_}
 
 
@@ -167,9 +160,17 @@ def extract(graph: Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callable
 
 
 def builtin(node: fx.Node) -> fx.Node:
-    """Return a node that calls the same function by the cheaper door, if there is one."""
-    if node.args and isinstance(node.args[0], (fx.Node, list)):  # they take no number for a tensor
-        node.target = _BUILTIN.get(node.target, node.target)
+    """Return a node that calls the same function by the cheaper door, if there is one.
+
+    Calls through ``torch.ops`` parse their arguments in Python. The functions of ``torch`` that C++ makes have the same
+    names and arguments, but take no number for a first tensor, and no None in a list.
+    """
+    target, first = node.target, node.args[0] if node.args else None
+    parts = [*first] if isinstance(first, (list, tuple)) else [first]
+    has_none = any(isinstance(given, (list, tuple)) and None in given for given in node.args)
+    if isinstance(target, torch._ops.OpOverload) and any(isinstance(part, fx.Node) for part in parts) and not has_none:
+        function = getattr(torch, op_name(target), None) if target.namespace == "aten" else None
+        node.target = _VIEWS_OR_COPIES.get(target) or (function if inspect.isbuiltin(function) else target)
     return node
 
 
@@ -177,7 +178,7 @@ def _in_place(part: fx.Graph) -> None:
     """Have sums and products written to the result of a convolution that nothing else reads: fresh memory is slow."""
     own: set[Any] = set()  # results in memory that nothing else looks at
     for node in part.nodes:
-        if node.target in {torch.convolution, aten._fft_c2c.default} or bound(node.target):
+        if node.target in {torch.convolution, torch._fft_c2c} or bound(node.target):
             own.add(node)
         elif node.target in _IN_PLACE and not node.kwargs and isinstance(node.args[1], fx.Node):
             first, result = (n.meta["val"] for n in (node.args[0], node))
