@@ -8,6 +8,7 @@ beginning of each, while the adjoint runs backwards through the segment.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class Loop:
         x, z, v = (space.leaves(space.randn(draw)) for space in (domain, domain, codomain))
         both, bound = tuple(a + b for a, b in zip(x, z, strict=True)), allowance(UNITS, eps_of((*x, *v)))
         certain = not series or (derivation.programs and not derivation.is_doubtful)
-        forth, back = (run.step(name, state) for name in ("function", "adjoint"))
+        forth, back = (functools.partial(run.tracked, name, state) for name in ("function", "adjoint"))
         for t in sorted({0, self.steps // 2, self.steps - 1} if series else {0}) if certain else range(self.steps):
             moved = run.at_times(series, 0, range(t, t + 1))[0]
             with self.slots.kept():
@@ -217,11 +218,11 @@ class Run:
 
     def gap(self, name: str, state: Tensors, leaves: Tensors) -> float:
         """Return how far some steps in a row are from steps one by one: as many as put each tensor at each place."""
-        n, row, step = self.loop.count, self.row(name, state), self.step(name, state)
+        n, row = self.loop.count, self.row(name, state)
         moved = self.at_times(self.loop.series.leaves(), 0, range(1))[0]
         carry, inputs, gaps = leaves[:n], tuple(map(self._ready, leaves[n:])), list[float]()
         for _ in range(min(self.loop.steps, n + 2)):
-            expected = tuple([t.clone() for t in step(moved, (*carry, *inputs))])
+            expected = tuple([t.clone() for t in self.tracked(name, state, moved, (*carry, *inputs))])
             places = tuple(map(torch.empty_like, expected[n:]))
             carry = row(carry, (*[moved[slot] for _, slot in self.places], *inputs), places)
             gaps.append(relative_gap(expected, (*carry, *places)))

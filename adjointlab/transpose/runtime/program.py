@@ -17,8 +17,9 @@ from adjointlab import compat
 from adjointlab.modules import Source
 from adjointlab.numerics import parts_of, same
 from adjointlab.transpose.graph.ir import Graph
-from adjointlab.transpose.passes.in_row import InRow, in_row
+from adjointlab.transpose.passes.in_row import InRow, in_row, inside, kind
 from adjointlab.transpose.passes.partition import HasNoPiecesError, hoisted, partition
+from adjointlab.transpose.passes.stencils import stencils
 
 Tensors = tuple[Tensor, ...]
 _SMALL = 1 << 16  # entries that are sent to the CPU to be compared
@@ -62,9 +63,11 @@ class Row:
 
     def __init__(self, graph: InRow, state: Tensors, moving: tuple[int, ...]) -> None:
         self._graph, results = graph, set(graph.after)
+        self._around: dict[int, tuple[Tensor, Tensor]] = {}  # by what has margins: itself, and its memory with these
         stays = tuple([t for i, t in enumerate(state) if i not in moving])
-        self._fixed = (*stays, *graph.once(*state))
-        self._rooms = [None if i in results else _memory(room) for i, room in enumerate(graph.rooms)]
+        fixed = zip((*stays, *graph.once(*state)), graph.moved, strict=True)
+        self._fixed = tuple([self._with_margins(self._memory(t).copy_(t)) if moved else t for t, moved in fixed])
+        self._rooms = [None if i in results else self._memory(room) for i, room in enumerate(graph.rooms)]
         self._pools: dict[Any, list[Tensor]] = {}
         self._calls: dict[tuple[int, ...], tuple[Tensors, Tensors, Tensors]] = {}  # by what is carried
 
@@ -85,22 +88,32 @@ class Row:
             rooms = tuple([self._free(fake, busy) if room is None else room
                            for fake, room in zip(self._graph.rooms, self._rooms, strict=True)])  # fmt: skip
             after = tuple([rooms[i] if i >= 0 else own[-1 - i] for i in self._graph.after])
-            self._calls[key] = self._graph.bind(*self._fixed, *own, *rooms), after, own
+            bound = self._graph.bind(*self._fixed, *map(self._with_margins, (*own, *rooms)))
+            self._calls[key] = bound, after, own
         return self._calls[key]
 
     def _free(self, like: Tensor, taken: list[Tensor]) -> Tensor:
         """Return memory of the shape and dtype of something that is not taken; it is, from now on."""
-        pool = self._pools.setdefault((like.shape, like.dtype, like.device), [])
+        pool = self._pools.setdefault(kind(like), [])
         found = next((t for t in pool if not any(t is other for other in taken)), None)
         if found is None:
-            found = _memory(like)
+            found = self._memory(like)
             pool.append(found)
         taken.append(found)
         return found
 
+    def _memory(self, like: Tensor) -> Tensor:
+        margins = self._graph.margins.get(kind(like))
+        if margins is None:
+            return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        shape = [low + n + high for n, (low, high) in zip(like.shape, margins, strict=True)]
+        around = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        found = around[inside(like, margins)]
+        self._around[id(found)] = found, around
+        return found
 
-def _memory(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    def _with_margins(self, tensor: Tensor) -> Tensor:
+        return self._around[id(tensor)][1] if id(tensor) in self._around else tensor
 
 
 class Program:
@@ -119,7 +132,7 @@ class Program:
         private = frozenset(i for i, source in enumerate(graph.state) if source.is_private)
         self._prepacks = tuple(_kept(p.function, p.watched, private, dear=p.is_dear) for p in parts.prepacks)
         self._constants: Tensors | None = None
-        self._compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
+        self._compile: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
         self._hoisted: dict[tuple[int, ...], tuple[Callable[..., Any], Callable[..., Any]]] = {}  # by what moves
         self._in_row: dict[Any, InRow] = {}
         self._binds = True  # whether calls in a row are bound to memory
@@ -196,7 +209,7 @@ class Program:
             return self._whole_each(state, moving)
         if moving not in self._hoisted:
             once, main = hoisted(self.graph, frozenset(moving))
-            self._hoisted[moving] = once, self._compile(main)
+            self._hoisted[moving] = once, main if self._compile is None else self._compile(main)
         once, main = self._hoisted[moving]
         try:
             ready = once(*state)
@@ -216,12 +229,17 @@ class Program:
         next. Calls write to what they returned before, but for the last time.
         """
         key = moving, carried, kept
-        if self._binds and not self._reads_state and not of_storage(self.graph):
+        graph = self.graph if self._compile is None else self._stencils
+        if self._binds and not self._reads_state and graph is not None and not of_storage(graph):
             if key not in self._in_row:
-                self._in_row[key] = in_row(self.graph, *key)
+                self._in_row[key] = in_row(graph, *key, self._compile)
             with contextlib.suppress(HasNoPiecesError):
                 return Row(self._in_row[key], state, moving)
         return self._row_of_calls(self.each(state, moving), len(moving), carried, kept)
+
+    @functools.cached_property
+    def _stencils(self) -> Graph | None:
+        return stencils(self.graph)
 
     def unbind(self) -> None:
         """Make calls in a row as all others are made."""
@@ -250,7 +268,6 @@ class Program:
 
     def compile(self, options: dict[str, Any]) -> None:
         """Put the main part through ``torch.compile`` as one region: a break in it is an error, to fall back from."""
-        self._binds = False
         self._compile = functools.partial(_compiled, options={"fullgraph": True, **options})
         self._main = self._compile(self._main)
 
