@@ -6,13 +6,16 @@ in what moves. Those in all else are summed over the steps, and returned by ``en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from adjointlab.transpose.runtime.program import Program, Tensors
+from adjointlab.errors import NotDifferentiableError
+from adjointlab.numerics import eps_of, norm
+from adjointlab.transpose.runtime.program import Call, Program, Tensors
 
 Step = Callable[[Tensors, Tensors], Tensors]  # (what moves, leaves) → leaves
 
@@ -107,6 +110,51 @@ class Apart:
     def ends(self) -> Sequence[Tensor]:
         """Return the gradients in what does not move."""
         return self._sums
+
+
+class Recomputed:
+    """What is kept of steps, the last first: computed again, segment by segment, from the state at its beginning."""
+
+    def __init__(self, steps: Together | Apart, starts: Sequence[Tensors]) -> None:
+        self._steps, self._starts = steps, list(starts)
+
+    def backwards(self, moved: Sequence[Tensors], inputs: Sequence[Tensors]) -> Iterator[Tensors]:
+        """Yield what is kept of each step of a segment."""
+        u, found = self._starts.pop(), list[Tensors]()
+        for j, (x, i) in enumerate(zip(moved, inputs, strict=True)):
+            u, kept = self._steps.forth(u, x, i, j, last=j + 1 == len(moved))
+            found.append(kept)
+        while found:
+            yield found.pop()
+
+    def require(self, first: Tensors) -> None:
+        """Raise if the first state is not what was computed; there is nothing that could differ."""
+
+
+class Undone:
+    """The same from the last state on, where ``back`` undoes a step; ``order`` says which of what moves it reads."""
+
+    def __init__(self, steps: Together | Apart, back: Call, order: Sequence[int], last: Tensors) -> None:
+        self._steps, self._back, self._order, self._u = steps, back, tuple(order), last
+        self._largest = norm(last)
+
+    def backwards(self, moved: Sequence[Tensors], inputs: Sequence[Tensors]) -> Iterator[Tensors]:
+        """Yield what is kept of each step of a segment."""
+        for x, i in zip(reversed(moved), reversed(inputs), strict=True):
+            self._u = self._back(self._u, (*[x[slot] for slot in self._order], *i), ())
+            yield self._steps.forth(self._u, x, i, 0, last=True)[1]
+        self._largest = max(self._largest, norm(self._u))
+
+    def require(self, first: Tensors) -> None:
+        """Raise if the first state does not come back to half of the digits of the largest one."""
+        gap, eps = norm(tuple(a - b for a, b in zip(self._u, first, strict=True))), eps_of(first)
+        largest = max(self._largest, norm(first))
+        if not gap <= math.sqrt(eps) * largest:
+            raise NotDifferentiableError(
+                f"expected the inverse of the step to give the initial state back to {math.sqrt(eps):.1e} of the "
+                f"largest state, got {gap / largest if largest else gap:.1e}: rounding grows in each step back; leave "
+                "inverse= out, which keeps √T states, or compute in double precision"
+            )
 
 
 def zeros(like: Tensor) -> Tensor:
