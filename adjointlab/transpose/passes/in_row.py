@@ -224,14 +224,13 @@ class _Builder:
             if (user.args[0].count(node), *user.args[1][0]) == (1, 0, 1, whole, whole, True):
                 self._images[user] = self._room_of_fused(user, nodes)
                 return self._images[user]
-        for i, before in enumerate(self._inputs) if node in self._outputs else ():
+        own = self._outputs.index(node) if node in self._outputs else -1
+        for i, before in enumerate(self._inputs) if own >= 0 else ():
             is_read = before in [*self._outputs, *self._others] or not set(nodes).issuperset(before.users)
-            if (
-                not is_read
-                and kind(before.meta["val"]) == kind(node.meta["val"])
-                and -1 - i not in self._after.values()
-            ):
-                self._after[self._outputs.index(node)] = -1 - i
+            is_others = i != own and before in self._outputs[i].all_input_nodes  # which is added to it, say
+            is_taken = -1 - i in self._after.values()
+            if not (is_read or is_others or is_taken) and kind(before.meta["val"]) == kind(node.meta["val"]):
+                self._after[own] = -1 - i
                 return self._images[before]
         return self._room(node)
 
@@ -253,10 +252,12 @@ class _Builder:
         """Return whether a call adds to what is carried, and alone reads it, and is what is carried next."""
         if node.target not in _UPDATES or node not in self._outputs:
             return False
-        before, first = self._inputs[self._outputs.index(node)], node.args[0]
+        at = self._outputs.index(node)
+        before, first = self._inputs[at], node.args[0]
         passed = [output for output in self._outputs if output in self._inputs]
         return (
             first is before and len(before.users) == 1 and before not in [*node.args[1:], *self._others]
+            and -1 - at not in self._after.values()
             and all(getattr(before.meta["val"], of) == getattr(node.meta["val"], of) for of in ("shape", "dtype"))
             and len(set(passed)) == len(passed)
         )  # fmt: skip

@@ -54,7 +54,7 @@ def _written(nodes: fx.Graph, node: fx.Node, varying: set[fx.Node]) -> fx.Node |
         source = sources[number]
         pads = _pads(source.meta["val"], read, write, value)
         if pads is None:
-            rest.append((source, factor, read, write))
+            rest.append((*_opened(source, read, write), factor))
             continue
         term = _moved(nodes, source, pads, varying)
         if total is None:
@@ -65,7 +65,7 @@ def _written(nodes: fx.Graph, node: fx.Node, varying: set[fx.Node]) -> fx.Node |
         return total  # type: ignore[no-any-return]
     left = list(dict.fromkeys(source for source, *_ in rest))
     whole = tuple([slice(0, n) for n in shape])
-    pieces = [(1 + left.index(source), factor, read, write, False) for source, factor, read, write in rest]
+    pieces = [(1 + left.index(source), factor, read, write, False) for source, read, write, factor in rest]
     given = ([total, *left], ((0, 1, whole, whole, True), *pieces), shape, True)
     return known(nodes.call_function(accumulate, given), value)
 
@@ -82,6 +82,19 @@ def _pads(source: Tensor, read: Any, write: Any, value: Tensor) -> list[int] | N
         pads += [by, m - n - by]
         volume *= w.stop - w.start
     return pads if 2 * volume > math.prod(value.shape) else None
+
+
+def _opened(source: fx.Node, read: Any, write: Any) -> tuple[fx.Node, Any, Any]:
+    """Return a piece that writes every other entry of a result, say, instead of one that has zeros between them."""
+    places = [dim for dim, at in enumerate(write) if isinstance(at, slice)]
+    whole = tuple([slice(0, n) for n in source.meta["val"].shape])
+    if source.target is not aten.slice_backward.default or tuple(read) != whole or len(places) != len(whole):
+        return source, read, write
+    of, shape, dim, *window = source.args
+    step, at = slice(*window).indices(shape[dim]), write[places[dim]]  # type: ignore[index, arg-type]
+    taken = slice(at.start + step[0], at.start + step[1], step[2])
+    inside = tuple([slice(0, n) for n in of.meta["val"].shape])  # type: ignore[union-attr]
+    return of, inside, (*write[: places[dim]], taken, *write[places[dim] + 1 :])  # type: ignore[index, return-value]
 
 
 def _moved(nodes: fx.Graph, node: fx.Node, pads: Sequence[int], varying: set[fx.Node]) -> fx.Node:

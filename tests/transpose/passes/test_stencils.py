@@ -118,6 +118,19 @@ def test_a_step_is_one_function_that_cuts_nothing_off(name: str, uncompiled: lis
     assert bound.after[0 if name == "function" else 1] < 0  # in the memory of what is read at its own place alone
 
 
+@pytest.mark.usefixtures("uncompiled")
+def test_sweeps_for_gradients_are_of_stencils_too() -> None:
+    A = al.recurrence(Wave(), STATE, inputs=(7,), engine="compiled")
+    derivation, state = derived(A)
+    places = tuple(i for i, tensor in enumerate(state) if tensor.requires_grad)
+    programs = derivation.in_sweeps(2, (), places)
+    assert programs is not None  # equal to the parts
+    A(A.domain.randn()).sum().backward()
+    (graph,) = programs.back._in_row.values()
+    assert graph.margins
+    assert len(set(graph.after)) == len(graph.after)  # each result has memory of its own
+
+
 def test_a_graph_without_stencils_is_left() -> None:
     A = al.recurrence(lambda u: 0.5 * u + u.flip(0), STATE[0], steps=3)
     assert stencils(derived(A)[0].programs["function"][0].graph) is None
