@@ -26,7 +26,7 @@ from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.runtime.autodiff import state_gradient
 from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.program import Call, as_traced
-from adjointlab.transpose.runtime.steps import Apart, Recomputed, Step, Together, Undone
+from adjointlab.transpose.runtime.steps import Apart, Marks, Recomputed, Step, Together, Undone
 
 
 @dataclass(frozen=True)
@@ -201,16 +201,19 @@ class Run:
     # -- sweeps --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def swept(self, way: Way, tensors: Tensors, kept: list[Tensors] | None = None) -> Tensors:
+    def swept(self, way: Way, tensors: Tensors, kept: list[Any] | None = None) -> Tensors:
         """Return the results of a way for leaves; put the states at the beginning of each segment into ``kept``.
 
-        Where the inverse of the step is known, it is the last state instead.
+        Where the inverse of the step is known, it is the last state instead, and marks to know the others by.
         """
         state, series, leaves = self.parts(tensors)
         step, order, k = self.row(way.name, state), [slot for _, slot in self.places], len(self.batch)
         (carry, given), room = self._given(way, leaves), self._room(way)
+        marks = None if kept is None or self.loop.inverse is None else Marks(carry)
         for times in self._in_order(way):
-            if kept is not None and self.loop.inverse is None:
+            if marks is not None:
+                marks.add(carry)
+            elif kept is not None:
                 kept.append(tuple([t.clone() for t in carry]))
             moved, read = self.at_times(series, 0, times), self.at_times(given, k, times)
             entries = [
@@ -219,8 +222,8 @@ class Run:
             ]
             for others, places in reversed(entries) if way.is_back else entries:
                 carry = step(carry, others, places)
-        if kept is not None and self.loop.inverse is not None:
-            kept.append(tuple([t.clone() for t in carry]))
+        if kept is not None and marks is not None:
+            kept += [tuple([t.clone() for t in carry]), marks]
         return self._result(way, carry, room)
 
     def _in_order(self, way: Way) -> Iterator[range]:
@@ -232,7 +235,7 @@ class Run:
 
     @torch.no_grad()
     def gradients(
-        self, tensors: Tensors, cotangents: Tensors, wanted: tuple[bool, ...], kept: Sequence[Tensors]
+        self, tensors: Tensors, cotangents: Tensors, wanted: tuple[bool, ...], kept: Sequence[Any]
     ) -> tuple[list[Tensor | None], Tensors]:
         """Return the gradients of ``Re⟨A_θ x, v⟩`` in the wanted ones of state and series, and ``Aᴴ v``.
 
@@ -245,8 +248,8 @@ class Run:
         steps = self._steps(state, tuple(sorted([*summed, *(place for place, _ in moving)])))
         # A series that the step does not read has the gradient zero.
         of_series = [torch.zeros_like(s) if wanted[len(state) + j] else None for j, s in enumerate(series)]
-        first, given = self._given(self.loop.forwards, leaves)
-        states = Recomputed(steps, kept) if self.loop.inverse is None else self._undone(steps, kept[0])
+        given = self._given(self.loop.forwards, leaves)[1]
+        states = Recomputed(steps, kept) if self.loop.inverse is None else self._undone(steps, *kept)
         (carry, taken), room = self._given(way, cotangents), self._room(way)
         for times in self._in_order(way):
             moved, read = self.at_times(series, 0, times), self.at_times(given, k, times)
@@ -255,16 +258,15 @@ class Run:
                 carry, gradients = steps.back(carry, moved[j], found, read[j], pulled[j], places[j])
                 for (_, slot), gradient in zip(moving, gradients, strict=True):
                     of_series[slot][times[j]] += gradient  # type: ignore[index]
-        states.require(first)
         of_state: list[Tensor | None] = [None for _ in state]
         for place, gradient in zip(summed, steps.ends(), strict=False):  # of no step there may be none
             of_state[place] = gradient
         return [*of_state, *of_series], self._result(way, carry, room)
 
-    def _undone(self, steps: Together | Apart, last: Tensors) -> Undone:
+    def _undone(self, steps: Together | Apart, last: Tensors, marks: Marks) -> Undone:
         assert self.loop.inverse is not None
         run, state = self.loop.inverse.run(self.batch)
-        return Undone(steps, run.row("function", state), [slot for _, slot in run.places], last)
+        return Undone(steps, run.row("function", state), [slot for _, slot in run.places], last, marks)
 
     def _steps(self, state: Tensors, chosen: tuple[int, ...]) -> Together | Apart:
         """Return steps with gradients in chosen places of the state."""
@@ -317,7 +319,7 @@ class Run:
         return self.derivation.functions(user.keeping(0))[name](leaves)  # a pull-back is of one time
 
     def pull_back(
-        self, way: Way, tensors: Tensors, cotangents: Tensors, wanted: tuple[bool, ...], kept: Sequence[Tensors]
+        self, way: Way, tensors: Tensors, cotangents: Tensors, wanted: tuple[bool, ...], kept: Sequence[Any]
     ) -> tuple[Any, ...]:
         """Return the gradients of ``Re⟨way(x), v⟩`` in all tensors that it was called with."""
         state, series, leaves = self.parts(tensors)
