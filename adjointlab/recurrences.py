@@ -78,9 +78,9 @@ def recurrence(
         where there are no outputs.
     inverse : callable, optional
         The step undone: it returns ``u_t`` of ``u_{t+1}`` and of what else the step is given, ``inverse(u, i, x)``.
-        Gradients in the step's parameters then compute the states from the last one backwards, and keep no other.
-        Rounding grows on the way: that states come back, to half of the digits of the largest one, is checked at each
-        of these gradients.
+        Gradients in the step's parameters then compute the states from the last one backwards, and keep that and one to
+        compare with. Rounding grows on the way: that states come back, to half of the digits of the largest one, is
+        checked at each of these gradients.
     batch_dims : int
         The first ``batch_dims`` dimensions of every leaf may change size from call to call. Times are counted by the
         dimension after them.
