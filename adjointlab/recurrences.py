@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,17 +13,19 @@ from torch import Tensor, nn
 
 from adjointlab.compat import pytree
 from adjointlab.derive import modules_named, require_linear
-from adjointlab.errors import NotLinearError, SpaceMismatchError
+from adjointlab.errors import NotDifferentiableError, NotLinearError, SpaceMismatchError
 from adjointlab.linearity import like_parameters, require_map
 from adjointlab.modules import Entries, buffers_kept
 from adjointlab.notation import Notation, name_of, outline
+from adjointlab.numerics import UNITS, allowance, eps_of, norm
 from adjointlab.operators import LinearOperator, derived
+from adjointlab.slots import Slots
 from adjointlab.space import Space
 from adjointlab.space.algebra import require_whole
 from adjointlab.space.codomain import space_of
 from adjointlab.space.spec import describe
 from adjointlab.transpose import Eager, Options, Transposition
-from adjointlab.transpose.loop import Loop, Slots
+from adjointlab.transpose.loop import Loop
 from adjointlab.tree import SINGLE, Structure, tree_flatten
 from adjointlab.weighted import in_spaces
 
@@ -38,6 +41,7 @@ def recurrence(
     initial: bool | None = None,
     learn_initial: bool | None = None,
     final: bool | None = None,
+    inverse: Callable[..., Any] | None = None,
     batch_dims: int = 0,
     engine: str = "auto",
     check: bool = True,
@@ -72,6 +76,11 @@ def recurrence(
     final : bool, optional
         Whether the final state is a part of the codomain: that is then pairs ``(state, outputs)``. By default, it is
         where there are no outputs.
+    inverse : callable, optional
+        The step undone: it returns ``u_t`` of ``u_{t+1}`` and of what else the step is given, ``inverse(u, i, x)``.
+        Gradients in the step's parameters then compute the states from the last one backwards, and keep that and one to
+        compare with. Rounding grows on the way: that states come back, to half of the digits of the largest one, is
+        checked at each of these gradients.
     batch_dims : int
         The first ``batch_dims`` dimensions of every leaf may change size from call to call. Times are counted by the
         dimension after them.
@@ -90,7 +99,7 @@ def recurrence(
     NotLinearError
         If the step is not linear.
     NotDifferentiableError
-        If autograd's derivative of the step is not the step's own.
+        If autograd's derivative of the step is not the step's own, or the inverse does not undo the step.
     SpaceMismatchError
         If the step returns no state like the one it is given, the numbers of steps differ, or there is nothing in the
         domain or codomain.
@@ -119,7 +128,8 @@ def recurrence(
     if given is not None and initial is None:
         _require_zero(state)
     choices = {"outputs": outputs, "final": final, "initial": given is None if initial is None else initial}
-    return _built(_Plan(step, where, given, _count(steps, given, series), series, structure, choices, engine, check))
+    count = _count(steps, given, series)
+    return _built(_Plan(step, where, given, count, series, structure, choices, engine, check, inverse))
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +145,7 @@ class _Plan:
     choices: dict[str, bool | None]
     engine: str
     check: bool
+    inverse: Callable[..., Any] | None
 
     def again(self, loop: Loop) -> tuple[Any, ...]:
         """Return a function and its arguments that make the same operator, with its spaces and series of now."""
@@ -143,7 +154,8 @@ class _Plan:
         inputs = None if self.inputs is None else _stacked(replace(_entry(self.inputs), specs=specs[n:]), self.steps)
         xs = self.structure.unflatten(entries) if entries else None
         options = {"batch_dims": self.state.batch_dims, "engine": loop.source.options.requested, "check": self.check}
-        return _rebuild, (self.step, state, inputs, xs, {"steps": self.steps, **self.choices, **options})
+        options |= {"steps": self.steps, "inverse": self.inverse, **self.choices}
+        return _rebuild, (self.step, state, inputs, xs, options)
 
 
 def _built(plan: _Plan) -> LinearOperator[Any, Any]:
@@ -168,13 +180,20 @@ def _built(plan: _Plan) -> LinearOperator[Any, Any]:
     loop = Loop(source, plan.steps, len(plan.state.specs), slots, entries, initial=initial, final=final)
     if plan.check and (said := loop.differs()):
         raise NotLinearError(f"expected a step that is linear for each x of xs, but {said}")
-    part = LinearOperator.of_source(
-        source, lambda: (_step_of, (whole,)), modules_named(source), notation=Notation(meaning=name_of(plan.step))
-    )
+    sources = {plan.step: source}
+    if plan.inverse is not None:
+        loop.inverse = _inverse(plan, entries, source)
+        _require_inverse(loop, plan.check)
+        sources[plan.inverse] = loop.inverse.source
+    of_steps = []
+    for i, (function, each) in enumerate(sources.items()):
+        recipe = functools.partial(_recipe_of_part, lambda: whole, i)
+        notation = Notation(meaning=name_of(function))
+        of_steps.append(LinearOperator.of_source(each, recipe, modules_named(each), notation=notation))
     whole: LinearOperator[Any, Any] = derived(
         lambda x: codomain.unflatten(loop(_leaves(domain, x), loop.forwards)),
         lambda v: domain.unflatten(loop(_leaves(codomain, v), loop.backwards)),
-        domain.plain, codomain.plain, lambda: plan.again(loop), part, *([entries] if plan.series else []),
+        domain.plain, codomain.plain, lambda: plan.again(loop), *of_steps, *([entries] if plan.series else []),
         notation=Notation(f"recurrence({{}}, steps={plan.steps})"),
     )  # fmt: skip
     return in_spaces(whole, domain, codomain)
@@ -189,8 +208,44 @@ def _rebuild(step: Any, state: Space, inputs: Space | None, xs: Any, options: di
     return recurrence(step, state, inputs=inputs, xs=xs, **options)
 
 
-def _step_of(operator: LinearOperator) -> LinearOperator:
-    return operator.parts[0]
+def _recipe_of_part(whole: Callable[[], LinearOperator], index: int) -> tuple[Any, ...]:
+    return _part_of, (whole(), index)
+
+
+def _part_of(operator: LinearOperator, index: int) -> LinearOperator:
+    return operator.parts[index]
+
+
+def _inverse(plan: _Plan, entries: Entries, step: Transposition) -> Loop:
+    """Return the inverse of the step as a loop of its own, of which the steps forwards are those back in time."""
+    slots = Slots(plan.inverse, plan.series, plan.structure)  # type: ignore[arg-type]
+    function, _ = _arranged(slots if plan.series else plan.inverse, plan.state, step.domain, outputs=False)
+    source = Transposition(function, step.domain, options=step.options, judge=require_linear)
+    return Loop(source, plan.steps, len(plan.state.specs), slots, entries, initial=True, final=True)
+
+
+@torch.no_grad()
+def _require_inverse(loop: Loop, check: bool) -> None:
+    """Raise if an inverse does not undo the step, in the first, the last and one step between them."""
+    domain, n = loop.source.domain, loop.count
+    assert loop.inverse is not None
+    (run, state), (back, own) = (each.run(domain.batch_shape) for each in (loop, loop.inverse))
+    if not run.derivation.programs or not back.derivation.programs:
+        raise NotDifferentiableError(
+            "expected a step and an inverse that can be traced, as gradients by the inverse go through both programs, "
+            "got one that is left to autograd: leave inverse= out; explain() of the operator without it says why"
+        )
+    x = domain.leaves(domain.randn(torch.Generator().manual_seed(0)))
+    for t in sorted({0, loop.steps // 2, loop.steps - 1}) if check and loop.steps else ():
+        moved = run.at_times(loop.series.leaves(), 0, range(t, t + 1))[0]
+        u = run.tracked("function", state, moved, x)[:n]
+        found = back.tracked("function", own, moved, (*u, *x[n:]))
+        gap = norm(tuple(a - b for a, b in zip(found, x[:n], strict=True))) / norm(x[:n])
+        if not gap <= allowance(UNITS, eps_of(x)):
+            raise NotDifferentiableError(
+                f"expected an inverse that undoes the step to rounding, but at step {t} the state that it returns is "
+                f"off by {gap:.1e} of its norm: it has to return u of the next state and what else the step is given"
+            )
 
 
 # -- what is given ----------------------------------------------------------------------------------------------------

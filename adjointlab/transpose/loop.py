@@ -7,60 +7,26 @@ beginning of each, while the adjoint runs backwards through the segment.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adjointlab import compat
 from adjointlab.modules import Entries
 from adjointlab.numerics import UNITS, allowance, eps_of, norm, relative_gap
+from adjointlab.slots import Slots
 from adjointlab.space import Space
 from adjointlab.transpose.dispatch import Transposition
 from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.runtime.autodiff import state_gradient
 from adjointlab.transpose.runtime.derivation import Derivation
 from adjointlab.transpose.runtime.program import Call, as_traced
-from adjointlab.transpose.runtime.steps import Apart, Step, Together
-from adjointlab.tree import SINGLE, Structure
-
-
-class Slots(nn.Module):
-    """A step that is given one more argument, of the structure of x: the slots, which hold the first entries of x."""
-
-    def __init__(self, step: Callable[..., Any], x: Sequence[Tensor], structure: Structure) -> None:
-        super().__init__()
-        self.step, self.structure, self.count = step, structure, len(x)
-        for index, leaf in enumerate(x):
-            first = leaf.detach()[0].clone(memory_format=torch.contiguous_format).requires_grad_(leaf.requires_grad)
-            self.register_buffer(f"slot_{index}", first, persistent=False)
-
-    def forward(self, *given: Any) -> Any:
-        """Return the results of the step for its arguments and the slots."""
-        slots = self.leaves()
-        return self.step(*given, slots[0] if self.structure is SINGLE else self.structure.unflatten(slots))
-
-    def leaves(self) -> tuple[Tensor, ...]:
-        """Return the tensors in the slots."""
-        return tuple([getattr(self, f"slot_{index}") for index in range(self.count)])
-
-    def put(self, leaves: Sequence[Tensor]) -> None:
-        """Put other tensors into the slots."""
-        for index, leaf in enumerate(leaves):
-            setattr(self, f"slot_{index}", leaf)
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Put back what is in the slots, after a block."""
-        before = self.leaves()
-        try:
-            yield
-        finally:
-            self.put(before)
+from adjointlab.transpose.runtime.steps import Apart, Marks, Recomputed, Step, Together, Undone
 
 
 @dataclass(frozen=True)
@@ -87,6 +53,7 @@ class Loop:
         self.source, self.steps, self.count, self.slots, self.series = source, steps, count, slots, series
         self.forwards = Way("function", initial, final, is_back=False)
         self.backwards = Way("adjoint", final, initial, is_back=True)
+        self.inverse: Loop | None = None  # of u_t = S⁻¹(u_{t+1}, i_t), if known
         self.length = max(1, math.isqrt(max(steps - 1, 0)) + 1)  # of a segment, √T rounded up
 
     @property
@@ -103,9 +70,13 @@ class Loop:
     def __call__(self, leaves: Tensors, way: Way) -> Tensors:
         """Return the results of a way for leaves, with a derivative where one may be asked for."""
         k = self.source.domain.batch_dims
-        batch = tuple(leaves[0].shape[:k])
+        run, state = self.run(tuple(leaves[0].shape[:k]))
+        return run(way, (*state, *self.series.leaves(), *leaves))
+
+    def run(self, batch: tuple[int, ...]) -> tuple[Run, Tensors]:
+        """Return the loop as it is now for a size of batches, and the state of the step."""
         derivation, state = self.source.now(batch)
-        return Run(self, derivation, self._places(derivation), batch)(way, (*state, *self.series.leaves(), *leaves))
+        return Run(self, derivation, self._places(derivation), batch), state
 
     @torch.no_grad()
     def differs(self) -> str:
@@ -114,13 +85,13 @@ class Loop:
         Where the derivation holds for all values of what the step reads, three times are looked at, else all of them.
         """
         domain, codomain = self.source.domain, self.source.codomain
-        derivation, state = self.source.now(domain.batch_shape)
-        run = Run(self, derivation, self._places(derivation), domain.batch_shape)
+        run, state = self.run(domain.batch_shape)
+        derivation = run.derivation
         draw, series = torch.Generator().manual_seed(0), self.series.leaves()
         x, z, v = (space.leaves(space.randn(draw)) for space in (domain, domain, codomain))
         both, bound = tuple(a + b for a, b in zip(x, z, strict=True)), allowance(UNITS, eps_of((*x, *v)))
         certain = not series or (derivation.programs and not derivation.is_doubtful)
-        forth, back = (run.step(name, state) for name in ("function", "adjoint"))
+        forth, back = (functools.partial(run.tracked, name, state) for name in ("function", "adjoint"))
         for t in sorted({0, self.steps // 2, self.steps - 1} if series else {0}) if certain else range(self.steps):
             moved = run.at_times(series, 0, range(t, t + 1))[0]
             with self.slots.kept():
@@ -217,11 +188,11 @@ class Run:
 
     def gap(self, name: str, state: Tensors, leaves: Tensors) -> float:
         """Return how far some steps in a row are from steps one by one: as many as put each tensor at each place."""
-        n, row, step = self.loop.count, self.row(name, state), self.step(name, state)
+        n, row = self.loop.count, self.row(name, state)
         moved = self.at_times(self.loop.series.leaves(), 0, range(1))[0]
         carry, inputs, gaps = leaves[:n], tuple(map(self._ready, leaves[n:])), list[float]()
         for _ in range(min(self.loop.steps, n + 2)):
-            expected = tuple([t.clone() for t in step(moved, (*carry, *inputs))])
+            expected = tuple([t.clone() for t in self.tracked(name, state, moved, (*carry, *inputs))])
             places = tuple(map(torch.empty_like, expected[n:]))
             carry = row(carry, (*[moved[slot] for _, slot in self.places], *inputs), places)
             gaps.append(relative_gap(expected, (*carry, *places)))
@@ -230,13 +201,19 @@ class Run:
     # -- sweeps --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def swept(self, way: Way, tensors: Tensors, kept: list[Tensors] | None = None) -> Tensors:
-        """Return the results of a way for leaves; put the states at the beginning of each segment into ``kept``."""
+    def swept(self, way: Way, tensors: Tensors, kept: list[Any] | None = None) -> Tensors:
+        """Return the results of a way for leaves; put the states at the beginning of each segment into ``kept``.
+
+        Where the inverse of the step is known, it is the last state instead, and marks to know the others by.
+        """
         state, series, leaves = self.parts(tensors)
         step, order, k = self.row(way.name, state), [slot for _, slot in self.places], len(self.batch)
         (carry, given), room = self._given(way, leaves), self._room(way)
+        marks = None if kept is None or self.loop.inverse is None else Marks(carry)
         for times in self._in_order(way):
-            if kept is not None:
+            if marks is not None:
+                marks.add(carry)
+            elif kept is not None:
                 kept.append(tuple([t.clone() for t in carry]))
             moved, read = self.at_times(series, 0, times), self.at_times(given, k, times)
             entries = [
@@ -245,6 +222,8 @@ class Run:
             ]
             for others, places in reversed(entries) if way.is_back else entries:
                 carry = step(carry, others, places)
+        if kept is not None and marks is not None:
+            kept += [tuple([t.clone() for t in carry]), marks]
         return self._result(way, carry, room)
 
     def _in_order(self, way: Way) -> Iterator[range]:
@@ -256,11 +235,11 @@ class Run:
 
     @torch.no_grad()
     def gradients(
-        self, tensors: Tensors, cotangents: Tensors, wanted: tuple[bool, ...], kept: Sequence[Tensors]
+        self, tensors: Tensors, cotangents: Tensors, wanted: tuple[bool, ...], kept: Sequence[Any]
     ) -> tuple[list[Tensor | None], Tensors]:
         """Return the gradients of ``Re⟨A_θ x, v⟩`` in the wanted ones of state and series, and ``Aᴴ v``.
 
-        ``kept`` are the states at the beginning of each segment.
+        ``kept`` are the states at the beginning of each segment, or the last state.
         """
         state, series, leaves = self.parts(tensors)
         way, k = self.loop.backwards, len(self.batch)
@@ -270,22 +249,24 @@ class Run:
         # A series that the step does not read has the gradient zero.
         of_series = [torch.zeros_like(s) if wanted[len(state) + j] else None for j, s in enumerate(series)]
         given = self._given(self.loop.forwards, leaves)[1]
+        states = Recomputed(steps, kept) if self.loop.inverse is None else self._undone(steps, *kept)
         (carry, taken), room = self._given(way, cotangents), self._room(way)
-        for times, start in zip(self._in_order(way), reversed(kept), strict=True):
+        for times in self._in_order(way):
             moved, read = self.at_times(series, 0, times), self.at_times(given, k, times)
-            states, u = list[Tensors](), start
-            for j in range(len(times)):
-                u, found = steps.forth(u, moved[j], read[j], j, last=j + 1 == len(times))
-                states.append(found)
             pulled, places = self.at_times(taken, k, times), _entries(room, k, times)
-            for j in reversed(range(len(times))):
-                carry, gradients = steps.back(carry, moved[j], states.pop(), read[j], pulled[j], places[j])
+            for j, found in zip(reversed(range(len(times))), states.backwards(moved, read), strict=True):
+                carry, gradients = steps.back(carry, moved[j], found, read[j], pulled[j], places[j])
                 for (_, slot), gradient in zip(moving, gradients, strict=True):
                     of_series[slot][times[j]] += gradient  # type: ignore[index]
         of_state: list[Tensor | None] = [None for _ in state]
         for place, gradient in zip(summed, steps.ends(), strict=False):  # of no step there may be none
             of_state[place] = gradient
         return [*of_state, *of_series], self._result(way, carry, room)
+
+    def _undone(self, steps: Together | Apart, last: Tensors, marks: Marks) -> Undone:
+        assert self.loop.inverse is not None
+        run, state = self.loop.inverse.run(self.batch)
+        return Undone(steps, run.row("function", state), [slot for _, slot in run.places], last, marks)
 
     def _steps(self, state: Tensors, chosen: tuple[int, ...]) -> Together | Apart:
         """Return steps with gradients in chosen places of the state."""
@@ -338,7 +319,7 @@ class Run:
         return self.derivation.functions(user.keeping(0))[name](leaves)  # a pull-back is of one time
 
     def pull_back(
-        self, way: Way, tensors: Tensors, cotangents: Tensors, wanted: tuple[bool, ...], kept: Sequence[Tensors]
+        self, way: Way, tensors: Tensors, cotangents: Tensors, wanted: tuple[bool, ...], kept: Sequence[Any]
     ) -> tuple[Any, ...]:
         """Return the gradients of ``Re⟨way(x), v⟩`` in all tensors that it was called with."""
         state, series, leaves = self.parts(tensors)

@@ -98,8 +98,9 @@ def recurrence(way: str, steps: str, size: str) -> dict[str, float]:
     n, wave = int(size), Wave(torch.full((int(size), int(size)), 1500.0))
 
     def run(count: int) -> None:
-        A = al.recurrence(wave, (torch.zeros(n, n), torch.zeros(n, n)), inputs=(count,))
-        if way == "gradient":
+        inverse = wave.back if way.endswith("inverse") else None
+        A = al.recurrence(wave, (torch.zeros(n, n), torch.zeros(n, n)), inputs=(count,), inverse=inverse)
+        if way.startswith("gradient"):
             A(torch.randn(count)).square().sum().backward()
             return
         with torch.no_grad():

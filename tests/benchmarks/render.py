@@ -385,14 +385,15 @@ def _recurrences(rows: list[Row]) -> Iterable[str]:
     yield "## Recurrences\n"
     yield (
         f"Milliseconds, for a {found['A'][0]['case']}, one source, a row of receivers. The gradient is that of the "
-        "speed and includes a forward. The loop is one in Python, whose gradient is autograd's.\n"
+        "speed and includes a forward; that by the inverse of the step keeps two states. The loop is one in Python, "
+        "whose gradient is autograd's. Numbers too small for the format are made zero for all, as Deepwave does.\n"
     )
-    names = ("adjointlab", "compiled", "loop", "Deepwave")
+    names = ("adjointlab", "compiled", "inverse", "loop", "Deepwave")
     body = []
     for which in ("A", "A.H", "gradient"):
         t = found[which][0]["seconds"]
         body.append((f"`{which}`" if which != "gradient" else which, *[_ms(t[n]) if n in t else "–" for n in names]))
-    yield table(("", "adjointlab", "compiled", "loop", "Deepwave"), body)
+    yield table(("", *names), body)
     yield f"A build takes {ours(found['build'][0]):.2f} s.\n"
     memory = next((r for r in rows if r["section"] == "recurrences, memory"), None)
     if memory is not None:

@@ -19,6 +19,8 @@ from adjointlab.numerics import parts_of, same
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.passes.in_row import InRow, in_row
 from adjointlab.transpose.passes.partition import HasNoPiecesError, hoisted, partition
+from adjointlab.transpose.passes.stencils import stencils
+from adjointlab.transpose.runtime.row import Row
 
 Tensors = tuple[Tensor, ...]
 _SMALL = 1 << 16  # entries that are sent to the CPU to be compared
@@ -57,52 +59,6 @@ def as_traced(tensor: Tensor, *, of_storage: bool) -> Tensor:
     return at_start(tensor) if of_storage else tensor
 
 
-class Row:
-    """Calls in a row of a graph that is bound to memory, as often as what is carried is in another part of that."""
-
-    def __init__(self, graph: InRow, state: Tensors, moving: tuple[int, ...]) -> None:
-        self._graph, results = graph, set(graph.after)
-        stays = tuple([t for i, t in enumerate(state) if i not in moving])
-        self._fixed = (*stays, *graph.once(*state))
-        self._rooms = [None if i in results else _memory(room) for i, room in enumerate(graph.rooms)]
-        self._pools: dict[Any, list[Tensor]] = {}
-        self._calls: dict[tuple[int, ...], tuple[Tensors, Tensors, Tensors]] = {}  # by what is carried
-
-    def __call__(self, carry: Tensors, given: Tensors, places: Tensors) -> Tensors:
-        """Return what is carried on."""
-        found = self._calls.get(tuple(map(id, carry))) or self._found(carry)
-        self._graph.run(*given, *places, *found[0])
-        return found[1]
-
-    def _found(self, carry: Tensors) -> tuple[Tensors, Tensors, Tensors]:
-        """Return what a call reads and writes, and what is carried on; it refers to what is carried, too."""
-        made = {id(t) for pool in self._pools.values() for t in pool}
-        taken = [t for t in carry if id(t) in made]
-        own = tuple([t if id(t) in made else self._free(t, taken).copy_(t) for t in carry])
-        key = tuple(map(id, own))
-        if key not in self._calls:
-            busy = list(own)
-            rooms = tuple([self._free(fake, busy) if room is None else room
-                           for fake, room in zip(self._graph.rooms, self._rooms, strict=True)])  # fmt: skip
-            after = tuple([rooms[i] if i >= 0 else own[-1 - i] for i in self._graph.after])
-            self._calls[key] = self._graph.bind(*self._fixed, *own, *rooms), after, own
-        return self._calls[key]
-
-    def _free(self, like: Tensor, taken: list[Tensor]) -> Tensor:
-        """Return memory of the shape and dtype of something that is not taken; it is, from now on."""
-        pool = self._pools.setdefault((like.shape, like.dtype, like.device), [])
-        found = next((t for t in pool if not any(t is other for other in taken)), None)
-        if found is None:
-            found = _memory(like)
-            pool.append(found)
-        taken.append(found)
-        return found
-
-
-def _memory(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-
 class Program:
     """A callable ``(*state, *inputs) → outputs`` that equals its graph.
 
@@ -119,7 +75,7 @@ class Program:
         private = frozenset(i for i, source in enumerate(graph.state) if source.is_private)
         self._prepacks = tuple(_kept(p.function, p.watched, private, dear=p.is_dear) for p in parts.prepacks)
         self._constants: Tensors | None = None
-        self._compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
+        self._compile: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
         self._hoisted: dict[tuple[int, ...], tuple[Callable[..., Any], Callable[..., Any]]] = {}  # by what moves
         self._in_row: dict[Any, InRow] = {}
         self._binds = True  # whether calls in a row are bound to memory
@@ -196,7 +152,7 @@ class Program:
             return self._whole_each(state, moving)
         if moving not in self._hoisted:
             once, main = hoisted(self.graph, frozenset(moving))
-            self._hoisted[moving] = once, self._compile(main)
+            self._hoisted[moving] = once, main if self._compile is None else self._compile(main)
         once, main = self._hoisted[moving]
         try:
             ready = once(*state)
@@ -216,12 +172,17 @@ class Program:
         next. Calls write to what they returned before, but for the last time.
         """
         key = moving, carried, kept
-        if self._binds and not self._reads_state and not of_storage(self.graph):
+        graph = self.graph if self._compile is None else self._stencils
+        if self._binds and not self._reads_state and graph is not None and not of_storage(graph):
             if key not in self._in_row:
-                self._in_row[key] = in_row(self.graph, *key)
+                self._in_row[key] = in_row(graph, *key, self._compile)
             with contextlib.suppress(HasNoPiecesError):
                 return Row(self._in_row[key], state, moving)
         return self._row_of_calls(self.each(state, moving), len(moving), carried, kept)
+
+    @functools.cached_property
+    def _stencils(self) -> Graph | None:
+        return stencils(self.graph)
 
     def unbind(self) -> None:
         """Make calls in a row as all others are made."""
@@ -250,7 +211,6 @@ class Program:
 
     def compile(self, options: dict[str, Any]) -> None:
         """Put the main part through ``torch.compile`` as one region: a break in it is an error, to fall back from."""
-        self._binds = False
         self._compile = functools.partial(_compiled, options={"fullgraph": True, **options})
         self._main = self._compile(self._main)
 

@@ -6,13 +6,16 @@ in what moves. Those in all else are summed over the steps, and returned by ``en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from adjointlab.transpose.runtime.program import Program, Tensors
+from adjointlab.errors import NotDifferentiableError
+from adjointlab.numerics import eps_of, norm
+from adjointlab.transpose.runtime.program import Call, Program, Tensors
 
 Step = Callable[[Tensors, Tensors], Tensors]  # (what moves, leaves) → leaves
 
@@ -107,6 +110,67 @@ class Apart:
     def ends(self) -> Sequence[Tensor]:
         """Return the gradients in what does not move."""
         return self._sums
+
+
+class Recomputed:
+    """What is kept of steps, the last first: computed again, segment by segment, from the state at its beginning."""
+
+    def __init__(self, steps: Together | Apart, starts: Sequence[Tensors]) -> None:
+        self._steps, self._starts = steps, list(starts)
+
+    def backwards(self, moved: Sequence[Tensors], inputs: Sequence[Tensors]) -> Iterator[Tensors]:
+        """Yield what is kept of each step of a segment."""
+        u, found = self._starts.pop(), list[Tensors]()
+        for j, (x, i) in enumerate(zip(moved, inputs, strict=True)):
+            u, kept = self._steps.forth(u, x, i, j, last=j + 1 == len(moved))
+            found.append(kept)
+        while found:
+            yield found.pop()
+
+
+class Marks:
+    """What is known later of the states at the beginning of segments: products with a random one, and the largest."""
+
+    def __init__(self, like: Tensors) -> None:
+        self._probe = tuple([
+            torch.randn(t.shape, generator=torch.Generator(t.device).manual_seed(i), dtype=t.dtype, device=t.device)
+            for i, t in enumerate(like)
+        ])  # fmt: skip
+        self.largest, self.products = 0.0, list[complex]()
+
+    def add(self, u: Tensors) -> None:
+        """Take the next state."""
+        self.largest = max(self.largest, norm(u))
+        self.products.append(self.product(u))
+
+    def product(self, u: Tensors) -> complex:
+        """Return the product of a state with the random one, which shows about as much of an error as its norm does."""
+        return sum(complex(torch.vdot(p.flatten(), t.flatten())) for p, t in zip(self._probe, u, strict=True))
+
+
+class Undone:
+    """The same from the last state on, where ``back`` undoes a step; ``order`` says which of what moves it reads."""
+
+    def __init__(self, steps: Together | Apart, back: Call, order: Sequence[int], last: Tensors, marks: Marks) -> None:
+        self._steps, self._back, self._order, self._u = steps, back, tuple(order), last
+        self._marks, self._products = marks, list(marks.products)
+
+    def backwards(self, moved: Sequence[Tensors], inputs: Sequence[Tensors]) -> Iterator[Tensors]:
+        """Yield what is kept of each step of a segment; raise if the state at its beginning does not come back.
+
+        It has to, to half of the digits of the largest state.
+        """
+        for x, i in zip(reversed(moved), reversed(inputs), strict=True):
+            self._u = self._back(self._u, (*[x[slot] for slot in self._order], *i), ())
+            yield self._steps.forth(self._u, x, i, 0, last=True)[1]
+        gap, most = abs(self._marks.product(self._u) - self._products.pop()), math.sqrt(eps_of(self._u))
+        largest = self._marks.largest
+        if not gap <= most * largest:
+            raise NotDifferentiableError(
+                f"expected the inverse of the step to give the states back to {most:.1e} of the largest, got "
+                f"{gap / largest if largest else gap:.1e}: rounding grows in each step back; leave inverse= out, which "
+                "keeps √T states, or compute in double precision"
+            )
 
 
 def zeros(like: Tensor) -> Tensor:
