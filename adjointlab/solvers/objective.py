@@ -16,7 +16,7 @@ from adjointlab.precondition.spectra import auto
 from adjointlab.solvers.conjugate_gradients import cg
 from adjointlab.solvers.normal_equations import cgls
 from adjointlab.solvers.problem import Preconditioner
-from adjointlab.solvers.solution import REASONS, Status
+from adjointlab.solvers.solution import REASONS, Solution, Status
 from adjointlab.space.algebra import added, scaled
 from adjointlab.terms import Penalty
 
@@ -24,12 +24,19 @@ _ROUNDING = 8  # units
 _FAULTS = (Status.M_NOT_FINITE, Status.M_NOT_ADJOINT, Status.M_NOT_POSITIVE)
 
 
+def _is_rounding(solution: Solution) -> bool:
+    return any(REASONS[status] in solution.reason for status in (Status.PRECISION, Status.BREAKDOWN))
+
+
 @dataclass(frozen=True)
 class Inner:
-    """How the linear problem of a step is solved: in at most so many steps, with the gram or not, and with which M."""
+    """How the linear problem of a step is solved: in at most so many steps, with the gram or not, and with which M.
+
+    If ``normal`` is None, with the gram until its rounding shows, and then without.
+    """
 
     most: int
-    normal: bool = False
+    normal: bool | None = None
     precondition: Preconditioner[Any] | None = None
 
 
@@ -103,22 +110,28 @@ class Iterate:
 
     def step(self, forcing: float, inner: Inner, damp: float = 0.0) -> Any:
         """Return the step that minimises the damped model, up to a part of the gradient, or why M permits none."""
-        M, W, r = inner.precondition, self.objective.weight, self.residual
-        S: LinearOperator = self.J
-        if (
-            roots := self.objective.roots
-        ):  # the penalties as data: unlike weights, numbers in S cost no copy of the rest
-            S = vstack([S, *[root @ each.L for root, each in zip(roots, self.objective.penalties, strict=True)]])
-            W = None if W is None else block_diag([W, *[identity(root.domain) for root in roots]])
-            r = (r, *[scaled(-1, root(apart)) for root, apart in zip(roots, self._apart, strict=True)])
-        if inner.normal:
+        M, (S, W, r) = inner.precondition, self._stack
+        found: Solution | None = None
+        if inner.normal is not False:
             M = auto(S, weight=W, damp=damp) if isinstance(M, str) and M == "auto" else M
             H = self.hessian if not damp else self.hessian + damp**2 * identity(S.domain)
             found = cg(H, self.descent, precondition=M, tol=forcing, maxiter=inner.most)
-        else:
-            found = cgls(S, r, weight=W, damp=damp, precondition=M, tol=forcing, maxiter=inner.most)
+        if found is None or (inner.normal is None and _is_rounding(found)):
+            x0 = None if found is None else found.x
+            found = cgls(S, r, x0=x0, weight=W, damp=damp, precondition=M, tol=forcing, maxiter=inner.most)
         faults = [status for status in _FAULTS if REASONS[status] in found.reason]
         return faults[0] if faults and not bool(torch.as_tensor(found.iterations).any()) else found.x
+
+    @cached_property
+    def _stack(self) -> tuple[LinearOperator, LinearOperator | None, Any]:
+        """The operator, the weight and the data of the linear problem."""
+        S: LinearOperator = self.J
+        roots, W, r = self.objective.roots, self.objective.weight, self.residual
+        if roots:  # the penalties as data: unlike weights, numbers in S cost no copy of the rest
+            S = vstack([S, *[root @ each.L for root, each in zip(roots, self.objective.penalties, strict=True)]])
+            W = None if W is None else block_diag([W, *[identity(root.domain) for root in roots]])
+            r = (r, *[scaled(-1, root(apart)) for root, apart in zip(roots, self._apart, strict=True)])
+        return S, W, r
 
     @cached_property
     def hessian(self) -> LinearOperator:
