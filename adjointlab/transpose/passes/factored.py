@@ -29,7 +29,7 @@ def factor(graph: Graph, order: dict[fx.Node, float]) -> None:
     for node in list(graph.body.nodes):
         with graph.body.inserting_before(node):
             found = products.rewritten(node) if node in products.free and node.op == "call_function" else None
-        if found is not None:
+        if found is not None and (value(found).shape, value(found).dtype) == (value(node).shape, value(node).dtype):
             node.replace_all_uses_with(found)
             graph.body.erase_node(node)
     clean(graph.body)
@@ -57,12 +57,13 @@ class _Products:
         if node.target is aten.sum.dim_IntList and node.args[1]:
             dims, keeps = dims_of(node.args[1], node.args[0]), len(node.args) > 2 and bool(node.args[2])
             inner = [f for f in factors if not _passes(f, node.args[0], dims, keeps=keeps)]
-            if len(inner) < len(factors):
-                total = self.call(node.target, self.product(x, inner), *node.args[1:])
-                return self.product(total, [f for f in factors if f not in inner])
+            rest = self.product(x, inner) if len(inner) < len(factors) else node.args[0]
+            if rest is not node.args[0] and value(rest).ndim == value(node.args[0]).ndim:
+                outer = [f for f in factors if f not in inner]
+                return self.product(self.call(node.target, rest, *node.args[1:]), outer)
         is_same = node.target in _RESHAPES and _core(value(node).shape) == _core(value(x).shape)
         if is_same and all(_core(_shape(f)) == _shape(f) and len(_shape(f)) <= value(node).ndim for f in factors):
-            return self.product(self.call(node.target, x, *node.args[1:]), factors)
+            return self.product(self.call(aten.view.default, x, list(value(node).shape)), factors)
         return None
 
     def call(self, target: Any, *args: Any) -> fx.Node:
@@ -152,7 +153,8 @@ class _Products:
             found = self.call(aten.expand.default, found, list(value(x).shape))
         if rest:
             found = self.call(aten.mul.Tensor, found, self.multiplied(rest))
-        self.known[found] = x, tuple(factors)
+        if factors:
+            self.known[found] = x, tuple(factors)
         return found  # type: ignore[no-any-return]
 
     def multiplied(self, factors: Sequence[Any]) -> Any:
@@ -168,7 +170,8 @@ class _Products:
         if not nodes:
             return number
         found, *others = nodes
-        for each in (*([] if number == 1 else [number]), *others):
+        is_idle = number == 1 and (not _is_complex(number) or bool(conjugates))  # else it makes real ones complex
+        for each in (*([] if is_idle else [number]), *others):
             found = self.fixed(aten.mul.Tensor, found, each)
         return found
 
