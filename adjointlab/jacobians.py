@@ -153,8 +153,7 @@ def jacobian(
 
 
 def _options(engine: str, check: bool) -> Options:
-    # A sparse matrix takes longer to make than a point is in use; slices stand between operations that are not linear.
-    return Options(engine, check=check, choose_map=None, choose_sum=None)
+    return Options(engine, check=check, choose_map=None)  # a sparse matrix takes longer to make than a point is in use
 
 
 def _are_parameters(module: nn.Module, x0: Any) -> bool:

@@ -1,7 +1,7 @@
 r"""Non-linear least squares, ``½‖f(x) − y‖²_W + ½ damp² ‖x‖² + ½ Σ λ ‖Lx − b‖²``, by linearizing f at each iterate.
 
 With the Jacobian J of f at x, a step d minimises the quadratic model, in which f is ``f(x) + J d``: a linear problem,
-that ``cgls`` or ``cg`` solves as far as is worth while. The norm of its gradient is brought down by a *forcing term*,
+that ``cg`` or ``cgls`` solves as far as is worth while. The norm of its gradient is brought down by a *forcing term*,
 which shrinks as well as the last model foretold the gradient of the objective.
 
 References
@@ -121,7 +121,7 @@ def gauss_newton(
     maxiter: int = 50,
     tol: float = 1e-6,
     inner: int = _INNER,
-    normal: bool = False,
+    normal: bool | None = None,
     precondition: Preconditioner[Any] | None = None,
     callback: Callback | None = None,
     progress: bool | None = None,
@@ -155,9 +155,10 @@ def gauss_newton(
         Relative tolerance of the gradient and of the step.
     inner : int
         Largest number of steps of the linear solver for a step.
-    normal : bool
+    normal : bool, optional
         Whether the linear problem of a step is solved by ``cg`` with ``JᴴWJ + Σ λ LᴴL``, in place of ``cgls``: no
-        residuals are updated, which is faster where there are many data, and less accurate.
+        residuals are updated, which is faster where there are many data, and less accurate. None takes ``cg`` until
+        rounding stops it, and ``cgls`` from there.
     precondition : LinearOperator, callable or "auto", optional
         The preconditioner ``M ≈ (JᴴWJ + damp² + Σ λ LᴴL)⁻¹`` of these problems, the same one at all points, or
         ``"auto"`` for :func:`adjointlab.precondition.auto` at each point: some 60 products with J and Jᴴ, unless the
@@ -211,7 +212,7 @@ def levenberg_marquardt(
     maxiter: int = 100,
     tol: float = 1e-6,
     inner: int = _INNER,
-    normal: bool = False,
+    normal: bool | None = None,
     precondition: Preconditioner[Any] | None = None,
     callback: Callback | None = None,
     progress: bool | None = None,
@@ -271,7 +272,7 @@ def _prepared(f: Any, y: Any, x0: Any, kwargs: dict[str, Any] | None, terms: tup
     return Iterate(Objective(y, W, tuple(found)), J, J.point)
 
 
-def _inner(most: int, normal: bool, precondition: Any) -> Inner:
+def _inner(most: int, normal: bool | None, precondition: Any) -> Inner:
     return Inner(count("inner", most, least=1), normal, precondition)
 
 

@@ -66,8 +66,7 @@ def program_of(
     if mode == "plain" or not options.lowering:
         return Program(graph, reference, residuals)
     mapped = maps_by_index(graph, options.choose_map) if mode == "lowered" and options.choose_map else graph
-    rule = options.choose_sum if mode == "lowered" else None
-    fused = fuse_slices(mapped, rule) if options.choose_sum else mapped
+    fused = fuse_slices(mapped, options.choose_sum if mode == "lowered" else None)
     return Program(convolutions.lower(fused, options.chooser, options.transform), reference, residuals)
 
 

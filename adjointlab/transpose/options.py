@@ -28,7 +28,7 @@ class Options:
     """How an operator is to be derived.
 
     ``budget`` is in seconds; ``progress`` says whether builds show theirs; ``choose`` is the rule for kernels,
-    ``choose_map`` that for maps by index, ``choose_sum`` that for sums of pieces, None for none; ``transform`` that for
+    ``choose_map`` that for maps by index, None for none, ``choose_sum`` that for sums of pieces; ``transform`` that for
     gradients in a kernel; ``options`` are for torch.compile. ``for_gram`` says that of an operator made
     of others nothing but the gram is wanted: only that is lowered.
     """
@@ -44,7 +44,7 @@ class Options:
     progress: bool | None = None
     choose: Chooser | None = None
     choose_map: MapChooser | None = quickest
-    choose_sum: SumChooser | None = is_quicker
+    choose_sum: SumChooser = is_quicker
     transform: Callable[[ConvSpec], bool] = suits_transform
     options: dict[str, Any] = field(default_factory=dict)
     for_gram: bool = False

@@ -12,6 +12,7 @@ from torch import Tensor
 import adjointlab as al
 from adjointlab.errors import SpaceMismatchError
 from adjointlab.solvers import Info, Solution, gauss_newton, levenberg_marquardt
+from adjointlab.solvers.objective import Inner, Iterate, Objective
 
 D = torch.float64
 EPS = torch.finfo(D).eps
@@ -69,6 +70,7 @@ def test_the_gradient_of_the_whole_objective_vanishes(solver: Solver) -> None:
 
 SOLVED: dict[str, dict[str, Any]] = {
     "by the gram": {"normal": True},
+    "without the gram": {"normal": False},
     "with M": {"precondition": lambda s: s / torch.tensor([4.0, 30.0], dtype=D)},
     "with M and the gram": {"normal": True, "precondition": lambda s: s / torch.tensor([4.0, 30.0], dtype=D)},
     "with M of each point": {"precondition": "auto"},
@@ -86,6 +88,17 @@ def test_steps_may_be_solved_in_other_ways(solver: Solver, terms: dict[str, Any]
     found = solver(decay, y, START, tol=1e-10, **options, **SOLVED[way])
     assert found.converged
     assert torch.dist(found.x, expected.x) <= 1e-7
+
+
+def test_where_rounding_stops_the_gram_the_operator_goes_on() -> None:
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 20, generator=draw, dtype=D))[0] for n in (40, 20))
+    matrix, x = left @ torch.diag(torch.logspace(0, -3, 20, dtype=D)) @ right, torch.randn(20, generator=draw)
+    J = al.jacobian(lambda z: matrix.float() @ z, torch.zeros(20))
+    at = Iterate(Objective(matrix.float() @ x, None, ()), J, J.point)
+    gaps = [torch.dist(at.step(1e-9, Inner(1000, normal)), x) / x.norm() for normal in (None, False, True)]
+    assert gaps[0] <= 4 * gaps[1]
+    assert gaps[2] > 100 * gaps[0]  # the gram alone
 
 
 @both

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,32 @@ def rewritten(graph: Graph, rule: Callable[[fx.Graph, fx.Node], fx.Node | None])
             node.replace_all_uses_with(value)
     clean(graph.body)
     return graph
+
+
+def merge(
+    body: fx.Graph, graph: Graph, copies: dict[fx.Node, fx.Node], seen: dict[Hashable, fx.Node],
+    wanted: Iterable[fx.Node | None],
+) -> None:  # fmt: skip
+    """Add to a graph what computes some nodes of another, from what has a copy already, and each equal call once."""
+    needed = reached(
+        [node for node in wanted if node is not None], lambda node: [] if node in copies else node.all_input_nodes
+    )
+    for node in graph.body.nodes:
+        if node in needed and node not in copies:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+            key = node.target, _hashable(args), _hashable(kwargs)
+            if key not in seen:
+                seen[key] = body.node_copy(node, copies.__getitem__)
+            copies[node] = seen[key]
+
+
+def _hashable(value: Any) -> Hashable:
+    """Return arguments of a call as a key: equal calls have equal keys."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return tuple((name, _hashable(item)) for name, item in value.items())
+    return type(value), str(value) if isinstance(value, slice) else value  # 1, 1.0 and True are equal, and differ here
 
 
 def reached(roots: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, fx
 
 from adjointlab.modules import Source
-from adjointlab.transpose.graph.edit import clean, dependents, inputs_like, rewritten
+from adjointlab.transpose.graph.edit import clean, dependents, inputs_like, known, merge, rewritten
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import LIKE, VIEWS, has_tag, packet_of, uncopied
+from adjointlab.transpose.passes.factored import factor
 
 aten = torch.ops.aten
+_CALLS = 8  # of both maps that a point serves, as a solver takes
 _MOST = 4  # operations that a residual may cost at each call, if memory is to be saved
 
 
@@ -34,16 +36,37 @@ class AtPoint:
 def at_point(value: Graph, pull_back: Graph, push_forward: Graph) -> AtPoint:
     """Return two graphs of one state in parts; ``value`` is the graph ``(*state) → f(x₀)``, with what it shares."""
     graphs = tuple(rewritten(graph, _plain) for graph in (pull_back, push_forward))
+    most = _kept_by_autograd(graphs[0])
+    plain, copies = _parts(value, graphs, most)
+    place = {node: i for i, node in enumerate(plain.once.body.nodes)}
+    for graph, made in zip(graphs, copies, strict=True):
+        factor(graph, {node: place[copy] for node, copy in made.items() if copy in place})
+    return min(plain, _parts(value, graphs, most)[0], key=_cost)
+
+
+def _parts(value: Graph, graphs: tuple[Graph, ...], most: int) -> tuple[AtPoint, list[dict[fx.Node, fx.Node]]]:
+    """Return graphs in parts, with residuals of no more than so many bytes, and which nodes are which of one graph."""
     once, seen = fx.Graph(), dict[Hashable, fx.Node]()
     state = inputs_like(once, "state", value.placeholders)
-    copies = [_merged(once, value, state, seen, set())]
-    copies += [_merged(once, graph, state, seen, dependents(graph.inputs)) for graph in graphs]
+    copies = [dict(zip(graph.placeholders, state, strict=False)) for graph in (value, *graphs)]
+    merge(once, value, copies[0], seen, value.outputs)
+    for graph, made in zip(graphs, copies[1:], strict=True):
+        merge(once, graph, made, seen, _read_by_rest(graph))
     read = {copies[i][n] for i, graph in enumerate(graphs, 1) for n in _read_by_rest(graph)}
-    residuals = _affordable({memory(node) for node in read} - set(state), _kept_by_autograd(graphs[0]))
+    residuals = _affordable({memory(node) for node in read} - set(state), most)
     once.output((*[copies[0][node] for node in value.outputs], *residuals))
     first, second = (_rest(graph, found, state, residuals) for graph, found in zip(graphs, copies[1:], strict=True))
     clean(once)
-    return AtPoint(Graph(once, value.state, value.specialized), (first, second))
+    return AtPoint(Graph(once, value.state, value.specialized), (first, second)), copies[1:]
+
+
+def _cost(parts: AtPoint) -> int:
+    """Return how many bytes are written at a point."""
+    once, *rest = (
+        size(node for node in graph.body.nodes if node.op == "call_function" and packet_of(node) not in VIEWS | LIKE)
+        for graph in (parts.once, *parts.rest)
+    )
+    return once + _CALLS * sum(rest)
 
 
 def _plain(_: fx.Graph, node: Any) -> fx.Node | None:
@@ -61,30 +84,6 @@ def _plain(_: fx.Graph, node: Any) -> fx.Node | None:
 
 def _is_pointwise(node: fx.Node) -> bool:
     return has_tag(node.target, torch.Tag.pointwise)
-
-
-def _merged(
-    once: fx.Graph, graph: Graph, state: list[fx.Node], seen: dict[Hashable, fx.Node], free: set[fx.Node]
-) -> dict[fx.Node, fx.Node]:
-    """Copy the nodes of a graph but those that are free, each equal call once; return the copies."""
-    copies = dict(zip(graph.placeholders, state, strict=False))
-    for node in graph.body.nodes:
-        if node.op == "call_function" and node not in free:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
-            key = node.target, hashable(args), hashable(kwargs)
-            if key not in seen:
-                seen[key] = once.node_copy(node, copies.__getitem__)
-            copies[node] = seen[key]
-    return copies
-
-
-def hashable(value: Any) -> Hashable:
-    """Return arguments of a call as a key: equal calls have equal keys."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(hashable, value))
-    if isinstance(value, dict):
-        return tuple((name, hashable(item)) for name, item in value.items())
-    return type(value), str(value) if isinstance(value, slice) else value  # 1, 1.0 and True are equal, and differ here
 
 
 def _read_by_rest(graph: Graph) -> list[fx.Node]:
@@ -163,7 +162,24 @@ def _rest(graph: Graph, copies: dict[fx.Node, fx.Node], state: list[fx.Node], re
     body.output(tuple(inputs[n] if n in free else of_state(copies[n]) for n in graph.outputs))
     clean(body)
     sources = tuple(Source(_no_value, f"residual {i}", is_private=True) for i in range(len(residuals)))
-    return Graph(body, (*graph.state, *sources), graph.specialized)
+    return rewritten(Graph(body, (*graph.state, *sources), graph.specialized), _added_at_once)
+
+
+def _added_at_once(body: fx.Graph, node: Any) -> fx.Node | None:
+    """Add a product at once."""
+    terms = node.args if node.target is aten.add.Tensor and not node.kwargs else ()
+    if not all(isinstance(a, fx.Node) and a.meta["val"].shape == node.meta["val"].shape for a in terms):
+        return None
+    for term, total in (terms, terms[::-1]) if terms else ():
+        if len(term.users) == 1 and total is not term and is_product(term, total.meta["val"].dtype):
+            return known(body.call_function(aten.addcmul.default, (total, *term.args)), node.meta["val"])
+    return None
+
+
+def is_product(term: Any, dtype: torch.dtype) -> bool:
+    """Return whether a node is a product of two nodes of a dtype."""
+    factors = term.args if term.target is aten.mul.Tensor else ()
+    return bool(factors) and all(isinstance(a, fx.Node) and a.meta["val"].dtype == dtype for a in factors)
 
 
 def _no_value() -> Tensor:

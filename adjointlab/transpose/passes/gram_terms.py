@@ -57,7 +57,7 @@ def value(node: Any) -> Tensor:
     return found if isinstance(found, Tensor) else _SEVERAL
 
 
-def factor_of(node: Any, fixed: Fixed) -> tuple[Any, Any] | None:
+def factor_of(node: Any, fixed: Callable[[Any], bool]) -> tuple[Any, Any] | None:
     """Return the operand and the factor, a node or a number, of a product entry by entry; None for any other node."""
     if node.op != "call_function" or node.kwargs:
         return None

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from adjointlab.transpose.graph.edit import clean, dependents, known, part, reached
+from adjointlab.transpose.graph.edit import clean, dependents, known, merge, part, reached
 from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import VIEWS, packet_of
-from adjointlab.transpose.passes.at_point import hashable, memory, size
+from adjointlab.transpose.passes.at_point import is_product, memory, size
 from adjointlab.transpose.passes.own_outputs import own_outputs
 
 aten = torch.ops.aten
@@ -59,8 +59,8 @@ def sweeps(
     leaves = _placeholders(body, "given", forward.placeholders)
     images = dict(zip(forward.placeholders, leaves, strict=True))
     primals = dict(zip(of_state.placeholders, leaves, strict=False))
-    _copied(body, forward, images, seen, forward.outputs[:count])
-    _copied(body, of_state, primals, seen, [n for n in of_state.body.nodes if n not in free and n.op != "output"])
+    merge(body, forward, images, seen, forward.outputs[:count])
+    merge(body, of_state, primals, seen, [n for n in of_state.body.nodes if n not in free and n.op != "output"])
     residuals = _residuals(primals, free, leaves, n, n + count, moving)
     computed = [node for node in residuals if node not in leaves]
     given = [node for node in residuals if node in leaves]
@@ -95,12 +95,12 @@ def _backwards(
     given = _placeholders(body, "input", inputs)
     v = _placeholders(body, "v", adjoint.inputs)
     images = dict(zip(adjoint.placeholders, [*state, *v], strict=True))
-    _copied(body, adjoint, images, seen, adjoint.outputs)
+    merge(body, adjoint, images, seen, adjoint.outputs)
     made = dict(zip([*residuals, *inputs], [*kept, *given], strict=True))
     copies = {node: made[copy] for node, copy in primals.items() if copy in made}
     copies |= zip(of_state.placeholders[:n], state, strict=True)
     copies |= zip(of_state.inputs[-len(v) :], v, strict=True)
-    _copied(body, of_state, copies, seen, of_state.outputs)
+    merge(body, of_state, copies, seen, of_state.outputs)
     gradients = [copies[node] for node in of_state.outputs]
     varying = dependents([*kept, *given, *v, *(state[i] for i in moving)])
     summed = [node for i, node in zip(chosen, gradients, strict=True) if i not in moving]
@@ -113,7 +113,7 @@ def _backwards(
     ends |= zip(state, _placeholders(last, "state", state), strict=True)
     ends |= zip(terms, _placeholders(last, "sum", terms), strict=True)
     whole = Graph(body, adjoint.state, adjoint.specialized)
-    _copied(last, whole, ends, {}, summed)
+    merge(last, whole, ends, {}, summed)
     last.output(tuple(ends[node] for node in summed))
     clean(body)
     end = own_outputs(Graph(last, adjoint.state, adjoint.specialized))
@@ -124,27 +124,10 @@ def _placeholders(body: fx.Graph, name: str, like: Sequence[fx.Node]) -> list[fx
     return [known(body.placeholder(f"{name}_{i}"), node.meta["val"]) for i, node in enumerate(like)]
 
 
-def _copied(
-    body: fx.Graph, graph: Graph, copies: Copies, seen: dict[Hashable, fx.Node], wanted: Sequence[fx.Node | None]
-) -> None:
-    """Copy what computes some nodes of a graph, from what has a copy already, and each equal call once."""
-    needed = reached(
-        [node for node in wanted if node is not None], lambda node: [] if node in copies else node.all_input_nodes
-    )
-    for node in graph.body.nodes:
-        if node in needed and node not in copies:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
-            key = node.target, hashable(args), hashable(kwargs)
-            if key not in seen:
-                seen[key] = body.node_copy(node, copies.__getitem__)
-            copies[node] = seen[key]
-
-
 def _added(body: fx.Graph, total: fx.Node, term: fx.Node) -> fx.Node:
     """Add a term to a sum, at once where it is a product."""
     value = total.meta["val"]
-    factors = term.args if term.target is aten.mul.Tensor else ()
-    if factors and all(isinstance(a, fx.Node) and a.meta["val"].dtype == value.dtype for a in factors):
+    if is_product(term, value.dtype):
         return known(body.call_function(aten.addcmul.default, (total, *term.args)), value)
     return known(body.call_function(aten.add.Tensor, (total, term)), value)
 

@@ -236,16 +236,28 @@ class Residuals:
 
     def __init__(self, program: Program, state: Sequence[Source], count: int, reference: Graph) -> None:
         self._program, self._count, self._reference = program, count, reference
-        self._private = frozenset(i for i, source in enumerate(state) if source.is_private)
-        self._last = max(self._private)
+        self._private = [i for i, source in enumerate(state) if source.is_private]
+        self._others = [i for i, source in enumerate(state) if not source.is_private]
+        self._seen: list[Tensor] | None = None  # copies of the others, one for all points
         self._kept = WeakIdKeyDictionary()  # by a tensor of the point, as long as that lives
 
     def _of(self, state: Tensors) -> Tensors:
-        found = self._kept.get(state[self._last])
-        if found is None:
-            found = _kept(self._program.run, tuple(range(len(state))), self._private, dear=False)
-            self._kept[state[self._last]] = found
-        return found(state, ())  # type: ignore[no-any-return]
+        if is_captured(state[0]):
+            return self._program.run(*state)
+        point, seen = [state[i] for i in self._private], self._seen
+        if seen is None or not self._is_same(seen, state):
+            seen = self._seen = [_copy(state[i]) for i in self._others]  # before the rest: a thread may change them
+        found = self._kept.get(point[-1])
+        if found is not None and found[0] is seen and all(ref() is t for ref, t in zip(found[1], point, strict=True)):
+            return found[2]  # type: ignore[no-any-return]
+        with torch.inference_mode(False), torch.no_grad():
+            outputs = tuple(self._program.run(*state))
+        if self._is_same(seen, state):
+            self._kept[point[-1]] = seen, list(map(weakref.ref, point)), outputs
+        return outputs
+
+    def _is_same(self, seen: list[Tensor], state: Tensors) -> bool:
+        return all(same(state[i], copy) for i, copy in zip(self._others, seen, strict=True))
 
     def forget(self) -> None:
         """Free what was computed."""

@@ -131,5 +131,3 @@ def test_compiled_programs_are_not_asked_about() -> None:
     assert any(node.target is accumulate for node in program.graph.body.nodes)
     with pytest.raises(AssertionError, match="asked"):
         program_of(graph, options=Options(choose_sum=refuse), mode="lowered")
-    whole = program_of(graph, options=Options(choose_sum=None), mode="lowered")
-    assert not any(node.target is accumulate for node in whole.graph.body.nodes)
