@@ -39,6 +39,7 @@ _VIEWS_OR_COPIES: dict[Any, Callable[..., Any]] = {
     aten.view.default: torch.reshape,
     aten._unsafe_view.default: torch.reshape,
 }
+_FRESH = {"convolution", "_fft_c2c"}  # whose results nothing else looks at
 _IN_PLACE = {torch.add: torch.Tensor.add_, torch.sub: torch.Tensor.sub_, torch.mul: torch.Tensor.mul_}
 
 
@@ -168,8 +169,9 @@ def builtin(node: fx.Node) -> fx.Node:
     target, first = node.target, node.args[0] if node.args else None
     parts = [*first] if isinstance(first, (list, tuple)) else [first]
     has_none = any(isinstance(given, (list, tuple)) and None in given for given in node.args)
-    if isinstance(target, torch._ops.OpOverload) and any(isinstance(part, fx.Node) for part in parts) and not has_none:
-        function = getattr(torch, op_name(target), None) if target.namespace == "aten" else None
+    is_tensor = any(isinstance(part, fx.Node) for part in parts)
+    if is_tensor and not has_none and getattr(target, "namespace", "") == "aten":
+        function = getattr(torch, op_name(target), None)
         node.target = _VIEWS_OR_COPIES.get(target) or (function if inspect.isbuiltin(function) else target)
     return node
 
@@ -178,7 +180,7 @@ def _in_place(part: fx.Graph) -> None:
     """Have sums and products written to the result of a convolution that nothing else reads: fresh memory is slow."""
     own: set[Any] = set()  # results in memory that nothing else looks at
     for node in part.nodes:
-        if node.target in {torch.convolution, torch._fft_c2c} or bound(node.target):
+        if op_name(node.target) in _FRESH or bound(node.target):
             own.add(node)
         elif node.target in _IN_PLACE and not node.kwargs and isinstance(node.args[1], fx.Node):
             first, result = (n.meta["val"] for n in (node.args[0], node))
