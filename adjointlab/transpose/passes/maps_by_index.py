@@ -8,7 +8,6 @@ products with one small matrix for each dimension.
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import op_name, packet_of
 from adjointlab.transpose.kernels import separable, sparse_map
 from adjointlab.transpose.kernels.select import MapChooser, Run
+from adjointlab.transpose.passes.along import along_one
 from adjointlab.transpose.passes.partition import HasNoPiecesError, extract, roots_of, value_of_state
 from adjointlab.transpose.passes.rows import NotByIndexError, TooLargeError
 from adjointlab.transpose.passes.sparse_rows import RULES, Sparse
@@ -46,6 +46,10 @@ class Batch(NamedTuple):
 
     dims: int
     trails: bool
+    ends: bool  # whether they are the last of the result
+
+
+_ALONE = Batch(0, trails=False, ends=False)
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,13 @@ def maps_by_index(
         if node in dependent and packet_of(node) in separable.SEPARABLE and _suits(node):
             _factored(mapped, node, choose, most_entries)
     clean(mapped.body)  # what was replaced is no part of a region
-    for region in regions(mapped):
+    along = parts(mapped)
+    for region in reversed(along):  # what a later one reads is still there
         _mapped(mapped, region, choose, most_entries)
+    clean(mapped.body)
+    for region in regions(mapped):
+        if region not in along:
+            _mapped(mapped, region, choose, most_entries)
     clean(mapped.body)
     return mapped
 
@@ -152,7 +161,7 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
     function = region.function(graph)
     with torch.no_grad():
         values = tuple(value_of_state(graph, node)(*state)[0] for node in region.coefficients)
-    x, batch, said = _random(value), Batch(0, trails=False), "not clearly faster than PyTorch's own"
+    x, batch, said = _random(value), _ALONE, "not clearly faster than PyTorch's own"
     ready: list[Any] = []
 
     def ways() -> dict[Run, Callable[[], object]]:
@@ -165,7 +174,8 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
         before = tuple(v if node in private else v.clone() for v, node in zip(values, region.coefficients, strict=True))
         ready.append((before, matrix))
 
-        found = sparse_map.ways(target.shape, batch.dims, trails=batch.trails)
+        count = value.numel() // matrix.shape[1]
+        found = sparse_map.ways(target.shape, count, trails=batch.trails, ends=batch.ends)
         return {run: functools.partial(run, x, matrix) for run in found}
 
     with torch.no_grad():
@@ -218,25 +228,28 @@ def _are_same(values: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
 
 def _made(function: Any, region: Region, values: Sequence[Tensor], limit: int) -> tuple[Batch, Tensor]:
     """Return which dimensions a region leaves alone, and its matrix for each place of these."""
-    source, result = region.source.meta["val"].shape, region.result.meta["val"].shape
-    for batch in [*_shared(source, result, trails=False), *_shared(source, result, trails=True)]:
+    for batch in _shared(region.source.meta["val"].shape, region.result.meta["val"].shape):
         try:
             return batch, _matrix(function, region, values, batch, limit)
         except TooLargeError:
             raise
         except NotByIndexError:
             continue
-    batch = Batch(0, trails=False)
-    return batch, _matrix(function, region, values, batch, limit)
+    return _ALONE, _matrix(function, region, values, _ALONE, limit)
 
 
-def _shared(source: Sequence[int], result: Sequence[int], *, trails: bool) -> list[Batch]:
+def _shared(source: Sequence[int], result: Sequence[int]) -> list[Batch]:
     """Return the batches that a region may have, the largest first; dimensions of size one change nothing."""
-    pairs = list(zip(reversed(source), reversed(result), strict=False) if trails else zip(source, result, strict=False))
-    if len(source) == len(result):
-        pairs.pop()  # it is not all batch
-    same_sizes = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-    return [Batch(k, trails=trails) for k in range(same_sizes, 0, -1) if pairs[k - 1][0] > 1]
+    found = []
+    most = min(len(source), len(result)) - (len(source) == len(result))  # it is not all batch
+    for trails, ends in ((False, False), (True, True), (False, True), (True, False)):
+        for k in range(most, 0, -1):
+            sides = [
+                shape[len(shape) - k :] if last else shape[:k] for shape, last in ((source, trails), (result, ends))
+            ]
+            if sides[0] == sides[1] and sides[0][0 if trails else -1] > 1:
+                found.append(Batch(k, trails, ends))
+    return found
 
 
 def _matrix(function: Any, region: Region, values: Sequence[Tensor], batch: Batch, limit: int) -> Tensor:
@@ -249,12 +262,21 @@ def _matrix(function: Any, region: Region, values: Sequence[Tensor], batch: Batc
         # Torch's own of an operation with arguments that it does not take from such a tensor.
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise NotByIndexError(f"not composed ({type(error).__name__}: {error})") from error
-        if not isinstance(found, Sparse) or found.trails is not one.trails:
+        if not isinstance(found, Sparse) or found.trails is not batch.ends:
             raise NotByIndexError("not a function of the input for each place of the batch")
         rows = found.rows.compact(one.core)
         if region.is_naive and bool((rows.counts > _LONG).any()):
             raise NotByIndexError(f"less accurate: sums of more than {_LONG:,} terms")
     return sparse_map.csr(rows.start, rows.column, rows.value, one.core)
+
+
+def parts(graph: Graph) -> list[Region]:
+    """Return the parts of a graph that act by index along one dimension."""
+    dependent = dependents(graph.inputs)
+    nodes = [node for node in graph.body.nodes if node in dependent and _is_allowed(node)]
+    if _BY_INDEX.isdisjoint(map(packet_of, nodes)):
+        return []
+    return along_one(nodes, dependent, lambda group: _region(group, dependent))
 
 
 def regions(graph: Graph) -> list[Region]:
