@@ -264,7 +264,7 @@ def _matrix(function: Any, region: Region, values: Sequence[Tensor], batch: Batc
             raise NotByIndexError(f"not composed ({type(error).__name__}: {error})") from error
         if not isinstance(found, Sparse) or found.trails is not batch.ends:
             raise NotByIndexError("not a function of the input for each place of the batch")
-        rows = found.rows.compact(one.core)
+        rows = found.rows.smaller(one.core)
         if region.is_naive and bool((rows.counts > _LONG).any()):
             raise NotByIndexError(f"less accurate: sums of more than {_LONG:,} terms")
     return sparse_map.csr(rows.start, rows.column, rows.value, one.core)
