@@ -27,6 +27,17 @@ def csr(start: Tensor, column: Tensor, value: Tensor, columns: int) -> Tensor:
     return torch.sparse_csr_tensor(start.to(index), column.to(index), value, shape, check_invariants=False)
 
 
+def without_entries(matrix: Tensor) -> Tensor:
+    """Return the places of a matrix alone."""
+    return with_entries(matrix, matrix.values().new_zeros(()).expand_as(matrix.values()))
+
+
+def with_entries(matrix: Tensor, values: Tensor) -> Tensor:
+    """Return a matrix with other entries, which are read where they are."""
+    parts = matrix.crow_indices(), matrix.col_indices(), values.reshape(-1).resolve_conj().resolve_neg()
+    return torch.sparse_csr_tensor(*parts, matrix.shape, check_invariants=False)
+
+
 def csr_of(matrix: Tensor) -> Tensor:
     """Return a dense matrix as CSR."""
     row, column = matrix.nonzero(as_tuple=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ _BY_INDEX = {
     aten.embedding, aten.embedding_dense_backward, aten.im2col, aten.col2im,
 }  # fmt: skip
 _SAMPLED_BACK = {aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward}
+_MANY = 1 << 16  # entries that are read where they are: to compare them at each call takes longer
 _LONG = 4096  # terms of a sum, which a product adds one by one
 _DTYPES = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 
@@ -163,33 +164,61 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
         values = tuple(value_of_state(graph, node)(*state)[0] for node in region.coefficients)
     x, batch, said = _random(value), _ALONE, "not clearly faster than PyTorch's own"
     ready: list[Any] = []
+    read: int | None = None  # the coefficient that is the entries of the matrix, in their order
 
     def ways() -> dict[Run, Callable[[], object]]:
-        nonlocal batch, said
+        nonlocal batch, said, read
         try:
             batch, matrix = _made(function, region, values, limit)
         except NotByIndexError as error:
             said = str(error)
             return {}
-        before = tuple(v if node in private else v.clone() for v, node in zip(values, region.coefficients, strict=True))
-        ready.append((before, matrix))
+        read = next((i for i, v in enumerate(values) if _is_read(matrix, v)), None)
+        pairs = zip(values, region.coefficients, strict=True)
+        before = [v if n in private else v.clone() for v, n in _without(read, pairs)]
+        ready.append((before, matrix if read is None else sparse_map.without_entries(matrix)))
 
         count = value.numel() // matrix.shape[1]
         found = sparse_map.ways(target.shape, count, trails=batch.trails, ends=batch.ends)
         return {run: functools.partial(run, x, matrix) for run in found}
 
     with torch.no_grad():
-        run = choose(lambda: function(x, *values), ways, x.device, lambda: _are_same(values, ready[0][0]))
+        run = choose(
+            lambda: function(x, *values), ways, x.device, lambda: _are_same(_without(read, values), ready[0][0])
+        )
     if run is None:
         if ready or "memory" in said:
             region.result.meta["account"] = f"native, for {region.name}: a sparse map is {said}"
         return
     account = f"{_described(ready[0][1])}, for {region.name}"
-    prepack = _prepack(lambda *values: _matrix(function, region, values, batch, limit), ready)
+
+    def make(*given: Tensor) -> Tensor:
+        if read is None:
+            return _matrix(function, region, given, batch, limit)
+        stand_in = torch.ones_like(values[read])
+        matrix = _matrix(function, region, (*given[:read], stand_in, *given[read:]), batch, limit)
+        if not _is_read(matrix, stand_in):
+            raise NotByIndexError("entries are in another order")
+        return sparse_map.without_entries(matrix)
+
     with graph.body.inserting_before(region.result):
-        kept = known(graph.body.call_function(prepack, tuple(region.coefficients)), target)
+        coefficients = tuple(_without(read, region.coefficients))
+        kept = known(graph.body.call_function(_prepack(make, ready), coefficients), target)
+        if read is not None:
+            kept = known(graph.body.call_function(sparse_map.with_entries, (kept, region.coefficients[read])), target)
     entries = ready[0][1].values().numel() * (value.numel() // ready[0][1].shape[1])
     _put(graph, region.result, run, region.source, kept, account=account, entries=entries)
+
+
+def _is_read(matrix: Tensor, coefficient: Tensor) -> bool:
+    """Return whether the entries of a matrix are those of a coefficient where they are, and worth to be left there."""
+    entries = matrix.values()
+    is_same = entries.data_ptr() == coefficient.data_ptr() and entries.numel() == coefficient.numel()
+    return is_same and entries.dtype is coefficient.dtype and entries.numel() > _MANY
+
+
+def _without(i: int | None, items: Iterable[Any]) -> list[Any]:
+    return [item for j, item in enumerate(items) if j != i]
 
 
 def _watched(graph: Graph, region: Region) -> set[fx.Node]:
@@ -267,7 +296,8 @@ def _matrix(function: Any, region: Region, values: Sequence[Tensor], batch: Batc
         rows = found.rows.smaller(one.core)
         if region.is_naive and bool((rows.counts > _LONG).any()):
             raise NotByIndexError(f"less accurate: sums of more than {_LONG:,} terms")
-    return sparse_map.csr(rows.start, rows.column, rows.value, one.core)
+    entries = rows.value.clone() if len(rows.value) <= _MANY else rows.value  # which may be a coefficient
+    return sparse_map.csr(rows.start, rows.column, entries, one.core)
 
 
 def parts(graph: Graph) -> list[Region]:

@@ -31,10 +31,13 @@ class Rows:
     value: Tensor
     most: int = 1 << 62  # entries that it may have
     is_single: bool = False  # whether it is known that each row has one entry
+    is_one: bool = False  # whether it is known that all entries are one
 
-    def of(self, start: Tensor, column: Tensor, value: Tensor, *, is_single: bool = False) -> Rows:
+    def of(
+        self, start: Tensor, column: Tensor, value: Tensor, *, is_single: bool = False, is_one: bool = False
+    ) -> Rows:
         """Return another matrix with the same limit."""
-        return Rows(start, column, value, self.most, is_single)
+        return Rows(start, column, value, self.most, is_single, is_one)
 
     @property
     def counts(self) -> Tensor:
@@ -49,16 +52,18 @@ class Rows:
 
     def take(self, index: Tensor) -> Rows:
         """Return the matrix of the rows with the given numbers, empty for −1."""
+        if len(index) == len(self.start) - 1 and torch.equal(index, torch.arange(len(index)).to(index)):
+            return self
         if self.is_single and bool((index >= 0).all()):
             self.check(len(index))
             start = torch.arange(len(index) + 1, device=index.device)
-            return self.of(start, *self._at(index), is_single=True)
+            return self.of(start, *self._at(index), is_single=True, is_one=self.is_one)
         counts = self.counts[index].masked_fill_(index < 0, 0)
         start = starts(counts)
         self.check(int(start[-1]))
         first = (self.start[index] - start[:-1]).to(self.column.dtype).repeat_interleave(counts)
         entries = first.add_(torch.arange(len(first), device=first.device, dtype=first.dtype))
-        return self.of(start, *self._at(entries))
+        return self.of(start, *self._at(entries), is_one=self.is_one)
 
     def _at(self, entries: Tensor) -> tuple[Tensor, Tensor]:
         """Return columns and values of some entries, by the door that is two to three times as fast."""
@@ -70,8 +75,10 @@ class Rows:
             raise TooLargeError(f"too large for memory: more than {self.most:,} entries")
 
     def scaled(self, factor: Tensor) -> Rows:
-        """Return the matrix with each row times a factor."""
-        return self.of(self.start, self.column, self.value * self._for_each(factor), is_single=self.is_single)
+        """Return the matrix with each row times a factor; the factors themselves where it has ones."""
+        each = self._for_each(factor.resolve_conj().resolve_neg())
+        value = each if self.is_one else self.value * each
+        return self.of(self.start, self.column, value, is_single=self.is_single)
 
     def _for_each(self, rows: Tensor) -> Tensor:
         return rows if self.is_single else rows.repeat_interleave(self.counts)
@@ -81,9 +88,9 @@ class Rows:
         target = self._for_each(target.to(self.column.dtype))
         start = starts(torch.bincount(target, minlength=count))
         if bool((target[1:] >= target[:-1]).all()):
-            return self.of(start, self.column, self.value)
+            return self.of(start, self.column, self.value, is_one=self.is_one)
         order = target.argsort(stable=True)
-        return self.of(start, *self._at(order))
+        return self.of(start, *self._at(order), is_one=self.is_one)
 
     def applied(self, other: Rows) -> Rows:
         """Return the product: this matrix times another."""
@@ -96,7 +103,7 @@ class Rows:
 
     def merged(self, count: int) -> Rows:
         """Return the matrix in which each ``count`` rows that follow one another are added."""
-        return self.of(self.start[::count].contiguous(), self.column, self.value)
+        return self.of(self.start[::count].contiguous(), self.column, self.value, is_one=self.is_one)
 
     def transposed(self, columns: int) -> Rows:
         """Return the transpose of a matrix with a number of columns."""
@@ -116,7 +123,7 @@ class Rows:
         """Return the compact matrix, or this one where some blocks say that it has hardly more entries."""
         blocks = _blocks(self.start)
         tried = blocks[:: max(1, len(blocks) // _TRIED)]
-        left = sum(len(self._compact(*block, columns)[1]) for block in tried) if len(blocks) > 2 * _TRIED else 0
+        left = sum(len(self._compact(*block, columns)[1]) for block in tried)
         is_lean = left > _HARDLY * sum(int(self.start[last] - self.start[first]) for first, last in tried)
         return self if is_lean else self.compact(columns)
 
