@@ -23,47 +23,57 @@ Dims = tuple[int, ...]
 T = TypeVar("T")
 
 
-def along_one(nodes: list[fx.Node], dependent: set[fx.Node], accept: Callable[[list[fx.Node]], T | None]) -> list[T]:
-    """Return the largest parts that are accepted of what values are computed to along one dimension alone."""
+def along_one(
+    nodes: list[fx.Node], seeds: set[fx.Node], dependent: set[fx.Node], accept: Callable[[list[fx.Node]], T | None]
+) -> list[T]:
+    """Return parts that are accepted: nodes, seeds among them, that compute one value from another along one dimension.
+
+    No two have a node in common.
+    """
     passed = functools.cache(lambda node, dim: _passed(node, dim, dependent))
-    found, taken = list[T](), set[fx.Node]()
+    order = {node: i for i, node in enumerate(nodes)}
+    found = list[T]()
     for source in dict.fromkeys(o for node in nodes for o in node.all_input_nodes if o in dependent):
         value = source.meta["val"]
         long = [d for d, n in enumerate(value.shape) if n > 1] if isinstance(value, Tensor) else []
-        if source in taken or len(long) < 2:
+        if len(long) < 2:
             continue
-        after = nodes[nodes.index(source) + 1 :] if source in nodes else nodes
-        grown = [_grown(source, tuple(d for d in long if d != dim), after, dependent, passed) for dim in long]
+        grown = [_grown(source, tuple(d for d in long if d != dim), order, dependent, passed) for dim in long]
         group = max(grown, key=len)
-        for end in reversed(group):
+        for end in reversed(group if not seeds.isdisjoint(group) else []):
             part = _before(end, group)
             one = accept(part)
             if one is not None:
                 found.append(one)
-                taken.update(part[:-1])
+                for node in part:
+                    del order[node]
                 break
     return found
 
 
 def _before(end: fx.Node, group: list[fx.Node]) -> list[fx.Node]:
     """Return the nodes of a group that a node of it is computed from, and itself."""
-    inside = reached([end], lambda node: [n for n in node.all_input_nodes if n in group])
+    every = set(group)
+    inside = reached([end], lambda node: [n for n in node.all_input_nodes if n in every])
     return [node for node in group if node in inside]
 
 
 def _grown(
-    source: fx.Node, dims: Dims, nodes: list[fx.Node], dependent: set[fx.Node],
+    source: fx.Node, dims: Dims, order: dict[fx.Node, int], dependent: set[fx.Node],
     passed: Callable[[fx.Node, int], dict[fx.Node, int]],
 ) -> list[fx.Node]:  # fmt: skip
     """Return the nodes that depend on the input through a value alone, some dimensions of which pass them."""
-    at = {source: dims}
-    for node in nodes:
+    at, pending = {source: dims}, {node for node in source.users if node in order}
+    while pending:
+        node = min(pending, key=order.__getitem__)  # what it reads is decided
+        pending.remove(node)
         operands = [n for n in node.all_input_nodes if n in dependent]
         if all(n in at for n in operands) and isinstance(node.meta["val"], Tensor):
             places = [tuple(passed(node, d).get(n) for n in operands) for d in range(node.meta["val"].ndim)]
             wanted = list(zip(*[at[n] for n in operands], strict=True))
             if set(wanted) <= set(places):
                 at[node] = tuple(map(places.index, wanted))
+                pending.update(user for user in node.users if user in order)
     return list(at)[1:]
 
 

@@ -304,9 +304,8 @@ def parts(graph: Graph) -> list[Region]:
     """Return the parts of a graph that act by index along one dimension."""
     dependent = dependents(graph.inputs)
     nodes = [node for node in graph.body.nodes if node in dependent and _is_allowed(node)]
-    if _BY_INDEX.isdisjoint(map(packet_of, nodes)):
-        return []
-    return along_one(nodes, dependent, lambda group: _region(group, dependent))
+    seeds = {node for node in nodes if packet_of(node) in _BY_INDEX}
+    return along_one(nodes, seeds, dependent, lambda group: _region(group, dependent)) if seeds else []
 
 
 def regions(graph: Graph) -> list[Region]:
