@@ -21,6 +21,7 @@ _UPSAMPLED = (
 )  # fmt: skip
 _POOLED = ("avg_pool2d", "avg_pool3d")
 _ADAPTED = ("_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
+_SPARSE = 128  # times as many entries a dense matrix may have, that multiplies as fast
 _SMALL = 1 << 20  # entries of an identity that may be more than those of the image
 
 # Operations that interpolate or pool, with the name of the forward one; and their transposes.
@@ -122,15 +123,31 @@ def ways(
             place.copy_(product(image, images))
         return found
 
+    corner = tuple([0 if any(dim == d for d, _ in parts) else slice(None) for dim in range(len(shape))])
+
+    def small_products(x: Tensor) -> Tensor:
+        found = x
+        for dim, matrix in order:
+            lead, trail = found.shape[:dim], found.shape[dim + 1 :]
+            if trail:
+                found = (matrix @ found.reshape(math.prod(lead), -1, math.prod(trail))).reshape(*lead, -1, *trail)
+            else:
+                found = found @ matrix.mT
+        # Where an entry of x is not finite, nothing is in its line of a product with a dense matrix.
+        return found if math.isfinite(abs(found[corner].sum().item())) else sparse_products(x)
+
     def repeats(x: Tensor) -> Tensor:
         for (dim, _), (times, factor) in zip(parts, regular, strict=True):  # type: ignore[misc]
             x = (x * factor).repeat_interleave(times, dim) if times > 1 else x
         return x
 
-    for way in (sparse_products, sparse_products_each):
-        way.kept = [matrix for _, matrix in matrices]  # type: ignore[attr-defined]  # for the account of memory
+    kept = [matrix for _, matrix in matrices]  # for the account of memory
+    for way in (sparse_products, sparse_products_each, small_products):
+        way.kept = [*kept, *([m for _, m in order] if way is small_products else [])]  # type: ignore[attr-defined]
     found: list[Callable[[Tensor], Tensor]] = [repeats] if all(regular) else []
-    return [*found, sparse_products, *([sparse_products_each] if math.prod(shape[:images]) > 1 else [])]
+    several = math.prod(shape[:images]) > 1
+    small = all(m.is_cpu and m.numel() <= _SPARSE * int(m.count_nonzero()) for _, m in parts)
+    return [*found, sparse_products, *([sparse_products_each] * several), *([small_products] * small)]
 
 
 def _repeats(matrix: Tensor) -> tuple[int, float] | None:

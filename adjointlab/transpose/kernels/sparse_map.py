@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,6 +27,17 @@ def csr(start: Tensor, column: Tensor, value: Tensor, columns: int) -> Tensor:
     return torch.sparse_csr_tensor(start.to(index), column.to(index), value, shape, check_invariants=False)
 
 
+def without_entries(matrix: Tensor) -> Tensor:
+    """Return the places of a matrix alone."""
+    return with_entries(matrix, matrix.values().new_zeros(()).expand_as(matrix.values()))
+
+
+def with_entries(matrix: Tensor, values: Tensor) -> Tensor:
+    """Return a matrix with other entries, which are read where they are."""
+    parts = matrix.crow_indices(), matrix.col_indices(), values.reshape(-1).resolve_conj().resolve_neg()
+    return torch.sparse_csr_tensor(*parts, matrix.shape, check_invariants=False)
+
+
 def csr_of(matrix: Tensor) -> Tensor:
     """Return a dense matrix as CSR."""
     row, column = matrix.nonzero(as_tuple=True)
@@ -35,10 +45,15 @@ def csr_of(matrix: Tensor) -> Tensor:
     return csr(start, column, matrix[row, column], matrix.shape[1])
 
 
-def ways(shape: Sequence[int], batch_dims: int, *, trails: bool = False) -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """Return functions of x and a matrix: the product for each place of leading or trailing dimensions, of a shape."""
+def ways(
+    shape: Sequence[int], count: int = 1, *, trails: bool = False, ends: bool = False
+) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """Return functions of x and a matrix: the product, of a shape, for each of ``count`` places.
+
+    These are the leading dimensions of x or, where they ``trail``, the last, and so of the result where they ``end``
+    it.
+    """
     shape = tuple(shape)
-    count = math.prod(shape[len(shape) - batch_dims :] if trails else shape[:batch_dims])
 
     def sparse_map(x: Tensor, matrix: Tensor) -> Tensor:
         return (matrix @ x.reshape(-1)).reshape(shape)
@@ -49,15 +64,13 @@ def ways(shape: Sequence[int], batch_dims: int, *, trails: bool = False) -> list
             torch.mv(matrix, source, out=into)
         return found
 
-    def sparse_map_transposed(x: Tensor, matrix: Tensor) -> Tensor:
-        return (matrix @ x.reshape(count, -1).mT).mT.reshape(shape)
-
     def sparse_map_columns(x: Tensor, matrix: Tensor) -> Tensor:
-        return (matrix @ x.reshape(-1, count)).reshape(shape)
+        found = matrix @ (x.reshape(-1, count) if trails else x.reshape(count, -1).mT)
+        return (found if ends else found.mT).reshape(shape)
 
-    if trails and count > 1:
-        return [sparse_map_columns]
-    return [sparse_map] if count == 1 else [sparse_map_each, sparse_map_transposed]
+    if count == 1:
+        return [sparse_map]
+    return [sparse_map_columns] if trails or ends else [sparse_map_each, sparse_map_columns]
 
 
 def most_entries(like: Tensor) -> int:

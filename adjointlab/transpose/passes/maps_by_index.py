@@ -8,9 +8,8 @@ products with one small matrix for each dimension.
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from adjointlab.transpose.graph.ir import Graph
 from adjointlab.transpose.graph.ops import op_name, packet_of
 from adjointlab.transpose.kernels import separable, sparse_map
 from adjointlab.transpose.kernels.select import MapChooser, Run
+from adjointlab.transpose.passes.along import along_one
 from adjointlab.transpose.passes.partition import HasNoPiecesError, extract, roots_of, value_of_state
 from adjointlab.transpose.passes.rows import NotByIndexError, TooLargeError
 from adjointlab.transpose.passes.sparse_rows import RULES, Sparse
@@ -37,6 +37,7 @@ _BY_INDEX = {
     aten.embedding, aten.embedding_dense_backward, aten.im2col, aten.col2im,
 }  # fmt: skip
 _SAMPLED_BACK = {aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward}
+_MANY = 1 << 16  # entries that are read where they are: to compare them at each call takes longer
 _LONG = 4096  # terms of a sum, which a product adds one by one
 _DTYPES = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 
@@ -46,6 +47,10 @@ class Batch(NamedTuple):
 
     dims: int
     trails: bool
+    ends: bool  # whether they are the last of the result
+
+
+_ALONE = Batch(0, trails=False, ends=False)
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,13 @@ def maps_by_index(
         if node in dependent and packet_of(node) in separable.SEPARABLE and _suits(node):
             _factored(mapped, node, choose, most_entries)
     clean(mapped.body)  # what was replaced is no part of a region
-    for region in regions(mapped):
+    along = parts(mapped)
+    for region in reversed(along):  # what a later one reads is still there
         _mapped(mapped, region, choose, most_entries)
+    clean(mapped.body)
+    for region in regions(mapped):
+        if region not in along:
+            _mapped(mapped, region, choose, most_entries)
     clean(mapped.body)
     return mapped
 
@@ -152,34 +162,63 @@ def _mapped(graph: Graph, region: Region, choose: MapChooser, most_entries: Call
     function = region.function(graph)
     with torch.no_grad():
         values = tuple(value_of_state(graph, node)(*state)[0] for node in region.coefficients)
-    x, batch, said = _random(value), Batch(0, trails=False), "not clearly faster than PyTorch's own"
+    x, batch, said = _random(value), _ALONE, "not clearly faster than PyTorch's own"
     ready: list[Any] = []
+    read: int | None = None  # the coefficient that is the entries of the matrix, in their order
 
     def ways() -> dict[Run, Callable[[], object]]:
-        nonlocal batch, said
+        nonlocal batch, said, read
         try:
             batch, matrix = _made(function, region, values, limit)
         except NotByIndexError as error:
             said = str(error)
             return {}
-        before = tuple(v if node in private else v.clone() for v, node in zip(values, region.coefficients, strict=True))
-        ready.append((before, matrix))
+        read = next((i for i, v in enumerate(values) if _is_read(matrix, v)), None)
+        pairs = zip(values, region.coefficients, strict=True)
+        before = [v if n in private else v.clone() for v, n in _without(read, pairs)]
+        ready.append((before, matrix if read is None else sparse_map.without_entries(matrix)))
 
-        found = sparse_map.ways(target.shape, batch.dims, trails=batch.trails)
+        count = value.numel() // matrix.shape[1]
+        found = sparse_map.ways(target.shape, count, trails=batch.trails, ends=batch.ends)
         return {run: functools.partial(run, x, matrix) for run in found}
 
     with torch.no_grad():
-        run = choose(lambda: function(x, *values), ways, x.device, lambda: _are_same(values, ready[0][0]))
+        run = choose(
+            lambda: function(x, *values), ways, x.device, lambda: _are_same(_without(read, values), ready[0][0])
+        )
     if run is None:
         if ready or "memory" in said:
             region.result.meta["account"] = f"native, for {region.name}: a sparse map is {said}"
         return
     account = f"{_described(ready[0][1])}, for {region.name}"
-    prepack = _prepack(lambda *values: _matrix(function, region, values, batch, limit), ready)
+
+    def make(*given: Tensor) -> Tensor:
+        if read is None:
+            return _matrix(function, region, given, batch, limit)
+        stand_in = torch.ones_like(values[read])
+        matrix = _matrix(function, region, (*given[:read], stand_in, *given[read:]), batch, limit)
+        if not _is_read(matrix, stand_in):
+            raise NotByIndexError("entries are in another order")
+        return sparse_map.without_entries(matrix)
+
     with graph.body.inserting_before(region.result):
-        kept = known(graph.body.call_function(prepack, tuple(region.coefficients)), target)
+        coefficients = tuple(_without(read, region.coefficients))
+        kept = known(graph.body.call_function(_prepack(make, ready), coefficients), target)
+        if read is not None:
+            kept = known(graph.body.call_function(sparse_map.with_entries, (kept, region.coefficients[read])), target)
     entries = ready[0][1].values().numel() * (value.numel() // ready[0][1].shape[1])
     _put(graph, region.result, run, region.source, kept, account=account, entries=entries)
+
+
+def _is_read(matrix: Tensor, coefficient: Tensor) -> bool:
+    """Return whether the entries of a matrix are those of a coefficient where they are, and worth to be left there."""
+    entries = matrix.values()
+    is_same = entries.data_ptr() == coefficient.data_ptr() and entries.numel() == coefficient.numel()
+    return is_same and entries.dtype is coefficient.dtype and entries.numel() > _MANY
+
+
+def _without(i: int | None, items: Iterable[Any]) -> list[Any]:
+    return [item for j, item in enumerate(items) if j != i]
 
 
 def _watched(graph: Graph, region: Region) -> set[fx.Node]:
@@ -218,25 +257,28 @@ def _are_same(values: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
 
 def _made(function: Any, region: Region, values: Sequence[Tensor], limit: int) -> tuple[Batch, Tensor]:
     """Return which dimensions a region leaves alone, and its matrix for each place of these."""
-    source, result = region.source.meta["val"].shape, region.result.meta["val"].shape
-    for batch in [*_shared(source, result, trails=False), *_shared(source, result, trails=True)]:
+    for batch in _shared(region.source.meta["val"].shape, region.result.meta["val"].shape):
         try:
             return batch, _matrix(function, region, values, batch, limit)
         except TooLargeError:
             raise
         except NotByIndexError:
             continue
-    batch = Batch(0, trails=False)
-    return batch, _matrix(function, region, values, batch, limit)
+    return _ALONE, _matrix(function, region, values, _ALONE, limit)
 
 
-def _shared(source: Sequence[int], result: Sequence[int], *, trails: bool) -> list[Batch]:
+def _shared(source: Sequence[int], result: Sequence[int]) -> list[Batch]:
     """Return the batches that a region may have, the largest first; dimensions of size one change nothing."""
-    pairs = list(zip(reversed(source), reversed(result), strict=False) if trails else zip(source, result, strict=False))
-    if len(source) == len(result):
-        pairs.pop()  # it is not all batch
-    same_sizes = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-    return [Batch(k, trails=trails) for k in range(same_sizes, 0, -1) if pairs[k - 1][0] > 1]
+    found = []
+    most = min(len(source), len(result)) - (len(source) == len(result))  # it is not all batch
+    for trails, ends in ((False, False), (True, True), (False, True), (True, False)):
+        for k in range(most, 0, -1):
+            sides = [
+                shape[len(shape) - k :] if last else shape[:k] for shape, last in ((source, trails), (result, ends))
+            ]
+            if sides[0] == sides[1] and sides[0][0 if trails else -1] > 1:
+                found.append(Batch(k, trails, ends))
+    return found
 
 
 def _matrix(function: Any, region: Region, values: Sequence[Tensor], batch: Batch, limit: int) -> Tensor:
@@ -249,12 +291,21 @@ def _matrix(function: Any, region: Region, values: Sequence[Tensor], batch: Batc
         # Torch's own of an operation with arguments that it does not take from such a tensor.
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise NotByIndexError(f"not composed ({type(error).__name__}: {error})") from error
-        if not isinstance(found, Sparse) or found.trails is not one.trails:
+        if not isinstance(found, Sparse) or found.trails is not batch.ends:
             raise NotByIndexError("not a function of the input for each place of the batch")
-        rows = found.rows.compact(one.core)
+        rows = found.rows.smaller(one.core)
         if region.is_naive and bool((rows.counts > _LONG).any()):
             raise NotByIndexError(f"less accurate: sums of more than {_LONG:,} terms")
-    return sparse_map.csr(rows.start, rows.column, rows.value, one.core)
+    entries = rows.value.clone() if len(rows.value) <= _MANY else rows.value  # which may be a coefficient
+    return sparse_map.csr(rows.start, rows.column, entries, one.core)
+
+
+def parts(graph: Graph) -> list[Region]:
+    """Return the parts of a graph that act by index along one dimension."""
+    dependent = dependents(graph.inputs)
+    nodes = [node for node in graph.body.nodes if node in dependent and _is_allowed(node)]
+    seeds = {node for node in nodes if packet_of(node) in _BY_INDEX}
+    return along_one(nodes, seeds, dependent, lambda group: _region(group, dependent)) if seeds else []
 
 
 def regions(graph: Graph) -> list[Region]:

@@ -53,7 +53,7 @@ class Sparse(Tensor):
         at = torch.arange(n + 1, device=like.device)
         column = at[:-1].to(torch.int32 if max(n, most) < 1 << 31 else torch.int64)
         ones = torch.ones(n, dtype=like.dtype, device=like.device)
-        return cls(Rows(at, column, ones, most, is_single=True), like.shape, batch, trails=trails)
+        return cls(Rows(at, column, ones, most, is_single=True, is_one=True), like.shape, batch, trails=trails)
 
     @property
     def core(self) -> int:

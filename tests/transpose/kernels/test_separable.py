@@ -121,3 +121,17 @@ def test_not_a_number_stays_where_it_was() -> None:
 def test_one_long_dimension_is_no_small_matrix() -> None:
     x = torch.empty(1, 1, 1 << 20, device="meta")
     assert separable.factors(aten.upsample_linear1d, x, ([1 << 21], False)) is None
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128], ids=str)
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_dense_products_leave_what_is_not_finite_where_it_is(dtype: torch.dtype, number: float) -> None:
+    parts = [(1, torch.eye(6, 4, dtype=dtype) * 2), (2, torch.eye(3, 5, dtype=dtype) + 0)]
+    sparse, *_, small = separable.ways(parts, (3, 4, 5), (3, 6, 3))
+    assert small.__name__ == "small_products"
+    x = torch.randn(3, 4, 5, dtype=dtype)
+    assert_close(small(x), sparse(x), torch.finfo(dtype).eps)
+    x[1, 2, 1] = number
+    assert not sparse(x).isfinite().all()
+    assert torch.equal(small(x).isfinite(), sparse(x).isfinite())

@@ -84,6 +84,59 @@ def test_what_a_map_depends_on_may_change(change: Callable[[Rays], object]) -> N
     assert_same(A, rays)
 
 
+class Many(nn.Module):
+    """Sums of so many entries that their weights are read where they are."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.register_buffer("places", torch.randint(0, 5000, (700, 100), generator=draw))
+        self.weights = nn.Parameter(torch.randn(700, 100, dtype=dtype, generator=draw))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[self.places] * self.weights).sum(-1)
+
+
+def changed(many: Many, weights: Tensor) -> None:
+    many.weights = nn.Parameter(weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_many_weights_are_read_where_they_are(dtype: torch.dtype) -> None:
+    many = Many(dtype)
+    A = mapped(many, al.TensorSpec((5000,), dtype))
+    called = {
+        name: [getattr(node.target, "__name__", "") for node in A.source.nominal.programs[name][0].graph.body.nodes]
+        for name in ("linear", "adjoint")
+    }
+    assert "with_entries" in called["linear"]
+    assert "with_entries" not in called["adjoint"]  # which adds them in another order
+    for change in (
+        lambda: None,
+        lambda: many.weights.data.mul_(2),
+        lambda: many.weights.detach().numpy().fill(0.5),
+        lambda: many.places.copy_(many.places.flip(0)),
+        lambda: changed(many, many.weights.detach().clone() * 3),
+        lambda: changed(many, many.weights.detach().conj()),
+        lambda: changed(many, torch.randn(100, 700, dtype=dtype).mT),
+        lambda: many.weights.data[1:2, 7].fill_(torch.nan),
+    ):
+        change()
+        x, y = A.domain.randn(), A.codomain.randn()
+        with torch.no_grad():
+            assert torch.equal(A(x).isnan(), many(x).isnan())
+            assert_close(A(x).nan_to_num(), many(x).nan_to_num(), 1e-15)
+            assert_close(A.H(y).nan_to_num(), eager(many, x, y).nan_to_num(), 1e-15)
+
+
+def test_many_weights_have_gradients() -> None:
+    many = Many()
+    A, x, v = mapped(many, al.TensorSpec((5000,), torch.float64)), torch.randn(5000).double(), torch.randn(700).double()
+    expected = torch.autograd.grad((many(x) * v).sum(), many.weights)[0]
+    for value in ((A(x) * v).sum(), (x * A.H(v)).sum()):
+        assert_close(torch.autograd.grad(value, many.weights)[0], expected, 1e-15)
+
+
 def test_frozen_operators_keep_their_map() -> None:
     rays = Rays()
     A = mapped(rays, (7, 7))

@@ -12,7 +12,7 @@ from laws import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
-from adjointlab.transpose.passes.rows import NotByIndexError
+from adjointlab.transpose.passes.rows import NotByIndexError, Rows
 from adjointlab.transpose.passes.sparse_rows import Sparse
 
 aten = torch.ops.aten
@@ -99,6 +99,17 @@ def test_entries_of_one_place_are_added(name: str) -> None:
     keys = compact.row * columns + compact.column
     assert bool((keys.diff() > 0).all())
     assert_close(matrix(found.like(compact, found.shape), x), matrix(found, x), 1e-15)
+
+
+def test_large_matrices_are_compact_where_many_entries_are_at_one_place() -> None:
+    start = torch.arange((1 << 14) + 1) * 75
+    for columns, is_worth in ((1 << 16, False), (64, True)):
+        column = torch.arange(75 << 14).mul_(7919).remainder_(columns).int()
+        rows = Rows(start, column.flip(0), torch.ones(75 << 14))
+        found = rows.smaller(columns)
+        assert (found is not rows) is is_worth
+        assert float(found.value.sum()) == 75 << 14
+        assert len(found.value) == (64 << 14 if is_worth else 75 << 14)
 
 
 REFUSED: dict[str, tuple[Map, tuple[int, ...], int]] = {
