@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adjointlab import blocks
 from adjointlab.affine import Operator
 from adjointlab.errors import ConvergenceWarning
 from adjointlab.operators import LinearOperator
@@ -90,6 +89,4 @@ def diagonal(
             ConvergenceWarning,
             stacklevel=2,
         )
-    space = equations.space
-    pairs = zip(found, space.specs, strict=True)
-    return blocks.diagonal(space.unflatten([(1 / d).to(spec.dtype) for d, spec in pairs]), equations.domain)
+    return equations.divided(found)

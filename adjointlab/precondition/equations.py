@@ -73,6 +73,11 @@ class Equations:
         """Return the self-adjoint operator on the domain of A of a module on leaves, which is about ``N⁻¹``."""
         return of_module(module if self.roots is None else _Between(module, self.roots), self.domain)
 
+    def divided(self, entries: Sequence[Tensor]) -> LinearOperator:
+        """Return the division by entries, such as those of the diagonal of N."""
+        pairs = zip(entries, self.space.specs, strict=True)
+        return blocks.diagonal(self.space.unflatten([(1 / d).to(spec.dtype) for d, spec in pairs]), self.domain)
+
     def damping(self, leaf: Tensor) -> Tensor:
         """Return ``damp²`` as a factor of a leaf."""
         square = self.square.to(leaf.device, leaf.real.dtype)

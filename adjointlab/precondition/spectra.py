@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +20,7 @@ from adjointlab.precondition.equations import Equations, positive, seeded
 from adjointlab.space import TensorSpec
 from adjointlab.typed import X
 
-_SURE = 0.05  # error up to which norms may scale a gram whose spectrum is to be seen
+_SURE = 0.05  # error up to which norms may scale a gram whose spectrum is to be seen, and cosines are equal
 _PROBES = 49
 _SAMPLES = 8
 
@@ -134,21 +138,61 @@ def circulant(
 def _circulant(
     equations: Equations, scales: list[Tensor] | None, dims: int | None, samples: int, generator: torch.Generator
 ) -> LinearOperator:
-    space = equations.space
-    if space.is_sharded:
-        raise SpaceMismatchError(f"expected a domain of whole tensors, got {space}: use al.precondition.diagonal")
-    each = [_transformed(spec, space.batch_dims, dims) for spec in space.specs]
-    total = [torch.zeros(()) for _ in each]
-    for _ in range(samples):
-        leaves = space.leaves(space.randn(generator))
-        white = [_image(_phases(_spectrum(leaf, n)), leaf, n) for leaf, n in zip(leaves, each, strict=True)]
-        given = white if scales is None else [c * z for c, z in zip(scales, white, strict=True)]
-        image = equations(tuple(given))
-        image = image if scales is None else tuple(c.conj() * q for c, q in zip(scales, image, strict=True))
-        rows = [_spectrum(q, n).abs().double().square() for q, n in zip(image, each, strict=True)]
-        total = [a + b / samples for a, b in zip(total, rows, strict=True)]
-    inverses = [_inverse(lengths.sqrt(), spec) for lengths, spec in zip(total, space.specs, strict=True)]
-    return equations.preconditioner(_Filter(each, scales, inverses))
+    return _Seen.of(equations, scales, dims, samples, generator).operator()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What random vectors show of ``FNFᴴ``, ``N = C(AᴴWA + damp²)C``: its diagonal and the lengths of its rows."""
+
+    equations: Equations
+    scales: list[Tensor] | None
+    dims: list[int]
+    entries: list[Tensor]
+    lengths: list[Tensor]
+
+    @staticmethod
+    def of(
+        equations: Equations, scales: list[Tensor] | None, dims: int | None, samples: int, generator: torch.Generator
+    ) -> _Seen:
+        """Return that of vectors of random phases."""
+        space = equations.space
+        if space.is_sharded:
+            raise SpaceMismatchError(f"expected a domain of whole tensors, got {space}: use al.precondition.diagonal")
+        each = [_transformed(spec, space.batch_dims, dims) for spec in space.specs]
+        diagonal, squares = [torch.zeros(()) for _ in each], [torch.zeros(()) for _ in each]
+        for _ in range(samples):
+            leaves = space.leaves(space.randn(generator))
+            phases = [_phases(_spectrum(leaf, n)) for leaf, n in zip(leaves, each, strict=True)]
+            white = [_image(p, leaf, n) for p, leaf, n in zip(phases, leaves, each, strict=True)]
+            given = white if scales is None else [c * z for c, z in zip(scales, white, strict=True)]
+            image = equations(tuple(given))
+            image = image if scales is None else tuple(c.conj() * q for c, q in zip(scales, image, strict=True))
+            rows = [_spectrum(q, n) for q, n in zip(image, each, strict=True)]
+            diagonal = [
+                a + (p.conj() * r).real.double() / samples for a, p, r in zip(diagonal, phases, rows, strict=True)
+            ]
+            squares = [a + r.abs().double().square() / samples for a, r in zip(squares, rows, strict=True)]
+        return _Seen(equations, scales, each, diagonal, [square.sqrt() for square in squares])
+
+    @property
+    def cosine(self) -> float:
+        """The cosine of the angle between N and the identity, ``tr N / (√n ‖N‖)``."""
+        lengths = torch.cat([a.flatten() for a in self.lengths])
+        size = float(torch.linalg.vector_norm(lengths)) * math.sqrt(len(lengths))
+        return float(sum(a.sum() for a in self.entries)) / size if size > 0 else 1.0
+
+    @property
+    def filtered_cosine(self) -> float:
+        """That between the identity and N divided by the lengths of its rows, which makes them one."""
+        ratios = [a / b.clamp_min(torch.finfo(b.dtype).tiny) for a, b in zip(self.entries, self.lengths, strict=True)]
+        return float(torch.cat([r.flatten() for r in ratios]).mean())
+
+    def operator(self) -> LinearOperator:
+        """Return the division by the lengths."""
+        specs = self.equations.space.specs
+        inverses = [_inverse(lengths, spec) for lengths, spec in zip(self.lengths, specs, strict=True)]
+        return self.equations.preconditioner(_Filter(self.dims, self.scales, inverses))
 
 
 def _inverse(lengths: Tensor, spec: TensorSpec) -> Tensor:
@@ -181,16 +225,21 @@ def auto(
     samples: int = _SAMPLES,
     generator: torch.Generator | None = None,
 ) -> LinearOperator[X, X]:
-    r"""Return :func:`circulant` between the scalings ``cⱼ = 1 / √dⱼ`` of :func:`diagonal`.
+    r"""Return :func:`circulant` between the scalings ``cⱼ = 1 / √dⱼ`` of :func:`diagonal`, or less where that will do.
 
     The norms of the columns take care of what differs from place to place, and the spectrum of what all places have in
     common. Norms that are probed with an error of more than 5 % are left out, for their noise would hide small values
     of the spectrum; so is the spectrum on domains that are distributed.
 
+    Equations N close to the identity stay as they are, and those close to it after scaling are not filtered: where the
+    angle to the identity, of the cosine ``tr N / (√n ‖N‖)``, is less than 45°, and the filter does not make the cosine
+    larger by more than 5 %. The products that find the spectrum tell both.
+
     Parameters
     ----------
     A, weight, damp, dims, samples, generator
-        As for :func:`circulant`; norms that are probed take 49 more products for each leaf.
+        As for :func:`circulant`; a quarter as many products again tell whether it is needed, and norms
+        that are probed take 49 for each leaf.
 
     Returns
     -------
@@ -224,9 +273,21 @@ def of_equations(
     found, error = equations.diagonal(_PROBES, generator)
     pairs = list(zip(found, space.specs, strict=True))
     if space.is_sharded:
-        return blocks.diagonal(space.unflatten([(1 / d).to(spec.dtype) for d, spec in pairs]), equations.domain)
-    scales = None if error > _SURE else [_half(d, spec) for d, spec in pairs]
-    return _circulant(equations, scales, dims, samples, generator)
+        return equations.divided(found)
+    identity = partial(blocks.identity, equations.domain)
+    if error > _SURE:
+        seen = _Seen.of(equations, None, dims, samples, generator)
+        return _simplest([(seen.cosine, identity)], seen)
+    few = _Seen.of(equations, None, dims, max(1, samples // 4), generator)
+    seen = _Seen.of(equations, [_half(d, spec) for d, spec in pairs], dims, samples, generator)
+    return _simplest([(few.cosine, identity), (seen.cosine, partial(equations.divided, found))], seen)
+
+
+def _simplest(simple: list[tuple[float, Callable[[], LinearOperator]]], seen: _Seen) -> LinearOperator:
+    """Return the first of simple ones that is as good as the filter, else the filter."""
+    # Below 45°, most of the spectrum is as large as its largest value. Above, the cosine tells of a few values only.
+    least = max(math.sqrt(0.5), (1 - _SURE) * seen.filtered_cosine)
+    return next((make for cosine, make in simple if cosine >= least), seen.operator)()
 
 
 def _half(d: Tensor, spec: TensorSpec) -> Tensor:

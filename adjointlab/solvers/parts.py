@@ -26,7 +26,8 @@ from adjointlab.tree import map_leaves, tree_flatten
 
 Prox = Callable[[Any, float], Any]  # (x, step) ↦ argmin_u h(u) + ‖u − x‖² / (2 step)
 
-_SAFE = 1.01  # times the estimates of squared norms, which are from below
+_TOL = 0.005  # relative error of norms
+_SAFE = (1 + _TOL) ** 2  # times the estimates of squared norms, which are from below
 _WORSE = 4.0  # times the residual, from which on steps diverge, where there is a prox
 _MOST_HALVED = 40
 _ROUNDING = 4  # units of the data, to which a residual is known
@@ -205,9 +206,11 @@ class SVRG(Method):
         z = at.x
         x = z if self.behind is None else self.behind
         for i in parts.order():
-            away = map_leaves(torch.sub, z, at.x)
-            change = parts.linear[i].H(parts.linear[i](away))
-            new = parts.moved(z, added(change, mean))
+            direction = mean
+            if z is not at.x:
+                away = map_leaves(torch.sub, z, at.x)
+                direction = added(parts.linear[i].H(parts.linear[i](away)), mean)
+            new = parts.moved(z, direction)
             beta, self.t = nesterov(self.t)
             z = ahead(new, x, beta)
             x = new
@@ -265,7 +268,7 @@ def _in_parts(
     parts = Parts(operators, [map_leaves(Tensor.detach, part) for part in data], damp, 1.0, prox, source)
     if step is None:
         with torch.no_grad():
-            size = max(float(operator_norm(A)) ** 2 for A in parts.linear) * _SAFE + damp**2 / len(parts)
+            size = max(float(operator_norm(A, tol=_TOL)) ** 2 for A in parts.linear) * _SAFE + damp**2 / len(parts)
         step = share / size if size > 0 else 1.0
     elif not nonnegative("step", step):
         raise ValueError(f"expected step to be positive, got {step!r}")

@@ -176,6 +176,28 @@ def test_tomography(quick: bool, compare: Comparison) -> None:
     assert residuals["adjointlab"] <= 1.01 * residuals["SciPy lsqr"]
 
 
+SUBSETS = 12
+
+
+def test_subsets(quick: bool, compare: Comparison) -> None:
+    m = maps.radon(*((16, 24) if quick else (256, 180)))
+    y = m.forward(disc(m.x.shape[-1]))
+    y = y + 1e-2 * y.std() * m.v
+    A = al.linear_operator(m.forward, m.x)
+    parts = [A.rows(slice(i, None, SUBSETS)) for i in range(SUBSETS)]
+    data = [y[i::SUBSETS].contiguous() for i in range(SUBSETS)]
+    steps = 5 if quick else STEPS
+    target = float(al.solvers.cgls(A, y, maxiter=steps, tol=0).residual_norms[-1])
+
+    def by_parts() -> al.solvers.Solution:
+        return al.solvers.svrg(parts, data, maxiter=100, tol=0, callback=lambda x, info: float(info.residual) <= target)
+
+    reached = by_parts()
+    ways: Ways = {"adjointlab": lambda: by_parts().x, "cgls": lambda: al.solvers.cgls(A, y, maxiter=steps, tol=0).x}
+    compare(ways, share=2.0, section="ordered subsets", case=m.case, epochs=int(reached.iterations), subsets=SUBSETS)
+    assert float(reached.residual_norms[-1]) <= target
+
+
 def disc(n: int) -> Tensor:
     """Return the image of a disc with a hole."""
     at = torch.linspace(-1, 1, n)

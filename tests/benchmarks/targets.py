@@ -67,7 +67,7 @@ def targets(rows: list[Row]) -> list[tuple[str, list[Target]]]:
     return [
         ("Kernels", [*_rows(rows), *_sweep(rows), *_gradient(rows)]),
         ("Graphs", [*_bare(rows), *_differences(rows)]),
-        ("Maps by index", [*_maps(rows), *_subsets(rows), *_tomography(rows), *_kept(rows)]),
+        ("Maps by index", [*_maps(rows), *_subsets(rows), *_tomography(rows), *_ordered(rows), *_kept(rows)]),
         ("Jacobians", _jacobians(rows)),
         ("Recurrences", _recurrences(rows)),
         ("Grams", _grams(rows)),
@@ -267,6 +267,11 @@ def _subsets(rows: list[Row]) -> list[Target]:
 def _tomography(rows: list[Row]) -> list[Target]:
     text = "50 steps of `cgls` against `lsqr` on the ready matrix"
     return [Target(text, 1, ratio(r, "adjointlab", "SciPy lsqr"), r["case"]) for r in select(rows, "tomography")]
+
+
+def _ordered(rows: list[Row]) -> list[Target]:
+    text = "`svrg` to the residual of 50 steps of `cgls`, in multiples of their time"
+    return [Target(text, 0.5, ratio(r, "adjointlab", "cgls"), r["case"]) for r in select(rows, "ordered subsets")]
 
 
 def _kept(rows: list[Row]) -> list[Target]:

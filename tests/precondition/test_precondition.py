@@ -289,3 +289,22 @@ def test_derivatives_through_the_automatic_one() -> None:
     )
     for a, b in zip(plain, found, strict=True):
         assert norm(a - b) <= 1e-3 * norm(a)  # κ ≤ (1 + 0.09) / 0.09, twice, and tol = 1e-6
+
+
+def test_the_automatic_one_leaves_equations_near_the_identity_alone() -> None:
+    n = 32
+    seen = (torch.fft.fftfreq(n)[:, None].square() + torch.fft.fftfreq(n).square()).sqrt() < 0.5
+    A = al.linear_operator(lambda x: seen * torch.fft.fft2(x, norm="ortho"), torch.zeros(n, n, dtype=torch.complex64))
+    x = A.domain.randn()
+    assert torch.equal(precondition.auto(A, damp=0.01)(x), x)
+    blurred, weight, damp = masked()  # far from it
+    x = blurred.domain.randn()
+    assert not torch.allclose(precondition.auto(blurred, weight=weight, damp=damp)(x), x)
+
+
+def test_the_automatic_one_does_not_filter_where_places_have_nothing_in_common() -> None:
+    A = al.matrix((random(400, 100) - 0.5) * torch.logspace(0, -3, 100))
+    x = A.domain.randn()
+    expected = precondition.diagonal(A)(x)
+    assert torch.equal(precondition.auto(A)(x), expected)
+    assert not torch.equal(precondition.circulant(A)(x), expected)
