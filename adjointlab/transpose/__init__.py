@@ -3,7 +3,7 @@
 from adjointlab.transpose.dispatch import Transposition
 from adjointlab.transpose.explanation import Explanation
 from adjointlab.transpose.frontend.selected import Selected
-from adjointlab.transpose.frontend.trace import ReadsInputError, UntraceableError
+from adjointlab.transpose.frontend.values import ReadsInputError, UntraceableError
 from adjointlab.transpose.frontend.vjp import PullBack
 from adjointlab.transpose.linearization import Linearization
 from adjointlab.transpose.options import Options

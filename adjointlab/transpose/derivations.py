@@ -29,7 +29,7 @@ from adjointlab.space.codomain import require_outputs, space_of
 from adjointlab.transpose import pipeline
 from adjointlab.transpose.frontend.budget import CAPTURING, TRACING, counted, excess, repeats
 from adjointlab.transpose.frontend.capture import capture
-from adjointlab.transpose.frontend.trace import UntraceableError
+from adjointlab.transpose.frontend.values import UntraceableError
 from adjointlab.transpose.frontend.vjp import Tensors
 from adjointlab.transpose.kernels.select import MapChooser, remembered
 from adjointlab.transpose.lowered import BUILDING

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from built import needs_torch, ops_of
@@ -9,6 +11,7 @@ from laws import assert_close, draw, norm, operator, seeded
 from operator_zoo import BY_NAME, ZOO
 from torch import nn
 from torch._higher_order_ops.scan import scan
+from torch.utils import _pytree as pytree
 
 import adjointlab as al
 
@@ -172,12 +175,36 @@ def test_a_branch_on_a_constant_follows_it() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which PyTorch itself looks at
 @needs_torch("2.10", "scan has no derivative")
-def test_a_scan_is_left_to_autograd_and_told_of_recurrences() -> None:
-    A = al.linear_operator(lambda x: scan(lambda c, y: (0.5 * c + y, c + y), torch.zeros(()), x)[1], (4,))
+def test_a_scan_is_traced_as_a_loop_is() -> None:
+    weight = torch.tensor([[0.5, 1.0], [0.0, 0.25]])
+
+    def step(carry: Any, x: Any) -> Any:
+        after = carry @ weight + x["a"]
+        return after, (carry + after, x["b"].sum())
+
+    def forward(x: dict[str, torch.Tensor]) -> Any:
+        return scan(step, x["start"], {"a": x["a"], "b": x["b"]}, reverse=True)
+
+    x = {"start": torch.ones(2), "a": torch.ones(3, 2), "b": torch.ones(3, 4)}
+    A = al.linear_operator(forward, x)
+    assert A.engine == "traced"
+    assert al.check_adjoint(A).passed
+    v = A.codomain.randn()
+    with torch.no_grad():
+        weight.mul_(2)
+    leaf = x["a"].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(pytree.tree_leaves(forward(x | {"a": leaf})), [leaf], pytree.tree_leaves(v))
+    torch.testing.assert_close(A.H(v)["a"], gradient)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@needs_torch("2.10", "scan has no derivative")
+def test_a_long_scan_is_left_to_autograd_and_told_of_recurrences() -> None:
+    step = lambda c, y: (0.5 * c + y, c + y)  # noqa: E731
+    A = al.linear_operator(lambda x: scan(step, torch.zeros(()), x)[1], (40,), budget=1.0)
     assert A.engine == "eager"
-    assert "it calls torch's scan, which is not traced: where that is a step in time, write it with al.recurrence(" in (
-        A.explain()
-    )
+    assert "operations would take some 10 s" in A.explain()
+    assert "write it with al.recurrence(" in A.explain()
     assert al.check_adjoint(A).passed
 
 
