@@ -119,7 +119,7 @@ CASES: dict[str, tuple[Make, Any]] = {
     "Tomography": (tomography, IMAGE),
     "Tomography-circle": (lambda: tomography(circle=True), IMAGE),
     "Tomography-fan": (lambda: tomography(fan_beam=True), IMAGE),
-    "TomographyWithAstra": (lambda: p.TomographyWithAstra(img_size=(8, 8), angles=5, device="cpu"), IMAGE),
+    "TomographyWithAstra": (lambda: p.TomographyWithAstra(img_size=(8, 8), angles=5, device="cuda"), IMAGE),
     "UltrasoundPlaneWave": (
         lambda: p.UltrasoundPlaneWave(
             img_size=(6, 6),
@@ -173,10 +173,13 @@ INEXACT = {
 }
 # These need packages that are not dependencies of deepinv.
 OPTIONAL = {"NonCartesianMRI", "PET", "RadioInterferometry", "TomographyWithAstra"}
+ON_CUDA = {"TomographyWithAstra"}  # alone, also where ASTRA itself runs on the CPU
 
 
 def build(name: str) -> tuple[Any, al.LinearOperator]:
     make, domain = CASES[name]
+    if name in ON_CUDA and torch.get_default_device().type != "cuda":
+        pytest.skip("deepinv runs it on CUDA alone")
     torch.manual_seed(0)
     try:
         physics = make()
