@@ -180,13 +180,13 @@ def _built(plan: _Plan) -> LinearOperator[Any, Any]:
     loop = Loop(source, plan.steps, len(plan.state.specs), slots, entries, initial=initial, final=final)
     if plan.check and (said := loop.differs()):
         raise NotLinearError(f"expected a step that is linear for each x of xs, but {said}")
-    sources = {plan.step: source}
+    sources = [(plan.step, source)]  # a step may be its own inverse
     if plan.inverse is not None:
         loop.inverse = _inverse(plan, entries, source)
         _require_inverse(loop, plan.check)
-        sources[plan.inverse] = loop.inverse.source
+        sources.append((plan.inverse, loop.inverse.source))
     of_steps = []
-    for i, (function, each) in enumerate(sources.items()):
+    for i, (function, each) in enumerate(sources):
         recipe = functools.partial(_recipe_of_part, lambda: whole, i)
         notation = Notation(meaning=name_of(function))
         of_steps.append(LinearOperator.of_source(each, recipe, modules_named(each), notation=notation))

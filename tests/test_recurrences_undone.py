@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -176,3 +177,39 @@ def test_steps_that_are_left_to_autograd_have_no_use_for_it() -> None:
     step = Turned()
     with pytest.raises(NotDifferentiableError, match="expected a step and an inverse that can be traced"):
         al.recurrence(step, torch.zeros(2, 2, dtype=D), xs=gains(5), inverse=step.back, engine="eager")
+
+
+def test_a_step_may_be_its_own_inverse() -> None:
+    class Mirrored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.angle = nn.Parameter(torch.tensor(0.4, dtype=D))
+
+        def forward(self, u: Tensor) -> Tensor:
+            c, s = torch.cos(self.angle), torch.sin(self.angle)
+            return torch.stack([c * u[0] + s * u[1], s * u[0] - c * u[1]])
+
+    step = Mirrored()
+    A = al.recurrence(step, torch.zeros(2, dtype=D), steps=5, inverse=step)
+    assert len(A.parts) == 2
+    u, v = A.domain.randn(), A.codomain.randn()
+    gradients = [
+        torch.autograd.grad((made(u) * v).sum(), step.angle)[0]
+        for made in (A, al.recurrence(step, torch.zeros(2, dtype=D), steps=5))
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@dataclass
+class Scaled:
+    """A step that has no hash."""
+
+    factor: float
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return self.factor * u
+
+
+def test_a_step_needs_no_hash() -> None:
+    A = al.recurrence(Scaled(2.0), (2,), steps=3, inverse=Scaled(0.5))
+    assert torch.equal(A.H(torch.ones(2)), 8 * torch.ones(2))

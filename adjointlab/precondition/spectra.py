@@ -143,7 +143,7 @@ def _circulant(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What random vectors show of ``FNFᴴ``, ``N = C(AᴴWA + damp²)C``: its diagonal and the lengths of its rows."""
+    """The diagonal of ``FNFᴴ``, ``N = C(AᴴWA + damp²)C``, and the lengths of its rows, as random vectors show them."""
 
     equations: Equations
     scales: list[Tensor] | None

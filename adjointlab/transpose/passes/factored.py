@@ -37,7 +37,7 @@ def factor(graph: Graph, order: dict[fx.Node, float]) -> None:
 
 @dataclass(frozen=True)
 class _Products:
-    """What is known of the nodes of a graph that depend on its inputs."""
+    """The products among the nodes of a graph that depend on its inputs, and the calls that are made for them."""
 
     body: fx.Graph
     free: set[fx.Node]
@@ -46,7 +46,7 @@ class _Products:
     made: dict[Any, fx.Node] = field(default_factory=dict)  # calls, by what they are of
 
     def rewritten(self, node: Any) -> fx.Node | None:
-        """Return what is to stand in place of a node; None for itself."""
+        """Return the node that replaces another; None to leave it."""
         found = factor_of(node, lambda n: n not in self.free)
         operands = None if found is None else (found[0], _number(found[1]))
         if operands is not None and _is_of_one_precision(node, operands):

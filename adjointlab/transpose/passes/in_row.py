@@ -94,7 +94,7 @@ def in_row(
 
 
 def kind(memory: Any) -> tuple[Any, ...]:
-    """Return what memory has in common that may be taken for each other."""
+    """Return the shape, dtype and device: memory of one kind may replace other memory of it."""
     return tuple(memory.shape), memory.dtype, memory.device
 
 

@@ -26,13 +26,13 @@ class Row:
         self._calls: dict[tuple[int, ...], tuple[Tensors, Tensors, Tensors]] = {}  # by what is carried
 
     def __call__(self, carry: Tensors, given: Tensors, places: Tensors) -> Tensors:
-        """Return what is carried on."""
+        """Run a call, and return the tensors that the next one takes."""
         found = self._calls.get(tuple(map(id, carry))) or self._found(carry)
         self._graph.run(*given, *places, *found[0])
         return found[1]
 
     def _found(self, carry: Tensors) -> tuple[Tensors, Tensors, Tensors]:
-        """Return what a call reads and writes, and what is carried on; it refers to what is carried, too."""
+        """Return the views that a call reads and writes, those that it carries on, and those that it was given."""
         made = {id(t) for pool in self._pools.values() for t in pool}
         taken = [t for t in carry if id(t) in made]
         own = tuple([t if id(t) in made else self._free(t, taken).copy_(t) for t in carry])

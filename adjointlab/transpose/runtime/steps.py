@@ -113,7 +113,7 @@ class Apart:
 
 
 class Recomputed:
-    """What is kept of steps, the last first: computed again, segment by segment, from the state at its beginning."""
+    """The values that steps keep, the last first: computed again for each segment from the state at its beginning."""
 
     def __init__(self, steps: Together | Apart, starts: Sequence[Tensors]) -> None:
         self._steps, self._starts = steps, list(starts)
@@ -129,7 +129,7 @@ class Recomputed:
 
 
 class Marks:
-    """What is known later of the states at the beginning of segments: products with a random one, and the largest."""
+    """A record of the states at the beginning of segments: their products with a random one, and the largest norm."""
 
     def __init__(self, like: Tensors) -> None:
         self._probe = tuple([
