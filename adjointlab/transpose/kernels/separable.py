@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adjointlab.compat import plain
 from adjointlab.transpose.kernels.convolution import each_of
 from adjointlab.transpose.kernels.sparse_map import csr_of
 
@@ -126,6 +127,8 @@ def ways(
     corner = tuple([0 if any(dim == d for d, _ in parts) else slice(None) for dim in range(len(shape))])
 
     def small_products(x: Tensor) -> Tensor:
+        if not plain():  # a trace, as for an export, has no values to look at
+            return sparse_products(x)
         found = x
         for dim, matrix in order:
             lead, trail = found.shape[:dim], found.shape[dim + 1 :]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from laws import assert_close
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adjointlab.transpose.kernels import separable
 
@@ -135,3 +136,27 @@ def test_dense_products_leave_what_is_not_finite_where_it_is(dtype: torch.dtype,
     x[1, 2, 1] = number
     assert not sparse(x).isfinite().all()
     assert torch.equal(small(x).isfinite(), sparse(x).isfinite())
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operations that run, as a trace does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.cpu
+def test_dense_products_look_at_no_value_in_a_trace() -> None:
+    parts = [(1, torch.eye(6, 4) * 2), (2, torch.eye(3, 5) + 0)]
+    *_, small = separable.ways(parts, (3, 4, 5), (3, 6, 3))
+    x = torch.randn(3, 4, 5)
+    with Seen() as seen:
+        found = small(x)
+    assert seen.calls
+    assert aten._local_scalar_dense.default not in seen.calls
+    assert_close(found, small(x), torch.finfo(x.dtype).eps)
